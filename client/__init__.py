@@ -1,0 +1,1 @@
+"""A site's side: ClientApp, training loop, GaLore, private data."""

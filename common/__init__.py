@@ -1,0 +1,1 @@
+"""What both sides must agree on: configuration, errors, wire format, models, tasks, low-rank algebra."""

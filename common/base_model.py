@@ -1,0 +1,51 @@
+"""Load the base model and its tokenizer from a folder or a pinned hub revision."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import Dtype
+from common.errors import ModelError
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory, with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def load_base(source: str, revision: str | None, dtype: Dtype) -> Base:
+    """The causal language model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
+
+    Args:
+        source: a local folder, or a hub id when ``revision`` is given.
+        revision: commit of the hub model; None for a folder.
+        dtype: type of the weights in memory.
+
+    Raises:
+        ModelError: the folder is absent, or holds no model that transformers can read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if revision is None and not (Path(source) / "config.json").is_file():
+        what = "holds no config.json" if Path(source).is_dir() else "does not exist"
+        raise ModelError(f"model folder {source} {what}; it must be a folder written by save_pretrained")
+    where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    model.train(False)
+    return Base(model, tokenizer)

@@ -1,0 +1,221 @@
+"""The federation file and the site file: typed, strict, and published as JSON schemas.
+
+The operator writes one federation file; every hospital writes one site file beside its data. Unknown keys, wrong
+types and impossible combinations are refused by ``common.yaml_file.load`` with file, key, value and what is allowed.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """Which base model all sites start from. Give ``path`` or ``hub``."""
+
+    path: str | None = Field(None, description="Folder with a Hugging Face model, relative to this file.")
+    hub: str | None = Field(None, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct.")
+    revision: str | None = Field(None, description="Commit of the hub model; required with `hub`.")
+    dtype: Dtype = Field("float32", description="Type of the base weights and of trained weights on the wire.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` and `hub`")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("`revision` (a commit of the hub model) is required with `hub`")
+        return self
+
+
+class Selection(Section):
+    """Which tensors are trained (arXiv 2410.23111: the MLPs of a range of lower blocks)."""
+
+    modules: str | list[str] = Field(
+        "mlp",
+        description="`mlp`, `attention`, `linear` (both), or a list of module names such as [up_proj, down_proj].",
+    )
+    blocks: str = Field(
+        "lower third",
+        description="`all`, `lower third`, `lower half`, `lower quarter`, `lower N`, `0-9`, or `0,2,5`.",
+    )
+
+
+class FedFTGConfig(Selection):
+    """FedFTG (arXiv 2410.23111): GaLore at the sites, direct averaging at the server."""
+
+    name: Literal["fedftg"] = "fedftg"
+    rank: int = Field(16, ge=1, description="Rank of the GaLore projection.")
+    update_proj_gap: int = Field(200, ge=1, description="Steps between two refreshes of the projection.")
+    scale: float = Field(0.25, gt=0, description="GaLore's scale of the projected update.")
+
+
+class LoraConfig(Selection):
+    """What all LoRA strategies share."""
+
+    blocks: str = Field("all", description=Selection.model_fields["blocks"].description)
+    modules: str | list[str] = Field("attention", description=Selection.model_fields["modules"].description)
+    rank: int = Field(8, ge=1, description="LoRA rank; a site file may cap it where the strategy allows mixed ranks.")
+    lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is lora_alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
+    rslora: bool = Field(False, description="Scaling lora_alpha / sqrt(rank) instead.")
+    head: Literal["train", "freeze", "local"] = Field(
+        "train",
+        description="Classification head: trained and averaged, frozen, or trained and kept at the site.",
+    )
+    optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
+
+
+class FlexLoRAConfig(LoraConfig):
+    """FlexLoRA (arXiv 2402.11505): average B A, split again by truncated SVD; ranks may differ."""
+
+    name: Literal["flexlora"] = "flexlora"
+    split: Literal["left", "sqrt"] = Field("left", description="B = U S (left) or B = U sqrt(S) (sqrt).")
+    optimizer_state: Literal["reset"] = Field("reset", description="Moments are invalid after re-factorisation.")
+
+
+class FFALoRAConfig(LoraConfig):
+    """FFA-LoRA (arXiv 2403.12313): A frozen and shared, only B trained and averaged."""
+
+    name: Literal["ffa-lora"] = "ffa-lora"
+
+
+class RoLoRAConfig(LoraConfig):
+    """RoLoRA (arXiv 2502.01755): B and A trained and averaged in alternate rounds."""
+
+    name: Literal["rolora"] = "rolora"
+    optimizer_state: Literal["reset"] = Field("reset", description="Each phase trains other tensors.")
+
+
+class FedITConfig(LoraConfig):
+    """FedIT (arXiv 2305.05644): A and B averaged separately; inexact, the baseline everyone compares with."""
+
+    name: Literal["fedit"] = "fedit"
+
+
+StrategyConfig = Annotated[
+    FedFTGConfig | FlexLoRAConfig | FFALoRAConfig | RoLoRAConfig | FedITConfig, Field(discriminator="name")
+]
+
+
+class CohortConfig(Section):
+    """Who takes part in a round, and how long it may take."""
+
+    min_clients: int = Field(2, ge=1, description="A round needs this many valid updates.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the connected clients sampled each round.")
+    join_deadline: float = Field(300.0, gt=0, description="Seconds to wait for `min_clients` to connect.")
+    round_deadline: float = Field(3600.0, gt=0, description="Seconds a round may take.")
+
+
+class TrainingConfig(Section):
+    """Local training. Give ``local_steps`` or ``local_epochs``."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="For FedFTG this runs inside the projection.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Over all rounds of the run.")
+    warmup: float = Field(0.0, ge=0, lt=1, description="Share of the whole run spent in linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradient clipping; null for none.")
+    batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    local_steps: int | None = Field(None, ge=1, description="Optimizer steps per round.")
+    local_epochs: int | None = Field(None, ge=1, description="Passes over the shard per round.")
+    max_length: int = Field(512, ge=8, description="Tokens per row; longer rows are cut.")
+    gradient_checkpointing: bool = Field(False, description="Trade time for memory.")
+    seed: int = Field(0, ge=0, description="Seed of batch order, LoRA initialisation and sampling.")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give exactly one of `local_steps` and `local_epochs`")
+        return self
+
+
+class DataConfig(Section):
+    """Where rows are, and how a row becomes a prompt and an answer."""
+
+    path: str = Field(description="JSONL, CSV or Parquet file, or a folder saved by `datasets`; relative to this file.")
+    format: Literal["auto", "jsonl", "csv", "parquet", "dataset"] = Field("auto", description="auto: by the ending.")
+    prompt: str = Field(description="Column name, or a template with columns in braces: 'Term: {term}'.")
+    answer: str = Field(description="Column name or template of the answer, the only text the loss counts.")
+    system: str | None = Field(None, description="System message, where the chat template has one.")
+
+
+class SiteDataConfig(DataConfig):
+    """A site's shard: rows for training and rows held out."""
+
+    held_out: float = Field(0.1, ge=0, lt=1, description="Share of the rows kept for evaluation, chosen by content.")
+
+
+class EvaluationConfig(Section):
+    """What is measured, on held-out rows, at every site and on the server's own set."""
+
+    every: int = Field(
+        1, ge=1, description="Rounds between two evaluations; before the first and after the last always."
+    )
+    max_examples: int = Field(64, ge=1, description="Held-out rows for loss and perplexity.")
+    generate: int = Field(
+        16, ge=0, description="Held-out rows answered by generation for ROUGE-L, BLEU-4, exact match."
+    )
+    max_new_tokens: int = Field(48, ge=1, description="Length limit of a generated answer, tokens.")
+    batch_size: int = Field(16, ge=1, description="Rows in one evaluation pass.")
+    samples: int = Field(8, ge=0, description="Of the server's own set: questions shown with answers before and after.")
+    server: DataConfig | None = Field(None, description="The server's own evaluation set; none: sites only.")
+
+
+class LocalConfig(Section):
+    """Only for ``python -m deploy.local``: the sites to start on this machine."""
+
+    sites: list[str] = Field(min_length=1, description="Site files, relative to this file.")
+    port: int | None = Field(None, ge=1, le=65535, description="SuperLink's control port; null: any free one.")
+    fleet_port: int | None = Field(None, ge=1, le=65535, description="SuperLink's gRPC port; null: any free one.")
+
+
+class FederationConfig(Section):
+    """One federation: model, task, strategy, rounds, cohort, local training, evaluation."""
+
+    name: Name = Field(description="Results go to runs/<name>.")
+    model: ModelConfig
+    task: Literal["causal-lm"] = Field("causal-lm", description="What is learned.")
+    strategy: StrategyConfig
+    rounds: int = Field(ge=1, description="Training rounds.")
+    cohort: CohortConfig = CohortConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    local: LocalConfig | None = None
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _one_word(cls, value: object) -> object:
+        """``strategy: rolora`` is short for ``strategy: {name: rolora}``."""
+        return {"name": value} if isinstance(value, str) else value
+
+
+class SiteConfig(Section):
+    """One site: its name, its private shard, its device."""
+
+    name: Name = Field(description="The site's name, as the operator sees it.")
+    data: SiteDataConfig
+    model: str | None = Field(None, description="This site's copy of the base model; default: the federation's path.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA when present.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Arithmetic of forward and backward; auto: bfloat16 on CUDA that has it, else float32.",
+    )
+    max_batch_size: int | None = Field(
+        None, ge=1, description="Cap on rows per forward pass; accumulation makes it up."
+    )
+    max_rank: int | None = Field(None, ge=1, description="Cap on the LoRA rank, where the strategy allows mixed ranks.")
+
+
+def resolve(path: str, beside: Path) -> Path:
+    """``path`` as written in the file ``beside``: absolute, or relative to that file's folder."""
+    return (beside.parent / Path(path).expanduser()).resolve()

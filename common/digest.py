@@ -1,0 +1,40 @@
+"""SHA-256 digests by which two machines know that they hold the same tensors, base model and tokenizer."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest of dtype, shape and bytes (hex)."""
+    value = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
+    if value.numel():
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of named tensors, independent of their order (hex)."""
+    lines = [f"{name} {tensor_digest(tensors[name])}\n" for name in sorted(tensors)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def base_digest(model: nn.Module) -> str:
+    """Digest of a base model's parameters, each counted once when tied (hex).
+
+    Taken from the loaded tensors, so file layout and sharding do not matter; dtype, shapes and values do.
+    """
+    return tensors_digest(dict(model.named_parameters()))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401 - transformers' tokenizers share no useful type
+    """Digest of everything that decides how text becomes tokens: pipeline, special tokens, chat template (hex)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    special = repr(sorted(tokenizer.special_tokens_map.items()))
+    text = "\x00".join([pipeline, special, tokenizer.chat_template or ""])
+    return hashlib.sha256(text.encode()).hexdigest()

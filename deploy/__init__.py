@@ -1,0 +1,1 @@
+"""How a federation is started: local launcher, demo, example files."""

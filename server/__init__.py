@@ -1,0 +1,1 @@
+"""The federation's side: ServerApp, round loop, evaluation, report, export."""

@@ -1,0 +1,300 @@
+"""Each rule as a Flower strategy: who is asked, what is sent, which replies are believed.
+
+The only file of this folder that knows Flower. A client is sent just the tensors it does not hold yet: it keeps the
+tensors that were frozen in its last round (their digest comes back in its reply), all others are sent anew. So
+FFA-LoRA's A and RoLoRA's idle factor travel once, and a late joiner or a returner receives what it lacks without any
+special case.
+
+Records, as in Flower's own strategies: "arrays", "config", "metrics" with "num-examples". The config that a client
+receives holds ``server-round``, ``active`` (names of the tensors to train and return) and ``frozen-digest`` (see
+``common.digest.tensors_digest``). A client returns the active tensors, and for the frozen ones either the tensors
+themselves or, when it keeps them for its next round, their digest as ``frozen-digest`` in its own "config" record.
+"""
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from logging import WARNING
+from typing import TypedDict, Unpack
+
+from flwr.app import (
+    DEFAULT_TTL,
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from common import wire
+from common.digest import tensor_digest, tensors_digest
+from common.errors import AggregationError, RefusedUpdate, WireError
+from strategies.admission import admit
+from strategies.fedftg import FedFTGRule
+from strategies.lora_names import rank_of
+from strategies.rule import Rule, Tensors, Update
+
+
+MetricValue = int | float | list[int] | list[float]
+
+
+@dataclass
+class Client:
+    """What the server knows of one client node."""
+
+    name: str
+    rank: int | None = None
+    lora_alpha: float | None = None
+    held: dict[str, str] = field(default_factory=dict)  # tensor name -> digest
+
+
+class FedAvgOptions(TypedDict, total=False):
+    """Keyword options of ``flwr.serverapp.strategy.FedAvg`` that every strategy here accepts."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+
+
+class FlowerOptions(FedAvgOptions, total=False):
+    """The same, with the two options of ``FlowerStrategy`` itself."""
+
+    seed: int
+    join_timeout: float
+
+
+class FlowerStrategy(FedAvg):
+    """A Flower strategy that follows a ``Rule``.
+
+    Works in two ways: ``start(grid, initial_arrays, ...)`` in any Flower app, and message by message
+    (``train_messages``, ``read_update``) under FedSpan's own round loop.
+    """
+
+    def __init__(
+        self, rule: Rule, *, seed: int = 0, join_timeout: float = 300.0, **options: Unpack[FedAvgOptions]
+    ) -> None:
+        """Make a strategy of ``rule``.
+
+        Args:
+            rule: what is trained and how replies are combined.
+            seed: of the sampling of clients; the same seed and nodes give the same cohorts.
+            join_timeout: seconds that ``configure_train`` waits for ``min_available_nodes``.
+            options: FedAvg's own.
+        """
+        super().__init__(**options)
+        self.rule = rule
+        self.clients: dict[int, Client] = {}
+        self._seed = seed
+        self._join_timeout = join_timeout
+        self._state: Tensors = {}
+        self._active: list[str] = []
+
+    # What a round sends and believes
+
+    def client(self, node_id: int) -> Client:
+        """What is known of a node; a node never seen before holds nothing."""
+        return self.clients.setdefault(node_id, Client(f"node-{node_id}"))
+
+    def train_messages(
+        self,
+        server_round: int,
+        state: Tensors,
+        node_ids: Iterable[int],
+        config: Mapping[str, ConfigRecordValues],
+        ttl: float,
+    ) -> list[Message]:
+        """The training messages of a round, one for each node."""
+        self._state, self._active = state, self.rule.active(server_round, state)
+        return self._messages(MessageType.TRAIN, server_round, node_ids, config, ttl)
+
+    def evaluate_messages(
+        self,
+        server_round: int,
+        state: Tensors,
+        node_ids: Iterable[int],
+        config: Mapping[str, ConfigRecordValues],
+        ttl: float,
+    ) -> list[Message]:
+        """Messages that have nodes evaluate ``state``; nothing is trained, so ``active`` is empty."""
+        self._state, self._active = state, []
+        return self._messages(MessageType.EVALUATE, server_round, node_ids, config, ttl)
+
+    def _messages(
+        self,
+        kind: str,
+        server_round: int,
+        node_ids: Iterable[int],
+        config: Mapping[str, ConfigRecordValues],
+        ttl: float,
+    ) -> list[Message]:
+        records: dict[object, ArrayRecord] = {}  # clients that need the same tensors share one record
+        messages = []
+        for node_id in node_ids:
+            client = self.client(node_id)
+            fitted = self.rule.state_for(self._state, client.rank, client.lora_alpha)
+            frozen = {name: tensor for name, tensor in fitted.items() if name not in self._active}
+            need = [n for n, t in fitted.items() if not (n in client.held and client.held[n] == tensor_digest(t))]
+            key = (client.rank, client.lora_alpha, *need)
+            if key not in records:
+                records[key] = wire.encode({name: fitted[name] for name in need})
+            content = ConfigRecord({**config, "server-round": server_round, "active": self._active})
+            if frozen and kind == MessageType.TRAIN:
+                content["frozen-digest"] = tensors_digest(frozen)
+            record = RecordDict({self.arrayrecord_key: records[key], self.configrecord_key: content})
+            messages.append(Message(record, node_id, kind, ttl=ttl, group_id=str(server_round)))
+        return messages
+
+    def read_update(self, message: Message) -> Update:
+        """The update in a reply to a training message of the current round.
+
+        Raises:
+            RefusedUpdate: the reply is an error, cannot be read, or is not admitted; the text says why and whose.
+        """
+        client = self.client(message.metadata.src_node_id)
+        client.held = {}  # until this reply proves otherwise, the client holds nothing
+        if message.has_error():
+            raise RefusedUpdate(f"{client.name}: {message.error.reason}")
+        content = message.content
+        metrics = content.metric_records.get("metrics", MetricRecord())
+        if self.arrayrecord_key not in content.array_records:
+            raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
+        try:
+            tensors = wire.decode(content.array_records[self.arrayrecord_key])
+        except WireError as error:
+            raise RefusedUpdate(f"{client.name}: {error}") from None
+        expected = self.rule.state_for(self._state, None, None)
+        admitted = admit(
+            client.name,
+            tensors,
+            metrics.get(self.weighted_by_key),
+            expected,
+            self._active,
+            any_rank=self.rule.mixed_ranks,
+        )
+        frozen = {name: expected[name] for name in expected if name not in self._active}
+        acknowledged = content.config_records.get(self.configrecord_key, ConfigRecord()).get("frozen-digest")
+        if frozen and not frozen.keys() <= tensors.keys():
+            if acknowledged != tensors_digest(frozen):
+                raise RefusedUpdate(
+                    f"{client.name}: its frozen tensors differ from the federation's "
+                    f"(digest {str(acknowledged)[:16]}, expected {tensors_digest(frozen)[:16]})"
+                )
+            client.held = {name: tensor_digest(t) for name, t in frozen.items()}
+        alpha = metrics.get("lora-alpha")
+        if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {alpha!r}; allowed: a positive number")
+        if self.rule.mixed_ranks:
+            client.rank, client.lora_alpha = rank_of(admitted), None if alpha is None else float(alpha)
+        return Update(client.name, int(metrics[self.weighted_by_key]), admitted, client.lora_alpha)  # type: ignore[arg-type]
+
+    # Flower's own verbs
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample nodes and make their training messages; the caller's records are not changed."""
+        if self.fraction_train == 0.0:
+            return []
+        nodes = self._sample(grid, self.fraction_train, self.min_train_nodes, server_round)
+        return self.train_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """Combine the admitted replies; a refused one is logged with its reason and left out.
+
+        Raises:
+            AggregationError: fewer than ``min_train_nodes`` replies were admitted.
+        """
+        refused: list[str] = []
+        metrics: list[tuple[int, MetricRecord]] = []
+
+        def updates() -> Iterator[Update]:
+            for reply in replies:
+                try:
+                    update = self.read_update(reply)
+                except RefusedUpdate as reason:
+                    refused.append(str(reason))
+                    log(WARNING, "round %s, not admitted: %s", server_round, reason)
+                    continue
+                metrics.append((update.num_examples, reply.content.metric_records["metrics"]))
+                yield update
+
+        outcome = self.rule.aggregate(server_round, self._state, updates()) if self.fraction_train else None
+        if outcome is None or len(metrics) < self.min_train_nodes:
+            reasons = "; ".join(refused) or "no reply was refused"
+            raise AggregationError(
+                f"round {server_round}: {len(metrics)} admitted updates, {self.min_train_nodes} needed; {reasons}"
+            )
+        return wire.encode(outcome.state), MetricRecord({**weighted_mean(metrics), **outcome.diagnostics})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample nodes and make their evaluation messages."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        nodes = self._sample(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round)
+        return self.evaluate_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Example-weighted mean of the metrics of all replies that hold some."""
+        metrics = []
+        for reply in replies:
+            if reply.has_error():
+                log(WARNING, "round %s, no evaluation: %s", server_round, reply.error.reason)
+                continue
+            record = reply.content.metric_records.get("metrics", MetricRecord())
+            weight = record.get(self.weighted_by_key)
+            if isinstance(weight, int) and weight > 0:
+                metrics.append((weight, record))
+        return MetricRecord(weighted_mean(metrics)) if metrics else None
+
+    def _sample(self, grid: Grid, fraction: float, minimum: int, server_round: int) -> list[int]:
+        """``max(minimum, fraction * connected)`` nodes, the same for the same seed, round and nodes.
+
+        Raises:
+            AggregationError: fewer than ``min_available_nodes`` nodes connected within ``join_timeout`` seconds.
+        """
+        deadline = time.monotonic() + self._join_timeout
+        needed = max(self.min_available_nodes, minimum)
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
+            if time.monotonic() > deadline:
+                raise AggregationError(
+                    f"{len(nodes)} of {needed} nodes connected within {self._join_timeout:g} seconds"
+                )
+            time.sleep(1.0)
+        return sample(nodes, fraction, minimum, self._seed, server_round)
+
+
+def sample(nodes: list[int], fraction: float, minimum: int, seed: int, server_round: int) -> list[int]:
+    """``max(minimum, fraction * len(nodes))`` of ``nodes``, from a generator of its own."""
+    size = min(len(nodes), max(minimum, int(fraction * len(nodes))))
+    return sorted(random.Random(f"{seed}/{server_round}").sample(nodes, size))  # noqa: S311 - no secret
+
+
+def weighted_mean(metrics: list[tuple[int, MetricRecord]]) -> dict[str, MetricValue]:
+    """Example-weighted mean of every scalar metric over the clients that report it."""
+    sums: dict[str, tuple[float, int]] = {}
+    for weight, record in metrics:
+        for key, value in record.items():
+            if isinstance(value, (int, float)):
+                total, seen = sums.get(key, (0.0, 0))
+                sums[key] = (total + weight * value, seen + weight)
+    return {key: total / seen for key, (total, seen) in sums.items()}
+
+
+class FedFTG(FlowerStrategy):
+    """Direct weight averaging (arXiv 2410.23111); see ``strategies.fedftg``."""
+
+    def __init__(self, **options: Unpack[FlowerOptions]) -> None:
+        super().__init__(FedFTGRule(), **options)
