@@ -219,3 +219,20 @@ class SiteConfig(Section):
 def resolve(path: str, beside: Path) -> Path:
     """``path`` as written in the file ``beside``: absolute, or relative to that file's folder."""
     return (beside.parent / Path(path).expanduser()).resolve()
+
+
+def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
+    """The same federation with its paths made absolute, relative to the folder of the file it was read from."""
+    data = federation.model_dump(mode="json")
+    if federation.model.path is not None:
+        data["model"]["path"] = str(resolve(federation.model.path, source))
+    if federation.evaluation.server is not None:
+        data["evaluation"]["server"]["path"] = str(resolve(federation.evaluation.server.path, source))
+    if federation.local is not None:
+        data["local"]["sites"] = [str(resolve(site, source)) for site in federation.local.sites]
+    return FederationConfig.model_validate(data)
+
+
+def settings_for_sites(federation: FederationConfig) -> str:
+    """What of the federation file every site receives, as JSON: all but what concerns only the server's machine."""
+    return federation.model_dump_json(exclude={"local": True, "evaluation": {"server": True}})

@@ -33,6 +33,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from common import wire
+from common.config import FedFTGConfig
 from common.digest import tensor_digest, tensors_digest
 from common.errors import AggregationError, RefusedUpdate, WireError
 from strategies.admission import admit
@@ -298,3 +299,8 @@ class FedFTG(FlowerStrategy):
 
     def __init__(self, **options: Unpack[FlowerOptions]) -> None:
         super().__init__(FedFTGRule(), **options)
+
+
+def make_strategy(config: FedFTGConfig, *, seed: int) -> FlowerStrategy:
+    """The strategy that a federation file names, ready for FedSpan's round loop."""
+    return FlowerStrategy(FedFTGRule(), seed=seed)

@@ -1,0 +1,40 @@
+# Every target sets up .venv by itself; `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(READY) ## Make .venv with everything that constraints.txt pins
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(READY) ## Run a real federation: three sites, a real model, real data; ends with a report
+	$(BIN)/python -m deploy.demo.prepare
+	$(BIN)/python -m deploy.local deploy/demo/federation.yaml --name "demo-$$(date +%Y%m%d-%H%M%S)"
+
+test: lint ## Format check, lint, types, and all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Format check, lint and types only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove .venv, caches and prepared demo data (not runs/)
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

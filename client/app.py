@@ -1,0 +1,145 @@
+"""The Flower ClientApp of a site: takes a message, lets the session work, answers.
+
+Heavy modules are imported only when a message is there, so that a wrong site file is reported at once. A ``FedSpanError``
+is answered with its text; of any other exception only type and place leave the site, because its text might quote a row.
+"""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from common.config import FederationConfig, SiteConfig
+from common.errors import ConfigError, FedSpanError, WireError
+from common.yaml_file import load, parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from client.session import Session
+
+app = ClientApp()
+
+SITE_KEY = "site"  # node-config key: path of the site file
+_FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+_FROZEN = "frozen"  # the context's record of frozen tensors kept for the next message
+
+_sessions: dict[tuple[str, str], "Session"] = {}
+Handler = Callable[[Message, Context], RecordDict]
+
+
+def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
+    """Turn what a handler returns, or raises, into a reply."""
+
+    @wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        started = time.time()
+        try:
+            content = handler(message, context)
+        except FedSpanError as error:
+            return Message(Error(_FAILED, str(error)), reply_to=message)
+        except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
+            traceback.print_exc()  # into the site's own log
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            reason = f"{type(error).__name__} at {where}; the site's log says more"
+            return Message(Error(_FAILED, reason), reply_to=message)
+        metrics = content.metric_records.setdefault("metrics", MetricRecord())
+        metrics["clock.started"], metrics["clock.finished"] = started, time.time()
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+@app.query()
+@_answering
+def hello(message: Message, context: Context) -> RecordDict:
+    """Tell who this is and which base model it holds."""
+    session = _session(message, context)
+    config = {key: value for key, value in asdict(session.hello()).items()}
+    return RecordDict({"config": ConfigRecord(config), "metrics": MetricRecord(session.seconds())})
+
+
+@app.train()
+@_answering
+def train(message: Message, context: Context) -> RecordDict:
+    """Evaluate the state that came in, when asked to; train; send back the active tensors."""
+    from common import wire
+
+    session = _session(message, context)
+    request = message.content.config_records["config"]
+    active = [str(name) for name in request["active"]]  # type: ignore[union-attr]
+    frozen = session.set_state(_tensors(message, context), _text(request, "frozen-digest"), active)
+    context.state.array_records[_FROZEN] = wire.encode(frozen)
+    measured = session.evaluate() if request.get("evaluate") else {}
+    trained, metrics = session.train(int(request["server-round"]), active)  # type: ignore[arg-type]
+    reply = ConfigRecord({"frozen-digest": request["frozen-digest"]} if frozen else {})
+    return RecordDict(
+        {
+            "arrays": wire.encode(trained),
+            "config": reply,
+            "metrics": MetricRecord({**metrics, **measured, **session.seconds()}),
+        }
+    )
+
+
+@app.evaluate()
+@_answering
+def evaluate(message: Message, context: Context) -> RecordDict:
+    """Evaluate the state that came in."""
+    session = _session(message, context)
+    session.set_state(_tensors(message, context), None, [])
+    measured = session.evaluate()
+    return RecordDict({"metrics": MetricRecord({**measured, **session.seconds()})})
+
+
+def _session(message: Message, context: Context) -> "Session":
+    """The session of this site in this run; made once per process.
+
+    Raises:
+        ConfigError: the site file, or what the server sent, is wrong.
+    """
+    from client.session import Session
+
+    site_file = Path(str(context.node_config.get(SITE_KEY, "")))
+    if not site_file.is_file():
+        raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
+    sent = _text(message.content.config_records["config"], "federation")
+    key = (str(site_file), sent or "")
+    if key not in _sessions:
+        federation = _federation(sent)
+        _sessions.clear()
+        _sessions[key] = Session(load(site_file, SiteConfig), site_file, federation)
+    return _sessions[key]
+
+
+def _federation(sent: str | None) -> FederationConfig:
+    import json
+
+    try:
+        data = json.loads(sent or "")
+    except ValueError:
+        raise ConfigError("the message holds no federation settings; is the server a FedSpan server?") from None
+    return parse(data, FederationConfig, "federation settings from the server")
+
+
+def _tensors(message: Message, context: Context) -> "dict[str, Tensor]":
+    """Tensors that came with the message, and those kept from an earlier one."""
+    from common import wire
+
+    kept = context.state.array_records.get(_FROZEN, ArrayRecord())
+    sent = message.content.array_records.get("arrays")
+    if sent is None:
+        raise WireError("the message has no 'arrays' record")
+    return {**wire.decode(kept), **wire.decode(sent)}
+
+
+def _text(record: ConfigRecord, key: str) -> str | None:
+    value = record.get(key)
+    return value if isinstance(value, str) else None

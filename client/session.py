@@ -1,0 +1,219 @@
+"""A site's work on one federation: its rows, its model, and what it answers. No Flower.
+
+A session holds everything that is expensive to make (model, tokenizer, encoded rows), so a process that lives longer
+than one message makes it once.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from client.device import pick_autocast, pick_device
+from client.galore import GaLore
+from client.trainer import train
+from common import tuning
+from common.base_model import Base, load_base
+from common.chat import causal_loss_sum, collate, encode, pad_id
+from common.config import FederationConfig, FedFTGConfig, FlexLoRAConfig, SiteConfig, resolve
+from common.digest import base_digest, tensors_digest, tokenizer_digest
+from common.errors import ModelError, TrainingError
+from common.evaluation import evaluate_model
+from common.rows import Row, load_rows, split_held_out
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a site tells about itself before it takes part."""
+
+    site: str
+    train_rows: int
+    held_out_rows: int
+    device: str
+    rank: int
+    base_digest: str
+    tokenizer_digest: str
+
+
+class Session:
+    """A site in one federation.
+
+    Args:
+        site: the site file's content.
+        site_file: where it lies; its relative paths are relative to it.
+        federation: the federation file's content, as the server sent it.
+    """
+
+    def __init__(self, site: SiteConfig, site_file: Path, federation: FederationConfig) -> None:
+        self.site = site
+        self.federation = federation
+        self._site_file = site_file
+        self._seconds: dict[str, float] = {}
+
+    def hello(self) -> Hello:
+        """Load everything once and tell what is there.
+
+        Raises:
+            DataError: the shard cannot be used.
+            ModelError: the base model cannot be used.
+        """
+        train_rows, held_out = self._rows
+        return Hello(
+            site=self.site.name,
+            train_rows=len(train_rows),
+            held_out_rows=len(held_out),
+            device=_describe(pick_device(self.site.device)),
+            rank=self._rank,
+            base_digest=base_digest(self._base.model),
+            tokenizer_digest=tokenizer_digest(self._base.tokenizer),
+        )
+
+    def set_state(self, tensors: Tensors, frozen_digest: str | None, active: list[str]) -> Tensors:
+        """Write the federation's tensors into the model; return those that are frozen in this round.
+
+        Raises:
+            TrainingError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
+        """
+        missing = self._tuned.parameters.keys() - tensors.keys()
+        if missing:
+            raise TrainingError(f"{len(missing)} tensor(s) neither sent nor kept, e.g. {min(missing)}; send them in full")
+        frozen = {name: tensors[name] for name in self._tuned.parameters if name not in set(active)}
+        if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
+            raise TrainingError("the frozen tensors kept from an earlier round are out of date; send them in full")
+        self._tuned.set(tensors)
+        return frozen
+
+    def train(self, server_round: int, active: list[str]) -> tuple[Tensors, dict[str, float]]:
+        """Train the active tensors for one round, from the state set before.
+
+        Returns:
+            The active tensors after training, and metrics with "num-examples".
+
+        Raises:
+            TrainingError: training cannot start or go on.
+        """
+        started = time.monotonic()
+        federation, training = self.federation, self.federation.training
+        parameters = {name: self._tuned.parameters[name] for name in active}
+        for name, parameter in self._tuned.parameters.items():
+            parameter.requires_grad_(name in parameters)
+        if training.gradient_checkpointing:
+            self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        system = self.site.data.system
+        encoded = [encode(self._base.tokenizer, row, system, training.max_length) for row in self._rows[0]]
+        seed = f"{training.seed}/{self.site.name}/{server_round}"
+        torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)  # dropout
+        result = train(
+            self._tuned.model,
+            self._optimizer(parameters, server_round),
+            encoded,
+            partial(collate, pad_id=pad_id(self._base.tokenizer)),
+            causal_loss_sum,
+            training,
+            server_round=server_round,
+            rounds=federation.rounds,
+            max_batch_size=self.site.max_batch_size,
+            device=self._device,
+            autocast=pick_autocast(self.site.precision, self._device),
+            seed=seed,
+        )
+        trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        metrics = {f"train.{key}": float(value) for key, value in asdict(result).items()}
+        metrics["num-examples"] = len(encoded)
+        self._seconds["train"] = time.monotonic() - started
+        return trained, metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics of the state set before; empty when the site holds nothing out."""
+        held_out = self._rows[1]
+        if not held_out:
+            return {}
+        started = time.monotonic()
+        metrics = evaluate_model(
+            self._tuned.model,
+            self._base.tokenizer,
+            held_out,
+            self.federation.evaluation,
+            system=self.site.data.system,
+            max_length=self.federation.training.max_length,
+            device=self._device,
+            autocast_dtype=pick_autocast(self.site.precision, self._device),
+        )
+        self._seconds["evaluate"] = time.monotonic() - started
+        return {f"evaluate.{key}": value for key, value in metrics.items()}
+
+    def seconds(self) -> dict[str, float]:
+        """Time spent since the last call, by what it was spent on."""
+        taken, self._seconds = self._seconds, {}
+        return {f"seconds.{key}": value for key, value in taken.items()}
+
+    @cached_property
+    def _rows(self) -> tuple[list[Row], list[Row]]:
+        rows = load_rows(self.site.data, self._site_file)
+        return split_held_out(rows, self.site.data.held_out)
+
+    @cached_property
+    def _base(self) -> Base:
+        started = time.monotonic()
+        model = self.federation.model
+        if self.site.model is not None:
+            source, revision = str(resolve(self.site.model, self._site_file)), None
+        elif model.path is not None:
+            source, revision = model.path, None
+        else:
+            source, revision = str(model.hub), model.revision
+        base = load_base(source, revision, model.dtype)
+        self._seconds["load"] = time.monotonic() - started
+        return base
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return pick_device(self.site.device)
+
+    @cached_property
+    def _tuned(self) -> tuning.Tuned:
+        tuned = tuning.tune(
+            self._base.model, self.federation.strategy, rank=self._rank, seed=self.federation.training.seed
+        )
+        tuned.model.to(self._device)
+        return tuned
+
+    @property
+    def _rank(self) -> int:
+        wanted, cap = self.federation.strategy.rank, self.site.max_rank
+        if cap is None or cap >= wanted or isinstance(self.federation.strategy, FedFTGConfig):
+            return wanted
+        if not isinstance(self.federation.strategy, FlexLoRAConfig):
+            raise ModelError(
+                f"max_rank {cap} is below the federation's rank {wanted}, and {self.federation.strategy.name} needs "
+                "equal ranks; only flexlora allows mixed ones"
+            )
+        return cap
+
+    def _optimizer(self, parameters: dict[str, torch.nn.Parameter], server_round: int) -> torch.optim.Optimizer:
+        training, strategy = self.federation.training, self.federation.strategy
+        if isinstance(strategy, FedFTGConfig):
+            return GaLore(
+                parameters,
+                lr=training.learning_rate,
+                rank=strategy.rank,
+                update_proj_gap=strategy.update_proj_gap,
+                scale=strategy.scale,
+                inner=training.optimizer,
+                weight_decay=training.weight_decay,
+                seed=training.seed + server_round,
+            )
+        if training.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay
+            )
+        return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,156 @@
+"""One round of local training: the whole loop on one page. No Flower."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from common.config import TrainingConfig
+from common.errors import TrainingError
+
+E = TypeVar("E")
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one round of local training did.
+
+    Attributes:
+        loss: mean over all steps, in nats per counted token (or row).
+        loss_first: of the first step.
+        loss_last: of the last step.
+        steps: optimizer steps.
+        tokens: input tokens that went through the model, padding not counted.
+        seconds: wall-clock time of the loop.
+        learning_rate: of the last step.
+        peak_memory_bytes: of the CUDA device; 0 on a CPU.
+    """
+
+    loss: float
+    loss_first: float
+    loss_last: float
+    steps: int
+    tokens: int
+    seconds: float
+    learning_rate: float
+    peak_memory_bytes: int
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[E],
+    collate: Callable[[list[E]], Batch],
+    loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
+    config: TrainingConfig,
+    *,
+    server_round: int,
+    rounds: int,
+    max_batch_size: int | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    seed: str,
+) -> TrainResult:
+    """Train for one round.
+
+    Args:
+        model: already on ``device``; only parameters with ``requires_grad`` are in ``optimizer``.
+        optimizer: built for this round's trained parameters.
+        examples: the site's encoded training rows.
+        collate: makes a padded batch of examples.
+        loss_sum: gives a batch's summed loss and the number of tokens (rows) it counts.
+        config: the federation's training section.
+        server_round: Flower's round, from 1; with ``rounds`` it places this round in the schedule.
+        rounds: rounds of the whole run.
+        max_batch_size: the site's cap on rows per forward pass.
+        device: where the model is.
+        autocast: arithmetic of forward and backward; None for the weights' own.
+        seed: of the order of rows.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    rows_per_step = config.batch_size * config.gradient_accumulation
+    micro = min(config.batch_size, max_batch_size or config.batch_size)
+    steps = config.local_steps or math.ceil(len(examples) / rows_per_step) * (config.local_epochs or 1)
+    order = _shuffled(len(examples), rows_per_step, seed, carry_over=config.local_steps is not None)
+    peak = _base_rates(optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model.train()
+    losses: list[float] = []
+    tokens = 0
+    started = time.monotonic()
+    for step in range(steps):
+        factor = schedule_factor(config, (server_round - 1 + step / steps) / rounds)
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = rate * factor
+        rows = [examples[i] for i in next(order)]
+        batches = [collate(rows[i : i + micro]) for i in range(0, len(rows), micro)]
+        counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch in batches:
+            on_device = {key: value.to(device) for key, value in batch.items()}
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                summed, _ = loss_sum(model, on_device)
+            scaler.scale(summed / max(counted, 1)).backward()  # type: ignore[no-untyped-call]
+            loss += float(summed.detach()) / max(counted, 1)
+            tokens += int(batch["attention_mask"].sum())
+        if not math.isfinite(loss):
+            raise TrainingError(f"loss is {loss} in round {server_round}, step {step + 1}; lower training.learning_rate")
+        scaler.unscale_(optimizer)
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss)
+    optimizer.zero_grad(set_to_none=True)
+    model.train(False)
+    return TrainResult(
+        loss=sum(losses) / len(losses),
+        loss_first=losses[0],
+        loss_last=losses[-1],
+        steps=steps,
+        tokens=tokens,
+        seconds=time.monotonic() - started,
+        learning_rate=float(optimizer.param_groups[0]["lr"]),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+    )
+
+
+def schedule_factor(config: TrainingConfig, progress: float) -> float:
+    """Share of the peak learning rate at ``progress`` in [0, 1) of the whole run, all rounds together."""
+    if progress < config.warmup:
+        return max(progress / config.warmup, 1e-3)  # the first step of a warm-up still moves
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    return {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[config.schedule]
+
+
+def _base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Each group's peak rate, as it was when the optimizer was built."""
+    return [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def _shuffled(rows: int, size: int, seed: str, *, carry_over: bool) -> Iterator[list[int]]:
+    """Row numbers of one optimizer step after another, each pass in a new order.
+
+    With ``carry_over`` every step has exactly ``size`` rows and passes run into each other; without, a pass ends with
+    what is left of it.
+    """
+    generator = random.Random(seed)  # noqa: S311 - an order, not a secret
+    queue: list[int] = []
+    while True:
+        if not queue or (carry_over and len(queue) < size):
+            queue += generator.sample(range(rows), rows)
+            continue
+        yield queue[:size]
+        queue = queue[size:]

@@ -1,0 +1,76 @@
+"""The Flower ServerApp: reads the federation file, runs the rounds, leaves the results in the run folder."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import FederationConfig, resolved, settings_for_sites
+from common.errors import ConfigError, FedSpanError
+from common.yaml_file import load
+from server.run_folder import RunFolder
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation; ``federation`` and ``run-dir`` of the run config say which and where.
+
+    Raises:
+        FedSpanError: with the reason, after it was written to the run folder; Flower then marks the run failed.
+    """
+    source, run_dir = (Path(str(context.run_config.get(key, ""))) for key in ("federation", "run-dir"))
+    if not source.is_absolute() or not run_dir.is_absolute():
+        raise ConfigError("--run-config must give federation='/path/FEDERATION.yaml' and run-dir='/path/runs/NAME'")
+    config = resolved(load(source, FederationConfig), source)
+    folder = RunFolder.create(run_dir, config, source)
+    try:
+        _run(grid, config, source, folder)
+    except FedSpanError as error:
+        folder.fail(str(error))
+        raise
+    except BaseException as error:
+        folder.fail(f"the server stopped on {type(error).__name__}: {error}")
+        raise
+
+
+def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) -> None:
+    from server.evaluation import Evaluator
+    from server.report import write_report
+    from server.rounds import RoundLoop
+    from strategies.flower import make_strategy
+
+    evaluator = Evaluator(config, source)
+    state = evaluator.initial_state()
+    folder.model_info(
+        {
+            "base_digest": evaluator.base_digest,
+            "tokenizer_digest": evaluator.tokenizer_digest,
+            "model_parameters": evaluator.model_parameters,
+            "trained": {name: list(tensor.shape) for name, tensor in state.items()},
+        }
+    )
+    folder.event(
+        "started",
+        rounds=config.rounds,
+        strategy=config.strategy.name,
+        trained_tensors=len(state),
+        trained_parameters=sum(tensor.numel() for tensor in state.values()),
+        model_parameters=evaluator.model_parameters,
+    )
+    before = evaluator.answers(state)
+    strategy = make_strategy(config.strategy, seed=config.training.seed)
+    state = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(state)
+    after = evaluator.answers(state)
+    folder.samples(
+        [
+            {"prompt": b["prompt"], "expected": b["expected"], "before": b["answer"], "after": a["answer"]}
+            for b, a in zip(before, after, strict=True)
+        ]
+    )
+    evaluator.export(state, folder.path / "model")
+    folder.finish()
+    write_report(folder.path)
+
+

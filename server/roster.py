@@ -1,0 +1,141 @@
+"""Who takes part: every node says hello first, and is refused by name when its base model differs."""
+
+import time
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from common.config import CohortConfig
+from common.errors import FederationError
+from server.mailbox import POLL_SECONDS, Mailbox
+from server.run_folder import RunFolder
+
+_GROUP = "hello"
+
+
+@dataclass(frozen=True)
+class Member:
+    """An admitted site."""
+
+    site: str
+    train_rows: int
+    held_out_rows: int
+    device: str
+    rank: int
+
+
+class Roster:
+    """The admitted sites by node id.
+
+    Args:
+        grid: Flower's grid.
+        mailbox: shared with the round loop.
+        folder: where joins and refusals are noted.
+        settings: the federation settings that every site receives, as JSON.
+        base_digest: of the server's base model.
+        tokenizer_digest: of the server's tokenizer.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        mailbox: Mailbox,
+        folder: RunFolder,
+        settings: str,
+        *,
+        base_digest: str,
+        tokenizer_digest: str,
+    ) -> None:
+        self.members: dict[int, Member] = {}
+        self.refused: dict[int, str] = {}
+        self._grid, self._mailbox, self._folder = grid, mailbox, folder
+        self._settings = settings
+        self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
+        self._greeted: set[int] = set()
+
+    def greet(self) -> None:
+        """Ask every node that is new to say hello, and take in the answers that are there. Does not wait."""
+        new = [node_id for node_id in self._grid.get_node_ids() if node_id not in self._greeted]
+        if new:
+            content = RecordDict({"config": ConfigRecord({"federation": self._settings})})
+            self._mailbox.push([Message(content, node_id, MessageType.QUERY) for node_id in new], _GROUP)
+            self._greeted.update(new)
+        for sent, reply in self._mailbox.arrived(_GROUP):
+            self._take_in(sent.node_id, reply)
+
+    def connected(self) -> list[int]:
+        """Admitted nodes that are connected now, in a fixed order (by site name)."""
+        online = set(self._grid.get_node_ids()) & self.members.keys()
+        return sorted(online, key=lambda node_id: self.members[node_id].site)
+
+    def gather(self, cohort: CohortConfig) -> None:
+        """Wait until ``min_clients`` sites are admitted.
+
+        Raises:
+            FederationError: not enough came within ``join_deadline`` seconds; says who was refused and why.
+        """
+        deadline = time.monotonic() + cohort.join_deadline
+        reported = -1
+        while True:
+            self.greet()
+            ready = len(self.connected())
+            if ready >= cohort.min_clients:
+                return
+            if ready != reported:
+                left = max(0.0, deadline - time.monotonic())
+                self._folder.event("waiting", connected=ready, needed=cohort.min_clients, deadline=round(left))
+                reported = ready
+            silent = len(self._mailbox.waiting(_GROUP))
+            if time.monotonic() > deadline or (self.refused and not silent and self._hopeless(cohort.min_clients)):
+                reasons = [*self.refused.values()]
+                if silent:
+                    reasons.append(f"{silent} connected node(s) did not say hello")
+                raise FederationError(
+                    f"{ready} of {cohort.min_clients} sites joined within {cohort.join_deadline:g} seconds"
+                    + "".join(f"; {reason}" for reason in reasons)
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _hopeless(self, needed: int) -> bool:
+        """All nodes that could be needed are connected, and some of them are refused: waiting would not help."""
+        return len(list(self._grid.get_node_ids())) >= needed
+
+    def _take_in(self, node_id: int, reply: Message) -> None:
+        if reply.has_error():
+            self._refuse(node_id, f"node {node_id}", str(reply.error.reason))
+            return
+        hello = reply.content.config_records.get("config", ConfigRecord())
+        site = str(hello.get("site", f"node {node_id}"))
+        for what, key in (("base model", "base_digest"), ("tokenizer", "tokenizer_digest")):
+            theirs, ours = str(hello.get(key)), self._digests[what]
+            if theirs != ours:
+                self._refuse(node_id, site, f"{site}: its {what} differs: digest {theirs}, the federation's is {ours}")
+                return
+        numbers = [hello.get(key) for key in ("train_rows", "held_out_rows", "rank")]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers) or not numbers[0]:
+            self._refuse(node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers")
+            return
+        twin = [n for n in self.connected() if self.members[n].site == site]
+        if twin:
+            self._refuse(node_id, site, f"{site}: a site of this name has already joined")
+            return
+        member = Member(
+            site,
+            int(numbers[0]),  # type: ignore[arg-type]
+            int(numbers[1]),  # type: ignore[arg-type]
+            str(hello.get("device", "")),
+            int(numbers[2]),  # type: ignore[arg-type]
+        )
+        self.members[node_id] = member
+        self._folder.event(
+            "client_joined",
+            client=site,
+            num_examples=member.train_rows,
+            held_out=member.held_out_rows,
+            device=member.device,
+        )
+
+    def _refuse(self, node_id: int, site: str, reason: str) -> None:
+        self.refused[node_id] = reason
+        self._folder.event("client_refused", client=site, reason=reason)
