@@ -1,7 +1,7 @@
 """The Flower ClientApp of a site: takes a message, lets the session work, answers.
 
-Heavy modules are imported only when a message is there, so that a wrong site file is reported at once. A ``FedSpanError``
-is answered with its text; of any other exception only type and place leave the site, because its text might quote a row.
+Heavy modules are imported only when a message is there. A ``FedSpanError`` is answered with its text; of any other
+exception only type and place leave the site, because its text might quote a row.
 """
 
 import time
@@ -62,8 +62,8 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
 def hello(message: Message, context: Context) -> RecordDict:
     """Tell who this is and which base model it holds."""
     session = _session(message, context)
-    config = {key: value for key, value in asdict(session.hello()).items()}
-    return RecordDict({"config": ConfigRecord(config), "metrics": MetricRecord(session.seconds())})
+    facts = ConfigRecord(asdict(session.hello()))
+    return RecordDict({"config": facts, "metrics": MetricRecord(session.seconds())})
 
 
 @app.train()

@@ -19,7 +19,9 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     picked = torch.device(device)
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise TrainingError(f"device {device} is asked for; this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise TrainingError(
+            f"device {device} is asked for; this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
     return picked
 
 

@@ -81,7 +81,9 @@ class Session:
         """
         missing = self._tuned.parameters.keys() - tensors.keys()
         if missing:
-            raise TrainingError(f"{len(missing)} tensor(s) neither sent nor kept, e.g. {min(missing)}; send them in full")
+            raise TrainingError(
+                f"{len(missing)} tensor(s) neither sent nor kept, e.g. {min(missing)}; send them in full"
+            )
         frozen = {name: tensors[name] for name in self._tuned.parameters if name not in set(active)}
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
             raise TrainingError("the frozen tensors kept from an earlier round are out of date; send them in full")
@@ -209,9 +211,7 @@ class Session:
                 seed=training.seed + server_round,
             )
         if training.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay
-            )
+            return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
 
 

@@ -106,7 +106,9 @@ def train(
             loss += float(summed.detach()) / max(counted, 1)
             tokens += int(batch["attention_mask"].sum())
         if not math.isfinite(loss):
-            raise TrainingError(f"loss is {loss} in round {server_round}, step {step + 1}; lower training.learning_rate")
+            raise TrainingError(
+                f"loss is {loss} in round {server_round}, step {step + 1}; lower training.learning_rate"
+            )
         scaler.unscale_(optimizer)
         if config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

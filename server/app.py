@@ -72,5 +72,3 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) 
     evaluator.export(state, folder.path / "model")
     folder.finish()
     write_report(folder.path)
-
-

@@ -114,7 +114,9 @@ class Roster:
                 return
         numbers = [hello.get(key) for key in ("train_rows", "held_out_rows", "rank")]
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers) or not numbers[0]:
-            self._refuse(node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers")
+            self._refuse(
+                node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers"
+            )
             return
         twin = [n for n in self.connected() if self.members[n].site == site]
         if twin:

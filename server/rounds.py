@@ -93,10 +93,9 @@ class RoundLoop:
             outcome = strategy.rule.aggregate(number, state, self._updates(this, state, group, due, deadline))
         except AggregationError as error:
             raise FederationError(f"round {number}: {error}{_reasons(this.problems)}") from None
-        if len(this.records) < cohort.min_clients:
-            raise FederationError(
-                f"round {number}: {len(this.records)} valid updates, {cohort.min_clients} needed{_reasons(this.problems)}"
-            )
+        valid, needed = len(this.records), cohort.min_clients
+        if valid < needed:
+            raise FederationError(f"round {number}: {valid} valid updates, {needed} needed{_reasons(this.problems)}")
         self._close(this, outcome.diagnostics)
         return outcome.state
 
@@ -158,7 +157,9 @@ class RoundLoop:
         self._folder.event(kind, round=this.number, client=name, reason=reason)
 
     def _note_update(self, this: _Round, sent: Sent, reply: Message, update: Update, evaluated: bool) -> None:
-        metrics = {key: float(v) for key, v in reply.content.metric_records["metrics"].items() if not isinstance(v, list)}
+        metrics = {
+            key: float(v) for key, v in reply.content.metric_records["metrics"].items() if not isinstance(v, list)
+        }
         up = sum(wire.num_bytes(record) for record in reply.content.array_records.values())
         this.bytes_up += up
         trained = {**_under("train.", metrics), "num_examples": update.num_examples}

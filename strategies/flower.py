@@ -41,7 +41,6 @@ from strategies.fedftg import FedFTGRule
 from strategies.lora_names import rank_of
 from strategies.rule import Rule, Tensors, Update
 
-
 MetricValue = int | float | list[int] | list[float]
 
 

@@ -1,0 +1,109 @@
+"""A mistake in either file becomes one clear error that names file, key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config import FederationConfig, FedFTGConfig, SiteConfig, resolved, settings_for_sites
+from common.errors import ConfigError
+from common.yaml_file import load, parse
+
+FEDERATION = """
+name: icd
+model: {path: model}
+strategy: fedftg
+rounds: 3
+training: {learning_rate: 1.0e-3, local_steps: 4}
+local: {sites: [site-a.yaml]}
+"""
+SITE = """
+name: site-a
+data: {path: rows.jsonl, prompt: term, answer: title}
+"""
+
+
+def federation(tmp_path: Path, text: str) -> FederationConfig:
+    file = tmp_path / "federation.yaml"
+    file.write_text(text)
+    return load(file, FederationConfig)
+
+
+def test_strategy_may_be_one_word(tmp_path: Path) -> None:
+    assert federation(tmp_path, FEDERATION).strategy == FedFTGConfig()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("rounds: 3", "roundz: 3", "unknown key `roundz`; did you mean `rounds`?"),
+        ("rounds: 3", "rounds: 0", "`rounds` is 0: input should be greater than or equal to 1"),
+        ("rounds: 3", "rounds: '3'", "`rounds` is '3': input should be a valid integer"),
+        ("rounds: 3\n", "", "missing key `rounds`"),
+        ("local_steps: 4", "local_stps: 4", "unknown key `training.local_stps`; did you mean `local_steps`?"),
+        (
+            "1.0e-3",
+            "1e-3",
+            "`training.learning_rate` is '1e-3': input should be a valid number (YAML reads this as text",
+        ),
+        ("local_steps: 4", "batch_size: 4", "give exactly one of `local_steps` and `local_epochs`"),
+        ("fedftg", "fedfgt", "`strategy.name` is 'fedfgt'; allowed: 'fedftg', "),
+        ("fedftg", "{name: fedftg, rnak: 3}", "unknown key `strategy.rnak`; did you mean `rank`?"),
+        ("fedftg", "{name: rolora, optimizer_state: keep}", "`strategy.optimizer_state` is 'keep'"),
+        ("{path: model}", "{path: model, hub: a/b}", "`model`: give exactly one of `path` and `hub`"),
+        ("{path: model}", "{hub: a/b}", "`revision` (a commit of the hub model) is required with `hub`"),
+        ("name: icd", "name: ../icd", "`name` is '../icd'"),
+        ("name: icd", "name: icd\nname: two", "key 'name' appears twice"),
+        ("name: icd", "name: [icd", "not valid YAML"),
+    ],
+)
+def test_mistake_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in FEDERATION
+    with pytest.raises(ConfigError) as caught:
+        federation(tmp_path, FEDERATION.replace(old, new))
+    assert str(caught.value).startswith(f"{tmp_path / 'federation.yaml'}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        federation(tmp_path, FEDERATION.replace("rounds: 3", "roundz: 3\nrounds: 3").replace("1.0e-3", "-1.0"))
+    assert "unknown key `roundz`" in str(caught.value)
+    assert "`training.learning_rate` is -1.0: input should be greater than 0" in str(caught.value)
+
+
+def test_missing_file_and_empty_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load(tmp_path / "absent.yaml", SiteConfig)
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match="must be a mapping with the keys `name`, `data`"):
+        load(tmp_path / "empty.yaml", SiteConfig)
+
+
+def test_site_file_names_its_nested_keys(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(SITE.replace("prompt: term", "promt: term"))
+    with pytest.raises(
+        ConfigError, match=r"missing key `data.prompt`.*unknown key `data.promt`; did you mean `prompt`\?"
+    ):
+        load(file, SiteConfig)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = resolved(federation(tmp_path, FEDERATION), tmp_path / "federation.yaml")
+    assert config.model.path == str(tmp_path / "model")
+    assert config.local is not None
+    assert config.local.sites == [str(tmp_path / "site-a.yaml")]
+    assert resolved(config, Path("/elsewhere/f.yaml")) == config
+
+
+def test_sites_receive_all_but_the_servers_own_settings(tmp_path: Path) -> None:
+    text = FEDERATION + "evaluation: {every: 2, server: {path: secret.jsonl, prompt: term, answer: title}}\n"
+    config = federation(tmp_path, text)
+    sent = settings_for_sites(config)
+    assert "secret" not in sent
+    assert "site-a" not in sent
+    received = parse(yaml.safe_load(sent), FederationConfig, "message")
+    assert received.evaluation.every == 2
+    assert received.training == config.training

@@ -1,0 +1,103 @@
+"""Tensors pass the wire bit for bit; anything else is refused by name."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import wire
+from common.errors import WireError
+
+
+def through_flower(record: ArrayRecord) -> ArrayRecord:
+    """A record after Flower's own serialisation, as it comes out at the other end."""
+    contents = {key: obj.deflate() for key, obj in get_all_nested_objects(record).items()}
+    received = inflate_object_from_contents(record.object_id, contents)
+    assert isinstance(received, ArrayRecord)
+    return received
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    st.integers(0, 2**32 - 1),
+)
+def test_every_bit_pattern_survives(dtype: torch.dtype, shape: list[int], seed: int) -> None:
+    width = torch.empty(0, dtype=dtype).element_size()
+    count = int(np.prod(shape))
+    raw = np.random.default_rng(seed).integers(0, 256, size=count * width, dtype=np.uint8)  # NaNs and infinities too
+    tensor = torch.from_numpy(raw).view(dtype).reshape(shape)
+    received = wire.decode(through_flower(wire.encode({"a.weight": tensor})))["a.weight"]
+    assert received.dtype == dtype
+    assert received.shape == tensor.shape
+    assert bits(received) == bits(tensor)
+
+
+def test_non_contiguous_tensor_keeps_its_values() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    assert torch.equal(wire.decode(wire.encode({"x": tensor}))["x"], tensor)
+
+
+def test_decoded_tensor_is_writable_and_owns_its_memory() -> None:
+    record = wire.encode({"x": torch.zeros(2, dtype=torch.bfloat16), "y": torch.zeros(2)})
+    for tensor in wire.decode(record).values():
+        tensor.add_(1)
+    assert all(not t.any() for t in wire.decode(record).values())
+
+
+def test_float32_record_is_readable_with_flower_alone() -> None:
+    tensor = torch.randn(3, 4)
+    np.testing.assert_array_equal(wire.encode({"w": tensor})["w"].numpy(), tensor.numpy())
+
+
+def test_num_bytes_counts_the_payload() -> None:
+    assert wire.num_bytes(wire.encode({"a": torch.zeros(10, 10, dtype=torch.bfloat16)})) == 200
+
+
+def npy(value: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=True)
+    return buffer.getvalue()
+
+
+class Evil:
+    """Would touch the disk when unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array("float32", (2,), "numpy.ndarray", npy(np.zeros(3, np.float32))),  # other shape than declared
+        Array("float64", (3,), "numpy.ndarray", npy(np.zeros(3, np.float32))),  # other dtype than declared
+        Array("float32", (3,), "numpy.ndarray", npy(np.zeros(3, np.float32))[:-1]),  # cut off
+        Array("float32", (3,), "numpy.ndarray", b""),
+        Array("float32", (1,), "numpy.ndarray", pickle.dumps(Evil())),
+        Array("object", (1,), "numpy.ndarray", npy(np.array([Evil()], dtype=object))),
+        Array("float32", (1,), "numpy.ndarray", npy(np.array([Evil()], dtype=object))),
+        Array("bfloat16", (3,), wire.BF16, b"\0" * 5),
+        Array("float32", (3,), wire.BF16, b"\0" * 6),
+        Array("float32", (3,), "pickle", b"\0" * 12),
+    ],
+)
+def test_malformed_array_is_refused_by_name(array: Array) -> None:
+    with pytest.raises(WireError, match=r"layer\.weight"):
+        wire.decode({"layer.weight": array})
+
+
+def test_dtype_that_cannot_travel_is_refused_by_name() -> None:
+    with pytest.raises(WireError, match=r"x: dtype torch.complex64"):
+        wire.encode({"x": torch.zeros(1, dtype=torch.complex64)})
