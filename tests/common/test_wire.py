@@ -30,7 +30,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    st.lists(st.integers(1, 5), min_size=0, max_size=3),
     st.integers(0, 2**32 - 1),
 )
 def test_every_bit_pattern_survives(dtype: torch.dtype, shape: list[int], seed: int) -> None:
@@ -101,3 +101,8 @@ def test_malformed_array_is_refused_by_name(array: Array) -> None:
 def test_dtype_that_cannot_travel_is_refused_by_name() -> None:
     with pytest.raises(WireError, match=r"x: dtype torch.complex64"):
         wire.encode({"x": torch.zeros(1, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_tensor_keeps_its_shape(dtype: torch.dtype) -> None:
+    assert wire.decode(through_flower(wire.encode({"x": torch.empty(3, 0, dtype=dtype)})))["x"].shape == (3, 0)

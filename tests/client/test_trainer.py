@@ -1,0 +1,126 @@
+"""The local loop: accumulation is exact, the schedule runs over the whole federation, every row is used."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from client.trainer import Batch, _shuffled, schedule_factor, train
+from common.config import TrainingConfig
+from common.errors import TrainingError
+
+Row = tuple[list[float], list[int]]
+
+
+def settings(**changes: object) -> TrainingConfig:
+    base: dict[str, object] = {"learning_rate": 0.1, "local_steps": 3, "batch_size": 4, "max_grad_norm": None}
+    return TrainingConfig.model_validate({**base, **changes})
+
+
+def rows(count: int, seed: int = 0) -> list[Row]:
+    """Rows of different length: ``length`` inputs and as many labels, some of them not counted."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(count):
+        x = torch.randn(1 + i % 3, generator=generator)
+        out.append((x.tolist(), [0 if j % 2 == 0 else -100 for j in range(len(x))]))
+    return out
+
+
+def collate(batch: list[Row]) -> Batch:
+    width = max(len(x) for x, _ in batch)
+    pad = [width - len(x) for x, _ in batch]
+    return {
+        "x": torch.tensor([x + [0.0] * p for (x, _), p in zip(batch, pad, strict=True)]),
+        "labels": torch.tensor([y + [-100] * p for (_, y), p in zip(batch, pad, strict=True)]),
+        "attention_mask": torch.tensor([[1] * len(x) + [0] * p for (x, _), p in zip(batch, pad, strict=True)]),
+    }
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    counted = batch["labels"] != -100
+    error = (model(batch["x"].unsqueeze(-1)).squeeze(-1) - 1.0).square()
+    return (error * counted).sum(), int(counted.sum())
+
+
+def run(config: TrainingConfig, count: int = 8, **options: Any) -> tuple[list[float], Any]:
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    defaults: dict[str, Any] = {"server_round": 1, "rounds": 2, "max_batch_size": None, "seed": "s"}
+    result = train(
+        model,
+        torch.optim.SGD(model.parameters(), lr=config.learning_rate),
+        rows(count),
+        collate,
+        loss_sum,
+        config,
+        device=torch.device("cpu"),
+        autocast=None,
+        **{**defaults, **options},
+    )
+    return [p.item() for p in model.parameters()], result
+
+
+@pytest.mark.parametrize("same", [{"max_batch_size": 3}, {"max_batch_size": 1}])
+def test_cap_on_the_batch_changes_nothing_but_memory(same: dict[str, int]) -> None:
+    assert run(settings(), **same)[0] == pytest.approx(run(settings())[0], rel=1e-6)
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    accumulated = run(settings(batch_size=2, gradient_accumulation=2))[0]
+    assert accumulated == pytest.approx(run(settings(batch_size=4))[0], rel=1e-6)
+
+
+def test_one_step_is_gradient_descent_on_the_mean_over_counted_tokens() -> None:
+    after, result = run(settings(local_steps=1, batch_size=8))
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    w, b = (p.item() for p in model.parameters())
+    inputs = [v for x, y in rows(8) for v, label in zip(x, y, strict=True) if label != -100]
+    errors = [w * v + b - 1.0 for v in inputs]
+    n = len(inputs)
+    assert result.loss == pytest.approx(sum(e * e for e in errors) / n)
+    grad_w = sum(2 * e * v for e, v in zip(errors, inputs, strict=True)) / n
+    assert after == pytest.approx([w - 0.1 * grad_w, b - 0.1 * sum(2 * e for e in errors) / n], rel=1e-5)
+
+
+def test_epochs_take_every_row_once_each() -> None:
+    result = run(settings(local_steps=None, local_epochs=2, batch_size=3), count=8)[1]
+    assert result.steps == 6  # 3 + 3 + 2 rows, twice
+    assert result.tokens == 2 * sum(len(x) for x, _ in rows(8))
+
+
+def test_same_seed_same_result_and_other_seed_other_order() -> None:
+    assert run(settings())[0] == run(settings())[0]
+    assert run(settings())[0] != run(settings(), seed="t")[0]
+
+
+@pytest.mark.parametrize("carry_over", [True, False])
+def test_order_covers_all_rows_in_every_pass(carry_over: bool) -> None:
+    taken = list(itertools.chain.from_iterable(itertools.islice(_shuffled(5, 2, "x", carry_over=carry_over), 15)))
+    assert sorted(taken[:5]) == sorted(taken[5:10]) == [0, 1, 2, 3, 4]
+    assert taken[:5] != taken[5:10]
+
+
+def test_schedule_spans_all_rounds() -> None:
+    linear = settings(schedule="linear", warmup=0.5)
+    assert schedule_factor(linear, 0.25) == 0.5
+    assert schedule_factor(linear, 0.5) == 1.0
+    assert schedule_factor(linear, 0.75) == 0.5
+    assert schedule_factor(settings(schedule="cosine"), 0.5) == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert schedule_factor(settings(), 0.9) == 1.0
+    assert schedule_factor(linear, 0.0) > 0
+
+
+def test_learning_rate_continues_in_the_next_round() -> None:
+    config = settings(schedule="linear", local_steps=2)
+    rates = [run(config, server_round=r)[1].learning_rate for r in (1, 2)]
+    assert rates == pytest.approx([0.1 * 0.75, 0.1 * 0.25])
+
+
+def test_loss_that_is_not_finite_stops_with_the_place() -> None:
+    with pytest.raises(TrainingError, match=r"round 2, step [23]; lower training.learning_rate"):
+        run(settings(learning_rate=1e30), server_round=2)
