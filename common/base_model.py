@@ -37,10 +37,12 @@ def load_base(source: str, revision: str | None, dtype: Dtype) -> Base:
         ModelError: the folder is absent, or holds no model that transformers can read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     if revision is None and not (Path(source) / "config.json").is_file():
         what = "holds no config.json" if Path(source).is_dir() else "does not exist"
         raise ModelError(f"model folder {source} {what}; it must be a folder written by save_pretrained")
+    logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)

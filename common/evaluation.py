@@ -1,0 +1,156 @@
+"""Held-out evaluation: loss and perplexity on answers, and scores of generated answers. Never teacher-forced argmax."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.chat import causal_loss_sum, collate, encode, end_ids, pad_id, prompt_ids
+from common.config import EvaluationConfig
+from common.metrics import score
+from common.rows import Row
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Held-out loss.
+
+    Attributes:
+        loss: mean cross-entropy over all answer tokens, nats.
+        perplexity: exp(loss).
+        tokens: answer tokens counted.
+        examples: rows.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    examples: int
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    rows: list[Row],
+    config: EvaluationConfig,
+    *,
+    system: str | None,
+    max_length: int,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+) -> dict[str, float]:
+    """All metrics of a model on some rows.
+
+    Returns:
+        loss, perplexity, tokens, examples; with ``config.generate`` also generated (rows), rouge_l, bleu_4, exact_match.
+    """
+    chosen = in_fixed_order(rows)
+    result = evaluate_loss(
+        model,
+        tokenizer,
+        chosen[: config.max_examples],
+        system=system,
+        max_length=max_length,
+        batch_size=config.batch_size,
+        device=device,
+        autocast_dtype=autocast_dtype,
+    )
+    metrics = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "tokens": float(result.tokens),
+        "examples": float(result.examples),
+    }
+    asked = chosen[: config.generate]
+    if asked:
+        answers = generate_answers(
+            model,
+            tokenizer,
+            asked,
+            system=system,
+            max_length=max_length,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            device=device,
+            autocast_dtype=autocast_dtype,
+        )
+        metrics |= {"generated": float(len(asked)), **score(answers, [row.answer for row in asked])}
+    return metrics
+
+
+def in_fixed_order(rows: list[Row]) -> list[Row]:
+    """Rows ordered by a hash of their content: the first k are the same rows in every round, and mixed."""
+    return sorted(rows, key=Row.key)
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    rows: list[Row],
+    *,
+    system: str | None,
+    max_length: int,
+    batch_size: int,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+) -> LossResult:
+    """Mean loss over the answer tokens of all rows."""
+    was_training = model.training
+    model.train(False)
+    examples = [encode(tokenizer, row, system, max_length) for row in rows]
+    examples.sort(key=lambda example: len(example.input_ids))  # little padding
+    total, tokens = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            loss, counted = causal_loss_sum(model, {key: value.to(device) for key, value in batch.items()})
+        total, tokens = total + float(loss), tokens + counted
+    model.train(was_training)
+    mean = total / max(tokens, 1)
+    return LossResult(mean, math.exp(min(mean, 700.0)), tokens, len(rows))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    rows: list[Row],
+    *,
+    system: str | None,
+    max_length: int,
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+) -> list[str]:
+    """Greedy answers to the rows' prompts, in their order; a prompt keeps its last ``max_length`` tokens."""
+    from transformers import GenerationConfig
+
+    was_training = model.training
+    model.train(False)
+    padding = pad_id(tokenizer)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids(tokenizer), pad_token_id=padding
+    )
+    prompts = [prompt_ids(tokenizer, row.prompt, system)[-max_length:] for row in rows]
+    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(rows)
+    for start in range(0, len(rows), batch_size):
+        some = by_length[start : start + batch_size]
+        width = max(len(prompts[i]) for i in some)
+        ids = torch.full((len(some), width), padding)
+        mask = torch.zeros_like(ids)
+        for line, i in enumerate(some):  # padded on the left: generation continues at the right
+            ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[line, width - len(prompts[i]) :] = 1
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
+        for line, i in enumerate(some):
+            answers[i] = tokenizer.decode(out[line, width:], skip_special_tokens=True).strip()
+    model.train(was_training)
+    return answers
