@@ -1,0 +1,168 @@
+"""Processes that are started together and stopped together: none outlives its supervisor."""
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from common.errors import LaunchError
+
+MARK = "FEDSPAN_RUN"  # environment variable that every process of a run carries, however deep
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Started:
+    """A process under supervision."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class Supervisor:
+    """Starts processes with a log file each, and stops all of them with all they started.
+
+    Use as a context manager: leaving it, in whatever way, stops everything. Should this process be killed itself, the
+    kernel ends its direct children (Linux), and Flower's own children end with their parents.
+
+    Args:
+        logs: folder of the log files.
+        grace: seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(self, logs: Path, grace: float = 5.0) -> None:
+        self.started: list[Started] = []
+        self._logs, self._grace = logs, grace
+        self._mark = uuid.uuid4().hex
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Started:
+        """Start a process; its output goes to ``<logs>/<name>.log``.
+
+        Raises:
+            LaunchError: the program cannot be executed.
+        """
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / f"{name}.log"
+        with log.open("ab") as out:
+            out.write(f"$ {shlex.join(command)}\n".encode())
+            out.flush()
+            try:
+                process = subprocess.Popen(  # noqa: S603 - the command is ours
+                    command,
+                    env={**env, MARK: self._mark},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops the others in order
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509
+                )
+            except OSError as error:
+                raise LaunchError(f"{name}: {command[0]} cannot be started ({error.strerror})") from None
+        started = Started(name, process, log)
+        self.started.append(started)
+        return started
+
+    def dead(self) -> Started | None:
+        """A process that has ended although nobody stopped it; None while all live."""
+        return next((s for s in self.started if s.process.poll() is not None), None)
+
+    def stop(self) -> None:
+        """Stop every process of the run: SIGTERM first, SIGKILL after the grace period. Returns when none is left."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + self._grace
+        while self._living() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        while self._living():
+            self._signal(signal.SIGKILL)
+            time.sleep(0.05)
+        self.started.clear()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._living():
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+    def _living(self) -> list[psutil.Process]:
+        """Every process that carries this run's mark, children of children and re-parented ones included."""
+        for started in self.started:
+            started.process.poll()  # reap
+        return marked(self._mark)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes whose environment has ``FEDSPAN_RUN`` set to ``mark``."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on now, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def port_in_use(port: int) -> bool:
+    """Whether somebody listens on a port of the loopback interface."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def listens(port: int) -> bool:
+    """Whether a connection to a port of the loopback interface is accepted."""
+    with socket.socket() as s:
+        s.settimeout(1.0)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def last_lines(log: Path, count: int = 5) -> str:
+    """The end of a log file, on one line."""
+    if not log.exists():
+        return ""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return " | ".join([line for line in lines if line][-count:])
+
+
+def _die_with_parent() -> None:
+    """In the child, before it becomes another program: ask the kernel to end it when its parent dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

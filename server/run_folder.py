@@ -1,0 +1,175 @@
+"""The folder of one run: everything that a person, a program or the launcher reads about it.
+
+    federation.yaml   the federation file with all defaults and absolute paths
+    run.json          status, reason of a failure, versions, machine, digests
+    events.jsonl      what happened, one line each, as it happens
+    metrics.jsonl     numbers: one record per round, site and phase
+    samples.json      the server's own questions, answered before and after
+    tensorboard/      the same numbers for TensorBoard
+    model/            the fine-tuned result
+    report.html       all of it on one page
+
+Only the ServerApp writes here. A whole file appears at once or not at all; a line is flushed as soon as it is written.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from common.config import FederationConfig, resolved
+from common.errors import LaunchError
+
+_PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
+
+
+class RunFolder:
+    """Writes a run's folder. Make one with ``create``."""
+
+    def __init__(self, path: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = path
+        self._started = time.time()
+        self._run: dict[str, Any] = {}
+        self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def create(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
+        """Make the folder of a new run.
+
+        Args:
+            path: the folder; it may exist as long as it holds no run.
+            federation: the federation file's content.
+            source: where that file lies; its relative paths are relative to its folder.
+
+        Raises:
+            LaunchError: the folder already holds a run, or cannot be written.
+        """
+        refuse_existing(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            settings = resolved(federation, source).model_dump(mode="json")
+            write_atomically(path / "federation.yaml", yaml.safe_dump(settings, sort_keys=False))
+            folder = cls(path)
+        except OSError as error:
+            raise LaunchError(f"run folder {path} cannot be written: {error.strerror}") from None
+        folder.model_info(
+            {
+                "status": "running",
+                "name": federation.name,
+                "started": folder._started,
+                "versions": {"python": platform.python_version(), **_versions()},
+                "machine": _machine(),
+            }
+        )
+        return folder
+
+    def model_info(self, facts: Mapping[str, object]) -> None:
+        """Add facts to run.json."""
+        self._run |= facts
+        write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Note that something happened."""
+        self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, **fields})
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Note numbers of one round, client and phase (train, evaluate or aggregate), here and for TensorBoard."""
+        self._append("metrics.jsonl", dict(record))
+        for section in ("train", "evaluate", "seconds", "bytes", "diagnostics"):
+            for key, value in record.get(section, {}).items():
+                tag = f"{section}/{key}/{record['client']}"
+                self._board.add_scalar(tag, value, record["round"])  # type: ignore[no-untyped-call]
+
+    def samples(self, samples: list[dict[str, str]]) -> None:
+        """Keep questions of the server's own set with their answers before and after; never a site's rows."""
+        write_atomically(self.path / "samples.json", json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        """The run ended well."""
+        self._end("completed", None)
+
+    def fail(self, reason: str) -> None:
+        """The run ended with a reason."""
+        self._end("failed", reason)
+
+    def _end(self, status: str, reason: str | None) -> None:
+        seconds = round(time.time() - self._started, 3)
+        self._board.close()  # type: ignore[no-untyped-call]
+        if reason is None:
+            self.event("finished", seconds=seconds)
+        else:
+            self.event("failed", reason=reason)
+        self.model_info({"status": status, "reason": reason, "finished": time.time(), "seconds": seconds})
+
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise a LaunchError when ``path`` already holds a run."""
+    if (path / "run.json").exists():
+        raise LaunchError(f"{path} already holds a run; choose another name, or remove the folder")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file so that a reader, or a crash, never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; none when it does not exist; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not complete yet
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """The same value with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, object]:
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "gpus": gpus}
