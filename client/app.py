@@ -63,7 +63,7 @@ def hello(message: Message, context: Context) -> RecordDict:
     """Tell who this is and which base model it holds."""
     session = _session(message, context)
     facts = ConfigRecord(asdict(session.hello()))
-    return RecordDict({"config": facts, "metrics": MetricRecord(session.seconds())})
+    return RecordDict({"config": facts, "metrics": MetricRecord({**session.seconds()})})
 
 
 @app.train()

@@ -1,13 +1,14 @@
 """GaLore (arXiv 2403.03507): Adam or SGD in a low-rank subspace of the gradient.
 
 For a gradient G (m, n) every ``update_proj_gap`` steps a basis P is taken from G: for m >= n of its right singular
-vectors, P (r, n) and R = G P^T (m, r); else of its left ones, P (m, r) and R = P^T G (r, n). The inner optimizer runs in
-R's shape, its step is projected back.
+vectors, P (r, n) and R = G P^T (m, r); else of its left ones, P (m, r) and R = P^T G (r, n). The inner optimizer runs
+in R's shape, its step is projected back.
 
 Three differences from galore-torch: the basis comes from a randomized range finder that is warm-started with the last
-basis (a federation refreshes in every round, so a full SVD per refresh would be most of the work); the change of a weight
-within a round is kept in its exact factors, W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank and a
-bfloat16 weight loses no small step; the state holds only tensors and numbers, so it loads with ``weights_only=True``.
+basis (a federation refreshes in every round, so a full SVD per refresh would be most of the work); the change of a
+weight within a round is kept in its exact factors, W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank
+and a bfloat16 weight loses no small step; the state holds only tensors and numbers, so it loads with
+``weights_only=True``.
 """
 
 import hashlib

@@ -102,7 +102,7 @@ def train(
             on_device = {key: value.to(device) for key, value in batch.items()}
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 summed, _ = loss_sum(model, on_device)
-            scaler.scale(summed / max(counted, 1)).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(summed / max(counted, 1)).backward()
             loss += float(summed.detach()) / max(counted, 1)
             tokens += int(batch["attention_mask"].sum())
         if not math.isfinite(loss):

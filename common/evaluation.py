@@ -44,7 +44,8 @@ def evaluate_model(
     """All metrics of a model on some rows.
 
     Returns:
-        loss, perplexity, tokens, examples; with ``config.generate`` also generated (rows), rouge_l, bleu_4, exact_match.
+        loss, perplexity, tokens, examples; with ``config.generate`` also generated (rows), rouge_l, bleu_4 and
+        exact_match.
     """
     chosen = in_fixed_order(rows)
     result = evaluate_loss(

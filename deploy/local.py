@@ -1,7 +1,7 @@
 """Run a federation on this machine: ``python -m deploy.local FEDERATION.yaml``.
 
-Starts a SuperLink, one SuperNode for every site file and the run, as separate processes that talk gRPC over loopback, just as
-on many machines. Stops all of them at the end, on Ctrl-C and on failure.
+Starts a SuperLink, one SuperNode for every site file and the run, as separate processes that talk gRPC over loopback,
+just as on many machines. Stops all of them at the end, on Ctrl-C and on failure.
 
 Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong, 130 interrupted.
 """
@@ -127,7 +127,9 @@ def _environment(plan: Plan, control: int) -> dict[str, str]:
     }
     if plan.federation.model.path is not None:
         fixed["HF_HUB_OFFLINE"] = "1"
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # Flower's programs find each other
+    path = os.pathsep.join(
+        [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    )  # Flower's programs find each other
     return {**defaults, **os.environ, **fixed, "PATH": path}
 
 

@@ -75,7 +75,7 @@ class Supervisor:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops the others in order
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509
+                    preexec_fn=_die_with_parent,
                 )
             except OSError as error:
                 raise LaunchError(f"{name}: {command[0]} cannot be started ({error.strerror})") from None

@@ -114,13 +114,16 @@ def describe(event: Event) -> str:
     if kind == "waiting":
         return f"waiting for sites: {event['connected']} of {event['needed']} (at most {event['deadline']} s more)"
     if kind == "client_joined":
-        return f"{event['client']} joined: {event['num_examples']} rows, {event['held_out']} held out, {event['device']}"
+        return (
+            f"{event['client']} joined: {event['num_examples']} rows, {event['held_out']} held out, {event['device']}"
+        )
     if kind in ("client_refused", "client_failed", "update_refused"):
         return f"{kind.replace('_', ' ')}: {event['reason']}"
     if kind == "round_started":
         return f"round {event['round']}: {', '.join(event['clients'])}"
     if kind == "reply":
-        return f"round {event['round']}: {event['client']} trained, loss {_number(event['loss'])}, {event['seconds']:.1f} s"
+        loss = _number(event["loss"])
+        return f"round {event['round']}: {event['client']} trained, loss {loss}, {event['seconds']:.1f} s"
     if kind == "evaluated":
         rouge = "" if event.get("rouge_l") is None else f", ROUGE-L {event['rouge_l']:.3f}"
         return f"after round {event['round']}: {event['client']} held-out loss {_number(event['loss'])}{rouge}"

@@ -1,5 +1,10 @@
 """stub to be replaced"""
+
 from pathlib import Path
+
+
 def write_report(run_dir: Path) -> Path:
-    """x."""
-    f = run_dir / "report.html"; f.write_text("x"); return f
+    """X."""
+    f = run_dir / "report.html"
+    f.write_text("x")
+    return f

@@ -40,7 +40,7 @@ class RunFolder:
         self.path = path
         self._started = time.time()
         self._run: dict[str, Any] = {}
-        self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(path / "tensorboard"))
 
     @classmethod
     def create(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
@@ -88,7 +88,7 @@ class RunFolder:
         for section in ("train", "evaluate", "seconds", "bytes", "diagnostics"):
             for key, value in record.get(section, {}).items():
                 tag = f"{section}/{key}/{record['client']}"
-                self._board.add_scalar(tag, value, record["round"])  # type: ignore[no-untyped-call]
+                self._board.add_scalar(tag, value, record["round"])
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         """Keep questions of the server's own set with their answers before and after; never a site's rows."""
@@ -104,7 +104,7 @@ class RunFolder:
 
     def _end(self, status: str, reason: str | None) -> None:
         seconds = round(time.time() - self._started, 3)
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
         if reason is None:
             self.event("finished", seconds=seconds)
         else:
@@ -136,7 +136,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; none when it does not exist; a last line that is still being written is left out."""
+    """The records of a .jsonl file, without a last line that is still being written; none when there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

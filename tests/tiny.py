@@ -9,7 +9,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TERMS = [f"{a} {b} of the {c}" for a in ("acute", "chronic") for b in ("pain", "swelling") for c in ("hand", "foot", "ear")]
+TERMS = [
+    f"{a} {b} of the {c}" for a in ("acute", "chronic") for b in ("pain", "swelling") for c in ("hand", "foot", "ear")
+]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -23,7 +25,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TERMS, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")  # noqa: S106
     fast.chat_template = TEMPLATE
@@ -98,7 +102,9 @@ def make_federation(folder: Path, sizes: dict[str, int], **changes: Any) -> Path
         "local": {"sites": [f"{site}.yaml" for site in sizes]},
     }
     for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+        config[key] = (
+            {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+        )
     file = folder / "federation.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
