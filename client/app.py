@@ -29,6 +29,7 @@ app = ClientApp()
 SITE_KEY = "site"  # node-config key: path of the site file
 _FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _FROZEN = "frozen"  # the context's record of frozen tensors kept for the next message
+_KEPT = "kept"  # the context's record of what never leaves the site: a local head, optimizer moments
 
 _sessions: dict[tuple[str, str], "Session"] = {}
 Handler = Callable[[Message, Context], RecordDict]
@@ -73,12 +74,14 @@ def train(message: Message, context: Context) -> RecordDict:
     from common import wire
 
     session = _session(message, context)
+    session.kept = wire.decode(context.state.array_records.get(_KEPT, ArrayRecord()))
     request = message.content.config_records["config"]
     active = [str(name) for name in request["active"]]  # type: ignore[union-attr]
     frozen = session.set_state(_tensors(message, context), _text(request, "frozen-digest"), active)
     context.state.array_records[_FROZEN] = wire.encode(frozen)
     measured = session.evaluate() if request.get("evaluate") else {}
     trained, metrics = session.train(int(request["server-round"]), active)  # type: ignore[arg-type]
+    context.state.array_records[_KEPT] = wire.encode(session.kept)
     reply = ConfigRecord({"frozen-digest": request["frozen-digest"]} if frozen else {})
     return RecordDict(
         {
@@ -93,7 +96,10 @@ def train(message: Message, context: Context) -> RecordDict:
 @_answering
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Evaluate the state that came in."""
+    from common import wire
+
     session = _session(message, context)
+    session.kept = wire.decode(context.state.array_records.get(_KEPT, ArrayRecord()))
     session.set_state(_tensors(message, context), None, [])
     measured = session.evaluate()
     return RecordDict({"metrics": MetricRecord({**measured, **session.seconds()})})

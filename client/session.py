@@ -6,7 +6,7 @@ than one message makes it once.
 
 import time
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from client.device import pick_autocast, pick_device
 from client.galore import GaLore
+from client.optimizer_state import capture, restore
 from client.trainer import train
 from common import tuning
-from common.base_model import Base, load_base
-from common.chat import causal_loss_sum, collate, encode, pad_id
-from common.config import FederationConfig, FedFTGConfig, FlexLoRAConfig, SiteConfig, resolve
+from common.base_model import Base
+from common.config import FederationConfig, FedFTGConfig, FlexLoRAConfig, LoraConfig, SiteConfig, resolve
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, TrainingError
-from common.evaluation import evaluate_model
 from common.rows import Row, load_rows, split_held_out
+from common.tasks import Place, make_task
 
 Tensors = dict[str, Tensor]
 
@@ -47,13 +47,19 @@ class Session:
         site: the site file's content.
         site_file: where it lies; its relative paths are relative to it.
         federation: the federation file's content, as the server sent it.
+
+    Attributes:
+        kept: what the site keeps for its next round besides the federation's tensors: a local head, optimizer moments.
+            A caller that makes a new session for every round carries it over.
     """
 
     def __init__(self, site: SiteConfig, site_file: Path, federation: FederationConfig) -> None:
         self.site = site
         self.federation = federation
         self._site_file = site_file
+        self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
+        self.kept: Tensors = {}
 
     def hello(self) -> Hello:
         """Load everything once and tell what is there.
@@ -88,6 +94,10 @@ class Session:
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
             raise TrainingError("the frozen tensors kept from an earlier round are out of date; send them in full")
         self._tuned.set(tensors)
+        with torch.no_grad():
+            for name, parameter in self._tuned.local.items():
+                if name in self.kept:
+                    parameter.copy_(self.kept[name])
         return frozen
 
     def train(self, server_round: int, active: list[str]) -> tuple[Tensors, dict[str, float]]:
@@ -107,15 +117,20 @@ class Session:
         if training.gradient_checkpointing:
             self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         system = self.site.data.system
-        encoded = [encode(self._base.tokenizer, row, system, training.max_length) for row in self._rows[0]]
+        encoded = self._task.examples(self._base.tokenizer, self._rows[0], system, training.max_length)
         seed = f"{training.seed}/{self.site.name}/{server_round}"
         torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)  # dropout
+        mine = parameters | self._tuned.local
+        optimizer = self._optimizer(mine, server_round)
+        keep = federation.strategy.optimizer_state == "keep"
+        if keep:
+            restore(optimizer, mine, self.kept)
         result = train(
             self._tuned.model,
-            self._optimizer(parameters, server_round),
+            optimizer,
             encoded,
-            partial(collate, pad_id=pad_id(self._base.tokenizer)),
-            causal_loss_sum,
+            self._task.collater(self._base.tokenizer),
+            self._task.loss_sum,
             training,
             server_round=server_round,
             rounds=federation.rounds,
@@ -125,8 +140,13 @@ class Session:
             seed=seed,
         )
         trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-        metrics = {f"train.{key}": float(value) for key, value in asdict(result).items()}
+        self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}
+        if keep:
+            self.kept |= capture(optimizer, mine)
+        metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         metrics["num-examples"] = len(encoded)
+        if isinstance(federation.strategy, LoraConfig):
+            metrics["lora-alpha"] = federation.strategy.lora_alpha
         self._seconds["train"] = time.monotonic() - started
         return trained, metrics
 
@@ -136,15 +156,14 @@ class Session:
         if not held_out:
             return {}
         started = time.monotonic()
-        metrics = evaluate_model(
+        metrics = self._task.evaluate(
             self._tuned.model,
             self._base.tokenizer,
             held_out,
             self.federation.evaluation,
-            system=self.site.data.system,
-            max_length=self.federation.training.max_length,
-            device=self._device,
-            autocast_dtype=pick_autocast(self.site.precision, self._device),
+            self.site.data.system,
+            self.federation.training.max_length,
+            Place(self._device, pick_autocast(self.site.precision, self._device)),
         )
         self._seconds["evaluate"] = time.monotonic() - started
         return {f"evaluate.{key}": value for key, value in metrics.items()}
@@ -169,7 +188,7 @@ class Session:
             source, revision = model.path, None
         else:
             source, revision = str(model.hub), model.revision
-        base = load_base(source, revision, model.dtype)
+        base = self._task.load(source, revision, model.dtype, self.federation.training.seed)
         self._seconds["load"] = time.monotonic() - started
         return base
 
@@ -180,7 +199,11 @@ class Session:
     @cached_property
     def _tuned(self) -> tuning.Tuned:
         tuned = tuning.tune(
-            self._base.model, self.federation.strategy, rank=self._rank, seed=self.federation.training.seed
+            self._base.model,
+            self.federation.strategy,
+            self._task.peft_type,
+            rank=self._rank,
+            seed=self.federation.training.seed,
         )
         tuned.model.to(self._device)
         return tuned

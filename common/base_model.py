@@ -25,18 +25,22 @@ class Base:
     tokenizer: Any
 
 
-def load_base(source: str, revision: str | None, dtype: Dtype) -> Base:
-    """The causal language model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
+def load_base(
+    source: str, revision: str | None, dtype: Dtype, *, labels: list[str] | None = None, seed: int = 0
+) -> Base:
+    """The model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
 
     Args:
         source: a local folder, or a hub id when ``revision`` is given.
         revision: commit of the hub model; None for a folder.
         dtype: type of the weights in memory.
+        labels: for a classifier over these labels; None for a causal language model.
+        seed: of weights that ``source`` does not hold, such as a classifier's new head.
 
     Raises:
         ModelError: the folder is absent, or holds no model that transformers can read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     if revision is None and not (Path(source) / "config.json").is_file():
@@ -46,7 +50,18 @@ def load_base(source: str, revision: str | None, dtype: Dtype) -> Base:
     where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
+        if labels is None:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
+        else:
+            names = dict(enumerate(labels))
+            where |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    source, dtype=TORCH_DTYPES[dtype], ignore_mismatched_sizes=True, **where
+                )
+            if model.config.pad_token_id is None:  # decoder classifiers find the last token by it
+                model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model.train(False)

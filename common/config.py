@@ -56,6 +56,7 @@ class FedFTGConfig(Selection):
     rank: int = Field(16, ge=1, description="Rank of the GaLore projection.")
     update_proj_gap: int = Field(200, ge=1, description="Steps between two refreshes of the projection.")
     scale: float = Field(0.25, gt=0, description="GaLore's scale of the projected update.")
+    optimizer_state: Literal["reset"] = Field("reset", description="Every round takes new bases from new weights.")
 
 
 class LoraConfig(Selection):
@@ -72,6 +73,7 @@ class LoraConfig(Selection):
         description="Classification head: trained and averaged, frozen, or trained and kept at the site.",
     )
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
+    merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
 
 
 class FlexLoRAConfig(LoraConfig):
@@ -179,12 +181,35 @@ class LocalConfig(Section):
     fleet_port: int | None = Field(None, ge=1, le=65535, description="SuperLink's gRPC port; null: any free one.")
 
 
+class CausalLMTask(Section):
+    """Prompt in, answer out."""
+
+    type: Literal["causal-lm"] = "causal-lm"
+
+
+class ClassificationTask(Section):
+    """A text in, one of ``labels`` out; the head is new. Needs a LoRA strategy."""
+
+    type: Literal["sequence-classification"] = "sequence-classification"
+    labels: list[str] = Field(min_length=2, description="All labels, the same at every site, in a fixed order.")
+
+    @field_validator("labels")
+    @classmethod
+    def _unique(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError("`labels` has the same label twice")
+        return labels
+
+
+TaskConfig = Annotated[CausalLMTask | ClassificationTask, Field(discriminator="type")]
+
+
 class FederationConfig(Section):
     """One federation: model, task, strategy, rounds, cohort, local training, evaluation."""
 
     name: Name = Field(description="Results go to runs/<name>.")
     model: ModelConfig
-    task: Literal["causal-lm"] = Field("causal-lm", description="What is learned.")
+    task: TaskConfig = Field(CausalLMTask(), description="What is learned: `causal-lm`, or a section.")
     strategy: StrategyConfig
     rounds: int = Field(ge=1, description="Training rounds.")
     cohort: CohortConfig = CohortConfig()
@@ -197,6 +222,20 @@ class FederationConfig(Section):
     def _one_word(cls, value: object) -> object:
         """``strategy: rolora`` is short for ``strategy: {name: rolora}``."""
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _one_word_task(cls, value: object) -> object:
+        """``task: causal-lm`` is short for ``task: {type: causal-lm}``."""
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if isinstance(self.task, ClassificationTask) and isinstance(self.strategy, FedFTGConfig):
+            raise ValueError(
+                "`task` sequence-classification trains a new head, which `strategy` fedftg cannot; use LoRA"
+            )
+        return self
 
 
 class SiteConfig(Section):

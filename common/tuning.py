@@ -3,9 +3,7 @@
 Server and sites build the same ``Tuned`` from the same federation file, so that names and shapes agree.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +14,26 @@ from common.config import FedFTGConfig, LoraConfig
 from common.errors import ModelError, WireError
 
 
-class Tuned(ABC):
+class Tuned:
     """A model, and which of its tensors are trained.
 
     Attributes:
         model: the module to call; for LoRA a ``PeftModel``.
-        parameters: the trained parameters by the name under which they travel.
+        parameters: the parameters that are trained and exchanged, by the name under which they travel.
+        local: parameters that are trained but never leave the site.
     """
 
-    model: Any
-    parameters: dict[str, nn.Parameter]
+    def __init__(self, model: Any, parameters: dict[str, nn.Parameter], local: dict[str, nn.Parameter]) -> None:  # noqa: ANN401
+        self.model = model
+        self.parameters = parameters
+        self.local = local
 
     def get(self) -> dict[str, Tensor]:
-        """A copy of the trained tensors, on the CPU, in their own dtype."""
+        """A copy of the exchanged tensors, on the CPU, in their own dtype."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors into the model.
+        """Write exchanged tensors into the model.
 
         Raises:
             WireError: a name or shape is not this model's; nothing is written then.
@@ -47,71 +48,61 @@ class Tuned(ABC):
             for name, tensor in tensors.items():
                 self.parameters[name].copy_(tensor)
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the fine-tuned result as a folder that transformers or peft load."""
 
-
-class TunedWeights(Tuned):
-    """Selected weight matrices of the base model itself."""
-
-    def __init__(self, model: nn.Module, config: FedFTGConfig) -> None:
-        self.model = model
-        self.parameters = families.freeze_all_but(model, families.select(model, config.modules, config.blocks))
-
-    def save(self, folder: Path) -> None:
-        """See ``Tuned.save``: a full model for ``AutoModelForCausalLM.from_pretrained``."""
-        self.model.save_pretrained(folder)
-
-
-class TunedAdapter(Tuned):
-    """A LoRA adapter made by peft on the selected linear layers; names as in PEFT's state dict."""
-
-    def __init__(self, model: nn.Module, config: LoraConfig, rank: int, seed: int) -> None:
-        import peft
-
-        layers = families.select(model, config.modules, config.blocks)
-        for layer in layers:
-            smallest = min(model.get_parameter(layer.weight).shape)
-            if rank > smallest:
-                raise ModelError(f"{layer.weight}: LoRA rank {rank} is above the layer's {smallest}")
-        lora = peft.LoraConfig(
-            r=rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft computes with it as a float
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.rslora,
-            target_modules=[layer.name for layer in layers],
-            fan_in_fan_out=any(layer.transposed for layer in layers),
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # the same A at the server and at every site
-            self.model = peft.get_peft_model(model, lora)
-        names = set(peft.get_peft_model_state_dict(self.model))
-        self.parameters = {}
-        for full_name, parameter in self.model.named_parameters():
-            name = full_name.replace(".default.", ".")
-            if name in names:
-                self.parameters[name] = parameter
-
-    def save(self, folder: Path) -> None:
-        """See ``Tuned.save``: an adapter folder for ``PeftModel.from_pretrained``."""
-        self.model.save_pretrained(folder)
-
-
-def tune(model: nn.Module, config: FedFTGConfig | LoraConfig, *, rank: int | None = None, seed: int = 0) -> Tuned:
+def tune(
+    model: nn.Module, config: FedFTGConfig | LoraConfig, peft_type: str, *, rank: int | None = None, seed: int = 0
+) -> Tuned:
     """Prepare ``model`` for a strategy: freeze it but for the trained tensors.
 
     Args:
         model: a base model; it is changed.
         config: the federation's strategy section.
+        peft_type: PEFT's name of the task, "CAUSAL_LM" or "SEQ_CLS".
         rank: LoRA rank of this client; None: the federation's.
-        seed: seed of LoRA's A.
+        seed: of LoRA's A, which is the same at the server and at every site.
 
     Raises:
         SelectionError: the strategy's ``modules`` and ``blocks`` match nothing.
         ModelError: the family is unknown, or a rank is above a layer's smaller side.
     """
+    layers = families.select(model, config.modules, config.blocks)
     if isinstance(config, FedFTGConfig):
-        return TunedWeights(model, config)
-    return TunedAdapter(model, config, rank or config.rank, seed)
+        return Tuned(model, families.freeze_all_but(model, layers), {})
+    return _adapter(model, layers, config, peft_type, rank or config.rank, seed)
+
+
+def _adapter(
+    model: nn.Module, layers: list[families.SelectedLayer], config: LoraConfig, peft_type: str, rank: int, seed: int
+) -> Tuned:
+    import peft
+
+    for layer in layers:
+        smallest = min(model.get_parameter(layer.weight).shape)
+        if rank > smallest:
+            raise ModelError(f"{layer.weight}: LoRA rank is {rank}; allowed for this layer: 1 to {smallest}")
+    lora = peft.LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft computes with it as a float
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.rslora,
+        target_modules=[layer.name for layer in layers],
+        fan_in_fan_out=any(layer.transposed for layer in layers),
+        task_type=peft_type,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, lora)
+    exchanged: dict[str, nn.Parameter] = {}
+    head: dict[str, nn.Parameter] = {}
+    names = set(peft.get_peft_model_state_dict(wrapped))
+    for full_name, parameter in wrapped.named_parameters():
+        name = full_name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+        if name in names and parameter.requires_grad:
+            (exchanged if ".lora_" in name else head)[name] = parameter
+    if config.head == "freeze":
+        for parameter in head.values():
+            parameter.requires_grad_(False)
+        head = {}
+    if config.head == "local":
+        return Tuned(wrapped, exchanged, head)
+    return Tuned(wrapped, exchanged | head, {})

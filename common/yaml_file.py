@@ -75,9 +75,10 @@ def _explain(detail: ErrorDetails, section: type[Section]) -> str:
         return f"missing key `{key}`{about}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         allowed = (detail.get("ctx") or {}).get("expected_tags", "")
-        tag = (value.get("name") if isinstance(value, dict) else value) or "missing"
+        by = (detail.get("ctx") or {}).get("discriminator", "'name'").strip("'")
+        tag = (value.get(by) if isinstance(value, dict) else value) or "missing"
         near = difflib.get_close_matches(str(tag), [t.strip(" '") for t in allowed.split(",")], n=1)
-        return f"`{key}.name` is {tag!r}; allowed: {allowed}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        return f"`{key}.{by}` is {tag!r}; allowed: {allowed}" + (f" (did you mean {near[0]!r}?)" if near else "")
     if kind == "value_error":
         return f"{'`' + key + '`: ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
     hint = ""
@@ -107,7 +108,7 @@ def _owner(section: type[Section], location: list[str]) -> tuple[type[BaseModel]
 
 
 def _tag(section: type[BaseModel]) -> object:
-    field = section.model_fields.get("name")
+    field = section.model_fields.get("name") or section.model_fields.get("type")
     return field.default if field is not None else None
 
 

@@ -69,6 +69,6 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) 
             for b, a in zip(before, after, strict=True)
         ]
     )
-    evaluator.export(state, folder.path / "model")
+    evaluator.export(state, folder.path)
     folder.finish()
     write_report(folder.path)

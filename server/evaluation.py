@@ -3,15 +3,16 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common import tuning
-from common.base_model import load_base
-from common.config import FederationConfig
+from common.config import CausalLMTask, FederationConfig, LoraConfig
 from common.digest import base_digest, tokenizer_digest
-from common.evaluation import evaluate_model, generate_answers, in_fixed_order
+from common.evaluation import generate_answers, in_fixed_order
 from common.rows import Row, load_rows
+from common.tasks import Place, make_task
 from strategies.rule import Tensors
 
 
@@ -32,11 +33,13 @@ class Evaluator:
         data = config.evaluation.server
         self._rows: list[Row] = load_rows(data, source) if data is not None else []
         model = config.model
-        self._base = load_base(str(model.path or model.hub), model.revision, model.dtype)
+        self._task = make_task(config.task)
+        seed = config.training.seed
+        self._base = self._task.load(str(model.path or model.hub), model.revision, model.dtype, seed)
         self.model_parameters = sum(p.numel() for p in self._base.model.parameters())
         self.base_digest = base_digest(self._base.model)
         self.tokenizer_digest = tokenizer_digest(self._base.tokenizer)
-        self._tuned = tuning.tune(self._base.model, config.strategy, seed=config.training.seed)
+        self._tuned = tuning.tune(self._base.model, config.strategy, self._task.peft_type, seed=seed)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tuned.model.to(self._device)
 
@@ -49,21 +52,20 @@ class Evaluator:
         if not self._rows:
             return {}
         self._tuned.set(state)
-        return evaluate_model(
+        return self._task.evaluate(
             self._tuned.model,
             self._base.tokenizer,
             self._rows,
             self._config.evaluation,
-            system=self._system,
-            max_length=self._config.training.max_length,
-            device=self._device,
-            autocast_dtype=None,
+            self._system,
+            self._config.training.max_length,
+            Place(self._device),
         )
 
     def answers(self, state: Tensors) -> list[dict[str, str]]:
         """Questions of the server's own set with the expected and the generated answer."""
         rows = in_fixed_order(self._rows)[: self._config.evaluation.samples]
-        if not rows:
+        if not rows or not isinstance(self._config.task, CausalLMTask):
             return []
         self._tuned.set(state)
         generated = generate_answers(
@@ -82,12 +84,21 @@ class Evaluator:
             for row, answer in zip(rows, generated, strict=True)
         ]
 
-    def export(self, state: Tensors, folder: Path) -> None:
-        """Write the fine-tuned model with its tokenizer as ``folder``, all of it or nothing."""
+    def export(self, state: Tensors, run_dir: Path) -> None:
+        """Write the fine-tuned result with its tokenizer as ``model/``; with ``merge``, also ``merged/``.
+
+        For FedFTG ``model/`` is a full model, for a LoRA strategy a PEFT adapter. A folder appears whole or not at all.
+        """
         self._tuned.set(state)
+        self._write(self._tuned.model, run_dir / "model")
+        strategy = self._config.strategy
+        if isinstance(strategy, LoraConfig) and strategy.merge:
+            self._write(self._tuned.model.merge_and_unload(), run_dir / "merged")
+
+    def _write(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers or a peft model
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
-            self._tuned.save(temporary)
+            model.save_pretrained(temporary)
             self._base.tokenizer.save_pretrained(temporary)
             temporary.rename(folder)
         finally:

@@ -12,6 +12,7 @@
 Only the ServerApp writes here. A whole file appears at once or not at all; a line is flushed as soon as it is written.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -28,6 +29,8 @@ import yaml
 from common.config import FederationConfig, resolved
 from common.errors import LaunchError
 
+#: Any of these is a run, or what is left of one.
+_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html")
 _PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
 
 
@@ -57,16 +60,19 @@ class RunFolder:
         refuse_existing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            settings = resolved(federation, source).model_dump(mode="json")
-            write_atomically(path / "federation.yaml", yaml.safe_dump(settings, sort_keys=False))
+            settings = yaml.safe_dump(
+                resolved(federation, source).model_dump(mode="json"), sort_keys=False, allow_unicode=True
+            )
+            write_atomically(path / "federation.yaml", settings)
             folder = cls(path)
         except OSError as error:
-            raise LaunchError(f"run folder {path} cannot be written: {error.strerror}") from None
+            raise LaunchError(f"run folder {path} cannot be written: {error.strerror or error}") from None
         folder.model_info(
             {
                 "status": "running",
                 "name": federation.name,
                 "started": folder._started,
+                "federation_digest": hashlib.sha256(settings.encode()).hexdigest(),
                 "versions": {"python": platform.python_version(), **_versions()},
                 "machine": _machine(),
             }
@@ -87,8 +93,9 @@ class RunFolder:
         self._append("metrics.jsonl", dict(record))
         for section in ("train", "evaluate", "seconds", "bytes", "diagnostics"):
             for key, value in record.get(section, {}).items():
-                tag = f"{section}/{key}/{record['client']}"
-                self._board.add_scalar(tag, value, record["round"])
+                if value is not None and math.isfinite(value):
+                    tag = f"{section}/{key}/{record['client']}"
+                    self._board.add_scalar(tag, value, record["round"])
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         """Keep questions of the server's own set with their answers before and after; never a site's rows."""
@@ -117,9 +124,13 @@ class RunFolder:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise a LaunchError when ``path`` already holds a run."""
-    if (path / "run.json").exists():
-        raise LaunchError(f"{path} already holds a run; choose another name, or remove the folder")
+    """Raise a LaunchError when ``path`` already holds a run; logs and Flower's own files are none."""
+    try:
+        found = [name for name in _RESULTS if (path / name).exists()]
+    except OSError as error:
+        raise LaunchError(f"run folder {path} cannot be read: {error.strerror or error}") from None
+    if found:
+        raise LaunchError(f"{path} already holds a run ({found[0]}); choose another `name`, or remove the folder")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -136,11 +147,21 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file, without a last line that is still being written; none when there is no file."""
+    """The records of a .jsonl file, without a last line that is still being written; none when there is no file.
+
+    Raises:
+        LaunchError: a complete line is no JSON; names file and line.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not complete yet
+    records = []
+    # Bytes, because what follows the last line break is not complete yet and may end within a character.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise LaunchError(f"{path}, line {number}: not valid JSON") from None
+    return records
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -1,0 +1,296 @@
+"""What a run's records say, ready to be put on a page: no markup, no drawing, no files."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Record = dict[str, Any]
+SERVER = "server"
+#: What a round's time is spent on, in the order in which it happens; ``aggregate`` is the server's.
+PHASES = ("download", "load", "train", "evaluate", "upload", "wait", "aggregate")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of a model on held-out rows."""
+
+    key: str
+    title: str
+    lower_is_better: bool
+    meaning: str
+
+
+SCORES = (
+    Score("loss", "Loss", True, "mean cross-entropy of the expected answer, in nats per token"),
+    Score("perplexity", "Perplexity", True, "e to the power of the loss; 1 is certainty"),
+    Score("accuracy", "Accuracy", False, "share of rows whose label is right"),
+    Score("rouge_l", "ROUGE-L", False, "longest common word sequence of generated and expected answer, 0 to 1"),
+    Score("bleu_4", "BLEU-4", False, "shared runs of one to four words, 0 to 1"),
+    Score("exact_match", "Exact match", False, "share of generated answers equal to the expected one"),
+)
+
+Verdict = Literal["better", "worse", "same", "unknown"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One score of the base model and of the federation's; None where it was not measured."""
+
+    score: Score
+    before: float | None
+    after: float | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """``same`` when the two agree to the three decimals that are shown."""
+        if self.before is None or self.after is None:
+            return "unknown"
+        difference = round(self.after, 3) - round(self.before, 3)
+        if difference == 0:
+            return "same"
+        return "better" if (difference < 0) == self.score.lower_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation set, at the server or a site, before and after.
+
+    Attributes:
+        who: "server" or a site's name.
+        version: training rounds behind the model that ``after`` is about; 0 when only the base model was evaluated.
+        examples: held-out rows; ``generated``: how many of them were answered by generation.
+    """
+
+    who: str
+    version: int
+    examples: int | None
+    generated: int | None
+    changes: dict[str, Change]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Where one round's time went for one site (or the server), in seconds by phase."""
+
+    round: int
+    who: str
+    seconds: dict[str, float]
+
+
+@dataclass
+class Cost:
+    """What the whole run cost one site: seconds by phase, bytes sent to it and by it."""
+
+    who: str
+    rounds: int = 0
+    down: float = 0.0
+    up: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's part in the run.
+
+    Attributes:
+        rows: training rows; ``held_out``: held-out rows; None for a site that never joined.
+        rounds: per round "trained", "refused", "failed", "asked" (no answer yet) or "absent".
+    """
+
+    who: str
+    rows: int | None
+    held_out: int | None
+    device: str
+    rounds: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A refusal or failure; ``time`` in Unix seconds, ``round`` None before the first."""
+
+    time: float
+    round: int | None
+    who: str
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One diagnostic: its name, and per layer group its value by round."""
+
+    name: str
+    rounds: list[int]
+    groups: dict[str, dict[int, float | None]]
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """The server first, then the sites by name."""
+    return sorted(set(names), key=lambda name: (name != SERVER, natural(name)))
+
+
+def evaluations(records: list[Record]) -> dict[str, dict[int, Record]]:
+    """Scores by who evaluated, and by training rounds behind the model."""
+    found: dict[str, dict[int, Record]] = {}
+    for record in _of(records, "evaluate"):
+        found.setdefault(record["client"], {})[record["round"]] = record.get("evaluate", {})
+    return {who: dict(sorted(found[who].items())) for who in order(found)}
+
+
+def results(records: list[Record]) -> list[Result]:
+    """The base model against the newest evaluated one, for every evaluation set."""
+    lines = []
+    for who, versions in evaluations(records).items():
+        last = max(versions)
+        base, newest = versions.get(0, {}), versions[last] if last else {}
+        known = [score for score in SCORES if score.key in base or score.key in newest]
+        changes = {s.key: Change(s, base.get(s.key), newest.get(s.key)) for s in known}
+        size = newest or base
+        lines.append(Result(who, last, _whole(size.get("examples")), _whole(size.get("generated")), changes))
+    return lines
+
+
+def shown_scores(lines: list[Result]) -> list[Score]:
+    """The scores that occur in any line, in their fixed order."""
+    return [score for score in SCORES if any(score.key in line.changes for line in lines)]
+
+
+def curve(records: list[Record], key: str) -> dict[str, dict[int, float]]:
+    """One score by who and version, without what was not measured or not finite."""
+    lines = {
+        who: {version: float(scores[key]) for version, scores in versions.items() if scores.get(key) is not None}
+        for who, versions in evaluations(records).items()
+    }
+    return {who: values for who, values in lines.items() if values}
+
+
+def bars(records: list[Record]) -> list[Bar]:
+    """Seconds by phase of every round, the sites first and the server after them.
+
+    The server evaluates the state of round r - 1 while the sites work on round r, so that time is counted to round r.
+    """
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for record in records:
+        who, number = record["client"], record["round"]
+        if record["phase"] == "evaluate":
+            if who != SERVER:
+                continue
+            number += 1
+        spent = found.setdefault((number, who), {})
+        for phase, seconds in record.get("seconds", {}).items():
+            if phase in PHASES and seconds:
+                spent[phase] = spent.get(phase, 0.0) + float(seconds)
+    trained = {record["round"] for record in _of(records, "train")}
+    keys = sorted((key for key in found if key[0] in trained), key=lambda k: (k[0], k[1] == SERVER, natural(k[1])))
+    return [Bar(number, who, found[number, who]) for number, who in keys if found[number, who]]
+
+
+def mean_bars(lines: list[Bar]) -> list[Bar]:
+    """One bar per site: its mean seconds per round (the round is 0)."""
+    names = sorted({line.who for line in lines}, key=lambda who: (who == SERVER, natural(who)))
+    means = []
+    for who in names:
+        own = [line.seconds for line in lines if line.who == who]
+        means.append(Bar(0, who, {p: sum(s.get(p, 0.0) for s in own) / len(own) for p in PHASES}))
+    return means
+
+
+def costs(records: list[Record]) -> list[Cost]:
+    """Totals of every site that trained."""
+    found: dict[str, Cost] = {}
+    for record in _of(records, "train"):
+        cost = found.setdefault(record["client"], Cost(record["client"]))
+        moved = record.get("bytes", {})
+        cost.rounds += 1
+        cost.down += moved.get("down") or 0
+        cost.up += moved.get("up") or 0
+        for phase, seconds in record.get("seconds", {}).items():
+            cost.seconds[phase] = cost.seconds.get(phase, 0.0) + (seconds or 0.0)
+    return [found[who] for who in order(found)]
+
+
+def trainings(records: list[Record]) -> list[Record]:
+    """The training records by round and site."""
+    return sorted(_of(records, "train"), key=lambda record: (record["round"], natural(record["client"])))
+
+
+def sites(events: list[Record], rounds: list[int]) -> list[Site]:
+    """Every site that said hello or was asked, with what became of each round."""
+    joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
+    outcome: dict[tuple[str, int], str] = {}
+    for event in events:
+        if event["event"] == "round_started":
+            outcome.update({(who, event["round"]): "asked" for who in event["clients"]})
+        elif event["event"] == "reply":
+            outcome[event["client"], event["round"]] = "trained"
+        elif event["event"] in ("update_refused", "client_failed"):
+            key = (event["client"], event["round"])
+            if outcome.get(key) == "asked":  # a failure to evaluate after training leaves the training as it was
+                outcome[key] = "refused" if event["event"] == "update_refused" else "failed"
+    return [
+        Site(
+            who,
+            joined.get(who, {}).get("num_examples"),
+            joined.get(who, {}).get("held_out"),
+            joined.get(who, {}).get("device", ""),
+            {number: outcome.get((who, number), "absent") for number in rounds},
+        )
+        for who in order([*joined, *(who for who, _ in outcome)])
+    ]
+
+
+def rounds_begun(events: list[Record]) -> list[int]:
+    """All rounds that were begun."""
+    return sorted({event["round"] for event in events if event["event"] == "round_started"})
+
+
+def problems(events: list[Record]) -> list[Problem]:
+    """All refusals and failures of sites, in the order in which they happened."""
+    kinds = {
+        "client_refused": "not admitted",
+        "update_refused": "update refused",
+        "client_failed": "failed",
+    }
+    return [
+        Problem(event["time"], event.get("round"), event["client"], kinds[event["event"]], str(event["reason"]))
+        for event in events
+        if event["event"] in kinds
+    ]
+
+
+def diagnostics(records: list[Record]) -> list[Diagnostic]:
+    """Diagnostics named ``<name>/<layer group>``, by name; one without a group is put under the group "all"."""
+    found: dict[str, dict[str, dict[int, float | None]]] = {}
+    for record in _of(records, "aggregate"):
+        for key, value in record.get("diagnostics", {}).items():
+            name, _, group = key.partition("/")
+            found.setdefault(name, {}).setdefault(group or "all", {})[record["round"]] = value
+    return [
+        Diagnostic(name, sorted({number for values in groups.values() for number in values}), _sorted(groups))
+        for name, groups in sorted(found.items())
+    ]
+
+
+def some(numbers: list[int], most: int) -> list[int]:
+    """At most ``most`` of the numbers, evenly spread, with the first and the last."""
+    if len(numbers) <= most:
+        return numbers
+    return [numbers[round(i * (len(numbers) - 1) / (most - 1))] for i in range(most)]
+
+
+def _of(records: list[Record], phase: str) -> list[Record]:
+    return [record for record in records if record.get("phase") == phase]
+
+
+def _sorted(groups: Mapping[str, dict[int, float | None]]) -> dict[str, dict[int, float | None]]:
+    return {group: groups[group] for group in sorted(groups, key=natural)}
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
