@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from common.errors import TrainingError
 
 _OVERSAMPLING = 8
-_POWER_ITERATIONS = 2
+_MOST_ITERATIONS = 12
+_CONVERGED = 1e-3  # an iteration that adds less than this share of the captured energy is the last
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,16 @@ def range_finder(matrix: Tensor, rank: int, warm: Tensor | None, generator: torc
     have = 0 if warm is None else min(warm.shape[1], rank)
     fresh = torch.randn(n, width - have, generator=generator).to(matrix)
     start = fresh if warm is None else torch.cat([warm[:, :have], fresh], dim=1)
-    q = torch.linalg.qr(start).Q
-    for _ in range(_POWER_ITERATIONS):
-        q = torch.linalg.qr(matrix.T @ (matrix @ q)).Q
-    image = matrix @ q  # (rows, width)
-    rotation = torch.linalg.eigh((image.T @ image).to(torch.float64)).eigenvectors  # energy rises from left to right
-    vectors: Tensor = q @ rotation.flip(1)[:, :rank].to(q)
+    q: Tensor = torch.linalg.qr(start).Q
+    vectors, captured = q[:, :rank], 0.0
+    for _ in range(_MOST_ITERATIONS):
+        image = matrix @ q  # (rows, width)
+        energy, rotation = torch.linalg.eigh((image.T @ image).to(torch.float64))  # rising
+        before, captured = captured, float(energy[-rank:].sum())
+        vectors = q @ rotation.flip(1)[:, :rank].to(q)
+        if captured - before <= _CONVERGED * captured:
+            break
+        q = torch.linalg.qr(matrix.T @ image).Q
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
 

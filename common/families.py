@@ -95,7 +95,7 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
         raise ModelError(f"unknown model family {kind!r}; known: {', '.join(FAMILIES)}")
     path, count = _find_blocks(model, family, kind)
     wanted = _block_numbers(blocks, count)
-    chosen = _module_names(modules, family)
+    exact, ends = _module_names(modules, family)
     layers, in_block = [], []
     for name, module in model.named_modules():
         match = re.fullmatch(rf"{re.escape(path)}\.(\d+)\.(.+)", name)
@@ -103,10 +103,10 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
             continue
         if match[1] == "0":
             in_block.append(match[2])
-        if int(match[1]) in wanted and any(_ends_with(name, end) for end in chosen):
+        if int(match[1]) in wanted and (match[2] in exact or any(_ends_with(name, end) for end in ends)):
             transposed = type(module).__name__ == "Conv1D"
             layers.append(SelectedLayer(name, f"{name}.weight", int(match[1]), transposed))
-    unmatched = [end for end in chosen if not any(_ends_with(layer.name, end) for layer in layers)]
+    unmatched = [end for end in (*exact, *ends) if not any(_ends_with(layer.name, end) for layer in layers)]
     if unmatched:
         near = difflib.get_close_matches(unmatched[0], in_block, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -148,11 +148,12 @@ def _find_blocks(model: nn.Module, family: Family, kind: str) -> tuple[str, int]
     raise ModelError(f"this {kind} model keeps no list of blocks under {family.blocks!r}; is it complete?")
 
 
-def _module_names(modules: str | list[str], family: Family) -> list[str]:
+def _module_names(modules: str | list[str], family: Family) -> tuple[list[str], list[str]]:
+    """Names in a block that are meant exactly (of a group), and ends of paths (given by the user)."""
     groups = {"mlp": family.mlp, "attention": family.attention, "linear": family.attention + family.mlp}
-    if isinstance(modules, str):
-        return list(groups.get(modules, (modules,)))
-    return [end for name in modules for end in groups.get(name, (name,))]
+    names = [modules] if isinstance(modules, str) else modules
+    exact = [member for name in names for member in groups.get(name, ())]
+    return exact, [name for name in names if name not in groups]
 
 
 def _ends_with(path: str, end: str) -> bool:
