@@ -63,7 +63,10 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
 def hello(message: Message, context: Context) -> RecordDict:
     """Tell who this is and which base model it holds."""
     session = _session(message, context)
-    facts = ConfigRecord(asdict(session.hello()))
+    try:
+        facts = ConfigRecord(asdict(session.hello()))
+    except FedSpanError as error:  # the server does not know yet who speaks
+        raise type(error)(f"{session.site.name}: {error}") from None
     return RecordDict({"config": facts, "metrics": MetricRecord({**session.seconds()})})
 
 

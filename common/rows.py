@@ -1,9 +1,12 @@
 """Private rows: a shard in any of four formats becomes prompts and answers. Errors never quote a row."""
 
+import csv
 import difflib
 import hashlib
+import json
+import re
 import string
-import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from typing import Any
 from common.config import DataConfig, resolve
 from common.errors import DataError
 
-_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-_READERS = {"jsonl": "json", "csv": "csv", "parquet": "parquet"}  # our name -> the builder of `datasets`
+_ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
+Cells = dict[str, Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,28 +31,49 @@ class Row:
         return hashlib.sha256(f"{self.prompt}\x00{self.answer}".encode()).hexdigest()
 
 
+@dataclass(frozen=True, repr=False)
+class _Table:
+    """A shard before templates are applied: its columns, and its rows with the number a person counts them by."""
+
+    columns: list[str]
+    rows: Iterable[tuple[int, Cells]]
+
+
 def load_rows(config: DataConfig, beside: Path) -> list[Row]:
-    """All rows of a shard, in its order.
+    """All rows of a shard, in its order. Nothing is copied to disk.
+
+    Text formats are read by the standard library, because cells must stay the text they are: type inference, as in
+    ``datasets``, makes 7.0 of the code 007, a date of 2020-01-01, and nothing of NA.
 
     Args:
         config: where the shard is, and which columns or templates make a prompt and an answer.
         beside: the file that holds ``config``; a relative path is relative to its folder.
 
     Raises:
-        DataError: names the shard and what is wrong: the file, a column, or a row's number.
+        DataError: names the shard and what is wrong: the file, a column, or a row's number (of JSONL: the line).
     """
     path = resolve(config.path, beside)
     prompt, answer = _Template(config.prompt, "prompt"), _Template(config.answer, "answer")
-    with tempfile.TemporaryDirectory(prefix="fedspan-rows-") as cache:  # no copy of a private shard is left behind
-        table = _read(path, config, cache)
-        if len(table) == 0:
+    kind = _kind(path, config)
+    wanted = [*prompt.columns, *answer.columns]
+    rows: list[Row] = []
+    try:
+        table = _READERS[kind](path, wanted)
+        if not table.columns:
             raise DataError(f"shard {path} has no rows")
+        # The first line of a CSV file without a header is a private row: it is listed only when it is surely a header.
+        listed = kind != "csv" or bool(set(wanted) & set(table.columns))
         for template in (prompt, answer):
-            template.check(path, table.column_names)
-        return [
-            Row(prompt.fill(path, number, raw), answer.fill(path, number, raw))
-            for number, raw in enumerate(table, start=1)
-        ]
+            template.check(path, table.columns, listed=listed)
+        for number, cells in table.rows:
+            rows.append(Row(prompt.fill(path, number, cells), answer.fill(path, number, cells)))
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - readers raise anything, and their text may quote a row
+        raise DataError(f"shard {path} is not readable as {kind} ({type(error).__name__})") from None
+    if not rows:
+        raise DataError(f"shard {path} has no rows")
+    return rows
 
 
 def split_held_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -70,54 +95,127 @@ class _Template:
     """A column name, or a text with column names in braces."""
 
     def __init__(self, text: str, key: str) -> None:
-        self._text, self._key = text, key
+        self._key = key
         try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+            self._parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise DataError(f"data.{key}: template is not readable ({error}); columns go in braces") from None
-        self._is_template = bool(fields)
-        self.columns = fields or [text]
+        self.columns = [name for _, name, _, _ in self._parts if name is not None]
+        if any(spec or conversion for _, _, spec, conversion in self._parts) or not all(self.columns):
+            raise DataError(f"data.{key}: template is not readable; between braces there must be a column's name only")
+        if not self.columns:
+            self.columns, self._parts = [text], [("", text, "", None)]
 
-    def check(self, path: Path, there: list[str]) -> None:
+    def check(self, path: Path, there: list[str], *, listed: bool) -> None:
         for column in self.columns:
             if column not in there:
                 near = difflib.get_close_matches(column, there, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise DataError(
-                    f"data.{self._key}: shard {path} has no column {column!r}; {hint}columns: {', '.join(there)}"
-                )
+                if listed or near:
+                    hint += f"columns: {', '.join(there)}"
+                else:
+                    hint = f"its first line must hold the column names, separated by commas (it has {len(there)} cells)"
+                raise DataError(f"data.{self._key}: shard {path} has no column {column!r}; {hint}")
 
-    def fill(self, path: Path, number: int, raw: dict[str, Any]) -> str:
-        for column in self.columns:
-            value = raw[column]
-            if not isinstance(value, (str, int, float)) or isinstance(value, bool) or not str(value).strip():
-                what = "empty" if value is None or isinstance(value, str) else f"no text but {type(value).__name__}"
-                raise DataError(f"shard {path}, row {number}: column {column!r} is {what}")
-        if not self._is_template:
-            return str(raw[self._text]).strip()
-        return self._text.format_map({column: str(raw[column]).strip() for column in self.columns})
+    def fill(self, path: Path, number: int, cells: Cells) -> str:
+        return "".join(
+            literal + ("" if column is None else _text(path, number, column, cells.get(column)))
+            for literal, column, _, _ in self._parts
+        )
 
 
-def _read(path: Path, config: DataConfig, cache: str) -> Any:  # noqa: ANN401 - `datasets` ships no types
-    """The shard as a `datasets` table."""
-    import datasets
+def _text(path: Path, number: int, column: str, value: object) -> str:
+    """A cell as text, without white space around it; numbers count as text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+        what = f"no text but {type(value).__name__}"
+    elif value is None or value != value or not str(value).strip():  # NaN differs from itself
+        what = "empty"
+    elif _SURROGATE.search(str(value)):
+        what = "no text but half of a surrogate pair"
+    else:
+        return str(value).strip()
+    raise DataError(f"shard {path}, row {number}: column {column!r} is {what}")
 
-    if not path.exists():
-        raise DataError(f"shard {path} does not exist")
+
+def _kind(path: Path, config: DataConfig) -> str:
+    """The format to read ``path`` with."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"shard {path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read ({error.strerror})") from None
     kind = config.format
     if kind == "auto":
-        kind = "dataset" if path.is_dir() else _FORMATS.get(path.suffix.lower(), "auto")  # type: ignore[assignment]
-    if kind == "auto":
-        raise DataError(f"shard {path}: ending {path.suffix!r} is unknown; name it in data.format")
-    if kind != "dataset" and path.stat().st_size == 0:
+        found = "dataset" if path.is_dir() else _ENDINGS.get(path.suffix.lower())
+        if found is None:
+            raise DataError(f"shard {path}: ending {path.suffix!r} is unknown; name it in data.format")
+        return found
+    if kind != "dataset" and size == 0:
         raise DataError(f"shard {path} is empty")
-    datasets.disable_progress_bars()
+    return kind
+
+
+def _jsonl(path: Path, wanted: list[str]) -> _Table:
+    """One object per line; or a file that is one array of objects."""
+    del wanted
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        rows = list(enumerate(_json(path, 1, text), start=1))
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [(number, _json(path, number, line)) for number, line in lines if line.strip()]
+    for number, cells in rows:
+        if not isinstance(cells, dict):
+            raise DataError(f"shard {path}, row {number}: must be a JSON object, is {type(cells).__name__}")
+    return _Table(list(dict.fromkeys(column for _, cells in rows for column in cells)), rows)
+
+
+def _json(path: Path, line: int, text: str) -> Any:  # noqa: ANN401
     try:
-        if kind != "dataset":
-            return datasets.load_dataset(_READERS[kind], data_files=str(path), split="train", cache_dir=cache)
-        table = datasets.load_from_disk(str(path))
-    except Exception as error:  # noqa: BLE001 - readers raise anything, and their text may quote a row
-        raise DataError(f"shard {path} is not readable as {kind} ({type(error).__name__})") from None
-    if isinstance(table, datasets.DatasetDict):
-        raise DataError(f"shard {path} holds several splits ({', '.join(table)}); point data.path at one of them")
-    return table
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"shard {path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})") from None
+
+
+def _csv(path: Path, wanted: list[str]) -> _Table:
+    """Comma-separated, with a header; a row's number counts from the line after it."""
+    del wanted
+    rows: list[tuple[int, Cells]] = []
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for number, cells in enumerate(reader, start=1):
+                if None in cells:
+                    raise DataError(f"shard {path}, row {number}: has more cells than the first line")
+                rows.append((number, cells))
+        except csv.Error as error:
+            raise DataError(f"shard {path}, line {reader.line_num}: not valid CSV ({error})") from None
+    return _Table(list(reader.fieldnames or []), rows)
+
+
+def _parquet(path: Path, wanted: list[str]) -> _Table:
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    columns = parquet.read_schema(path).names
+    table = parquet.read_table(path, columns=[column for column in columns if column in set(wanted)])
+    return _Table(columns, enumerate(table.to_pylist(), start=1))
+
+
+def _dataset(path: Path, wanted: list[str]) -> _Table:
+    """A folder written by ``Dataset.save_to_disk``."""
+    import datasets
+
+    dataset = datasets.load_from_disk(str(path))
+    if isinstance(dataset, datasets.DatasetDict):
+        raise DataError(f"shard {path} holds several splits ({', '.join(dataset)}); point data.path at one of them")
+    used = dataset.select_columns([column for column in dataset.column_names if column in set(wanted)])
+    return _Table(dataset.column_names, enumerate(used, start=1))
+
+
+_READERS: dict[str, Callable[[Path, list[str]], _Table]] = {
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "parquet": _parquet,
+    "dataset": _dataset,
+}

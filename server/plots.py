@@ -158,6 +158,7 @@ def _inline(figure: Figure, name: str, label: str) -> str:
     svg = opening + svg[svg.index(">") + 1 :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    svg = re.sub(r' font-family: [^;"]*;', "", svg)
     svg = re.sub(r'fill="(#0a0b\w\w)"', r'style="fill: \1"', svg)
     return re.sub(r"#0a0b(\w\w)", _variable, svg)
 

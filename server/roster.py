@@ -35,6 +35,7 @@ class Roster:
         settings: the federation settings that every site receives, as JSON.
         base_digest: of the server's base model.
         tokenizer_digest: of the server's tokenizer.
+        expected: how many sites there are at most; once so many have answered, nobody is waited for. None: unknown.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Roster:
         *,
         base_digest: str,
         tokenizer_digest: str,
+        expected: int | None,
     ) -> None:
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         self._grid, self._mailbox, self._folder = grid, mailbox, folder
         self._settings = settings
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
+        self._expected = expected
         self._greeted: set[int] = set()
 
     def greet(self) -> None:
@@ -87,7 +90,8 @@ class Roster:
                 self._folder.event("waiting", connected=ready, needed=cohort.min_clients, deadline=round(left))
                 reported = ready
             silent = len(self._mailbox.waiting(_GROUP))
-            if time.monotonic() > deadline or (self.refused and not silent and self._hopeless(cohort.min_clients)):
+            answered = len(self._greeted) - silent
+            if time.monotonic() > deadline or (self._expected is not None and answered >= self._expected):
                 reasons = [*self.refused.values()]
                 if silent:
                     reasons.append(f"{silent} connected node(s) did not say hello")
@@ -96,10 +100,6 @@ class Roster:
                     + "".join(f"; {reason}" for reason in reasons)
                 )
             time.sleep(POLL_SECONDS)
-
-    def _hopeless(self, needed: int) -> bool:
-        """All nodes that could be needed are connected, and some of them are refused: waiting would not help."""
-        return len(list(self._grid.get_node_ids())) >= needed
 
     def _take_in(self, node_id: int, reply: Message) -> None:
         if reply.has_error():

@@ -62,6 +62,7 @@ class RoundLoop:
             settings,
             base_digest=evaluator.base_digest,
             tokenizer_digest=evaluator.tokenizer_digest,
+            expected=None if config.local is None else len(config.local.sites),
         )
 
     def run(self, state: Tensors) -> Tensors:

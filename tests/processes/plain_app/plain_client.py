@@ -1,0 +1,63 @@
+"""A LoRA client written with Flower, PEFT and transformers alone; it knows nothing of FedSpan.
+
+What it receives and returns is also written to disk, so that a test can compute the server's result by itself.
+"""
+
+from pathlib import Path
+
+import peft
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+app = ClientApp()
+
+
+def make_model(rank: int, alpha: float) -> peft.PeftModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    return peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["up_proj", "q_proj"]))
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor.detach().numpy()) for name, tensor in tensors.items()})
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    site = int(context.node_config["partition-id"])
+    rank, alpha = int(context.node_config["rank"]), float(context.node_config["alpha"])
+    config = message.content.config_records["config"]
+    received = {k: torch.from_numpy(v.numpy().copy()) for k, v in message.content.array_records["arrays"].items()}
+
+    model = make_model(rank, alpha)
+    own = peft.get_peft_model_state_dict(model)
+    fitting = {name: tensor for name, tensor in received.items() if own[name].shape == tensor.shape}
+    peft.set_peft_model_state_dict(model, fitting)
+    active = set(config["active"])
+    optimizer = torch.optim.SGD(
+        [p for name, p in model.named_parameters() if name.replace(".default", "") in active], lr=1.0
+    )
+    torch.manual_seed(100 * site + int(config["server-round"]))
+    ids = torch.randint(0, 32, (4, 8))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    trained = {name: t.detach().clone() for name, t in peft.get_peft_model_state_dict(model).items()}
+
+    stem = f"{context.run_config['out']}/round-{config['server-round']}-site-{site}"
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    save_file(received, f"{stem}-received.safetensors")
+    save_file({k: v.contiguous() for k, v in trained.items()}, f"{stem}-trained.safetensors")
+    metrics = MetricRecord({"num-examples": 10 + 7 * site, "lora-alpha": alpha})
+    return Message(RecordDict({"arrays": arrays(trained), "metrics": metrics}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    metrics = MetricRecord({"num-examples": 1, "tensors": len(message.content.array_records["arrays"])})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
