@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,12 +24,30 @@ class Example:
 
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:  # noqa: ANN401
-    """The tokens after which the answer begins."""
+    """The tokens after which the answer begins.
+
+    Raises:
+        ModelError: the chat template refuses such a conversation, e.g. a system message.
+    """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(_turns(prompt, system), tokenize=False, add_generation_prompt=True)
+        text = _render(tokenizer, _turns(prompt, system), add_generation_prompt=True)
         return _tokens(tokenizer, text, special=False)
     text = prompt if system is None else f"{system}\n{prompt}"
-    return _tokens(tokenizer, f"{text}\n", special=True)
+    ids = _tokens(tokenizer, f"{text}\n", special=True)
+    ends_itself = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id  # some tokenizers close every text they are given
+    return ids[:-1] if ends_itself else ids
+
+
+def last_tokens(tokenizer: Any, prompt: list[int], room: int) -> list[int]:  # noqa: ANN401
+    """The last ``room`` (at least 1) tokens of a prompt, behind its beginning-of-text token where it has one.
+
+    Some models (Gemma) fall apart without that token. A token that occurs again, such as the mark that opens every
+    turn, is no beginning of a text.
+    """
+    if len(prompt) <= room:
+        return prompt
+    begin = prompt[:1] if prompt[0] == tokenizer.bos_token_id and prompt.count(prompt[0]) == 1 and room > 1 else []
+    return begin + prompt[len(prompt) - room + len(begin) :]
 
 
 def encode(tokenizer: Any, row: Row, system: str | None, max_length: int) -> Example:  # noqa: ANN401
@@ -38,12 +57,10 @@ def encode(tokenizer: Any, row: Row, system: str | None, max_length: int) -> Exa
     is longer than ``max_length`` by itself loses its end.
 
     Raises:
-        ModelError: the tokenizer has no end-of-text token.
+        ModelError: the tokenizer has no end-of-text token, or see ``prompt_ids``.
     """
-    prompt = prompt_ids(tokenizer, row.prompt, system)
     answer = [*_tokens(tokenizer, row.answer, special=False), *_end(tokenizer)]
-    room = max(max_length - len(answer), 1)
-    prompt = prompt[-room:]
+    prompt = last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, system), room=max(max_length - len(answer), 1))
     return Example((prompt + answer)[:max_length], len(prompt))
 
 
@@ -101,14 +118,24 @@ def _end(tokenizer: Any) -> list[int]:  # noqa: ANN401
         raise ModelError("the tokenizer has no end-of-text token")
     if tokenizer.chat_template:
         probe = "fedspan"
-        turns = [*_turns("question", None), {"role": "assistant", "content": probe}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = _render(tokenizer, [*_turns("question", None), {"role": "assistant", "content": probe}])
         tail = _tokens(tokenizer, text.rpartition(probe)[2], special=False)
-        special = set(tokenizer.all_special_ids)
+        # The end of a turn (Phi's <|end|>) need not be one of the named special tokens.
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         ends = [token for token in tail if token in special]
         if ends:
             return ends[:1]
     return [int(tokenizer.eos_token_id)]
+
+
+def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:  # noqa: ANN401
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError:  # its text may quote the conversation
+        roles = ", ".join(turn["role"] for turn in turns)
+        hint = "; leave out data.system" if turns[0]["role"] == "system" else ""
+        raise ModelError(f"the tokenizer's chat template refuses a conversation of {roles}{hint}") from None
+    return str(text)
 
 
 def _turns(prompt: str, system: str | None) -> list[dict[str, str]]:

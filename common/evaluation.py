@@ -1,13 +1,15 @@
 """Held-out evaluation: loss and perplexity on answers, and scores of generated answers. Never teacher-forced argmax."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.chat import causal_loss_sum, collate, encode, end_ids, pad_id, prompt_ids
+from common.chat import causal_loss_sum, collate, encode, end_ids, last_tokens, pad_id, prompt_ids
 from common.config import EvaluationConfig
 from common.metrics import score
 from common.rows import Row
@@ -99,17 +101,14 @@ def evaluate_loss(
     autocast_dtype: torch.dtype | None,
 ) -> LossResult:
     """Mean loss over the answer tokens of all rows."""
-    was_training = model.training
-    model.train(False)
     examples = [encode(tokenizer, row, system, max_length) for row in rows]
     examples.sort(key=lambda example: len(example.input_ids))  # little padding
     total, tokens = 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
-        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+    with _evaluating(model, device, autocast_dtype):
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
             loss, counted = causal_loss_sum(model, {key: value.to(device) for key, value in batch.items()})
-        total, tokens = total + float(loss), tokens + counted
-    model.train(was_training)
+            total, tokens = total + float(loss), tokens + counted
     mean = total / max(tokens, 1)
     return LossResult(mean, math.exp(min(mean, 700.0)), tokens, len(rows))
 
@@ -127,31 +126,61 @@ def generate_answers(
     device: torch.device,
     autocast_dtype: torch.dtype | None,
 ) -> list[str]:
-    """Greedy answers to the rows' prompts, in their order; a prompt keeps its last ``max_length`` tokens."""
+    """Greedy answers to the rows' prompts, in their order.
+
+    A prompt keeps its last ``max_length`` tokens, fewer where the model has no positions for these and the answer.
+    """
     from transformers import GenerationConfig
 
-    was_training = model.training
-    model.train(False)
     padding = pad_id(tokenizer)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids(tokenizer), pad_token_id=padding
-    )
-    prompts = [prompt_ids(tokenizer, row.prompt, system)[-max_length:] for row in rows]
+    ends = end_ids(tokenizer)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=padding)
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length + max_new_tokens
+    room = max(min(max_length, positions - max_new_tokens), 1)
+    prompts = [last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, system), room) for row in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers = [""] * len(rows)
-    for start in range(0, len(rows), batch_size):
-        some = by_length[start : start + batch_size]
-        width = max(len(prompts[i]) for i in some)
-        ids = torch.full((len(some), width), padding)
-        mask = torch.zeros_like(ids)
-        for line, i in enumerate(some):  # padded on the left: generation continues at the right
-            ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[line, width - len(prompts[i]) :] = 1
-        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+    with _evaluating(model, device, autocast_dtype), _only_settings(model, settings):
+        for start in range(0, len(rows), batch_size):
+            some = by_length[start : start + batch_size]
+            width = max(len(prompts[i]) for i in some)
+            ids = torch.full((len(some), width), padding)
+            mask = torch.zeros_like(ids)
+            for line, i in enumerate(some):  # padded on the left: generation continues at the right
+                ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[line, width - len(prompts[i]) :] = 1
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
-        for line, i in enumerate(some):
-            answers[i] = tokenizer.decode(out[line, width:], skip_special_tokens=True).strip()
-    model.train(was_training)
+            for line, i in enumerate(some):
+                new = out[line, width:].tolist()
+                stop = min((new.index(end) for end in ends if end in new), default=len(new))
+                answers[i] = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
     return answers
+
+
+@contextmanager
+def _evaluating(model: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode and arithmetic; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.train(False)
+    try:
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _only_settings(model: Any, settings: Any) -> Iterator[None]:  # noqa: ANN401
+    """Generate by ``settings`` alone.
+
+    ``generate`` fills what is unset in a configuration that it is given from the model's own, so a model's repetition
+    penalty or maximum length would change what "greedy" means.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, settings
+    try:
+        yield
+    finally:
+        inner.generation_config = own

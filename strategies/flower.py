@@ -194,8 +194,9 @@ class FlowerStrategy(FedAvg):
         alpha = metrics.get("lora-alpha")
         if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
             raise RefusedUpdate(f"{client.name}: lora-alpha is {alpha!r}; allowed: a positive number")
+        client.lora_alpha = None if alpha is None else float(alpha)
         if self.rule.mixed_ranks:
-            client.rank, client.lora_alpha = rank_of(admitted), None if alpha is None else float(alpha)
+            client.rank = rank_of(admitted)
         return Update(client.name, int(metrics[self.weighted_by_key]), admitted, client.lora_alpha)  # type: ignore[arg-type]
 
     # Flower's own verbs

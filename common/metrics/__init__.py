@@ -1,11 +1,13 @@
 """Scores of generated answers through ``evaluate``, with the metric modules in this folder and no hub."""
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
-METRICS = ("rouge_l", "bleu_4", "exact_match")
+CLASSES = {"rouge_l": "RougeL", "bleu_4": "Bleu4", "exact_match": "ExactMatch"}
 
 
 def score(predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -17,7 +19,7 @@ def score(predictions: list[str], references: list[str]) -> dict[str, float]:
     if not predictions or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give as many, at least one")
     scores: dict[str, float] = {}
-    for name in METRICS:
+    for name in CLASSES:
         result = _metric(name).compute(predictions=predictions, references=references)
         scores[name] = float(result[name])
     return scores
@@ -25,28 +27,19 @@ def score(predictions: list[str], references: list[str]) -> dict[str, float]:
 
 @cache
 def _metric(name: str) -> Any:  # noqa: ANN401 - `evaluate` ships no types
-    """Load one module.
+    """One metric, from its class.
 
-    ``evaluate`` copies a module into a cache before it imports it. The cache of this process alone keeps processes that
-    start together from meeting there, and works where the home folder is read-only.
+    ``evaluate.load`` takes the same modules by their folder, but first copies them into a cache in the home folder,
+    where processes that start together meet and which a hospital's machine may not let us write. Predictions and
+    references stay in memory: they are private rows.
     """
-    import evaluate
-
-    return evaluate.load(
-        str(Path(__file__).parent / name),
-        module_type="metric",
-        cache_dir=_scratch(),
-        keep_in_memory=True,
-        experiment_id=name,
-    )
+    module = import_module(f"common.metrics.{name}.{name}")
+    return getattr(module, CLASSES[name])(cache_dir=_scratch(), keep_in_memory=True)
 
 
 @cache
 def _scratch() -> str:
-    """A folder that lives as long as the process."""
-    folder = tempfile.TemporaryDirectory(prefix="fedspan-metrics-")
-    _KEPT.append(folder)
-    return folder.name
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+    """The empty folder that every ``evaluate.Metric`` insists on; it lives as long as the process."""
+    folder = tempfile.mkdtemp(prefix="fedspan-metrics-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,6 +1,7 @@
 """A client that knows only Flower and PEFT federates under every LoRA strategy, exactly.
 
-Client and server write down what they received, returned and made of it; the expected state is computed here in float64.
+Client and server write down what they received, returned and made of it; the expected state is computed here in
+float64.
 """
 
 from pathlib import Path

@@ -1,0 +1,183 @@
+"""A site's work without Flower: what is trained, what is returned, what stays."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification
+
+from client.session import Session, Tensors
+from common.config import FederationConfig, SiteConfig, resolved
+from common.errors import DataError, ModelError, TrainingError
+from common.yaml_file import load
+from tests.tiny import make_federation, make_tokenizer
+
+LORA = {"name": "ffa-lora", "rank": 2, "blocks": "lower half", "modules": "mlp"}
+
+
+def session(tmp_path: Path, site: dict[str, Any] | None = None, **changes: Any) -> Session:
+    strategy = changes.pop("strategy", None)
+    file = make_federation(tmp_path, {"site-a": 12}, **changes)
+    if strategy is not None:
+        data = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump({**data, "strategy": strategy}))
+    site_file = tmp_path / "site-a.yaml"
+    if site:
+        site_file.write_text(yaml.safe_dump({**yaml.safe_load(site_file.read_text()), **site}))
+    return Session(load(site_file, SiteConfig), site_file, resolved(load(file, FederationConfig), file))
+
+
+def classifier(tmp_path: Path, **strategy: Any) -> Session:
+    """A session of a tiny BERT that tells pain from swelling."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.5, **sizes)
+    BertForSequenceClassification(config).bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [f'{{"text": "{w} {i}", "label": "{w}"}}' for i in range(20) for w in ("pain", "swelling")]
+    (tmp_path / "labelled.jsonl").write_text("\n".join(rows))
+    data = {"path": "labelled.jsonl", "prompt": "text", "answer": "label", "held_out": 0.2}
+    return session(
+        tmp_path,
+        {"data": data},
+        model={"path": "bert"},
+        task={"type": "sequence-classification", "labels": ["pain", "swelling"]},
+        strategy={**LORA, "blocks": "all", **strategy},
+        training={"local_steps": 20, "learning_rate": 0.05},
+    )
+
+
+def state(own: Session) -> Tensors:
+    return own._tuned.get()
+
+
+def test_only_the_active_tensors_are_trained_and_returned(tmp_path: Path) -> None:
+    own = session(tmp_path, strategy=LORA)
+    before = state(own)
+    active = [name for name in before if "lora_B" in name]
+    frozen = own.set_state(before, None, active)
+    assert frozen.keys() == before.keys() - set(active)
+    trained, metrics = own.train(1, active)
+    assert list(trained) == active
+    assert all(not torch.equal(trained[name], before[name]) for name in active)
+    after = state(own)
+    assert all(torch.equal(after[name], before[name]) for name in frozen)
+    assert metrics["num-examples"] == len(own._rows[0])
+    assert metrics["lora-alpha"] == 16.0
+
+
+def test_adapter_names_are_pefts(tmp_path: Path) -> None:
+    import peft
+
+    own = session(tmp_path, strategy=LORA)
+    assert state(own).keys() == peft.get_peft_model_state_dict(own._tuned.model).keys()
+
+
+def test_server_and_sites_draw_the_same_a(tmp_path: Path) -> None:
+    one, two = session(tmp_path, strategy=LORA), session(tmp_path, strategy=LORA)
+    torch.manual_seed(123)
+    assert all(torch.equal(t, state(two)[name]) for name, t in state(one).items())
+
+
+def test_outdated_frozen_tensors_are_noticed(tmp_path: Path) -> None:
+    own = session(tmp_path, strategy=LORA)
+    tensors = state(own)
+    active = [name for name in tensors if "lora_B" in name]
+    with pytest.raises(TrainingError, match="out of date; send them in full"):
+        own.set_state(tensors, "0" * 64, active)
+    with pytest.raises(TrainingError, match="neither sent nor kept"):
+        own.set_state({name: tensors[name] for name in active}, None, active)
+
+
+@pytest.mark.parametrize(
+    ("head", "exchanged", "stays"), [("train", True, False), ("freeze", False, False), ("local", False, True)]
+)
+def test_classification_head(tmp_path: Path, head: str, exchanged: bool, stays: bool) -> None:
+    own = classifier(tmp_path, head=head)
+    tensors = state(own)
+    heads = [name for name in tensors if "classifier" in name]
+    assert bool(heads) == exchanged
+    active = [name for name in tensors if "lora_A" not in name]
+    own.set_state(tensors, None, active)
+    before = own.evaluate()
+    fresh = {name: p.detach().clone() for name, p in own._tuned.model.named_parameters() if "classifier" in name}
+    trained, _ = own.train(1, active)
+    assert set(heads) <= trained.keys()
+    moved = {n for n, p in own._tuned.model.named_parameters() if n in fresh and not torch.equal(p, fresh[n])}
+    assert bool(moved) == (exchanged or stays)
+    assert bool(own.kept) == stays
+    if head != "freeze":
+        assert own.evaluate()["evaluate.loss"] < before["evaluate.loss"]
+        assert 0 <= own.evaluate()["evaluate.accuracy"] <= 1
+
+
+def test_local_head_is_taken_up_by_a_new_process(tmp_path: Path) -> None:
+    one = classifier(tmp_path, head="local")
+    tensors = state(one)
+    one.set_state(tensors, None, list(tensors))
+    one.train(1, list(tensors))
+    trained = {name: p.detach().clone() for name, p in one._tuned.local.items()}
+    two = classifier(tmp_path, head="local")
+    two.kept = one.kept
+    two.set_state(tensors, None, list(tensors))
+    assert trained
+    assert all(torch.equal(p, trained[name]) for name, p in two._tuned.local.items())
+
+
+@pytest.mark.parametrize("mode", ["keep", "reset"])
+def test_optimizer_moments_are_kept_or_reset(tmp_path: Path, mode: str) -> None:
+    """Two rounds in two processes: with `keep` the second goes on with the first one's moments."""
+    one = session(tmp_path, strategy={**LORA, "optimizer_state": mode})
+    tensors = state(one)
+    active = [name for name in tensors if "lora_B" in name]
+    one.set_state(tensors, None, active)
+    trained, _ = one.train(1, active)
+    moments = {name: t for name, t in one.kept.items() if name.startswith("exp_avg|")}
+    assert bool(moments) == (mode == "keep")
+    two = session(tmp_path, strategy={**LORA, "optimizer_state": mode})
+    two.kept = one.kept
+    two.set_state({**tensors, **trained}, None, active)
+    two.train(2, active)
+    if mode == "keep":
+        steps = {float(t) for name, t in two.kept.items() if name.startswith("step|")}
+        assert steps == {6.0}  # three local steps in each round
+
+
+def test_mixed_rank_is_refused_where_the_strategy_needs_equal_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"max_rank 1 is below the federation's rank 2, and ffa-lora needs equal ranks"
+    ):
+        session(tmp_path, {"max_rank": 1}, strategy=LORA).hello()
+    assert session(tmp_path, {"max_rank": 1}, strategy={**LORA, "name": "flexlora"}).hello().rank == 1
+
+
+def test_rank_above_a_layer_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"model.layers.0.mlp.gate_proj.weight: LoRA rank is 33; allowed for this layer: 1 to 32"
+    ):
+        state(session(tmp_path, strategy={**LORA, "rank": 33}))
+
+
+def test_label_that_is_not_listed_is_counted_not_quoted(tmp_path: Path) -> None:
+    own = classifier(tmp_path)
+    file = tmp_path / "labelled.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, '{"text": "secret text", "label": "secret label"}']))
+    own.set_state(state(own), None, list(state(own)))
+    with pytest.raises(DataError, match=r"1 of \d+ rows have a label that is not in task.labels") as caught:
+        own.train(1, list(state(own)))
+    assert "secret" not in str(caught.value)
+
+
+def test_seed_and_round_decide_the_result(tmp_path: Path) -> None:
+    def trained(server_round: int) -> Tensors:
+        own = session(tmp_path)
+        own.set_state(state(own), None, list(state(own)))
+        return own.train(server_round, list(state(own)))[0]
+
+    one, again, other = trained(1), trained(1), trained(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
