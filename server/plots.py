@@ -85,7 +85,9 @@ def time_bars(bars: Sequence[Bar], *, name: str, label: str) -> str:
         for before, bar in zip([None, *bars], bars, strict=False):
             if before is None or before.round != bar.round:
                 height += 1.0
-                axes.text(0, height - 0.05, f"round {bar.round}" if bar.round else "mean round", va="center", weight="bold")
+                axes.text(
+                    0, height - 0.05, f"round {bar.round}" if bar.round else "mean round", va="center", weight="bold"
+                )
                 height += 0.9
             heights.append(height)
             height += 1.0

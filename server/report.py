@@ -171,7 +171,9 @@ def headline(run: Run, results: list[facts.Result]) -> list[str]:
         count = {v: [s.who for s in sites if s.changes["loss"].verdict == v] for v in ("better", "worse", "same")}
         worse = f", worse at {len(count['worse'])} ({', '.join(count['worse'][:5])})" if count["worse"] else ""
         same = f", unchanged at {len(count['same'])}" if count["same"] else ""
-        sentences.append(f"At the sites, held-out loss is better at {len(count['better'])} of {len(sites)}{worse}{same}.")
+        sentences.append(
+            f"At the sites, held-out loss is better at {len(count['better'])} of {len(sites)}{worse}{same}."
+        )
     return sentences
 
 

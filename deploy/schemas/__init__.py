@@ -1,0 +1,40 @@
+"""JSON schemas of the federation file and the site file, for editors and for checks outside Python.
+
+``python -m deploy.schemas`` writes them from ``common.config``; YAML editors find them through the first line of a file:
+``# yaml-language-server: $schema=<path of the schema>``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.config import FederationConfig, Section, SiteConfig
+
+FOLDER = Path(__file__).parent
+_SECTIONS: dict[str, type[Section]] = {"federation": FederationConfig, "site": SiteConfig}
+
+
+def schemas() -> dict[Path, str]:
+    """The text of every schema file by its path."""
+    return {FOLDER / f"{name}.schema.json": _text(section) for name, section in _SECTIONS.items()}
+
+
+def _text(section: type[Section]) -> str:
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **section.model_json_schema()}
+    for key, value in schema["properties"].items():
+        if "discriminator" in value:
+            schema["properties"][key] = _one_word_or_mapping(value, schema["$defs"])
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """What ``strategy`` and ``task`` take: a mapping that names its kind, or that name alone where nothing else is due."""
+    tag, kinds = union["discriminator"]["propertyName"], union["discriminator"]["mapping"]
+    words = []
+    for word, reference in kinds.items():
+        definition = definitions[reference.rpartition("/")[2]]
+        if not definition.get("required"):
+            words.append(word)
+        definition["required"] = [tag, *definition.get("required", [])]
+    kept = {name: value for name, value in union.items() if name not in ("discriminator", "oneOf")}
+    return {**kept, "anyOf": [{"type": "string", "enum": words}, {"oneOf": union["oneOf"]}]}
