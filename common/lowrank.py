@@ -1,28 +1,36 @@
 """Truncated SVD of ``dW = sum_k w_k B_k A_k`` from the factors alone.
 
-A full dense SVD is never computed. With R = sum_k r_k columns in the stacked factors B (out, R) and A (R, in), and
-dW = B A, there are two ways; both are held against a dense float64 SVD by the tests:
+With R = sum_k r_k columns in the stacked factors B (out, R) and A (R, in), dW = B A. A full dense SVD is never
+computed. There are two ways to the leading right singular vectors, each held against a dense float64 SVD by the tests:
 
-- the *core*: eigenvectors of the R x R matrix L^T (B^T B) L with L L^T = A A^T, in float64, which holds the whole
-  spectrum; when R is not below the layer's shorter side, those of the layer's own short-side Gram matrix;
-- *iteration*, where that core is large and few components are wanted: a block Krylov space grown until the residual
-  of every wanted component passes a test (Musco & Musco, arXiv 1504.05477). When it does not, the core decides.
+- the *core*: with L L^T = A A^T, the eigenvectors of the R x R matrix L^T (B^T B) L, in float64. It holds the whole
+  spectrum. When R is not below the layer's shorter side, the short-side Gram matrix of dW takes its place;
+- *iteration*, where that core is large and few components are wanted: a block Krylov space (Musco & Musco,
+  arXiv 1504.05477), grown until the residual of every wanted component passes a test, which is repeated on the factors
+  themselves. When it fails, the core decides.
+
+Either way dW is then projected on the subspace found, so that U and V have orthonormal columns and U S V^T is the part
+of dW that lives there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import AggregationError
 
-ZERO = 1e-7  # singular values below this share of the factors' size are rounding: the core squares them in float64
+ZERO = 1e-7  # singular values below this share of |B| |A| are rounding
 RANK = 1e-6  # those above this share of the largest one count for the numerical rank
-LARGE = 640  # cores smaller than this are solved at once
-WIDE = 24  # so are cores of less than this many times the wanted rank
-RESIDUAL = 2e-7  # iteration ends when |dW^T u - sigma v| is below this share of the largest singular value
+LARGE = 512  # cores smaller than this are solved at once
+WIDE = 16  # so are cores of less than this many times the wanted rank
+STEPS = 28  # most blocks of the Krylov space
+CHECKS = (2, 3, 6, 10, 15, 20, 27)  # when convergence is looked at
+RESIDUAL = 3e-7  # it is reached when |dW^T dW v - s^2 v| is below this share of s_1^2
+DROPPED = 1e-6  # directions of a block below this share of its largest square are rounding
+TILE = 256  # columns of a Gram matrix that are computed together
+ACCEPTED = 5e-6  # the result of iteration is taken when |dW^T u - s v| is below this share of s_1
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,13 @@ class Term:
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """The leading part of dW = U diag(S) V^T, float64.
+    """The leading part of dW = U diag(S) V^T.
 
     Attributes:
         u: (out, rank); columns are orthonormal, or zero where ``s`` is.
         s: (rank,); descending, zero beyond dW's rank.
-        vt: (rank, in); rows are orthonormal, also where ``s`` is zero; the largest entry of each is positive.
+        vt: (rank, in); rows are orthonormal where ``s`` is not zero, else zero; the entry of largest magnitude of
+            each is positive.
         energy: ``|dW|_F^2``, of the whole dW.
         numerical_rank: how many singular values of dW exceed 1e-6 of the largest; None when only the leading ones
             were computed.
@@ -60,19 +69,21 @@ class TruncatedSVD:
 
     def lost(self, rank: int) -> float:
         """Energy that the best approximation of this rank leaves out: the sum of the further sigma_i^2."""
-        return max(0.0, self.energy - float(self.s[:rank].square().sum()))
+        return max(0.0, self.energy - float(self.s[:rank].double().square().sum()))
 
 
 def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> TruncatedSVD:
     """The ``rank`` leading singular triplets of ``dW = sum_k w_k B_k A_k``.
 
-    The best approximations of all smaller ranks are its slices. Computed in float32, or in float64 when a factor is,
-    whatever the type of the factors.
+    The best approximations of all smaller ranks are its slices.
 
     Args:
-        terms: at least one; shapes (out, r_k) and (r_k, in) with common out and in.
+        terms: at least one; shapes (out, r_k) and (r_k, in) with common out and in, weights not negative.
         rank: how many triplets, from 1 to min(out, in).
         name: the layer's name, for messages.
+
+    Returns:
+        In float32, or in float64 when a factor is, whatever the type of the factors.
 
     Raises:
         AggregationError: the factors do not fit together, are not finite, the rank is out of range, or the
@@ -81,11 +92,132 @@ def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> Truncat
     b, a = _stack(terms, name)
     if not 1 <= rank <= min(b.shape[0], a.shape[1]):
         raise AggregationError(f"{name}: rank {rank} is out of range; allowed: 1 to {min(b.shape[0], a.shape[1])}")
-    size_b, size_a = float(b.abs().max()), float(a.abs().max())
-    if not (np.isfinite(size_b) and np.isfinite(size_a)):
-        raise AggregationError(f"{name}: a factor holds values that are not finite")
+    size_b, size_a = float(torch.linalg.matrix_norm(b)), float(torch.linalg.matrix_norm(a))
+    if not size_b < float("inf") or not size_a < float("inf"):
+        raise AggregationError(f"{name}: a factor holds values that are not finite, or too large to be squared")
+    u, s, vt = b.new_zeros(b.shape[0], rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1])
     if size_b == 0 or size_a == 0:
-        u, s, v, energy, numerical_rank = b.new_zeros(b.shape[0], 0), b.new_zeros(0), a.new_zeros(a.shape[1], 0), 0.0, 0
-    else:
-        u, s, v, energy, numerical_rank = _solve(b / size_b, a / size_a, rank, name)
-    return ()
+        return TruncatedSVD(u, s, vt, 0.0, 0)
+    size = size_b * size_a
+    try:
+        left, values, right, energy, numerical_rank = _leading(b.div_(size_b), a.div_(size_a), rank)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise AggregationError(f"{name}: the singular values do not converge: {error}") from None
+    kept = int((values > ZERO).sum())
+    signs = right[:kept].gather(1, right[:kept].abs().argmax(1, keepdim=True)).sign()
+    u[:, :kept], s[:kept], vt[:kept] = left[:, :kept] * signs.T, values[:kept] * size, right[:kept] * signs
+    return TruncatedSVD(u, s, vt, energy * size**2, numerical_rank)
+
+
+def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor]:
+    """The factors side by side, the weights in A."""
+    if not terms:
+        raise AggregationError(f"{name}: no factors to add up")
+    out, in_ = terms[0].b.shape[0], terms[0].a.shape[-1]
+    for term in terms:
+        if term.b.shape != (out, term.a.shape[0]) or term.a.shape[1:] != (in_,):
+            raise AggregationError(
+                f"{name}: factors of shape {tuple(term.b.shape)} and {tuple(term.a.shape)} do not fit ({out}, r) and "
+                f"(r, {in_})"
+            )
+    double = any(torch.float64 in (term.b.dtype, term.a.dtype) for term in terms)
+    dtype = torch.float64 if double else torch.float32
+    b = torch.cat([term.b.to(dtype) for term in terms], dim=1)
+    return b, torch.cat([term.a.to(dtype) * term.weight for term in terms], dim=0)
+
+
+def _leading(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, float, int | None]:
+    """Leading singular triplets of b @ a, at most ``rank``; its energy; its numerical rank."""
+    terms = b.shape[1]
+    if terms >= max(LARGE, WIDE * rank) and b.dtype == torch.float32:
+        gram_b, gram_a = _gram(b), _gram(a.T)
+        triplets = _refine(b, a, _iterate(gram_b, gram_a, rank))
+        if triplets is not None:
+            return *triplets, float(torch.sum(gram_b * gram_a, dtype=torch.float64)), None
+    small = terms < min(b.shape[0], a.shape[1])
+    basis, squares = _from_factors(b, a, rank) if small else _from_product(b @ a, rank)
+    return *_project(b, a, basis.to(b.dtype)), float(squares.sum()), int((squares > RANK**2 * squares[0]).sum())
+
+
+def _project(b: Tensor, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triplets of the part of b @ a whose rows lie in the span of ``basis`` (in, rank)."""
+    basis, _ = torch.linalg.qr(basis)
+    u, s, vt = torch.linalg.svd(b @ (a @ basis), full_matrices=False)
+    return u, s, vt @ basis.T
+
+
+def _from_factors(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading right singular vectors and all squared singular values, from the R x R core."""
+    gram_b, (squares, rotation) = _gram(b.double()), torch.linalg.eigh(_gram(a.T.double()))
+    root = rotation * squares.clamp_min(0.0).sqrt()
+    values, vectors = torch.linalg.eigh(root.T @ gram_b @ root)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    columns = gram_b @ (root @ vectors[:, : max(1, int((values[:rank] > ZERO**2).sum()))])
+    return a.T.double() @ (columns / torch.linalg.vector_norm(columns, dim=0)), values
+
+
+def _from_product(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same from dW itself, when it is no larger than the core would be."""
+    tall = product.shape[0] >= product.shape[1]
+    double = product.double()
+    values, vectors = torch.linalg.eigh(_gram(double if tall else double.T))
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, :rank]
+    return vectors if tall else double.T @ vectors, values
+
+
+def _iterate(gram_b: Tensor, gram_a: Tensor, rank: int) -> Tensor | None:
+    """Coordinates c (R, rank) of the leading right singular vectors v = A^T c; None when they do not converge.
+
+    Block Lanczos in the coordinates, where dW^T dW is c -> B^T B A A^T c and v has the length sqrt(c^T A A^T c): a step
+    costs two products with R x R matrices, whatever the layer's size. Directions of no length are dropped.
+    """
+    block = rank + 8
+    new = torch.randn(block, len(gram_a), generator=torch.Generator().manual_seed(0))
+    basis, image, projected = (new.new_empty(STEPS * block, len(gram_a)) for _ in range(3))  # c; AA^T c; B^TB AA^T c
+    size, width = 0, 0  # of the basis, of its newest block
+    for step in range(min(STEPS, len(gram_a) // block)):
+        for _ in range(2):  # twice is enough for orthogonality to rounding
+            new = new - (new @ image[:size].T) @ basis[:size]
+        new_image = new @ gram_a
+        lengths = new @ new_image.T
+        if step in CHECKS and size >= rank:
+            values, vectors = torch.linalg.eigh(image[:size] @ projected[:size].T)
+            last = vectors[size - width :, -rank:]
+            if float((last * (lengths @ last)).sum(0).max()) <= (RESIDUAL * float(values[-1])) ** 2:
+                found: Tensor = vectors[:, -rank:].T @ basis[:size]
+                return found.T
+        squares, rotation = torch.linalg.eigh(lengths.double())
+        kept = squares > max(DROPPED * float(squares[-1]), 0.0)
+        width = int(kept.sum())
+        if width == 0:
+            return None
+        turn = (rotation[:, kept] / squares[kept].sqrt()).T.to(new.dtype)
+        grown = slice(size, size + width)
+        basis[grown], image[grown] = turn @ new, turn @ new_image
+        projected[grown] = new = image[grown] @ gram_b
+        size += width
+    return None
+
+
+def _refine(b: Tensor, a: Tensor, coordinates: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Triplets that pass the residual test on the factors themselves, after at most three steps of power iteration."""
+    if coordinates is None:
+        return None
+    basis = a.T @ coordinates
+    for _ in range(3):
+        u, s, vt = _project(b, a, basis)
+        basis = a.T @ (b.T @ u)
+        if float(torch.linalg.vector_norm(basis - vt.T * s, dim=0).max()) <= ACCEPTED * float(s[0]):
+            return u, s, vt
+    return None
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """``matrix.T @ matrix``, of which only the blocks above the diagonal are computed."""
+    columns = matrix.shape[1]
+    gram = matrix.new_empty(columns, columns)
+    for start in range(0, columns, TILE):
+        rows = slice(start, start + TILE)
+        gram[rows, start:] = matrix[:, rows].T @ matrix[:, start:]
+        gram[start + TILE :, rows] = gram[rows, start + TILE :].T
+    return gram

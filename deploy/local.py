@@ -141,7 +141,6 @@ def _start_superlink(supervisor: Supervisor, env: dict[str, str], control: int, 
         *("--host", "127.0.0.1", "--port", str(control)),
         *("--fleet-api-address", f"127.0.0.1:{fleet}"),
         "--disable-runtime-dependency-installation",
-        *("--database", str(plan.run_dir / "state.sqlite")),
     ]
     started = supervisor.start("superlink", command, env)
     deadline = time.monotonic() + START_SECONDS

@@ -7,6 +7,7 @@ serves light, dark and paper. Lines differ in dash and marker and bars in hatchi
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ _DASHES = ("--", "-.", ":", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 _MARKERS = "s^Dv<>PX"
 _HATCHES = dict(zip(PHASES, ("////", "..", "", "\\\\\\\\", "xxxx", "", "||||"), strict=True))
 _MOST_LINES = 8  # more sites than that are drawn alike
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud
     "text.parse_math": False,  # a $ in a site's name is a $
     "font.size": 9,
@@ -109,7 +110,7 @@ def time_bars(bars: Sequence[Bar], *, name: str, label: str) -> str:
         return _inline(figure, name, label)
 
 
-def _fill(number: int, phase: str) -> dict[str, object]:
+def _fill(number: int, phase: str) -> dict[str, Any]:
     """How a phase's bars are filled."""
     return {"facecolor": _colour(number), "hatch": _HATCHES[phase], "edgecolor": _PAPER, "linewidth": 0.5}
 
@@ -131,9 +132,9 @@ def _line(axes: Axes, values: Mapping[int, float], number: int | None, first: st
         )
 
 
-def _draw(axes: Axes, values: Mapping[int, float], **style: object) -> None:
+def _draw(axes: Axes, values: Mapping[int, float], **style: Any) -> None:  # noqa: ANN401 - matplotlib's own
     style.setdefault("markersize", 4.5)
-    axes.plot(list(values), list(values.values()), **style)  # type: ignore[arg-type]
+    axes.plot(list(values), list(values.values()), **style)
 
 
 def _colour(number: int) -> str:

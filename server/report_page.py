@@ -40,7 +40,8 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; ma
 .status { border-left: 5px solid var(--muted); background: var(--panel); padding: .8rem 1.1rem; margin: 1.2rem 0; }
 .status.failed { border-color: var(--bad); }
 .status p { margin: .2rem 0; overflow-wrap: anywhere; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .1rem 1.5rem; max-width: none;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .1rem 1.5rem;
+  max-width: none;
   margin: 1.4rem 0; padding: .9rem 1.1rem; background: var(--panel); }
 .facts dt { color: var(--muted); font-size: .8rem; margin-top: .3rem; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
@@ -170,8 +171,8 @@ better</span></th>
 <li>{{ score.title }}: {{ score.meaning }}.</li>
 {% endfor %}
 {% if fewest_answers %}
-<li>ROUGE-L, BLEU-4 and exact match are of answers that the model wrote itself. With {{ fewest_answers }} answers, one of
-them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differences may be chance.</li>
+<li>ROUGE-L, BLEU-4 and exact match are of answers that the model wrote itself. With {{ fewest_answers }} answers, one
+of them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differences may be chance.</li>
 {% endif %}
 </ul>
 {% else %}
@@ -216,8 +217,8 @@ them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differ
 <th scope="col">Down per round</th><th scope="col">Up per round</th></tr></thead>
 <tbody>
 {% for cost in costs %}
-<tr><th scope="row">{{ cost.who }}</th><td>{{ cost.rounds }}</td><td>{{ cost.down|size }}</td><td>{{ cost.up|size }}</td>
-<td>{{ (cost.down / cost.rounds)|size }}</td><td>{{ (cost.up / cost.rounds)|size }}</td></tr>
+<tr><th scope="row">{{ cost.who }}</th><td>{{ cost.rounds }}</td><td>{{ cost.down|size }}</td>
+<td>{{ cost.up|size }}</td><td>{{ (cost.down / cost.rounds)|size }}</td><td>{{ (cost.up / cost.rounds)|size }}</td></tr>
 {% endfor %}
 </tbody>
 <tfoot><tr><th scope="row">All</th><td></td><td>{{ costs|sum(attribute="down")|size }}</td>
@@ -225,7 +226,8 @@ them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differ
 </table></div>
 <div class="scroll" tabindex="0" role="region" aria-label="Seconds per site"><table>
 <caption>Seconds of the whole run, by what they were spent on.</caption>
-<thead><tr><th scope="col">Site</th>{% for p in phases %}<th scope="col">{{ p|capitalize }}</th>{% endfor %}</tr></thead>
+<thead><tr><th scope="col">Site</th>
+{% for p in phases %}<th scope="col">{{ p|capitalize }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for cost in costs %}
 <tr><th scope="row">{{ cost.who }}</th>{% for p in phases %}<td>{{ cost.seconds.get(p)|seconds }}</td>{% endfor %}</tr>
@@ -273,7 +275,8 @@ from two machines' clocks and are only as good as these agree.</li>
 {% for key, title in (("expected", "Expected"), ("before", "Base model"), ("after", "Federation")) %}
 <div><dt>{{ title }}{% if key != "expected" and sample[key].strip() == sample.expected.strip() %}
 <strong class="better">= expected</strong>{% endif %}</dt>
-<dd class="text">{% if sample[key].strip() %}{{ sample[key] }}{% else %}<em class="muted">(empty)</em>{% endif %}</dd></div>
+<dd class="text">{% if sample[key].strip() %}{{ sample[key] }}
+{%- else %}<em class="muted">(empty)</em>{% endif %}</dd></div>
 {% endfor %}
 </dl>
 </article>
@@ -338,7 +341,8 @@ table.</p>
 <th scope="col" class="left">What</th><th scope="col" class="left">Reason</th></tr></thead>
 <tbody>
 {% for problem in problems %}
-<tr><td class="nowrap">{{ problem.time|utc }}</td><td>{{ problem.round|whole }}</td><td class="left">{{ problem.who }}</td>
+<tr><td class="nowrap">{{ problem.time|utc }}</td><td>{{ problem.round|whole }}</td>
+<td class="left">{{ problem.who }}</td>
 <td class="left nowrap">{{ problem.what }}</td><td class="left wrap">{{ problem.reason }}</td></tr>
 {% endfor %}
 </tbody></table></div>

@@ -1,7 +1,7 @@
 """JSON schemas of the federation file and the site file, for editors and for checks outside Python.
 
-``python -m deploy.schemas`` writes them from ``common.config``; YAML editors find them through the first line of a file:
-``# yaml-language-server: $schema=<path of the schema>``.
+``python -m deploy.schemas`` writes them from ``common.config``. YAML editors find them through the first line of a
+file: ``# yaml-language-server: $schema=<path of the schema>``.
 """
 
 import json
@@ -28,7 +28,7 @@ def _text(section: type[Section]) -> str:
 
 
 def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """What ``strategy`` and ``task`` take: a mapping that names its kind, or that name alone where nothing else is due."""
+    """What ``strategy`` and ``task`` take: a mapping that names its kind, or that name alone where it is enough."""
     tag, kinds = union["discriminator"]["propertyName"], union["discriminator"]["mapping"]
     words = []
     for word, reference in kinds.items():
