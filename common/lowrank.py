@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.errors import AggregationError
 
-ZERO = 1e-7  # singular values below this share of |B| |A| are rounding
+ZERO = 1e-7  # singular values below this share of the largest w_k |B_k| |A_k| are rounding
 RANK = 1e-6  # those above this share of the largest one count for the numerical rank
 LARGE = 512  # cores smaller than this are solved at once
 WIDE = 16  # so are cores of less than this many times the wanted rank
@@ -29,6 +29,7 @@ STEPS = 28  # most blocks of the Krylov space
 CHECKS = (2, 3, 6, 10, 15, 20, 27)  # when convergence is looked at
 RESIDUAL = 3e-7  # it is reached when |dW^T dW v - s^2 v| is below this share of s_1^2
 DROPPED = 1e-6  # directions of a block below this share of its largest square are rounding
+TINY = 1e-38  # keeps a zero from being divided by
 TILE = 256  # columns of a Gram matrix that are computed together
 ACCEPTED = 5e-6  # the result of iteration is taken when |dW^T u - s v| is below this share of s_1
 
@@ -54,6 +55,7 @@ class TruncatedSVD:
         energy: ``|dW|_F^2``, of the whole dW.
         numerical_rank: how many singular values of dW exceed 1e-6 of the largest; None when only the leading ones
             were computed.
+        inner: (K, K); the Frobenius inner products of the terms' B_k A_k without their weights, float64.
     """
 
     u: Tensor
@@ -61,6 +63,7 @@ class TruncatedSVD:
     vt: Tensor
     energy: float
     numerical_rank: int | None
+    inner: Tensor
 
     @property
     def stable_rank(self) -> float:
@@ -78,7 +81,7 @@ def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> Truncat
     The best approximations of all smaller ranks are its slices.
 
     Args:
-        terms: at least one; shapes (out, r_k) and (r_k, in) with common out and in, weights not negative.
+        terms: at least one; shapes (out, r_k) and (r_k, in) with common out and in.
         rank: how many triplets, from 1 to min(out, in).
         name: the layer's name, for messages.
 
@@ -89,28 +92,36 @@ def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> Truncat
         AggregationError: the factors do not fit together, are not finite, the rank is out of range, or the
             eigenvalues do not converge.
     """
-    b, a = _stack(terms, name)
+    b, a, sizes = _stack(terms, name)
     if not 1 <= rank <= min(b.shape[0], a.shape[1]):
         raise AggregationError(f"{name}: rank {rank} is out of range; allowed: 1 to {min(b.shape[0], a.shape[1])}")
-    size_b, size_a = float(torch.linalg.matrix_norm(b)), float(torch.linalg.matrix_norm(a))
-    if not size_b < float("inf") or not size_a < float("inf"):
-        raise AggregationError(f"{name}: a factor holds values that are not finite, or too large to be squared")
-    u, s, vt = b.new_zeros(b.shape[0], rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1])
-    if size_b == 0 or size_a == 0:
-        return TruncatedSVD(u, s, vt, 0.0, 0)
-    size = size_b * size_a
+    weights = sizes * torch.tensor([term.weight for term in terms], dtype=torch.float64)
+    largest = float(weights.abs().max())
+    columns = _columns(weights / (largest or 1.0), terms)
     try:
-        left, values, right, energy, numerical_rank = _leading(b.div_(size_b), a.div_(size_a), rank)
+        products, (left, values, right), energy, numerical_rank = _leading(b, a, columns.to(b.dtype), rank)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise AggregationError(f"{name}: the singular values do not converge: {error}") from None
-    kept = int((values > ZERO).sum())
+    u, s, vt = b.new_zeros(b.shape[0], rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1])
+    kept = int((values > ZERO).sum()) if largest > 0 else 0
     signs = right[:kept].gather(1, right[:kept].abs().argmax(1, keepdim=True)).sign()
-    u[:, :kept], s[:kept], vt[:kept] = left[:, :kept] * signs.T, values[:kept] * size, right[:kept] * signs
-    return TruncatedSVD(u, s, vt, energy * size**2, numerical_rank)
+    u[:, :kept], s[:kept], vt[:kept] = left[:, :kept] * signs.T, values[:kept] * largest, right[:kept] * signs
+    inner = _between(products, terms) * torch.outer(sizes, sizes)
+    return TruncatedSVD(u, s, vt, energy * largest**2, numerical_rank if kept else 0, inner)
 
 
-def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor]:
-    """The factors side by side, the weights in A."""
+def inner_products(terms: Sequence[Term], name: str = "dW") -> Tensor:
+    """Frobenius inner products of the terms' B_k A_k without their weights: (K, K), float64.
+
+    Raises:
+        AggregationError: the factors do not fit together.
+    """
+    b, a, sizes = _stack(terms, name)
+    return _between(_gram(b.double()) * _gram(a.T.double()), terms) * torch.outer(sizes, sizes)
+
+
+def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors side by side, each divided by its norm; and |B_k| |A_k| of every term, float64."""
     if not terms:
         raise AggregationError(f"{name}: no factors to add up")
     out, in_ = terms[0].b.shape[0], terms[0].a.shape[-1]
@@ -123,20 +134,50 @@ def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor]:
     double = any(torch.float64 in (term.b.dtype, term.a.dtype) for term in terms)
     dtype = torch.float64 if double else torch.float32
     b = torch.cat([term.b.to(dtype) for term in terms], dim=1)
-    return b, torch.cat([term.a.to(dtype) * term.weight for term in terms], dim=0)
+    a = torch.cat([term.a.to(dtype) for term in terms], dim=0)
+    norms_b = torch.tensor([float(torch.linalg.vector_norm(term.b)) for term in terms], dtype=torch.float64)
+    norms_a = torch.tensor([float(torch.linalg.vector_norm(term.a)) for term in terms], dtype=torch.float64)
+    sizes = norms_b * norms_a
+    if not torch.isfinite(sizes).all():
+        raise AggregationError(f"{name}: a factor holds values that are not finite, or too large to be squared")
+    b.div_(_columns(norms_b.clamp_min(TINY).to(dtype), terms))
+    a.div_(_columns(norms_a.clamp_min(TINY).to(dtype), terms)[:, None])
+    return b, a, sizes
 
 
-def _leading(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, float, int | None]:
-    """Leading singular triplets of b @ a, at most ``rank``; its energy; its numerical rank."""
-    terms = b.shape[1]
-    if terms >= max(LARGE, WIDE * rank) and b.dtype == torch.float32:
-        gram_b, gram_a = _gram(b), _gram(a.T)
-        triplets = _refine(b, a, _iterate(gram_b, gram_a, rank))
+def _columns(values: Tensor, terms: Sequence[Term]) -> Tensor:
+    """A value per term as one per column of B, or row of A."""
+    return values.repeat_interleave(torch.tensor([len(term.a) for term in terms]))
+
+
+def _between(products: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Sums of the (R, R) matrix over the rows and columns of each pair of terms: (K, K), float64."""
+    ranks = [len(term.a) for term in terms]
+    sums = torch.stack([rows.sum(0, dtype=torch.float64) for rows in products.split(ranks)])
+    return torch.stack([columns.sum(1) for columns in sums.split(ranks, dim=1)], dim=1)
+
+
+def _leading(
+    b: Tensor, a: Tensor, weights: Tensor, rank: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], float, int | None]:
+    """Entrywise product of the two Gram matrices; leading triplets, at most ``rank``; energy; numerical rank of dW."""
+    terms, weighted = b.shape[1], a * weights[:, None]
+    iterates = terms >= max(LARGE, WIDE * rank) and b.dtype == torch.float32
+    precision = torch.float32 if iterates else torch.float64
+    gram_b, gram_a = _gram(b.to(precision)), _gram(a.T.to(precision))
+    inner = gram_b * gram_a
+    energy = float(weights.double() @ inner.double() @ weights.double())
+    if iterates:
+        triplets = _refine(b, weighted, _iterate(gram_b, gram_a * weights * weights[:, None], rank))
         if triplets is not None:
-            return *triplets, float(torch.sum(gram_b * gram_a, dtype=torch.float64)), None
-    small = terms < min(b.shape[0], a.shape[1])
-    basis, squares = _from_factors(b, a, rank) if small else _from_product(b @ a, rank)
-    return *_project(b, a, basis.to(b.dtype)), float(squares.sum()), int((squares > RANK**2 * squares[0]).sum())
+            return inner, triplets, energy, None
+    if terms < min(b.shape[0], a.shape[1]):
+        double = weights.double()
+        basis, squares = _from_factors(gram_b.double(), gram_a.double() * double * double[:, None], weighted, rank)
+    else:
+        basis, squares = _from_product(b @ weighted, rank)
+    floor = max(RANK**2 * float(squares[0]), ZERO**2)
+    return inner, _project(b, weighted, basis.to(b.dtype)), energy, int((squares > floor).sum())
 
 
 def _project(b: Tensor, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,14 +187,14 @@ def _project(b: Tensor, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
     return u, s, vt @ basis.T
 
 
-def _from_factors(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _from_factors(gram_b: Tensor, gram_a: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading right singular vectors and all squared singular values, from the R x R core."""
-    gram_b, (squares, rotation) = _gram(b.double()), torch.linalg.eigh(_gram(a.T.double()))
+    squares, rotation = torch.linalg.eigh(gram_a)
     root = rotation * squares.clamp_min(0.0).sqrt()
     values, vectors = torch.linalg.eigh(root.T @ gram_b @ root)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    columns = gram_b @ (root @ vectors[:, : max(1, int((values[:rank] > ZERO**2).sum()))])
-    return a.T.double() @ (columns / torch.linalg.vector_norm(columns, dim=0)), values
+    columns = gram_b @ (root @ vectors[:, : max(1, int((values[:rank] > ZERO**2 * values[0]).sum()))])
+    return a.T.double() @ (columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(TINY)), values
 
 
 def _from_product(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:

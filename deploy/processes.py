@@ -96,6 +96,8 @@ class Supervisor:
         while self._living():
             self._signal(signal.SIGKILL)
             time.sleep(0.05)
+        for started in self.started:
+            started.process.wait()  # reap
         self.started.clear()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -108,7 +110,7 @@ class Supervisor:
     def _living(self) -> list[psutil.Process]:
         """Every process that carries this run's mark, children of children and re-parented ones included."""
         for started in self.started:
-            started.process.poll()  # reap
+            started.process.poll()
         return marked(self._mark)
 
 

@@ -39,7 +39,7 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) 
     from server.evaluation import Evaluator
     from server.report import write_report
     from server.rounds import RoundLoop
-    from strategies.flower import make_strategy
+    from strategies.named import make_strategy
 
     evaluator = Evaluator(config, source)
     state = evaluator.initial_state()

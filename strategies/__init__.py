@@ -1,1 +1,20 @@
-"""Federated strategies: one file each says what is sent, how replies are combined, what is reported."""
+"""Federated strategies: one file each says what is sent, how replies are combined, what is reported.
+
+``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA, FedIT`` gives them as Flower strategies. They are imported
+when asked for, so that the rules themselves need no Flower.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from strategies.named import FedFTG, FedIT, FFALoRA, FlexLoRA, RoLoRA
+
+__all__ = ["FFALoRA", "FedFTG", "FedIT", "FlexLoRA", "RoLoRA"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'strategies' has no attribute {name!r}")
+    from strategies import named
+
+    return getattr(named, name)

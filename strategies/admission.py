@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from common.errors import RefusedUpdate
-from strategies.lora_names import LORA_A, LORA_B
+from strategies.lora_names import LORA_A, partner
 from strategies.rule import Tensors
 
 
@@ -17,7 +17,8 @@ def admit(
     expected: Mapping[str, Tensor],
     active: list[str],
     *,
-    any_rank: bool,
+    any_rank: bool = False,
+    max_rank: int | None = None,
 ) -> Tensors:
     """Check a reply and return its active tensors.
 
@@ -27,7 +28,8 @@ def admit(
         num_examples: the reply's "num-examples".
         expected: every tensor as the client was to hold it at the start of the round.
         active: names of the tensors that the round trains.
-        any_rank: whether a LoRA factor may have another rank than the expected one (not a larger one).
+        any_rank: whether LoRA factors may have another rank than the expected ones.
+        max_rank: the largest rank then; None: what the layer allows.
 
     Raises:
         RefusedUpdate: names the client, the tensor and what is allowed.
@@ -39,7 +41,12 @@ def admit(
         if not _identical(tensors[name], expected[name]):
             raise RefusedUpdate(f"{client}: {name} is frozen in this round but came back changed")
     for name in active:
-        _check_tensor(client, name, tensors[name], expected[name], any_rank)
+        other = partner(name) if any_rank else None
+        if other is None:
+            _check_shape(client, name, tensors[name].shape, expected[name].shape)
+        elif name.endswith(LORA_A):
+            _check_ranks(client, (name, other), tensors, expected, max_rank)
+        _check_values(client, name, tensors[name], expected[name])
     return {name: tensors[name] for name in active}
 
 
@@ -53,25 +60,32 @@ def _check_names(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
             raise RefusedUpdate(f"{client}: {len(names)} {what} tensor(s): {some}")
 
 
-def _check_tensor(client: str, name: str, got: Tensor, want: Tensor, any_rank: bool) -> None:
+def _check_shape(client: str, name: str, got: torch.Size, want: torch.Size) -> None:
+    if got != want:
+        raise RefusedUpdate(f"{client}: {name} has shape {tuple(got)}, expected {tuple(want)}")
+
+
+def _check_ranks(
+    client: str, pair: tuple[str, str], got: Mapping[str, Tensor], want: Mapping[str, Tensor], max_rank: int | None
+) -> None:
+    """A (rank, in) and B (out, rank) of one layer: the same rank in both, from 1 to what is allowed."""
+    a, b = pair
+    (out, _), (_, in_) = want[b].shape, want[a].shape
+    allowed = min(out, in_, max_rank or out)
+    rank = got[a].shape[0] if got[a].dim() == 2 else 1
+    _check_shape(client, a, got[a].shape, torch.Size((rank, in_)))
+    if not 1 <= rank <= allowed:
+        raise RefusedUpdate(f"{client}: {a} has rank {rank}; allowed: 1 to {allowed}")
+    _check_shape(client, b, got[b].shape, torch.Size((out, rank)))
+
+
+def _check_values(client: str, name: str, got: Tensor, want: Tensor) -> None:
     if got.dtype != want.dtype:
         raise RefusedUpdate(f"{client}: {name} is {got.dtype}, expected {want.dtype}")
-    if not _shape_fits(name, got.shape, want.shape, any_rank):
-        raise RefusedUpdate(f"{client}: {name} has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     if got.is_floating_point():
         bad = got.numel() - int(torch.isfinite(got).sum())
         if bad:
             raise RefusedUpdate(f"{client}: {name}: {bad} non-finite values")
-
-
-def _shape_fits(name: str, got: torch.Size, want: torch.Size, any_rank: bool) -> bool:
-    if not any_rank or len(got) != 2:
-        return got == want
-    if name.endswith(LORA_A):  # (rank, in)
-        return got[1] == want[1] and 1 <= got[0] <= want[0]
-    if name.endswith(LORA_B):  # (out, rank)
-        return got[0] == want[0] and 1 <= got[1] <= want[1]
-    return got == want
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

@@ -13,7 +13,7 @@ themselves or, when it keeps them for its next round, their digest as ``frozen-d
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import TypedDict, Unpack
@@ -33,15 +33,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from common import wire
-from common.config import FedFTGConfig
 from common.digest import tensor_digest, tensors_digest
 from common.errors import AggregationError, RefusedUpdate, WireError
 from strategies.admission import admit
-from strategies.fedftg import FedFTGRule
 from strategies.lora_names import rank_of
 from strategies.rule import Rule, Tensors, Update
 
-MetricValue = int | float | list[int] | list[float]
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 @dataclass
@@ -65,6 +63,8 @@ class FedAvgOptions(TypedDict, total=False):
     weighted_by_key: str
     arrayrecord_key: str
     configrecord_key: str
+    train_metrics_aggr_fn: MetricsFn
+    evaluate_metrics_aggr_fn: MetricsFn
 
 
 class FlowerOptions(FedAvgOptions, total=False):
@@ -90,8 +90,10 @@ class FlowerStrategy(FedAvg):
             rule: what is trained and how replies are combined.
             seed: of the sampling of clients; the same seed and nodes give the same cohorts.
             join_timeout: seconds that ``configure_train`` waits for ``min_available_nodes``.
-            options: FedAvg's own.
+            options: FedAvg's own. Metrics are by default averaged by ``weighted_mean``.
         """
+        options.setdefault("train_metrics_aggr_fn", weighted_mean)
+        options.setdefault("evaluate_metrics_aggr_fn", weighted_mean)
         super().__init__(**options)
         self.rule = rule
         self.clients: dict[int, Client] = {}
@@ -181,10 +183,16 @@ class FlowerStrategy(FedAvg):
             expected,
             self._active,
             any_rank=self.rule.mixed_ranks,
+            max_rank=self.rule.max_rank,
         )
         frozen = {name: expected[name] for name in expected if name not in self._active}
         acknowledged = content.config_records.get(self.configrecord_key, ConfigRecord()).get("frozen-digest")
         if frozen and not frozen.keys() <= tensors.keys():
+            if acknowledged is None:
+                raise RefusedUpdate(
+                    f"{client.name}: the reply holds neither the {len(frozen)} frozen tensors nor their digest "
+                    f"('frozen-digest' in {self.configrecord_key!r})"
+                )
             if acknowledged != tensors_digest(frozen):
                 raise RefusedUpdate(
                     f"{client.name}: its frozen tensors differ from the federation's "
@@ -194,6 +202,8 @@ class FlowerStrategy(FedAvg):
         alpha = metrics.get("lora-alpha")
         if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
             raise RefusedUpdate(f"{client.name}: lora-alpha is {alpha!r}; allowed: a positive number")
+        if alpha is not None and not self.rule.mixed_ranks and self.rule.lora_alpha not in (None, alpha):
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {alpha}; the federation's is {self.rule.lora_alpha}")
         client.lora_alpha = None if alpha is None else float(alpha)
         if self.rule.mixed_ranks:
             client.rank = rank_of(admitted)
@@ -210,14 +220,18 @@ class FlowerStrategy(FedAvg):
         nodes = self._sample(grid, self.fraction_train, self.min_train_nodes, server_round)
         return self.train_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Combine the admitted replies; a refused one is logged with its reason and left out.
 
         Raises:
-            AggregationError: fewer than ``min_train_nodes`` replies were admitted.
+            AggregationError: fewer than ``min_train_nodes`` replies were admitted, or they cannot be combined.
         """
+        if self.fraction_train == 0.0:
+            return None, None
         refused: list[str] = []
-        metrics: list[tuple[int, MetricRecord]] = []
+        contents: list[RecordDict] = []
 
         def updates() -> Iterator[Update]:
             for reply in replies:
@@ -227,16 +241,17 @@ class FlowerStrategy(FedAvg):
                     refused.append(str(reason))
                     log(WARNING, "round %s, not admitted: %s", server_round, reason)
                     continue
-                metrics.append((update.num_examples, reply.content.metric_records["metrics"]))
+                contents.append(reply.content)
                 yield update
+            if len(contents) < max(1, self.min_train_nodes):
+                reasons = "; ".join(refused) or "no reply was refused"
+                raise AggregationError(
+                    f"round {server_round}: {len(contents)} admitted updates, {self.min_train_nodes} needed; {reasons}"
+                )
 
-        outcome = self.rule.aggregate(server_round, self._state, updates()) if self.fraction_train else None
-        if outcome is None or len(metrics) < self.min_train_nodes:
-            reasons = "; ".join(refused) or "no reply was refused"
-            raise AggregationError(
-                f"round {server_round}: {len(metrics)} admitted updates, {self.min_train_nodes} needed; {reasons}"
-            )
-        return wire.encode(outcome.state), MetricRecord({**weighted_mean(metrics), **outcome.diagnostics})
+        outcome = self.rule.aggregate(server_round, self._state, updates())
+        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        return wire.encode(outcome.state), MetricRecord({**metrics, **outcome.diagnostics})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -248,17 +263,14 @@ class FlowerStrategy(FedAvg):
         return self.evaluate_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Example-weighted mean of the metrics of all replies that hold some."""
-        metrics = []
+        """Combine the metrics of all replies that have some."""
+        contents = []
         for reply in replies:
             if reply.has_error():
                 log(WARNING, "round %s, no evaluation: %s", server_round, reply.error.reason)
-                continue
-            record = reply.content.metric_records.get("metrics", MetricRecord())
-            weight = record.get(self.weighted_by_key)
-            if isinstance(weight, int) and weight > 0:
-                metrics.append((weight, record))
-        return MetricRecord(weighted_mean(metrics)) if metrics else None
+            elif "metrics" in reply.content.metric_records:
+                contents.append(reply.content)
+        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
 
     def _sample(self, grid: Grid, fraction: float, minimum: int, server_round: int) -> list[int]:
         """``max(minimum, fraction * connected)`` nodes, the same for the same seed, round and nodes.
@@ -283,24 +295,19 @@ def sample(nodes: list[int], fraction: float, minimum: int, seed: int, server_ro
     return sorted(random.Random(f"{seed}/{server_round}").sample(nodes, size))  # noqa: S311 - no secret
 
 
-def weighted_mean(metrics: list[tuple[int, MetricRecord]]) -> dict[str, MetricValue]:
-    """Example-weighted mean of every scalar metric over the clients that report it."""
-    sums: dict[str, tuple[float, int]] = {}
-    for weight, record in metrics:
+def weighted_mean(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Mean of every scalar metric over the clients that report it, weighted by ``weighted_by_key``.
+
+    A reply without a positive weight is left out, so that no client can turn a mean round.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for content in contents:
+        record = content.metric_records["metrics"]
+        weight = record.get(weighted_by_key)
+        if not isinstance(weight, (int, float)) or not weight > 0:
+            continue
         for key, value in record.items():
-            if isinstance(value, (int, float)):
-                total, seen = sums.get(key, (0.0, 0))
+            if isinstance(value, (int, float)) and key != weighted_by_key:
+                total, seen = sums.get(key, (0.0, 0.0))
                 sums[key] = (total + weight * value, seen + weight)
-    return {key: total / seen for key, (total, seen) in sums.items()}
-
-
-class FedFTG(FlowerStrategy):
-    """Direct weight averaging (arXiv 2410.23111); see ``strategies.fedftg``."""
-
-    def __init__(self, **options: Unpack[FlowerOptions]) -> None:
-        super().__init__(FedFTGRule(), **options)
-
-
-def make_strategy(config: FedFTGConfig, *, seed: int) -> FlowerStrategy:
-    """The strategy that a federation file names, ready for FedSpan's round loop."""
-    return FlowerStrategy(FedFTGRule(), seed=seed)
+    return MetricRecord({key: total / seen for key, (total, seen) in sums.items()})

@@ -1,8 +1,10 @@
 """PEFT's state-dict names: which tensor is an A, which a B, and which B belongs to which A."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
+
+from common.errors import AggregationError
 
 LORA_A = ".lora_A.weight"  # (rank, in)
 LORA_B = ".lora_B.weight"  # (out, rank)
@@ -13,3 +15,31 @@ def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
     ranks = [t.shape[0] for n, t in tensors.items() if n.endswith(LORA_A)]
     ranks += [t.shape[1] for n, t in tensors.items() if n.endswith(LORA_B)]
     return max(ranks, default=None)
+
+
+def partner(name: str) -> str | None:
+    """The other factor of the same layer; None when ``name`` is no factor."""
+    if name.endswith(LORA_A):
+        return name.removesuffix(LORA_A) + LORA_B
+    if name.endswith(LORA_B):
+        return name.removesuffix(LORA_B) + LORA_A
+    return None
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names (A, B) of every adapted layer.
+
+    Raises:
+        AggregationError: there is no LoRA factor, or one lacks its partner.
+    """
+    all_ = list(names)
+    for name in all_:
+        other = partner(name)
+        if other is not None and other not in all_:
+            raise AggregationError(f"{name} has no partner {other}")
+    found = [(name, name.removesuffix(LORA_A) + LORA_B) for name in all_ if name.endswith(LORA_A)]
+    if not found:
+        raise AggregationError(
+            f"no LoRA factor among {len(all_)} tensors; allowed: names that end in {LORA_A}, {LORA_B}"
+        )
+    return found

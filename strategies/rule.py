@@ -55,8 +55,12 @@ class Rule(ABC):
 
     #: "weights": clients train base weights; "lora": clients train PEFT adapters.
     trains: ClassVar[Literal["weights", "lora"]]
-    #: whether LoRA ranks may differ between clients.
+    #: whether LoRA ranks and alphas may differ between clients.
     mixed_ranks: ClassVar[bool] = False
+    #: the federation's LoRA alpha, when it has one.
+    lora_alpha: float | None = None
+    #: the largest LoRA rank a client may have where ranks are mixed; None: what its layers allow.
+    max_rank: int | None = None
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """Names, of all in the state, that are trained and averaged in ``server_round`` (1, 2, ...). Default: all."""
@@ -80,6 +84,35 @@ class Rule(ABC):
         Raises:
             AggregationError: there was no update, or the updates cannot be combined.
         """
+
+
+class Averaging(Rule):
+    """Rules that take the example-weighted mean of every active tensor: ``X <- sum_k p_k X_k``, p_k = n_k / sum n."""
+
+    def __init__(self, lora_alpha: float | None = None) -> None:
+        """Make the rule.
+
+        Args:
+            lora_alpha: what all clients must have; None: whatever they have, if it is the same.
+        """
+        self.lora_alpha = lora_alpha
+
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+        """See ``Rule.aggregate``."""
+        active = self.active(server_round, state)
+        mean, drift = WeightedMean(state), Drift(state)
+        first: Update | None = None
+        for update in updates:
+            first = first or update
+            if update.lora_alpha != first.lora_alpha:
+                raise AggregationError(
+                    f"lora-alpha is {first.lora_alpha} at {first.client} and {update.lora_alpha} at {update.client}; "
+                    "factors can be averaged only when all clients have the same"
+                )
+            tensors = {name: update.tensors[name] for name in active}
+            mean.fold(tensors, update.num_examples)
+            drift.fold(tensors)
+        return Outcome({**state, **mean.mean()}, drift.diagnostics())
 
 
 class WeightedMean:

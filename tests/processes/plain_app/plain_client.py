@@ -55,9 +55,3 @@ def train(message: Message, context: Context) -> Message:
     save_file({k: v.contiguous() for k, v in trained.items()}, f"{stem}-trained.safetensors")
     metrics = MetricRecord({"num-examples": 10 + 7 * site, "lora-alpha": alpha})
     return Message(RecordDict({"arrays": arrays(trained), "metrics": metrics}), reply_to=message)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    metrics = MetricRecord({"num-examples": 1, "tensors": len(message.content.array_records["arrays"])})
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -7,7 +7,7 @@ from peft import get_peft_model_state_dict
 from plain_client import arrays, make_model
 from safetensors.torch import save_file
 
-from strategies.flower import FedIT, FFALoRA, FlexLoRA, RoLoRA
+from strategies import FedIT, FFALoRA, FlexLoRA, RoLoRA
 
 app = ServerApp()
 
@@ -15,7 +15,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     out = context.run_config["out"]
-    options = {"min_train_nodes": 2, "min_available_nodes": 2, "min_evaluate_nodes": 2}
+    options = {"min_train_nodes": 2, "min_available_nodes": 2, "fraction_evaluate": 0.0}
     strategy = {
         "fedit": lambda: FedIT(lora_alpha=16.0, **options),
         "ffa-lora": lambda: FFALoRA(lora_alpha=16.0, **options),

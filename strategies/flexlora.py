@@ -1,0 +1,168 @@
+"""FlexLoRA: the server averages the products B A and splits the average again, for clients of different rank.
+
+Source: arXiv 2402.11505. Per layer, dW = sum_k p_k s_k B_k A_k with every client's own scaling s_k; the state holds
+factors of its best approximation of rank R, and a client of rank r <= R receives the best one of rank r, in its own
+scaling. dW is never formed (``common.lowrank``).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import AggregationError
+from common.lowrank import Term, TruncatedSVD, truncated_svd
+from strategies.lora_names import LORA_A, LORA_B, pairs
+from strategies.rule import Drift, Outcome, Rule, Tensors, Update, WeightedMean, layer_group
+
+ROUNDING = 1e-9  # a change whose square is below this share of the products' squares counts as none
+
+
+class FlexLoRARule(Rule):
+    """Products are averaged; a trained classification head is averaged by the plain rule.
+
+    Adds per layer group: ``truncation-loss`` (share of the energy of dW that rank R leaves out), ``numerical-rank``
+    and ``stable-rank`` of dW (the largest of the group); ``client-norm`` and ``client-cosine`` are those of the
+    clients' changes of the product, s_k B_k A_k - s B A.
+    """
+
+    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    mixed_ranks: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        lora_alpha: float | None = None,
+        *,
+        rslora: bool = False,
+        split: Literal["left", "sqrt"] = "left",
+        max_rank: int | None = None,
+    ) -> None:
+        """Make the rule.
+
+        Args:
+            lora_alpha: of the state, and of clients that do not report their own. None: the state holds B A = dW, and
+                clients report theirs unless all have the state's rank.
+            rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
+            split: ``left``: B = U S / s, A = V^T; ``sqrt``: B = U sqrt(S) / sqrt(s), A = sqrt(S) V^T / sqrt(s).
+            max_rank: the largest rank of a client; None: what its layers allow. A larger one than the state's makes
+                the state grow.
+        """
+        self.lora_alpha = lora_alpha
+        self.max_rank = max_rank
+        self._rslora = rslora
+        self._split = split
+
+    def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
+        """The best approximation of the state of rank ``rank``, in the scaling of that rank and ``lora_alpha``."""
+        fitted = dict(state)
+        for a, b in pairs(state):
+            whole = state[a].shape[0]
+            own = min(rank or whole, whole)
+            ratio = self._scaling(self.lora_alpha, whole) / self._scaling(lora_alpha or self.lora_alpha, own)
+            if own == whole and ratio == 1.0:
+                continue
+            left, right = state[b][:, :own], state[a][:own]
+            if (
+                self._split == "sqrt"
+            ):  # the change of scale is shared, but a row that stands by for B = 0 keeps its size
+                used = left.any(dim=0)
+                right = torch.where(used[:, None], right.float() * ratio**0.5, right.float()).to(right.dtype)
+                ratio = ratio**0.5
+            fitted[a], fitted[b] = right.clone(), (left.float() * ratio).to(left.dtype)
+        return fitted
+
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+        """See ``Rule.aggregate``."""
+        del server_round
+        layers = pairs(state)
+        rest = {name: t for name, t in state.items() if not name.endswith((LORA_A, LORA_B))}
+        mean, drift = WeightedMean(rest), Drift(rest)
+        kept: list[Update] = []
+        for update in updates:
+            kept.append(update)
+            mean.fold({name: update.tensors[name] for name in rest}, update.num_examples)
+            drift.fold({name: update.tensors[name] for name in rest})
+        result = {**state, **mean.mean()}
+        groups: dict[str, _Group] = {}
+        for a, b in layers:
+            terms = self._terms(kept, state, a, b)
+            rank = max(len(term.a) for term in terms)
+            svd = truncated_svd(terms, rank, a.removesuffix(LORA_A))
+            result[a], result[b] = self._factors(svd, state[a])
+            groups.setdefault(layer_group(a), _Group()).add(svd)
+        found = drift.diagnostics()
+        for name, group in groups.items():
+            found |= {f"{key}/{name}": value for key, value in group.diagnostics().items()}
+        return Outcome(result, found)
+
+    def _terms(self, updates: list[Update], state: Mapping[str, Tensor], a: str, b: str) -> list[Term]:
+        """One summand per client; last, with no weight, the state itself. Scalings are part of B."""
+        total = sum(update.num_examples for update in updates)
+        terms = []
+        for update in updates:
+            own, alpha = update.tensors[a], update.lora_alpha or self.lora_alpha
+            if alpha is None and own.shape != state[a].shape:
+                raise AggregationError(
+                    f"{update.client}: {a} has rank {len(own)}, the state {len(state[a])}; where ranks differ, the "
+                    "metric lora-alpha, or the strategy's lora_alpha, is needed"
+                )
+            weight = update.num_examples / total
+            terms.append(Term(weight, update.tensors[b].float() * self._scaling(alpha, len(own)), own))
+        return [*terms, Term(0.0, state[b].float() * self._scaling(self.lora_alpha, len(state[a])), state[a])]
+
+    def _factors(self, svd: TruncatedSVD, before: Tensor) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of the state; where dW has fewer directions, B is zero and A orthonormal.
+
+        dW = 0 keeps the A there was, so that A and B are never both zero.
+        """
+        rank, used = len(svd.s), int((svd.s > 0).sum())
+        u, s, vt = svd.u[:, :used], svd.s[:used, None], svd.vt[:used]
+        scaling = self._scaling(self.lora_alpha, rank)
+        left, right = (s / scaling, vt) if self._split == "left" else ((s / scaling).sqrt(), vt * (s / scaling).sqrt())
+        rows = right if used else before.to(vt.dtype)
+        more = torch.randn(rank, before.shape[1], generator=torch.Generator().manual_seed(0)).to(vt.dtype)
+        spare, _ = torch.linalg.qr(torch.cat([vt, before.to(vt.dtype), more]).T)
+        new_a = torch.cat([rows, spare.T[len(rows) : rank]])
+        new_b = torch.cat([u * left.T, u.new_zeros(len(u), rank - used)], dim=1)
+        return new_a.to(before.dtype), new_b.to(before.dtype)
+
+    def _scaling(self, lora_alpha: float | None, rank: int) -> float:
+        if lora_alpha is None:
+            return 1.0
+        return lora_alpha / (rank**0.5 if self._rslora else rank)
+
+
+class _Group:
+    """The layers of one block, on their way to diagnostics."""
+
+    def __init__(self) -> None:
+        self._lost = self._energy = self._stable_rank = 0.0
+        self._numerical_ranks: list[int | None] = []
+        self._inner = torch.zeros(())  # (K, K) inner products of the clients' changes
+        self._size = 0.0  # of the products that these are differences of
+
+    def add(self, svd: TruncatedSVD) -> None:
+        """Add one layer; the last term of its ``inner`` is the state."""
+        self._lost += svd.lost(len(svd.s))
+        self._energy += svd.energy
+        self._stable_rank = max(self._stable_rank, svd.stable_rank)
+        self._numerical_ranks.append(svd.numerical_rank)
+        change = svd.inner - svd.inner[-1] - svd.inner[:, -1:] + svd.inner[-1, -1]
+        self._inner = self._inner + change[:-1, :-1]
+        self._size += float(svd.inner.diagonal().max())
+
+    def diagnostics(self) -> dict[str, float]:
+        """The group's numbers by name."""
+        squares = self._inner.diagonal().clamp_min(0.0)
+        result = {"client-norm": float(squares.sqrt().mean()), "stable-rank": self._stable_rank}
+        if self._energy > 0:
+            result["truncation-loss"] = self._lost / self._energy
+        if None not in self._numerical_ranks:
+            result["numerical-rank"] = float(max(rank for rank in self._numerical_ranks if rank is not None))
+        moved = squares > ROUNDING * self._size
+        count = int(moved.sum())
+        if count > 1:
+            cosines = self._inner[moved][:, moved] / torch.outer(squares[moved].sqrt(), squares[moved].sqrt())
+            result["client-cosine"] = float(cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+        return result
