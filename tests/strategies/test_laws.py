@@ -1,0 +1,130 @@
+"""What holds for every rule, whatever it computes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from common.errors import AggregationError
+from strategies.fedftg import FedFTGRule
+from strategies.fedit import FedITRule
+from strategies.ffa_lora import FFALoRARule
+from strategies.flexlora import FlexLoRARule
+from strategies.rolora import RoLoRARule
+from strategies.rule import Rule, Tensors, Update
+from tests.strategies.rounds import ALPHA, LAYERS, aggregate, close, doubles, lora, product, trained, weights
+
+RULES: dict[str, Callable[[], Rule]] = {
+    "fedftg": FedFTGRule,
+    "fedit": lambda: FedITRule(ALPHA),
+    "ffa-lora": lambda: FFALoRARule(ALPHA),
+    "rolora": lambda: RoLoRARule(ALPHA),
+    "flexlora": lambda: FlexLoRARule(ALPHA),
+    "flexlora, sqrt": lambda: FlexLoRARule(ALPHA, split="sqrt"),
+}
+every_rule = pytest.mark.parametrize("rule", [make() for make in RULES.values()], ids=list(RULES))
+either_phase = pytest.mark.parametrize("server_round", [1, 2])
+
+
+def start(rule: Rule, dtype: torch.dtype = torch.float32) -> Tensors:
+    return weights(0, dtype) if rule.trains == "weights" else lora(4, 0, dtype=dtype)
+
+
+def some_updates(rule: Rule, server_round: int, state: Tensors) -> list[Update]:
+    return [Update(f"c{k}", n, trained(rule, server_round, state, 10 + k), None) for k, n in enumerate((3, 1, 7))]
+
+
+def same(rule: Rule, a: Tensors, b: Tensors, tolerance: float = 2e-6) -> bool:
+    """Equal states; for FlexLoRA, whose factors may turn, equal products and equal other tensors."""
+    assert a.keys() == b.keys()
+    x, y = doubles(a), doubles(b)
+    names = [name for name in a if not (isinstance(rule, FlexLoRARule) and ".lora_" in name)]
+    products = [] if len(names) == len(a) else list(LAYERS)
+    return all(close(x[n], y[n], tolerance) for n in names) and all(
+        close(product(a, layer), product(b, layer), tolerance) for layer in products
+    )
+
+
+@every_rule
+@either_phase
+def test_order_of_clients_changes_nothing(rule: Rule, server_round: int) -> None:
+    state = start(rule)
+    updates = some_updates(rule, server_round, state)
+    forwards, backwards = (aggregate(rule, server_round, state, u).state for u in (updates, updates[::-1]))
+    assert same(rule, forwards, backwards)
+
+
+@every_rule
+@either_phase
+def test_no_change_is_a_fixed_point(rule: Rule, server_round: int) -> None:
+    state = start(rule)
+    active = rule.active(server_round, state)
+    updates = [Update(f"c{k}", n, {name: state[name].clone() for name in active}) for k, n in enumerate((5, 2))]
+    assert same(rule, aggregate(rule, server_round, state, updates).state, state)
+
+
+@every_rule
+@either_phase
+def test_one_client_is_taken_as_it_is(rule: Rule, server_round: int) -> None:
+    state = start(rule)
+    update = some_updates(rule, server_round, state)[0]
+    assert same(rule, aggregate(rule, server_round, state, [update]).state, {**state, **update.tensors})
+
+
+@every_rule
+@either_phase
+def test_a_client_in_two_halves_is_the_same_client(rule: Rule, server_round: int) -> None:
+    state = start(rule)
+    a, b, c = some_updates(rule, server_round, state)
+    halves = [Update("h1", 3, c.tensors), Update("h2", 4, c.tensors)]
+    whole, split = (aggregate(rule, server_round, state, u).state for u in ([a, b, c], [a, b, *halves]))
+    assert same(rule, whole, split)
+
+
+@every_rule
+@either_phase
+def test_arguments_are_not_touched(rule: Rule, server_round: int) -> None:
+    state = start(rule)
+    updates = some_updates(rule, server_round, state)
+    before = [{n: t.clone() for n, t in tensors.items()} for tensors in (state, *(u.tensors for u in updates))]
+    aggregate(rule, server_round, state, updates)
+    for kept, now in zip(before, (state, *(u.tensors for u in updates)), strict=True):
+        assert all(torch.equal(kept[name], now[name]) for name in kept)
+
+
+@every_rule
+@either_phase
+def test_frozen_tensors_are_carried_over_bit_for_bit(rule: Rule, server_round: int) -> None:
+    state = start(rule)
+    after = aggregate(rule, server_round, state, some_updates(rule, server_round, state)).state
+    frozen = set(state) - set(rule.active(server_round, state))
+    assert all(torch.equal(after[name], state[name]) for name in frozen)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_result_has_the_type_of_the_state(rule: Rule, dtype: torch.dtype) -> None:
+    state = start(rule, dtype)
+    exact = aggregate(rule, 1, {n: t.float() for n, t in state.items()}, [
+        Update(u.client, u.num_examples, {n: t.float() for n, t in u.tensors.items()})
+        for u in some_updates(rule, 1, state)
+    ]).state  # fmt: skip
+    after = aggregate(rule, 1, state, some_updates(rule, 1, state)).state
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    assert same(rule, after, exact, tolerance=2e-2)
+
+
+@every_rule
+def test_a_round_without_updates_is_an_error(rule: Rule) -> None:
+    with pytest.raises(AggregationError, match="no update to average: every client failed or was refused"):
+        aggregate(rule, 1, start(rule), [])
+
+
+@every_rule
+def test_diagnostics_are_finite_numbers_per_layer_group(rule: Rule) -> None:
+    state = start(rule)
+    found = aggregate(rule, 1, state, some_updates(rule, 1, state)).diagnostics
+    groups = {name.partition("/")[2] for name in found}
+    assert {"model.layers.0", "model.layers.1"} <= groups <= {"model.layers.0", "model.layers.1", "classifier"}
+    assert all(isinstance(v, float) and abs(v) < 1e6 for v in found.values())
+    assert {"client-norm", "client-cosine"} <= {name.partition("/")[0] for name in found}
