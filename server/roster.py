@@ -56,16 +56,28 @@ class Roster:
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
         self._greeted: set[int] = set()
+        self._namesakes: dict[int, Message] = {}  # hellos of nodes whose name another connected node has
 
     def greet(self) -> None:
-        """Ask every node that is new to say hello, and take in the answers that are there. Does not wait."""
-        new = [node_id for node_id in self._grid.get_node_ids() if node_id not in self._greeted]
+        """Ask every node that is new to say hello, and take in the answers that are there. Does not wait.
+
+        A site that was killed and started again comes as a new node while Flower still counts the old one as
+        connected, for about a minute; it is taken in as soon as that one is gone.
+        """
+        online = set(self._grid.get_node_ids())
+        new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
             content = RecordDict({"config": ConfigRecord({"federation": self._settings})})
             self._mailbox.push([Message(content, node_id, MessageType.QUERY) for node_id in new], _GROUP)
             self._greeted.update(new)
         for sent, reply in self._mailbox.arrived(_GROUP):
             self._take_in(sent.node_id, reply)
+        for node_id, reply in list(self._namesakes.items()):
+            if node_id not in online:
+                del self._namesakes[node_id]
+            elif not self._connected_as(str(reply.content.config_records["config"]["site"])):
+                del self._namesakes[node_id], self.refused[node_id]
+                self._take_in(node_id, reply)
 
     def connected(self) -> list[int]:
         """Admitted nodes that are connected now, in a fixed order (by site name)."""
@@ -118,9 +130,9 @@ class Roster:
                 node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers"
             )
             return
-        twin = [n for n in self.connected() if self.members[n].site == site]
-        if twin:
-            self._refuse(node_id, site, f"{site}: a site of this name has already joined")
+        if self._connected_as(site):
+            self._namesakes[node_id] = reply
+            self._refuse(node_id, site, f"{site}: a site of this name has already joined, and is still connected")
             return
         member = Member(
             site,
@@ -137,6 +149,9 @@ class Roster:
             held_out=member.held_out_rows,
             device=member.device,
         )
+
+    def _connected_as(self, site: str) -> bool:
+        return any(self.members[node_id].site == site for node_id in self.connected())
 
     def _refuse(self, node_id: int, site: str, reason: str) -> None:
         self.refused[node_id] = reason

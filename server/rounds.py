@@ -28,7 +28,7 @@ class _Round:
     problems: dict[str, str] = field(default_factory=dict)  # site -> reason
     bytes_down: int = 0
     bytes_up: int = 0
-    waited: float = 0.0  # seconds
+    elsewhere: float = 0.0  # seconds not spent on combining: waiting for replies, evaluating
 
 
 class RoundLoop:
@@ -89,7 +89,7 @@ class RoundLoop:
         self._send(this, state, nodes, group, evaluate=due)
         deadline = time.monotonic() + cohort.round_deadline
         if due:
-            self._record_server_evaluation(number - 1, state)  # while the sites work
+            this.elsewhere += self._record_server_evaluation(number - 1, state)  # while the sites work
         try:
             outcome = strategy.rule.aggregate(number, state, self._updates(this, state, group, due, deadline))
         except AggregationError as error:
@@ -124,7 +124,7 @@ class RoundLoop:
         asked = time.monotonic()
         resent: set[int] = set()
         for sent, reply in self._mailbox.replies(group, deadline):
-            this.waited += time.monotonic() - asked
+            this.elsewhere += time.monotonic() - asked
             client = self._strategy.client(sent.node_id)
             partial = bool(client.held)
             try:
@@ -142,7 +142,7 @@ class RoundLoop:
                 yield update
             asked = time.monotonic()
             self._roster.greet()  # who comes late joins the next round
-        this.waited += time.monotonic() - asked
+        this.elsewhere += time.monotonic() - asked
         for node_id in self._mailbox.forget(group):
             name = self._strategy.client(node_id).name
             reason = f"{name}: no answer within {self._config.cohort.round_deadline:g} seconds"
@@ -185,7 +185,7 @@ class RoundLoop:
     def _close(self, this: _Round, diagnostics: dict[str, float]) -> None:
         """Write the round's records, now that it is known how long each site waited for the others."""
         end = time.monotonic()
-        aggregate = end - this.started - this.waited
+        aggregate = end - this.started - this.elsewhere
         for done, record in this.records:
             record["seconds"]["wait"] = end - done  # type: ignore[index]
             self._folder.metrics(record)
@@ -227,10 +227,13 @@ class RoundLoop:
             reason = f"{name}: no evaluation within {ttl:g} seconds"
             self._folder.event("client_failed", round=version, client=name, reason=reason)
 
-    def _record_server_evaluation(self, version: int, state: Tensors) -> None:
+    def _record_server_evaluation(self, version: int, state: Tensors) -> float:
+        """Evaluate on the server's own set; the seconds that took."""
         started = time.monotonic()
         metrics = self._evaluator.evaluate(state)
-        self._record_evaluation(version, "server", metrics, seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._record_evaluation(version, "server", metrics, seconds)
+        return seconds
 
     def _record_evaluation(
         self, version: int, client: str, metrics: dict[str, float], seconds: float | None = None

@@ -74,7 +74,7 @@ def make_federation(folder: Path, sizes: dict[str, int], **changes: Any) -> Path
     Args:
         folder: where.
         sizes: rows of every site's shard, by site name.
-        changes: sections or keys that replace the defaults; a mapping is merged into the section.
+        changes: sections or keys that replace the defaults; a mapping without a name is merged into the section.
     """
     if not (folder / "model").exists():
         make_model(folder / "model")
@@ -102,9 +102,8 @@ def make_federation(folder: Path, sizes: dict[str, int], **changes: Any) -> Path
         "local": {"sites": [f"{site}.yaml" for site in sizes]},
     }
     for key, value in changes.items():
-        config[key] = (
-            {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
-        )
+        merged = isinstance(value, dict) and isinstance(config.get(key), dict) and "name" not in value
+        config[key] = {**config[key], **value} if merged else value
     file = folder / "federation.yaml"
     file.write_text(yaml.safe_dump(config))
     return file

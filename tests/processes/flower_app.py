@@ -1,11 +1,15 @@
-"""Runs a plain Flower app on real SuperLink and SuperNode processes, without FedSpan's launcher."""
+"""Runs a Flower app on real SuperLink and SuperNode processes, without FedSpan's launcher."""
 
 import json
 import subprocess
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
 
 from deploy.processes import Supervisor, free_ports, listens
 from tests.processes.launcher import environment
@@ -13,46 +17,74 @@ from tests.processes.launcher import environment
 BIN = Path(sysconfig.get_path("scripts"))
 
 
-def run_app(app: Path, folder: Path, nodes: Sequence[str], config: str, seconds: float = 180.0) -> str:
-    """Run ``app`` with one SuperNode per node config and return the run's log once it has ended."""
-    control, fleet, *ports = free_ports(2 + len(nodes))
-    home = folder / "flwr"
-    home.mkdir(parents=True)
-    address = f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
-    (home / "config.toml").write_text(address)
-    env = environment() | {"FLWR_HOME": str(home), "PATH": f"{BIN}:{environment()['PATH']}", "HF_HUB_OFFLINE": "1"}
+class Flower:
+    """A SuperLink, and SuperNodes that come and go. Use as a context manager."""
 
-    def flwr(*arguments: str) -> dict[str, object]:
-        done = subprocess.run(
-            [str(BIN / "flwr"), *arguments, "--format", "json"], env=env, capture_output=True, text=True, check=True
-        )
+    def __init__(self, folder: Path) -> None:
+        self._logs = folder / "logs"
+        self._supervisor = Supervisor(self._logs)
+        self._control, self._fleet = free_ports(2)
+        home = folder / "flwr"
+        home.mkdir(parents=True)
+        link = f'[superlink.local]\naddress = "127.0.0.1:{self._control}"\ninsecure = true\n'
+        (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n{link}')
+        own = {"FLWR_HOME": str(home), "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        self._env = environment() | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
+
+    def __enter__(self) -> Self:
+        fleet = ["--fleet-api-address", f"127.0.0.1:{self._fleet}", "--disable-runtime-dependency-installation"]
+        command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self._control), *fleet]
+        self._supervisor.start("superlink", command, self._env)
+        wait_for(lambda: listens(self._control) and listens(self._fleet), 60)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._supervisor.stop()
+
+    def start_node(self, name: str, config: str) -> psutil.Process:
+        """Start a SuperNode."""
+        (port,) = free_ports(1)
+        command = [
+            str(BIN / "flower-supernode"),
+            "--insecure",
+            "--grpc-rere",
+            "--superlink",
+            f"127.0.0.1:{self._fleet}",
+        ]
+        started = self._supervisor.start(name, [*command, "--port", str(port), "--node-config", config], self._env)
+        return psutil.Process(started.process.pid)
+
+    def submit(self, app: Path, config: str) -> None:
+        assert self._flwr("run", str(app), "local", "--run-config", config)["success"]
+
+    def wait(self, seconds: float = 180.0) -> None:
+        """Wait for the run to end, and well."""
+
+        def ended() -> bool:
+            (run,) = self._flwr("list", "local")["runs"]  # type: ignore[misc]
+            assert not str(run["status"]).startswith("finished") or run["status"] == "finished:completed", (
+                self._logs / "superlink.log"
+            ).read_text()[-3000:]
+            return run["status"] == "finished:completed"
+
+        wait_for(ended, seconds, every=1.0)
+
+    def _flwr(self, *arguments: str) -> dict[str, object]:
+        command = [str(BIN / "flwr"), *arguments, "--format", "json"]
+        done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout[done.stdout.index("{") :]))
 
-    with Supervisor(folder / "logs") as supervisor:
-        superlink = [
-            "flower-superlink",
-            "--insecure",
-            "--port",
-            str(control),
-            "--fleet-api-address",
-            f"127.0.0.1:{fleet}",
-        ]
-        superlink.append("--disable-runtime-dependency-installation")
-        supervisor.start("superlink", [str(BIN / superlink[0]), *superlink[1:]], env)
-        deadline = time.monotonic() + seconds
-        while not (listens(control) and listens(fleet)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        for number, (node, port) in enumerate(zip(nodes, ports, strict=True)):
-            supernode = ["--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{fleet}", "--port", str(port)]
-            supervisor.start(f"node-{number}", [str(BIN / "flower-supernode"), *supernode, "--node-config", node], env)
-        assert flwr("run", str(app), "local", "--run-config", config)["success"]
-        while True:
-            (run,) = flwr("list", "local")["runs"]  # type: ignore[misc]
-            if str(run["status"]).startswith("finished"):
-                break
-            assert time.monotonic() < deadline, "the run did not end in time"
-            time.sleep(1)
-        log = (folder / "logs" / "superlink.log").read_text()
-        assert run["status"] == "finished:completed", log[-3000:]
-    return log
+
+def kill(process: psutil.Process) -> None:
+    """SIGKILL to a process and all that it started, as when a machine loses power."""
+    for one in [process, *process.children(recursive=True)]:
+        one.kill()
+
+
+def wait_for(condition: Callable[[], object], seconds: float, every: float = 0.2) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen within {seconds:g} seconds"
+        time.sleep(every)

@@ -10,20 +10,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.processes.flower_app import run_app
+from tests.processes.flower_app import Flower
 
 APP = Path(__file__).parent / "plain_app"
 WEIGHTS = (10, 17)  # the clients' num-examples
 Arrays = dict[str, np.ndarray]
 ROUNDS = 2
+RANKS, ALPHAS = (8, 4), (16.0, 12.0)  # under FlexLoRA; under the others all have 8 and 16
 
 
-def federate(tmp_path: Path, strategy: str, ranks: tuple[int, int], alphas: tuple[float, float]) -> Path:
-    out = tmp_path / "out"
-    out.mkdir()
-    nodes = [f"partition-id={i} rank={ranks[i]} alpha={alphas[i]}" for i in (0, 1)]
-    run_app(APP, tmp_path, nodes, f'strategy="{strategy}" rounds={ROUNDS} out="{out}"')
-    return out
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What clients and server wrote down, in a folder for each strategy."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "out").mkdir()
+    with Flower(folder) as flower:
+        for i, (rank, alpha) in enumerate(zip(RANKS, ALPHAS, strict=True)):
+            flower.start_node(f"node-{i}", f"partition-id={i} rank={rank} alpha={alpha}")
+        flower.submit(APP, f'rounds={ROUNDS} out="{folder / "out"}"')
+        flower.wait(240)
+    return folder / "out"
 
 
 def read(out: Path, number: int, what: str) -> Arrays:
@@ -46,8 +52,8 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-6) -> bool:
         ("rolora", [("lora_B",), ("lora_A",)]),
     ],
 )
-def test_plain_client_federates(tmp_path: Path, strategy: str, active: list[tuple[str, ...]]) -> None:
-    out = federate(tmp_path, strategy, (8, 8), (16.0, 16.0))
+def test_plain_client_federates(out: Path, strategy: str, active: list[tuple[str, ...]]) -> None:
+    out = out / strategy
     for number in range(1, ROUNDS + 1):
         before, after = read(out, number - 1, "state"), read(out, number, "state")
         replies = [read(out, number, f"site-{i}-trained") for i in (0, 1)]
@@ -69,10 +75,9 @@ def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
     return (u[:, :rank] * s[:rank]) @ vt[:rank]  # type: ignore[no-any-return]
 
 
-def test_plain_clients_of_different_rank_and_alpha_federate_under_flexlora(tmp_path: Path) -> None:
-    ranks, alphas = (8, 4), (16.0, 12.0)
-    scales = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
-    out = federate(tmp_path, "flexlora", ranks, alphas)
+def test_plain_clients_of_different_rank_and_alpha_federate_under_flexlora(out: Path) -> None:
+    out = out / "flexlora"
+    scales = [alpha / rank for alpha, rank in zip(ALPHAS, RANKS, strict=True)]
     for number in range(1, ROUNDS + 1):
         after = read(out, number, "state")
         replies = [read(out, number, f"site-{i}-trained") for i in (0, 1)]
@@ -82,6 +87,6 @@ def test_plain_clients_of_different_rank_and_alpha_federate_under_flexlora(tmp_p
             assert close(2.0 * after[b] @ after[a], truncated(exact, 8), 1e-5)
             if number < ROUNDS:
                 received = [read(out, number + 1, f"site-{i}-received") for i in (0, 1)]
-                for got, rank, scale in zip(received, ranks, scales, strict=True):
+                for got, rank, scale in zip(received, RANKS, scales, strict=True):
                     assert got[a].shape[0] == got[b].shape[1] == rank
                     assert close(scale * got[b] @ got[a], truncated(exact, rank), 1e-5)

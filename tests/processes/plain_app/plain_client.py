@@ -3,8 +3,6 @@
 What it receives and returns is also written to disk, so that a test can compute the server's result by itself.
 """
 
-from pathlib import Path
-
 import peft
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -29,8 +27,9 @@ def arrays(tensors: dict[str, torch.Tensor]) -> ArrayRecord:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     site = int(context.node_config["partition-id"])
-    rank, alpha = int(context.node_config["rank"]), float(context.node_config["alpha"])
     config = message.content.config_records["config"]
+    mixed = config["strategy"] == "flexlora"  # the only one that allows different ranks and alphas
+    rank, alpha = (int(context.node_config["rank"]), float(context.node_config["alpha"])) if mixed else (8, 16.0)
     received = {k: torch.from_numpy(v.numpy().copy()) for k, v in message.content.array_records["arrays"].items()}
 
     model = make_model(rank, alpha)
@@ -49,8 +48,7 @@ def train(message: Message, context: Context) -> Message:
         optimizer.step()
     trained = {name: t.detach().clone() for name, t in peft.get_peft_model_state_dict(model).items()}
 
-    stem = f"{context.run_config['out']}/round-{config['server-round']}-site-{site}"
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    stem = f"{context.run_config['out']}/{config['strategy']}/round-{config['server-round']}-site-{site}"
     save_file(received, f"{stem}-received.safetensors")
     save_file({k: v.contiguous() for k, v in trained.items()}, f"{stem}-trained.safetensors")
     metrics = MetricRecord({"num-examples": 10 + 7 * site, "lora-alpha": alpha})

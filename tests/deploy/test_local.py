@@ -1,0 +1,78 @@
+"""What a user can get wrong is one line on stderr and exit code 2, before anything is started."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.local import main
+from tests.tiny import make_federation
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
+
+
+def set_data(folder: Path, **changes: object) -> None:
+    site = folder / "site-a.yaml"
+    edit(site, data={**yaml.safe_load(site.read_text())["data"], **changes})
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no such file": (lambda f: (f / "federation.yaml").unlink(), "federation.yaml: no such file"),
+    "unknown key": (lambda f: edit(f / "federation.yaml", roundz=3), "unknown key `roundz`; did you mean `rounds`?"),
+    "unknown key in a site file": (
+        lambda f: edit(f / "site-a.yaml", devise="cpu"),
+        "site-a.yaml: unknown key `devise`",
+    ),
+    "no site file": (lambda f: (f / "site-a.yaml").unlink(), "site-a.yaml: no such file"),
+    "no shard": (lambda f: (f / "site-a.jsonl").unlink(), "site-a.jsonl does not exist"),
+    "no sites": (lambda f: edit(f / "federation.yaml", local=None), "missing key `local.sites`"),
+    "no model": (lambda f: edit(f / "federation.yaml", model={"path": "absent"}), "absent does not exist or holds no"),
+    "two sites of one name": (
+        lambda f: edit(f / "federation.yaml", local={"sites": ["site-a.yaml", "site-a.yaml"]}),
+        "`name` 'site-a' is also the name of",
+    ),
+    "more clients than sites": (
+        lambda f: edit(f / "federation.yaml", cohort={"min_clients": 3}),
+        "`cohort.min_clients` is 3, but `local.sites` lists 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line_and_nothing_is_written(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, says = MISTAKES[mistake]
+    file = make_federation(tmp_path, {"site-a": 9})
+    make(tmp_path)
+    capsys.readouterr()  # transformers shows its progress
+    assert main([str(file), "--runs", str(tmp_path / "runs")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["port", "fleet_port"])
+def test_port_in_use_is_named(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file = make_federation(tmp_path, {"site-a": 9}, local={"sites": ["site-a.yaml"], key: port})
+        assert main([str(file), "--runs", str(tmp_path / "runs")]) == 2
+    assert f"`local.{key}` {port} is in use" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = make_federation(tmp_path, {"site-a": 9})
+    (tmp_path / "runs" / "again").mkdir(parents=True)
+    (tmp_path / "runs" / "again" / "metrics.jsonl").write_text("old")
+    assert main([str(file), "--runs", str(tmp_path / "runs"), "--name", "again"]) == 2
+    assert "again already holds a run (metrics.jsonl)" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "again" / "metrics.jsonl").read_text() == "old"

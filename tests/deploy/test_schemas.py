@@ -1,0 +1,49 @@
+"""The published schemas are those of the code, and the commented examples follow them."""
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from common.config import FederationConfig, Section, SiteConfig
+from common.yaml_file import load
+from deploy.schemas import schemas
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+EXAMPLES: list[tuple[str, type[Section]]] = [
+    ("federation", FederationConfig),
+    *((f"site-{x}", SiteConfig) for x in "abc"),  # type: ignore[list-item]
+]
+
+
+def schema(name: str) -> dict[str, object]:
+    (text,) = [text for path, text in schemas().items() if path.name == f"{name}.schema.json"]
+    return dict(yaml.safe_load(text))
+
+
+def test_files_are_up_to_date() -> None:
+    for path, text in schemas().items():
+        assert path.read_text() == text, f"{path} is out of date; run python -m deploy.schemas"
+
+
+@pytest.mark.parametrize(("name", "section"), EXAMPLES)
+def test_examples_follow_schema_and_code_and_explain_themselves(name: str, section: type[Section]) -> None:
+    file = DEMO / f"{name}.yaml"
+    load(file, section)
+    jsonschema.validate(yaml.safe_load(file.read_text()), schema(name.partition("-")[0]))
+    assert f"../schemas/{name.partition('-')[0]}.schema.json" in file.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("strategy", ["fedftg", "flexlora", "ffa-lora", "rolora", "fedit"])
+def test_schema_takes_a_strategy_as_one_word_or_as_a_section(strategy: str) -> None:
+    data = yaml.safe_load((DEMO / "federation.yaml").read_text())
+    for value in (strategy, {"name": strategy, "rank": 4}):
+        jsonschema.validate({**data, "strategy": value}, schema("federation"))
+
+
+@pytest.mark.parametrize("change", [{"roundz": 3}, {"rounds": "3"}, {"strategy": "fedfgt"}, {"strategy": {"rank": 4}}])
+def test_schema_refuses_what_the_code_refuses(change: dict[str, object]) -> None:
+    data = {**yaml.safe_load((DEMO / "federation.yaml").read_text()), **change}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, schema("federation"))

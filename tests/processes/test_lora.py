@@ -1,0 +1,93 @@
+"""LoRA federations through the launcher: mixed ranks, a trained head, and results that PEFT loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.processes.launcher import launch, survivors
+from tests.tiny import make_federation
+
+PARTS = ("hand", "foot", "ear")
+IDS = torch.arange(5, 13)[None]
+
+
+def records(federation: Path, phase: str) -> list[dict[str, object]]:
+    lines = (federation.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def flexlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Site-a with the federation's rank 4, site-b capped at 2."""
+    strategy = {"name": "flexlora", "modules": "linear", "rank": 4, "lora_alpha": 8.0, "merge": True}
+    folder = tmp_path_factory.mktemp("flexlora")
+    file = make_federation(folder, {"site-a": 9, "site-b": 17}, strategy=strategy)
+    site = folder / "site-b.yaml"
+    site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "max_rank": 2}))
+    done = launch(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert survivors(file) == []
+    return file
+
+
+def test_sites_of_different_rank_exchange_factors_of_their_own_rank(flexlora: Path) -> None:
+    moved = {(r["round"], r["client"]): r["bytes"] for r in records(flexlora, "train")}
+    for server_round in (1, 2):
+        whole, half = moved[server_round, "site-a"], moved[server_round, "site-b"]
+        assert whole["up"] == 2 * half["up"]  # type: ignore[index]
+        assert whole["down"] == 2 * half["down"]  # type: ignore[index]
+
+
+def test_every_round_reports_truncation_ranks_and_drift_per_block(flexlora: Path) -> None:
+    rounds = records(flexlora, "aggregate")
+    assert [r["round"] for r in rounds] == [1, 2]
+    for record in rounds:
+        found: dict[str, float] = record["diagnostics"]  # type: ignore[assignment]
+        names = {"truncation-loss", "numerical-rank", "stable-rank", "client-norm", "client-cosine"}
+        assert {name.partition("/")[0] for name in found} == names
+        for block in range(4):
+            group = f"base_model.model.model.layers.{block}"
+            assert 0 <= found[f"truncation-loss/{group}"] < 1
+            assert 1 <= found[f"numerical-rank/{group}"] <= 6  # ranks 4 and 2 together
+            assert found[f"client-norm/{group}"] > 0
+
+
+def test_adapter_folder_loads_with_peft_and_equals_the_merged_model(flexlora: Path) -> None:
+    run = flexlora.parent / "runs" / "tiny"
+    base = AutoModelForCausalLM.from_pretrained(flexlora.parent / "model")
+    plain = base(input_ids=IDS).logits.detach()
+    adapted = PeftModel.from_pretrained(base, run / "model")
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, merged(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(adapted(input_ids=IDS).logits, plain, atol=1e-4)
+
+
+def test_trained_head_of_a_classifier_is_averaged_and_counted(tmp_path: Path) -> None:
+    file = make_federation(
+        tmp_path,
+        {"site-a": 12, "site-b": 24},
+        strategy={"name": "fedit", "rank": 2, "head": "train"},
+        task={"type": "sequence-classification", "labels": list(PARTS)},
+    )
+    for shard in tmp_path.glob("*.jsonl"):
+        rows = [json.loads(line) for line in shard.read_text().splitlines()]
+        labelled = [{**row, "title": next(part for part in PARTS if part in row["term"])} for row in rows]
+        shard.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    done = launch(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+    (head,) = [name for name in run["trained"] if "lora" not in name]
+    numbers = sum(torch.Size(shape).numel() for shape in run["trained"].values())
+    assert all(r["bytes"]["up"] == 4 * numbers for r in records(file, "train"))  # type: ignore[index]
+    assert {"loss", "perplexity", "examples", "accuracy"} == set(records(file, "evaluate")[0]["evaluate"])  # type: ignore[call-overload]
+    assert [name for name in records(file, "aggregate")[0]["diagnostics"] if name.startswith("aggregation-error/")]  # type: ignore[union-attr, attr-defined]
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=len(PARTS))
+    adapted = PeftModel.from_pretrained(base, tmp_path / "runs" / "tiny" / "model")
+    kept = {n.replace(".modules_to_save.default.", "."): p for n, p in adapted.named_parameters()}
+    assert tuple(kept[head].shape) == (len(PARTS), 32)
+    assert adapted(input_ids=IDS).logits.shape == (1, len(PARTS))

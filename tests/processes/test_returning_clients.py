@@ -1,0 +1,105 @@
+"""Sites that are killed and started again, or come late, keep the invariants of RoLoRA and FFA-LoRA."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from common.config import FederationConfig, FFALoRAConfig
+from common.tasks import make_task
+from common.tuning import tune
+from common.yaml_file import load
+from tests.processes.flower_app import Flower, kill, wait_for
+from tests.processes.launcher import ROOT
+from tests.tiny import make_federation
+
+SIZES = {"site-a": 9, "site-b": 17}
+QUIET = {"max_examples": 1, "generate": 0, "samples": 0, "every": 100}
+
+
+def start(tmp_path: Path, strategy: str, rounds: int) -> Path:
+    return make_federation(
+        tmp_path,
+        SIZES,
+        strategy=strategy,
+        rounds=rounds,
+        cohort={"min_clients": 1, "round_deadline": 20.0},
+        evaluation=QUIET,
+        training={"local_steps": 1},
+    )
+
+
+def lines(tmp_path: Path, name: str) -> list[dict[str, Any]]:
+    file = tmp_path / "run" / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def happened(tmp_path: Path, **fields: object) -> bool:
+    return any(fields.items() <= event.items() for event in lines(tmp_path, "events.jsonl"))
+
+
+def site(tmp_path: Path, name: str) -> str:
+    return f'site="{tmp_path / name}.yaml"'
+
+
+def submit(flower: Flower, file: Path) -> None:
+    flower.submit(ROOT, f'federation="{file}" run-dir="{file.parent / "run"}"')
+
+
+def bytes_down(tmp_path: Path, name: str) -> dict[int, int]:
+    train = [r for r in lines(tmp_path, "metrics.jsonl") if r["phase"] == "train" and r["client"] == name]
+    return {r["round"]: r["bytes"]["down"] for r in train}
+
+
+def test_killed_and_restarted_site_gets_both_factors_and_joins_rolora_in_phase(tmp_path: Path) -> None:
+    file = start(tmp_path, "rolora", 8)
+    with Flower(tmp_path) as flower:
+        flower.start_node("a", site(tmp_path, "site-a"))
+        first = flower.start_node("b", site(tmp_path, "site-b"))
+        submit(flower, file)
+        wait_for(lambda: happened(tmp_path, event="reply", client="site-b", round=1), 90)
+        wait_for(lambda: happened(tmp_path, event="round_started", round=2), 60)
+        kill(first)
+        flower.start_node("b-again", site(tmp_path, "site-b"))
+        flower.wait(300)
+    a, b = bytes_down(tmp_path, "site-a"), bytes_down(tmp_path, "site-b")
+    assert sorted(a) == list(range(1, 9))
+    back = min(number for number in b if number > 2)
+    assert sorted(n for n in b if n >= back) == list(range(back, 9))
+    assert len(b) >= 3, "site-b came back too late to show anything"
+    assert b[back] == b[1] == a[1]  # both factors
+    assert all(b[n] == a[n] == a[2 + n % 2] < a[1] for n in b if n > back)  # then the active one
+    events = lines(tmp_path, "events.jsonl")
+    # Every reply that was taken in had proved, by its digest, that the frozen factor is the federation's.
+    assert not [e for e in events if e["event"] == "update_refused"]
+    assert [e["reason"] for e in events if e["event"] == "client_refused"] == [
+        "site-b: a site of this name has already joined, and is still connected"
+    ]
+
+
+def test_late_site_receives_a_that_never_changes_in_ffa_lora(tmp_path: Path) -> None:
+    file = start(tmp_path, "ffa-lora", 4)
+    with Flower(tmp_path) as flower:
+        flower.start_node("a", site(tmp_path, "site-a"))
+        submit(flower, file)
+        wait_for(lambda: happened(tmp_path, event="round_started", round=1), 90)
+        flower.start_node("b", site(tmp_path, "site-b"))
+        flower.wait(240)
+    a, b = bytes_down(tmp_path, "site-a"), bytes_down(tmp_path, "site-b")
+    assert sorted(a) == [1, 2, 3, 4]
+    joined = min(b)
+    assert joined > 1
+    assert b[joined] == a[1]  # A and B
+    assert {a[n] for n in (2, 3, 4)} | {b[n] for n in b if n > joined} == {a[4]}  # B alone
+    assert a[4] < a[1]
+    assert not [e for e in lines(tmp_path, "events.jsonl") if e["event"] == "update_refused"]
+
+    config = load(file, FederationConfig)
+    assert isinstance(config.strategy, FFALoRAConfig)
+    base = make_task(config.task).load(str(tmp_path / "model"), None, "float32", config.training.seed)
+    initial = tune(base.model, config.strategy, "CAUSAL_LM", seed=config.training.seed).get()
+    final = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert initial.keys() == final.keys()
+    for name, tensor in initial.items():
+        assert tensor.equal(final[name]) == (".lora_A." in name)

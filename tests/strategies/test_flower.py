@@ -1,0 +1,252 @@
+"""The rules as Flower strategies: whom they ask, what they send, what they believe."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.supercore.task_identity import TaskIdentity
+
+import strategies
+from common import wire
+from common.config import FederationConfig
+from common.digest import tensors_digest
+from common.errors import AggregationError, RefusedUpdate
+from common.yaml_file import parse
+from strategies.flower import FlowerStrategy, sample, weighted_mean
+from strategies.named import make_strategy
+from strategies.rule import Tensors
+from tests.strategies.rounds import lora, trained
+
+A, B = "model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight"
+NAMES = ("FedFTG", "FlexLoRA", "FFALoRA", "RoLoRA", "FedIT")
+
+
+@pytest.fixture(autouse=True)
+def _within_a_run() -> Iterator[None]:
+    """What the process of a ServerApp knows and Message asks for."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    yield
+    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
+
+
+class Nodes:
+    """The one thing of a grid that strategies use."""
+
+    def __init__(self, *ids: int) -> None:
+        self._ids = ids
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._ids)
+
+
+def ask(
+    strategy: FlowerStrategy, state: Tensors, server_round: int = 1, nodes: tuple[int, ...] = (1, 2)
+) -> list[Message]:
+    config = ConfigRecord({"lr": 0.1})
+    return list(strategy.configure_train(server_round, wire.encode(state), config, Nodes(*nodes)))  # type: ignore[arg-type]
+
+
+def answer(
+    message: Message,
+    tensors: Tensors | None,
+    metrics: dict[str, float] | None = None,
+    config: dict[str, str] | None = None,
+) -> Message:
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        "metrics": MetricRecord({"num-examples": 3, **(metrics or {})}),
+        "config": ConfigRecord(dict(config or {})),
+    }
+    if tensors is not None:
+        records["arrays"] = wire.encode(tensors)
+    return Message(RecordDict(records), reply_to=message)
+
+
+def failed(message: Message, reason: str) -> Message:
+    return Message(Error(2, reason), reply_to=message)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_is_flowers_and_takes_fedavgs_options(name: str) -> None:
+    def count(contents: list[RecordDict], key: str) -> MetricRecord:
+        return MetricRecord({"replies": len(contents)})
+
+    strategy = getattr(strategies, name)(
+        fraction_train=0.5,
+        fraction_evaluate=0.5,
+        min_train_nodes=3,
+        min_evaluate_nodes=1,
+        min_available_nodes=3,
+        weighted_by_key="n",
+        arrayrecord_key="tensors",
+        configrecord_key="settings",
+        train_metrics_aggr_fn=count,
+        evaluate_metrics_aggr_fn=count,
+    )
+    assert isinstance(strategy, Strategy)
+    assert isinstance(strategy, FedAvg)
+    (first, *_) = ask(strategy, lora(2, 0), nodes=(1, 2, 3, 4))
+    assert set(first.content) == {"tensors", "settings"}
+
+
+def test_federation_file_names_each_strategy_by_one_word() -> None:
+    for word, name in zip(("fedftg", "flexlora", "ffa-lora", "rolora", "fedit"), NAMES, strict=True):
+        data = {
+            "name": "x",
+            "model": {"path": "m"},
+            "strategy": word,
+            "rounds": 1,
+            "training": {"learning_rate": 0.1, "local_steps": 1},
+        }
+        made = make_strategy(parse(data, FederationConfig, "x").strategy, seed=0)
+        assert type(made.rule) is type(getattr(strategies, name)().rule)
+
+
+def test_messages_hold_round_active_names_and_the_callers_config_which_stays_as_it_was() -> None:
+    config = ConfigRecord({"lr": 0.1})
+    state = lora(2, 0, head=False)
+    (message, _) = strategies.RoLoRA().configure_train(4, wire.encode(state), config, Nodes(1, 2))  # type: ignore[arg-type]
+    sent = message.content.config_records["config"]
+    assert sent["lr"] == 0.1
+    assert sent["server-round"] == 4
+    assert sent["active"] == [name for name in state if ".lora_A." in name]
+    assert sent["frozen-digest"] == tensors_digest({name: t for name, t in state.items() if ".lora_B." in name})
+    assert dict(config) == {"lr": 0.1}
+
+
+def test_sampling_is_the_same_for_the_same_seed_and_round_and_leaves_the_global_generator_alone() -> None:
+    nodes = list(range(100, 140))
+    np_state, drawn = np.random.get_state()[1].copy(), sample(nodes, 0.25, 2, 7, 3)  # type: ignore[index]  # noqa: NPY002
+    assert drawn == sample(nodes, 0.25, 2, 7, 3)
+    assert len(drawn) == 10
+    assert drawn != sample(nodes, 0.25, 2, 7, 4)
+    assert drawn != sample(nodes, 0.25, 2, 8, 3)
+    assert len(sample(nodes, 0.01, 5, 7, 3)) == 5
+    assert (np.random.get_state()[1] == np_state).all()  # type: ignore[index]  # noqa: NPY002
+
+
+def test_waiting_for_nodes_has_an_end() -> None:
+    strategy = strategies.FedIT(join_timeout=0.0, min_available_nodes=3)
+    with pytest.raises(AggregationError, match="2 of 3 nodes connected within 0 seconds"):
+        ask(strategy, lora(2, 0))
+
+
+def test_ffa_sends_a_once_to_clients_that_keep_it() -> None:
+    strategy, state = strategies.FFALoRA(), lora(2, 0, head=False)
+    for server_round in (1, 2, 3):
+        messages = ask(strategy, state, server_round)
+        sent = [set(wire.decode(m.content.array_records["arrays"])) for m in messages]
+        b = {name for name in state if ".lora_B." in name}
+        assert sent == ([set(state)] * 2 if server_round == 1 else [b] * 2)
+        digest = str(messages[0].content.config_records["config"]["frozen-digest"])
+        replies = [
+            answer(m, trained(strategy.rule, server_round, state, k), config={"frozen-digest": digest})
+            for k, m in enumerate(messages)
+        ]
+        arrays, _ = strategy.aggregate_train(server_round, replies)
+        assert arrays is not None
+        state = wire.decode(arrays)
+
+
+def test_client_that_failed_is_sent_everything_again() -> None:
+    strategy, state = strategies.FFALoRA(min_train_nodes=1), lora(2, 0, head=False)
+    first = ask(strategy, state)
+    digest = str(first[0].content.config_records["config"]["frozen-digest"])
+    good = answer(first[0], trained(strategy.rule, 1, state, 0), config={"frozen-digest": digest})
+    arrays, _ = strategy.aggregate_train(1, [good, failed(first[1], "out of memory")])
+    assert arrays is not None
+    kept, lost = ask(strategy, wire.decode(arrays), 2)
+    assert set(wire.decode(kept.content.array_records["arrays"])) == {n for n in state if ".lora_B." in n}
+    assert set(wire.decode(lost.content.array_records["arrays"])) == set(state)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, r"node-2: the reply holds neither the 3 frozen tensors nor their digest \('frozen-digest' in 'config'\)"),
+        (
+            {"frozen-digest": "0" * 64},
+            r"node-2: its frozen tensors differ from the federation's \(digest 0{16}, expected",
+        ),
+    ],
+)
+def test_client_whose_frozen_factor_differs_is_refused_by_name(config: dict[str, str], says: str) -> None:
+    strategy, state = strategies.FFALoRA(), lora(2, 0, head=False)
+    message = ask(strategy, state)[1]
+    with pytest.raises(RefusedUpdate, match=says):
+        strategy.read_update(answer(message, trained(strategy.rule, 1, state, 0), config=config))
+
+
+def test_refused_replies_are_left_out_and_too_few_end_the_round_with_their_reasons() -> None:
+    strategy, state = strategies.FedIT(min_train_nodes=2), lora(2, 0)
+    one, two, three = ask(strategy, state, nodes=(1, 2, 3))
+    good = [answer(m, trained(strategy.rule, 1, state, k)) for k, m in enumerate((one, two))]
+    bad = answer(three, {name: tensor * float("nan") for name, tensor in state.items()})
+    with_bad, _ = strategy.aggregate_train(1, [*good, bad])
+    ask(strategy, state, nodes=(1, 2, 3))
+    without, _ = strategy.aggregate_train(1, good)
+    assert with_bad is not None
+    assert without is not None
+    assert all(torch.equal(t, wire.decode(without)[n]) for n, t in wire.decode(with_bad).items())
+    with pytest.raises(AggregationError, match=r"round 1: 1 admitted updates, 2 needed; node-3: .* non-finite values"):
+        strategy.aggregate_train(1, [good[0], bad])
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_alpha_must_be_a_positive_number(alpha: float) -> None:
+    strategy, state = strategies.FlexLoRA(16.0), lora(2, 0)
+    message = ask(strategy, state)[0]
+    with pytest.raises(RefusedUpdate, match=r"node-1: lora-alpha is .*; allowed: a positive number"):
+        strategy.read_update(answer(message, state, {"lora-alpha": alpha}))
+
+
+def test_alpha_other_than_the_federations_is_refused_where_it_must_be_common() -> None:
+    state = lora(2, 0)
+    for strategy in (strategies.FedIT(16.0), strategies.RoLoRA(16.0), strategies.FFALoRA(16.0)):
+        message = ask(strategy, state)[0]
+        with pytest.raises(RefusedUpdate, match=r"node-1: lora-alpha is 8\.0; the federation's is 16\.0"):
+            strategy.read_update(answer(message, state, {"lora-alpha": 8.0}))
+
+
+def test_flexlora_sends_each_client_factors_of_the_rank_it_replied_with() -> None:
+    strategy, state = strategies.FlexLoRA(16.0), lora(4, 0)
+    one, two = ask(strategy, state)
+    small = lora(2, 9)
+    arrays, metrics = strategy.aggregate_train(
+        1, [answer(one, lora(4, 8), {"lora-alpha": 16.0}), answer(two, small, {"lora-alpha": 6.0})]
+    )
+    assert arrays is not None
+    assert metrics is not None
+    assert any(key.startswith("truncation-loss/") for key in metrics)
+    sent = [wire.decode(m.content.array_records["arrays"]) for m in ask(strategy, wire.decode(arrays), 2)]
+    assert [s[A].shape[0] for s in sent] == [4, 2]
+    assert [s[B].shape[1] for s in sent] == [4, 2]
+
+
+def test_replies_that_cannot_be_read_are_refused() -> None:
+    strategy, state = strategies.FedFTG(), lora(2, 0)
+    message = ask(strategy, state)[0]
+    with pytest.raises(RefusedUpdate, match="node-1: the reply has no 'arrays' record"):
+        strategy.read_update(answer(message, None))
+    with pytest.raises(RefusedUpdate, match="node-1: out of memory"):
+        strategy.read_update(failed(message, "out of memory"))
+    pickled = answer(message, state)
+    pickled.content["arrays"] = ArrayRecord({A: Array("float32", (1,), "pickle", b"\x80\x04.")})
+    with pytest.raises(RefusedUpdate, match=r"node-1: .*lora_A"):
+        strategy.read_update(pickled)
+
+
+def test_metrics_are_weighted_by_examples_and_no_weight_turns_them_round() -> None:
+    contents = [
+        RecordDict({"metrics": MetricRecord({"num-examples": n, "loss": loss, **extra})})
+        for n, loss, extra in ((1, 4.0, {}), (3, 2.0, {"only-here": 5.0}), (-15, 100.0, {}), (0, 100.0, {}))
+    ]
+    assert dict(weighted_mean(contents, "num-examples")) == {"loss": 2.5, "only-here": 5.0}
+
+
+def test_nothing_is_asked_for_when_the_fraction_is_zero() -> None:
+    strategy = strategies.FedIT(fraction_train=0.0, fraction_evaluate=0.0)
+    assert ask(strategy, lora(2, 0)) == []
+    assert strategy.aggregate_train(1, []) == (None, None)
