@@ -1,0 +1,132 @@
+"""FlexLoRA's aggregation of one layer, against what its released code does: the dense sum and torch.linalg.svd."""
+
+import gc
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from benchmarks.table import Cell, Table
+from common.lowrank import Term, TruncatedSVD, truncated_svd
+
+T = TypeVar("T")
+SHAPES = {"TinyLlama": (5632, 2048), "Gemma-2B": (16384, 2048), "Llama-2-7B": (11008, 4096)}  # out, in of the MLP
+CLIENTS = (4, 10, 16, 64)
+RANKS = (8, 16, 64)
+COMPARED = {(10, 16), (64, 16)}  # clients and ranks at which the products are compared
+REPEATS = 3
+
+
+def run() -> Table:
+    """Every shape, number of clients and rank; for two kinds of updates."""
+    rows: list[dict[str, Cell]] = []
+    for model, (out, in_) in SHAPES.items():
+        svd = DenseSVD()
+        for clients, rank, (kind, make) in itertools.product(CLIENTS, RANKS, KINDS.items()):
+            terms = make(clients, rank, out, in_)
+            dense, sum_seconds, sum_peak = measured(partial(dense_sum, terms))
+            ours, seconds, peak = best_of(partial(truncated_svd, terms, rank))
+            difference = svd.difference(dense, ours, rank) if (clients, rank) in COMPARED else None
+            row: dict[str, Cell] = {"model": model, "layer": f"{out}x{in_}", "clients": clients, "rank": rank}
+            row |= {"updates": kind, "seconds": seconds, "sum": sum_seconds, "difference": difference}
+            row |= {"MB": peak / 1e6, "peer MB": (sum_peak + dense.nbytes) / 1e6}
+            rows.append(row)
+            print(".", end="", flush=True)
+            del dense, ours, terms
+        for row in rows[-len(CLIENTS) * len(RANKS) * len(KINDS) :]:
+            peer = float(row.pop("sum") or 0.0) + svd.seconds
+            row |= {"peer seconds": peer, "times faster": peer / float(row["seconds"] or 0.0)}
+            row["peer MB"] = float(row["peer MB"] or 0.0) + svd.peak / 1e6
+    print()
+    return Table(
+        "FlexLoRA, server's work for one layer, against the dense sum + torch.linalg.svd",
+        rows,
+        [
+            "updates: `one start`: clients that trained a round from the same factors, as FlexLoRA's do; `unrelated`: "
+            "random factors, whose flat spectrum is the worst case.",
+            "seconds: best of 3, with singular values, energy, ranks and inner products for the diagnostics. peer: the "
+            "sum is measured in every row, the SVD is the best time of its shape.",
+            "MB: peak of memory above what the factors take. difference: of the two rank-r products, relative.",
+        ],
+    )
+
+
+class DenseSVD:
+    """The peer's SVD: it costs the same for every matrix of a shape, and much, so only some rows run it."""
+
+    def __init__(self) -> None:
+        self.seconds, self.peak = float("inf"), 0
+
+    def difference(self, dense: Tensor, ours: TruncatedSVD, rank: int) -> float:
+        """Relative distance of the two best approximations."""
+        (u, s, vt), seconds, peak = measured(partial(torch.linalg.svd, dense, full_matrices=False))
+        self.seconds, self.peak = min(self.seconds, seconds), max(self.peak, peak)
+        theirs = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        return float(torch.linalg.norm((ours.u * ours.s) @ ours.vt - theirs) / torch.linalg.norm(theirs))
+
+
+def one_start(clients: int, rank: int, out: int, in_: int) -> list[Term]:
+    """Every client has moved by a third of B and a tenth of A from the round's start."""
+    g = torch.Generator().manual_seed(0)
+    b, a = torch.randn(out, rank, generator=g), torch.randn(rank, in_, generator=g)
+    return [
+        Term(
+            1 / clients,
+            0.02 * (b + 0.3 * torch.randn(out, rank, generator=g)),
+            (a + 0.1 * torch.randn(rank, in_, generator=g)) / in_**0.5,
+        )
+        for _ in range(clients)
+    ]
+
+
+def unrelated(clients: int, rank: int, out: int, in_: int) -> list[Term]:
+    """Random factors."""
+    g = torch.Generator().manual_seed(0)
+    return [
+        Term(1 / clients, torch.randn(out, rank, generator=g), torch.randn(rank, in_, generator=g))
+        for _ in range(clients)
+    ]
+
+
+KINDS = {"one start": one_start, "unrelated": unrelated}
+
+
+def dense_sum(terms: list[Term]) -> Tensor:
+    """As released code forms it: every client's product, weighted and added."""
+    total = torch.zeros(len(terms[0].b), terms[0].a.shape[1])
+    for term in terms:
+        total += term.weight * (term.b @ term.a)
+    return total
+
+
+def best_of(work: Callable[[], T]) -> tuple[T, float, int]:
+    """Result, and the best time and lowest peak of a few runs."""
+    runs = [measured(work) for _ in range(REPEATS)]
+    return runs[-1][0], min(seconds for _, seconds, _ in runs), min(peak for _, _, peak in runs)
+
+
+def measured(work: Callable[[], T]) -> tuple[T, float, int]:
+    """Result, seconds, and bytes of memory at the peak above the start, looked at every 2 ms."""
+    gc.collect()
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return result, seconds, max(0, max(peak, process.memory_info().rss) - before)
