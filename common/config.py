@@ -68,9 +68,10 @@ class LoraConfig(Selection):
     lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is lora_alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
     rslora: bool = Field(False, description="Scaling lora_alpha / sqrt(rank) instead.")
-    head: Literal["train", "freeze", "local"] = Field(
-        "train",
-        description="Classification head: trained and averaged, frozen, or trained and kept at the site.",
+    head: Literal["train", "freeze", "local"] | None = Field(
+        None,
+        description="Classification head, to be given with that task: `train` (and averaged), `freeze`, or `local` "
+        "(trained and kept at the site).",
     )
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
     merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
@@ -235,6 +236,14 @@ class FederationConfig(Section):
             raise ValueError(
                 "`task` sequence-classification trains a new head, which `strategy` fedftg cannot; use LoRA"
             )
+        if isinstance(self.strategy, LoraConfig):
+            classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
+            if classifies and head is None:
+                raise ValueError(
+                    "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local"
+                )
+            if head is not None and not classifies:
+                raise ValueError(f"`strategy.head` is {head!r}, but `task` {self.task.type} has no classification head")
         return self
 
 

@@ -29,7 +29,17 @@ _MEANINGS = {
         "Agreement of the sites",
         "mean cosine between two sites' updates; 1: the same direction, 0: unrelated, below 0: against each other",
     ),
-    "client-norm": ("Size of the sites' updates", "mean L2 norm of a site's change of the weights"),
+    "client-norm": ("Size of the sites' updates", "mean L2 norm of a site's change of what it trains"),
+    "truncation-loss": (
+        "Truncation loss",
+        "share of the averaged product's energy that the federation's rank leaves out",
+    ),
+    "numerical-rank": ("Numerical rank", "of the averaged product: singular values above a millionth of the largest"),
+    "stable-rank": ("Stable rank", "of the averaged product: its energy over that of its largest singular value"),
+    "aggregation-error": (
+        "Aggregation error",
+        "distance of the product of averages from the average of products, relative; 0: exact",
+    ),
 }
 _MOST_BARS = 40  # more bars than that are shown as one mean bar per site
 _MOST_COLUMNS = 10  # rounds shown of a diagnostic

@@ -162,7 +162,7 @@ def test_rank_above_a_layer_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_label_that_is_not_listed_is_counted_not_quoted(tmp_path: Path) -> None:
-    own = classifier(tmp_path)
+    own = classifier(tmp_path, head="train")
     file = tmp_path / "labelled.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines, '{"text": "secret text", "label": "secret label"}']))

@@ -50,6 +50,17 @@ def test_strategy_may_be_one_word(tmp_path: Path) -> None:
         ("fedftg", "fedfgt", "`strategy.name` is 'fedfgt'; allowed: 'fedftg', "),
         ("fedftg", "{name: fedftg, rnak: 3}", "unknown key `strategy.rnak`; did you mean `rank`?"),
         ("fedftg", "{name: rolora, optimizer_state: keep}", "`strategy.optimizer_state` is 'keep'"),
+        ("fedftg", "{name: rolora, head: train}", "`strategy.head` is 'train', but `task` causal-lm has no"),
+        (
+            "fedftg",
+            "rolora\ntask: {type: sequence-classification, labels: [a, b]}",
+            "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local",
+        ),
+        (
+            "fedftg",
+            "fedftg\ntask: {type: sequence-classification, labels: [a, b]}",
+            "trains a new head, which `strategy` fedftg cannot",
+        ),
         ("{path: model}", "{path: model, hub: a/b}", "`model`: give exactly one of `path` and `hub`"),
         ("{path: model}", "{hub: a/b}", "`revision` (a commit of the hub model) is required with `hub`"),
         ("name: icd", "name: ../icd", "`name` is '../icd'"),
