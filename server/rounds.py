@@ -26,7 +26,7 @@ class _Round:
     started: float
     records: list[tuple[float, dict[str, object]]] = field(default_factory=list)  # (when it was done, metrics record)
     problems: dict[str, str] = field(default_factory=dict)  # site -> reason
-    bytes_down: int = 0
+    sent: dict[int, int] = field(default_factory=dict)  # node id -> bytes
     bytes_up: int = 0
     elsewhere: float = 0.0  # seconds not spent on combining: waiting for replies, evaluating
 
@@ -115,8 +115,9 @@ class RoundLoop:
         settings: dict[str, ConfigRecordValues] = {"federation": self._settings, "evaluate": evaluate}
         ttl = self._config.cohort.round_deadline
         messages = self._strategy.train_messages(this.number, state, nodes, settings, ttl)
-        this.bytes_down += sum(_payload(message) for message in messages)
-        self._sent_bytes = {m.metadata.dst_node_id: _payload(m) for m in messages}
+        for message in messages:
+            node_id = message.metadata.dst_node_id
+            this.sent[node_id] = this.sent.get(node_id, 0) + _payload(message)
         self._mailbox.push(messages, group)
 
     def _updates(self, this: _Round, state: Tensors, group: str, evaluated: bool, deadline: float) -> Iterator[Update]:
@@ -128,10 +129,11 @@ class RoundLoop:
             client = self._strategy.client(sent.node_id)
             partial = bool(client.held)
             try:
-                update = self._strategy.read_update(reply)
+                update = self._strategy.read_update(reply, sent.node_id)
                 self._check_examples(sent.node_id, update)
             except RefusedUpdate as refusal:
-                if reply.has_error() and partial and sent.node_id not in resent:
+                again = partial and sent.node_id not in resent and sent.node_id in self._roster.connected()
+                if reply.has_error() and again:
                     resent.add(sent.node_id)  # it may have lost what it held: once more, in full
                     self._send(this, state, [sent.node_id], group, evaluate=evaluated)
                 else:
@@ -172,7 +174,7 @@ class RoundLoop:
             "client": update.client,
             "phase": "train",
             "train": trained,
-            "bytes": {"down": self._sent_bytes[sent.node_id], "up": up},
+            "bytes": {"down": this.sent[sent.node_id], "up": up},
             "seconds": seconds,
         }
         this.records.append((time.monotonic(), record))
@@ -202,7 +204,7 @@ class RoundLoop:
             "round_finished",
             round=this.number,
             seconds=round(end - this.started, 3),
-            bytes_down=this.bytes_down,
+            bytes_down=sum(this.sent.values()),
             bytes_up=this.bytes_up,
         )
 

@@ -157,13 +157,17 @@ class FlowerStrategy(FedAvg):
             messages.append(Message(record, node_id, kind, ttl=ttl, group_id=str(server_round)))
         return messages
 
-    def read_update(self, message: Message) -> Update:
+    def read_update(self, message: Message, node_id: int | None = None) -> Update:
         """The update in a reply to a training message of the current round.
+
+        Args:
+            message: the reply.
+            node_id: whom it answers for; None: its sender. An error that the SuperLink reports has another sender.
 
         Raises:
             RefusedUpdate: the reply is an error, cannot be read, or is not admitted; the text says why and whose.
         """
-        client = self.client(message.metadata.src_node_id)
+        client = self.client(message.metadata.src_node_id if node_id is None else node_id)
         client.held = {}  # until this reply proves otherwise, the client holds nothing
         if message.has_error():
             raise RefusedUpdate(f"{client.name}: {message.error.reason}")
