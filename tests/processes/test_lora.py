@@ -83,6 +83,7 @@ def test_trained_head_of_a_classifier_is_averaged_and_counted(tmp_path: Path) ->
     file = make_federation(
         tmp_path,
         {"site-a": 12, "site-b": 24},
+        rounds=1,
         strategy={"name": "fedit", "rank": 2, "head": "train"},
         task={"type": "sequence-classification", "labels": list(PARTS)},
     )

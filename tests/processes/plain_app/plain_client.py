@@ -20,6 +20,11 @@ def make_model(rank: int, alpha: float) -> peft.PeftModel:
     return peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["up_proj", "q_proj"]))
 
 
+def mlp_weights(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    """What a client of FedFTG trains."""
+    return {name: p for name, p in model.named_parameters() if "up_proj" in name and "lora" not in name}
+
+
 def arrays(tensors: dict[str, torch.Tensor]) -> ArrayRecord:
     return ArrayRecord({name: Array(tensor.detach().numpy()) for name, tensor in tensors.items()})
 
@@ -33,20 +38,23 @@ def train(message: Message, context: Context) -> Message:
     received = {k: torch.from_numpy(v.numpy().copy()) for k, v in message.content.array_records["arrays"].items()}
 
     model = make_model(rank, alpha)
-    own = peft.get_peft_model_state_dict(model)
-    fitting = {name: tensor for name, tensor in received.items() if own[name].shape == tensor.shape}
-    peft.set_peft_model_state_dict(model, fitting)
     active = set(config["active"])
-    optimizer = torch.optim.SGD(
-        [p for name, p in model.named_parameters() if name.replace(".default", "") in active], lr=1.0
-    )
+    if config["strategy"] == "fedftg":
+        own = mlp_weights(model)
+        model.load_state_dict(received, strict=False)
+    else:
+        own = peft.get_peft_model_state_dict(model)
+        fitting = {name: tensor for name, tensor in received.items() if own[name].shape == tensor.shape}
+        peft.set_peft_model_state_dict(model, fitting)
+    parameters = {name.replace(".default", ""): p for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([parameters[name].requires_grad_() for name in active], lr=1.0)
     torch.manual_seed(100 * site + int(config["server-round"]))
     ids = torch.randint(0, 32, (4, 8))
     for _ in range(3):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    trained = {name: t.detach().clone() for name, t in peft.get_peft_model_state_dict(model).items()}
+    trained = {name: parameters[name].detach().clone() for name in own}
 
     stem = f"{context.run_config['out']}/{config['strategy']}/round-{config['server-round']}-site-{site}"
     save_file(received, f"{stem}-received.safetensors")
