@@ -6,9 +6,7 @@ folder gives the same bytes.
 
 import argparse
 import json
-import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from markupsafe import Markup
 from common.errors import FedSpanError, LaunchError
 from server import plots
 from server import report_facts as facts
+from server.report_format import clock, delta, score, seconds, size, utc, whole
 from server.report_page import PAGE, STYLE
 from server.run_folder import read_lines, write_atomically
 
@@ -111,14 +110,7 @@ def read_run(run_dir: Path) -> Run:
 def render(run: Run) -> str:
     """The page of a run."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "score": score,
-        "whole": whole,
-        "seconds": seconds,
-        "size": size,
-        "utc": utc,
-        "delta": delta,
-    }
+    environment.filters |= {f.__name__: f for f in (score, whole, seconds, size, utc, delta)}
     results = facts.results(run.metrics)
     tables = [_shaded(table) for table in facts.diagnostics(run.metrics)]
     answers = [line.generated for line in results if line.generated]
@@ -301,58 +293,6 @@ def _json(file: Path) -> Any:  # noqa: ANN401 - any JSON value
         return json.loads(file.read_bytes())
     except ValueError:
         raise LaunchError(f"{file}: not valid JSON") from None
-
-
-def score(value: float | None) -> str:
-    """A score or loss with three decimals, large ones with none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if abs(value) >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}".replace("-", "−")
-
-
-def delta(change: facts.Change) -> str:
-    """A change in words and an arrow that shows where the number went."""
-    if change.before is None or change.after is None:
-        return "not comparable"
-    if change.verdict == "same":
-        return "unchanged"
-    arrow = "▲" if change.after > change.before else "▼"
-    return f"{arrow} {score(abs(round(change.after, 3) - round(change.before, 3)))} {change.verdict}"
-
-
-def whole(value: float | None) -> str:
-    """A count."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def seconds(value: float | None) -> str:
-    """Seconds with one decimal."""
-    return "–" if value is None else f"{value:,.1f}"
-
-
-def size(count: float | None) -> str:
-    """Bytes in readable units (1 kB = 1000 B)."""
-    if count is None:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def clock(lasted: float) -> str:
-    """A duration, e.g. 1 h 02 min 03 s."""
-    minutes, rest = divmod(round(lasted), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def utc(moment: float) -> str:
-    """Unix seconds as date and time of day."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deploy.progress import Display, Picture, clock, describe, render, size
+from common.units import size
+from deploy.progress import Display, Picture, clock, describe, render
 from server.run_folder import read_lines
 from tests.server.sample_run import completed
 
@@ -59,5 +60,5 @@ def test_terminal_gets_a_live_display_and_is_left_as_it_was() -> None:
 
 
 def test_units() -> None:
-    assert [size(n) for n in (0, 999, 1e3, 318.5e6, 2.5e12)] == ["0 B", "999 B", "1.0 kB", "318.5 MB", "2500.0 GB"]
+    assert [size(n) for n in (0, 999, 1e3, 318.5e6, 2.5e12)] == ["0 B", "999 B", "1.0 kB", "318.5 MB", "2.5 TB"]
     assert [clock(n) for n in (0, 61, 3600)] == ["0:00", "1:01", "1:00:00"]
