@@ -13,37 +13,17 @@ and a bfloat16 weight loses no small step; the state holds only tensors and numb
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import TrainingError
+from common.factors import Factors
 
 _OVERSAMPLING = 8
 _MOST_ITERATIONS = 12
 _CONVERGED = 1e-3  # an iteration that adds less than this share of the captured energy is the last
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The exact change of one weight within a round: W = decay W_0 + sum_j left_j right_j.
-
-    Attributes:
-        decay: c, the product of all (1 - lr weight_decay).
-        terms: pairs (left (m, r), right (r, n)) in float32, one for every basis used.
-    """
-
-    decay: float
-    terms: list[tuple[Tensor, Tensor]]
-
-    def apply(self, start: Tensor) -> Tensor:
-        """The weight (m, n), in float32, that the factors make of ``start`` (m, n)."""
-        weight = start.to(torch.float32) * self.decay
-        for left, right in self.terms:
-            weight.addmm_(left, right)
-        return weight
 
 
 class GaLore(torch.optim.Optimizer):

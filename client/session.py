@@ -21,6 +21,7 @@ from common.base_model import Base
 from common.config import FederationConfig, FedFTGConfig, FlexLoRAConfig, LoraConfig, SiteConfig, resolve
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, TrainingError
+from common.factors import pack
 from common.rows import Row, load_rows, split_held_out
 from common.tasks import Place, make_task
 
@@ -104,7 +105,8 @@ class Session:
         """Train the active tensors for one round, from the state set before.
 
         Returns:
-            The active tensors after training, and metrics with "num-examples".
+            What is to be sent: the active tensors after training, with FedFTG in factors where these are smaller (see
+            ``common.factors``); and metrics with "num-examples".
 
         Raises:
             TrainingError: training cannot start or go on.
@@ -139,7 +141,10 @@ class Session:
             autocast=pick_autocast(self.site.precision, self._device),
             seed=seed,
         )
-        trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        if isinstance(optimizer, GaLore):
+            trained = {k: t for n, p in parameters.items() for k, t in pack(n, optimizer.factors(n), p).items()}
+        else:
+            trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}
         if keep:
             self.kept |= capture(optimizer, mine)

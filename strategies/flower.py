@@ -32,7 +32,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from common import wire
+from common import factors, wire
 from common.digest import tensor_digest, tensors_digest
 from common.errors import AggregationError, RefusedUpdate, WireError
 from strategies.admission import admit
@@ -175,11 +175,13 @@ class FlowerStrategy(FedAvg):
         metrics = content.metric_records.get("metrics", MetricRecord())
         if self.arrayrecord_key not in content.array_records:
             raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
+        expected = self.rule.state_for(self._state, None, None)
         try:
             tensors = wire.decode(content.array_records[self.arrayrecord_key])
+            tensors, unpacked = factors.unpack(tensors, {name: expected[name] for name in self._active})
         except WireError as error:
             raise RefusedUpdate(f"{client.name}: {error}") from None
-        expected = self.rule.state_for(self._state, None, None)
+        expected |= {name: expected[name].float() for name in unpacked}
         admitted = admit(
             client.name,
             tensors,

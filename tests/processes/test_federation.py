@@ -53,7 +53,8 @@ def test_average_equals_an_independent_float64_computation(federation: Path) -> 
             session = Session(load(file, SiteConfig), file, config)
             start = session._tuned.get() if state is None else state
             session.set_state(start, None, list(start))
-            replies.append(session.train(server_round, list(start)))
+            _, told = session.train(server_round, list(start))
+            replies.append((session._tuned.get(), told))  # the weights as they are, whatever form they travel in
         total = sum(int(m["num-examples"]) for _, m in replies)
         state = {
             name: torch.from_numpy(

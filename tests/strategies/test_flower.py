@@ -14,6 +14,7 @@ from common import wire
 from common.config import FederationConfig
 from common.digest import tensors_digest
 from common.errors import AggregationError, RefusedUpdate
+from common.factors import Factors, pack
 from common.yaml_file import parse
 from strategies.flower import FlowerStrategy, sample, weighted_mean
 from strategies.named import make_strategy
@@ -250,3 +251,33 @@ def test_nothing_is_asked_for_when_the_fraction_is_zero() -> None:
     strategy = strategies.FedIT(fraction_train=0.0, fraction_evaluate=0.0)
     assert ask(strategy, lora(2, 0)) == []
     assert strategy.aggregate_train(1, []) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_update_in_factors_is_averaged_as_the_weights_that_it_makes(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    state = {"up.weight": torch.randn(40, 24, generator=g).to(dtype)}
+    strategy, changes, replies = strategies.FedFTG(), [], []
+    for number, message in enumerate(ask(strategy, state), start=1):
+        left, right = torch.randn(40, 2, generator=g), torch.randn(2, 24, generator=g)
+        sent = pack("up.weight", Factors(0.9, [(left, right)]), state["up.weight"])
+        assert "up.weight/left" in sent
+        replies.append(answer(message, sent, {"num-examples": number}))
+        changes.append(0.9 * state["up.weight"].double() + left.double() @ right.double())
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    exact = (changes[0] + 2 * changes[1]) / 3
+    got = wire.decode(arrays)["up.weight"]
+    assert got.dtype == dtype
+    wanted = exact if dtype == torch.float32 else exact.to(dtype).double()
+    assert float((got.double() - wanted).norm() / exact.norm()) < (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_factors_with_bad_values_are_refused_by_weight() -> None:
+    strategy, state = strategies.FedFTG(), {"up.weight": torch.zeros(40, 24)}
+    message = ask(strategy, state)[0]
+    bad = pack("up.weight", Factors(1.0, [(torch.full((40, 2), float("nan")), torch.ones(2, 24))]), state["up.weight"])
+    with pytest.raises(RefusedUpdate, match=r"node-1: up\.weight: 960 non-finite values"):
+        strategy.read_update(answer(message, bad))
+    with pytest.raises(RefusedUpdate, match=r"node-1: up\.weight: factors of shape .* do not fit"):
+        strategy.read_update(answer(message, {**bad, "up.weight/left": torch.ones(39, 2)}))
