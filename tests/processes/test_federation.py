@@ -22,7 +22,7 @@ SIZES = {"site-a": 9, "site-b": 17, "site-c": 30}
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A federation of three sites that has run to its end."""
-    file = make_federation(tmp_path_factory.mktemp("federation"), SIZES)
+    file = make_federation(tmp_path_factory.mktemp("federation"), SIZES, evaluation={"generate": 2})
     done = launch(file)
     assert done.returncode == 0, done.stdout + done.stderr
     return file

@@ -49,7 +49,7 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-6) -> bool:
     [
         ("fedftg", [("up_proj",)]),
         ("fedit", [("lora_A", "lora_B")]),
-        ("ffa-lora", [("lora_B",)] * 2),
+        ("ffa-lora", [("lora_B",)]),
         ("rolora", [("lora_B",), ("lora_A",)]),
     ],
 )

@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     for name, make, initial, rounds in (
         ("fedftg", FedFTG, mlps, 1),
         ("fedit", partial(FedIT, lora_alpha=16.0), adapter, 1),
-        ("ffa-lora", partial(FFALoRA, lora_alpha=16.0), adapter, 2),
+        ("ffa-lora", partial(FFALoRA, lora_alpha=16.0), adapter, 1),
         ("rolora", partial(RoLoRA, lora_alpha=16.0), adapter, 2),
         ("flexlora", partial(FlexLoRA, lora_alpha=16.0), adapter, 2),
     ):
