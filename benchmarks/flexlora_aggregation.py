@@ -50,8 +50,8 @@ def run() -> Table:
         [
             "updates: `one start`: clients that trained a round from the same factors, as FlexLoRA's do; `unrelated`: "
             "random factors, whose flat spectrum is the worst case.",
-            "seconds: best of 3 (of 1 above 2 s), with singular values, energy, ranks and inner products for the diagnostics. peer: the "
-            "sum is measured in every row, the SVD is the best time of its shape.",
+            "seconds: best of 3 (of 1 above 2 s), with singular values, energy, ranks and inner products for the "
+            "diagnostics. peer: the sum is measured in every row, the SVD is the best time of its shape.",
             "MB: peak of memory above what the factors take. difference: of the two rank-r products, relative.",
         ],
     )
