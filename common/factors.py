@@ -77,6 +77,8 @@ def unpack(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> tuple[
             decay, left, right = (result.pop(name + part) for part in (_DECAY, _LEFT, _RIGHT))
         except KeyError as missing:
             raise WireError(f"{name}: its factor {missing} is missing") from None
+        if start[name].ndim != 2:
+            raise WireError(f"{name}: shape {tuple(start[name].shape)} has no factors; send it whole")
         rows, columns = start[name].shape
         fits = left.ndim == right.ndim == 2 and left.shape == (rows, len(right)) and right.shape[1] == columns
         if not fits or len(right) > min(rows, columns) or decay.shape != ():

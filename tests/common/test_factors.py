@@ -102,3 +102,9 @@ def test_factors_that_do_not_fit_are_refused_by_name(change: dict[str, Tensor | 
 def test_other_tensors_are_left_alone() -> None:
     sent = {"x": torch.ones(1), "unknown/left": torch.ones(2, 2)}
     assert unpack(sent, {NAME: torch.zeros(2, 2)}) == (sent, set())
+
+
+def test_tensor_that_is_no_matrix_comes_whole() -> None:
+    parts = {"bias/left": torch.ones(2, 1), "bias/right": torch.ones(1, 2), "bias/decay": torch.ones(())}
+    with pytest.raises(WireError, match=r"bias: shape \(4,\) has no factors; send it whole"):
+        unpack(parts, {"bias": torch.zeros(4)})
