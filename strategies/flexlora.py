@@ -63,12 +63,9 @@ class FlexLoRARule(Rule):
             if own == whole and ratio == 1.0:
                 continue
             left, right = state[b][:, :own], state[a][:own]
-            if (
-                self._split == "sqrt"
-            ):  # the change of scale is shared, but a row that stands by for B = 0 keeps its size
-                used = left.any(dim=0)
-                right = torch.where(used[:, None], right.float() * ratio**0.5, right.float()).to(right.dtype)
+            if self._split == "sqrt":  # both change, but for rows of A that stand by for columns of zeros in B
                 ratio = ratio**0.5
+                right = torch.where(left.any(dim=0)[:, None], right.float() * ratio, right.float()).to(right.dtype)
             fitted[a], fitted[b] = right.clone(), (left.float() * ratio).to(left.dtype)
         return fitted
 
@@ -120,10 +117,11 @@ class FlexLoRARule(Rule):
         u, s, vt = svd.u[:, :used], svd.s[:used, None], svd.vt[:used]
         scaling = self._scaling(self.lora_alpha, rank)
         left, right = (s / scaling, vt) if self._split == "left" else ((s / scaling).sqrt(), vt * (s / scaling).sqrt())
-        rows = right if used else before.to(vt.dtype)
-        more = torch.randn(rank, before.shape[1], generator=torch.Generator().manual_seed(0)).to(vt.dtype)
-        spare, _ = torch.linalg.qr(torch.cat([vt, before.to(vt.dtype), more]).T)
-        new_a = torch.cat([rows, spare.T[len(rows) : rank]])
+        new_a = right if used else before.to(vt.dtype)
+        if len(new_a) < rank:
+            more = torch.randn(rank, before.shape[1], generator=torch.Generator().manual_seed(0)).to(vt.dtype)
+            spare, _ = torch.linalg.qr(torch.cat([vt, before.to(vt.dtype), more]).T)
+            new_a = torch.cat([new_a, spare.T[len(new_a) : rank]])
         new_b = torch.cat([u * left.T, u.new_zeros(len(u), rank - used)], dim=1)
         return new_a.to(before.dtype), new_b.to(before.dtype)
 
