@@ -18,7 +18,7 @@ from markupsafe import Markup
 from common.errors import FedSpanError, LaunchError
 from server import plots
 from server import report_facts as facts
-from server.report_format import clock, delta, score, seconds, size, utc, whole
+from server.report_format import clock, delta, precise, score, seconds, size, utc, whole
 from server.report_page import PAGE, STYLE
 from server.run_folder import read_lines, write_atomically
 
@@ -110,7 +110,7 @@ def read_run(run_dir: Path) -> Run:
 def render(run: Run) -> str:
     """The page of a run."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {f.__name__: f for f in (score, whole, seconds, size, utc, delta)}
+    environment.filters |= {f.__name__: f for f in (score, precise, whole, seconds, size, utc, delta)}
     results = facts.results(run.metrics)
     tables = [_shaded(table) for table in facts.diagnostics(run.metrics)]
     answers = [line.generated for line in results if line.generated]

@@ -21,6 +21,12 @@ def score(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}".replace("-", "−")
 
 
+def precise(value: float | None) -> str:
+    """A number that may be tiny without being zero."""
+    tiny = value is not None and 0 < abs(value) < 5e-4
+    return f"{value:.1e}" if tiny else score(value)
+
+
 def delta(change: facts.Change) -> str:
     """A change in words and an arrow that shows where the number went."""
     if change.before is None or change.after is None:

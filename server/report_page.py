@@ -301,7 +301,7 @@ table.</p>
 {% for group, cells in table.lines %}
 <tr><th scope="row">{{ group }}</th>
 {% for value, shade in cells %}
-<td style="background: color-mix(in srgb, var(--shade) {{ shade }}%, transparent)">{{ value|score }}</td>
+<td style="background: color-mix(in srgb, var(--shade) {{ shade }}%, transparent)">{{ value|precise }}</td>
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>

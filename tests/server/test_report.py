@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import LaunchError
 from server.report import read_run, render, write_report
+from server.report_format import precise
 from tests.server.sample_run import ROUNDS, SAMPLES, begin, completed, evaluate, play_round, scores
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "use", "path", "rect", "circle"}
@@ -168,3 +169,7 @@ def test_command_line_writes_it_and_names_a_folder_that_holds_no_run(run: Path, 
         write_report(tmp_path)
     done = subprocess.run([sys.executable, "-m", "server.report", str(run)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(run / "report.html")
+
+
+def test_tiny_diagnostics_are_not_shown_as_zero() -> None:
+    assert [precise(v) for v in (None, 0.0, 2.14e-5, 0.25)] == ["–", "0.000", "2.1e-05", "0.250"]
