@@ -21,7 +21,7 @@ T = TypeVar("T")
 SHAPES = {"TinyLlama": (5632, 2048), "Gemma-2B": (16384, 2048), "Llama-2-7B": (11008, 4096)}  # out, in of the MLP
 CLIENTS = (4, 10, 16, 64)
 RANKS = (8, 16, 64)
-COMPARED = {(10, 16), (64, 16)}  # clients and ranks at which the products are compared
+COMPARED = {(10, 16), (64, 16)}  # clients and ranks at which products and memory are compared
 REPEATS = 3
 
 
@@ -32,19 +32,27 @@ def run() -> Table:
         svd = DenseSVD()
         for clients, rank, (kind, make) in itertools.product(CLIENTS, RANKS, KINDS.items()):
             terms = make(clients, rank, out, in_)
-            dense, sum_seconds, sum_peak = measured(partial(dense_sum, terms))
-            ours, seconds, peak = best_of(partial(truncated_svd, terms, rank))
-            difference = svd.difference(dense, ours, rank) if (clients, rank) in COMPARED else None
+            dense, sum_seconds = timed(partial(dense_sum, terms))
+            ours, seconds = best_of(partial(truncated_svd, terms, rank))
             row: dict[str, Cell] = {"model": model, "layer": f"{out}x{in_}", "clients": clients, "rank": rank}
-            row |= {"updates": kind, "seconds": seconds, "sum": sum_seconds, "difference": difference}
-            row |= {"MB": peak / 1e6, "peer MB": (sum_peak + dense.nbytes) / 1e6}
+            row |= {
+                "updates": kind,
+                "seconds": seconds,
+                "sum": sum_seconds,
+                "difference": None,
+                "MB": None,
+                "peer MB": None,
+            }
+            if (clients, rank) in COMPARED:
+                row["difference"] = svd.difference(dense, ours, rank)
+                row["MB"] = peak_of(partial(truncated_svd, terms, rank)) / 1e6
+                row["peer MB"] = max(peak_of(partial(dense_sum, terms)), svd.peak + dense.nbytes) / 1e6
             rows.append(row)
             print(".", end="", flush=True)
             del dense, ours, terms
         for row in rows[-len(CLIENTS) * len(RANKS) * len(KINDS) :]:
             peer = float(row.pop("sum") or 0.0) + svd.seconds
             row |= {"peer seconds": peer, "times faster": peer / float(row["seconds"] or 0.0)}
-            row["peer MB"] = float(row["peer MB"] or 0.0) + svd.peak / 1e6
     print()
     return Table(
         "FlexLoRA, server's work for one layer, against the dense sum + torch.linalg.svd",
@@ -54,8 +62,8 @@ def run() -> Table:
             "random factors, whose flat spectrum is the worst case.",
             "seconds: best of 3 (of 1 above 2 s), with singular values, energy, ranks and inner products for the "
             "diagnostics. peer: the sum is measured in every row, the SVD is the best time of its shape.",
-            "MB: peak of memory above what the factors take. difference: of the two rank-r products, relative; on flat "
-            "spectra the peer's float32 SVD is the less exact of the two.",
+            "MB: peak of memory above what the factors take, in a run of its own. difference: of the two rank-r "
+            "products, relative; on flat spectra the peer's float32 SVD is the less exact of the two.",
         ],
     )
 
@@ -68,8 +76,10 @@ class DenseSVD:
 
     def difference(self, dense: Tensor, ours: TruncatedSVD, rank: int) -> float:
         """Relative distance of the two best approximations."""
-        (u, s, vt), seconds, peak = measured(partial(torch.linalg.svd, dense, full_matrices=False))
-        self.seconds, self.peak = min(self.seconds, seconds), max(self.peak, peak)
+        work = partial(torch.linalg.svd, dense, full_matrices=False)
+        (u, s, vt), seconds = timed(work)
+        self.seconds = min(self.seconds, seconds)
+        self.peak = self.peak or peak_of(work)
         theirs = (u[:, :rank] * s[:rank]) @ vt[:rank]
         return float(torch.linalg.norm((ours.u * ours.s) @ ours.vt - theirs) / torch.linalg.norm(theirs))
 
@@ -108,16 +118,24 @@ def dense_sum(terms: list[Term]) -> Tensor:
     return total
 
 
-def best_of(work: Callable[[], T]) -> tuple[T, float, int]:
-    """Result, and the best time and lowest peak of a few runs; of one, when that takes seconds."""
-    runs = [measured(work)]
+def best_of(work: Callable[[], T]) -> tuple[T, float]:
+    """Result, and the best time of a few runs; of one, when that takes seconds."""
+    runs = [timed(work)]
     while len(runs) < REPEATS and runs[0][1] < 2.0:
-        runs.append(measured(work))
-    return runs[-1][0], min(seconds for _, seconds, _ in runs), min(peak for _, _, peak in runs)
+        runs.append(timed(work))
+    return runs[-1][0], min(seconds for _, seconds in runs)
 
 
-def measured(work: Callable[[], T]) -> tuple[T, float, int]:
-    """Result, seconds, and bytes of memory at the peak above the start, looked at every 2 ms."""
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Result, and seconds."""
+    gc.collect()
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes of memory at the peak above the start, looked at every 2 ms."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for reuse would hide what the work takes
@@ -131,9 +149,9 @@ def measured(work: Callable[[], T]) -> tuple[T, float, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
     result = work()
-    seconds = time.perf_counter() - started
+    peak = max(peak, process.memory_info().rss)
     done.set()
     watcher.join()
-    return result, seconds, max(0, max(peak, process.memory_info().rss) - before)
+    del result
+    return peak - before
