@@ -4,6 +4,7 @@ Heavy modules are imported only when a message is there. A ``FedSpanError`` is a
 exception only type and place leave the site, because its text might quote a row.
 """
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -12,23 +13,36 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from common.config import FederationConfig, SiteConfig
-from common.errors import ConfigError, FedSpanError, WireError
+from common.errors import ConfigError, FedSpanError, StaleStateError, WireError
 from common.yaml_file import load, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from client.session import Session
+    from common.versions import Step
 
 app = ClientApp()
 
 SITE_KEY = "site"  # node-config key: path of the site file
 _FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
 _FROZEN = "frozen"  # the context's record of frozen tensors kept for the next message
+_STEP = "step-"  # prefix of records of steps, in messages and in the context, before the number of the round
+_HELD = "held"  # the context's record that names the version of the weights that its steps lead to
 _KEPT = "kept"  # the context's record of what never leaves the site: a local head, optimizer moments
 
 _sessions: dict[tuple[str, str], "Session"] = {}
@@ -43,6 +57,8 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
         started = time.time()
         try:
             content = handler(message, context)
+        except StaleStateError as error:
+            return Message(Error(error.code, str(error)), reply_to=message)
         except FedSpanError as error:
             return Message(Error(_FAILED, str(error)), reply_to=message)
         except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
@@ -77,19 +93,16 @@ def train(message: Message, context: Context) -> RecordDict:
     from common import wire
 
     session = _session(message, context)
-    session.kept = wire.decode(context.state.array_records.get(_KEPT, ArrayRecord()))
     request = message.content.config_records["config"]
     active = [str(name) for name in request["active"]]  # type: ignore[union-attr]
-    frozen = session.set_state(_tensors(message, context), _text(request, "frozen-digest"), active)
-    context.state.array_records[_FROZEN] = wire.encode(frozen)
+    holds = _receive(session, message, context, active)
     measured = session.evaluate() if request.get("evaluate") else {}
     trained, metrics = session.train(int(request["server-round"]), active)  # type: ignore[arg-type]
     context.state.array_records[_KEPT] = wire.encode(session.kept)
-    reply = ConfigRecord({"frozen-digest": request["frozen-digest"]} if frozen else {})
     return RecordDict(
         {
             "arrays": wire.encode(trained),
-            "config": reply,
+            "config": ConfigRecord(holds),
             "metrics": MetricRecord({**metrics, **measured, **session.seconds()}),
         }
     )
@@ -99,13 +112,61 @@ def train(message: Message, context: Context) -> RecordDict:
 @_answering
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Evaluate the state that came in."""
-    from common import wire
-
     session = _session(message, context)
-    session.kept = wire.decode(context.state.array_records.get(_KEPT, ArrayRecord()))
-    session.set_state(_tensors(message, context), None, [])
+    _receive(session, message, context, [])
     measured = session.evaluate()
     return RecordDict({"metrics": MetricRecord({**measured, **session.seconds()})})
+
+
+def _receive(
+    session: "Session", message: Message, context: Context, active: list[str]
+) -> dict[str, ConfigRecordValues]:
+    """Bring the session to the state of a message; what the reply says of what this site holds from now on."""
+    from common import wire
+
+    session.kept = wire.decode(context.state.array_records.get(_KEPT, ArrayRecord()))
+    request = message.content.config_records["config"]
+    version, since = _text(request, "version"), _text(request, "since")
+    if since is not None and version is not None:
+        kept = _steps(context.state)
+        if session.weights is not None and session.weights.version == session.weights.first and kept:
+            session.follow(kept, session.weights.first, _text(context.state.config_records[_HELD], "version") or "")
+        session.follow(_steps(message.content), since, version)
+    else:
+        digest = _text(request, "frozen-digest")
+        frozen = session.set_state(_tensors(message, context), digest, active, version or "unknown")
+        context.state.array_records[_FROZEN] = wire.encode(frozen)
+        if session.weights is None:
+            return {"frozen-digest": digest} if frozen and digest is not None else {}
+    return _keep_steps(session, context)
+
+
+def _keep_steps(session: "Session", context: Context) -> dict[str, ConfigRecordValues]:
+    """Let the next process make the weights again from the base model, as long as that takes little to keep."""
+    from common import wire
+
+    weights = session.weights
+    if weights is None:
+        return {}
+    records = context.state.array_records
+    steps = {f"{_STEP}{step.server_round:06}": step for step in weights.steps or []}
+    for key in [key for key in records if key.startswith(_STEP) and key not in steps]:
+        del records[key]
+    for key, step in steps.items():
+        if key not in records:
+            records[key] = wire.encode(step.tensors)
+    context.state.config_records[_HELD] = ConfigRecord({"version": weights.version})
+    lasting = weights.steps is not None or LONG_LIVED in os.environ
+    return {"version": weights.version} if lasting else {}
+
+
+def _steps(content: RecordDict) -> "list[Step]":
+    """The steps among the records of a message or of the context, in order."""
+    from common import wire
+    from common.versions import Step
+
+    found = {int(key.removeprefix(_STEP)): r for key, r in content.array_records.items() if key.startswith(_STEP)}
+    return [Step(number, wire.decode(found[number])) for number in sorted(found)]
 
 
 def _session(message: Message, context: Context) -> "Session":

@@ -4,22 +4,26 @@ For a gradient G (m, n) every ``update_proj_gap`` steps a basis P is taken from 
 vectors, P (r, n) and R = G P^T (m, r); else of its left ones, P (m, r) and R = P^T G (r, n). The inner optimizer runs
 in R's shape, its step is projected back.
 
-Three differences from galore-torch: the basis comes from a randomized range finder that is warm-started with the last
-basis (a federation refreshes in every round, so a full SVD per refresh would be most of the work); the change of a
-weight within a round is kept in its exact factors, W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank
-and a bfloat16 weight loses no small step; the state holds only tensors and numbers, so it loads with
-``weights_only=True``.
+Differences from galore-torch: the basis comes from a randomized range finder that is warm-started with the last basis
+(a federation refreshes in every round, so a full SVD per refresh would be most of the work), or is given from outside,
+the same at all sites (``common.subspace``); the change of a weight within a round is kept in its exact factors,
+W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank and a bfloat16 weight loses no small step; a gradient
+can be projected and freed during backward, as soon as it is there; clipping is by the norm of the projected gradients,
+which is what the inner optimizer sees and does not depend on when gradients are freed; the state holds only tensors
+and numbers, so it loads with ``weights_only=True``.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from client.moments import Moments, moment_store
 from common.errors import TrainingError
 from common.factors import Factors
+from common.subspace import generator_for, projects_right
 
 _OVERSAMPLING = 8
 _MOST_ITERATIONS = 12
@@ -39,7 +43,15 @@ class GaLore(torch.optim.Optimizer):
         betas: of Adam.
         eps: of Adam.
         weight_decay: decoupled, applied after the step.
+        max_grad_norm: limit of the L2 norm of all projected gradients together; None for none.
+        moments: how Adam's moments are kept.
+        basis: gives a weight's basis by name and shape, once; None: bases come from the gradients.
+        refresh_batches: how many batches the caller averages before ``refresh``; 1: a basis comes from the gradient of
+            the step that it is first used in.
         seed: of the range finder.
+
+    Attributes:
+        last_backward: False while more backward passes of the same step follow, set by the caller.
 
     Raises:
         TrainingError: no weight would be projected, a weight is not 2-D, or the rank is above a weight's smaller side.
@@ -57,6 +69,10 @@ class GaLore(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        moments: Moments = "float32",
+        basis: Callable[[str, torch.Size], Tensor] | None = None,
+        refresh_batches: int = 1,
         seed: int = 0,
     ) -> None:
         if not params:
@@ -69,6 +85,9 @@ class GaLore(torch.optim.Optimizer):
                 raise TrainingError(f"{name}: GaLore rank {rank}; allowed for shape {shape}: 1 to {min(shape)}")
         self._names = {parameter: name for name, parameter in params.items()}
         self._seed = seed
+        self._basis, self._moments, self._max_norm = basis, moment_store(moments), max_grad_norm
+        self.refresh_batches = refresh_batches if basis is None else 1
+        self.last_backward = True
         defaults = {
             "lr": lr,
             "rank": rank,
@@ -87,7 +106,7 @@ class GaLore(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One optimizer step.
+        """One optimizer step, with the gradients that are there and those projected since the last step.
 
         Raises:
             TrainingError: a gradient is not finite; no weight is changed by it.
@@ -96,24 +115,89 @@ class GaLore(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for parameter in self._names:
+            self._absorb(parameter)
+        lows = [state["low"] for state in self.state.values() if "low" in state]
+        if lows:
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(low) for low in lows]))
+            if not torch.isfinite(norm):
+                raise TrainingError(f"{self._not_finite()}: its gradient is not finite; lower training.learning_rate")
+            if self._max_norm is not None:
+                torch._foreach_mul_(lows, float((self._max_norm / (norm + 1e-6)).clamp(max=1.0)))
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if "low" in self.state[parameter]:
                     self._update(parameter, group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        gradient = parameter.grad.to(torch.float32)  # type: ignore[union-attr]
+    @contextmanager
+    def projecting(self) -> Iterator[None]:
+        """Within, every gradient is projected and freed during backward, as soon as it is complete.
+
+        Only in the step of a refresh, and when that has several backward passes, are gradients kept to its end.
+        """
+        handles = [p.register_post_accumulate_grad_hook(self._absorb) for p in self._names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def refresh_due(self) -> bool:
+        """Whether the next step takes new bases."""
+        return any(self._due(self.state[parameter]) for parameter in self._names)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take new bases from the gradients that are there, which are freed.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+        """
+        for parameter in self._names:
+            if parameter.grad is not None:
+                state = self._state_of(parameter)
+                self._take_basis(parameter, state, parameter.grad.to(torch.float32))
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _absorb(self, parameter: nn.Parameter) -> None:
+        """Project a gradient and free it."""
+        if parameter.grad is None:
+            return
+        state = self._state_of(parameter)
+        due = self._due(state)
+        if due and not self.last_backward:
+            return
+        gradient = parameter.grad.to(torch.float32)
+        if due:
+            self._take_basis(parameter, state, gradient)
+        basis = state["bases"][-1]
+        low = gradient @ basis.T if projects_right(gradient.shape) else basis.T @ gradient  # (m, r) or (r, n)
+        state["low"] = state["low"].add_(low) if "low" in state else low
+        parameter.grad = None
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
         if not state:
             _begin(state, parameter)
-        if state["step"] % group["update_proj_gap"] == 0:
-            self._refresh(parameter, gradient, group["rank"])
+        return state
+
+    def _due(self, state: dict[str, Any]) -> bool:
+        if not state or not state["bases"]:
+            return True
+        gap = self.defaults["update_proj_gap"]
+        return self._basis is None and state["step"] % gap == 0 and state["refreshed"] != state["step"]
+
+    def _not_finite(self) -> str:
+        """Name of a weight whose projected gradient is not finite."""
+        return next(n for p, n in self._names.items() if not torch.isfinite(self.state[p]["low"]).all())
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         basis = state["bases"][-1]
-        right = gradient.shape[0] >= gradient.shape[1]
-        low = gradient @ basis.T if right else basis.T @ gradient  # (m, r) or (r, n)
         state["step"] += 1
-        change = self._inner_step(state, low, group)
+        change = self._inner_step(state, state.pop("low"), group)
         state["updates"][-1].add_(change)
         kept = 1.0 - group["lr"] * group["weight_decay"]
         if kept != 1.0:
@@ -123,7 +207,7 @@ class GaLore(torch.optim.Optimizer):
         if "start" in state:  # a low-precision weight: materialised from its float32 factors, so no small step is lost
             parameter.copy_(self.factors(self._names[parameter]).apply(state["start"]))
         else:
-            if right:
+            if projects_right(parameter.shape):
                 parameter.addmm_(change, basis)
             else:
                 parameter.addmm_(basis, change)
@@ -135,33 +219,34 @@ class GaLore(torch.optim.Optimizer):
         if group["inner"] == "sgd":
             return low.mul_(-group["lr"] * group["scale"])
         beta1, beta2 = group["betas"]
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
-        state["exp_avg"].lerp_(low, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        mean, square = self._moments.load(state, low)
+        mean.lerp_(low, 1 - beta1)
+        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        self._moments.save(state, mean, square)
         correction = (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
-        normalised: Tensor = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"])
+        normalised: Tensor = mean / square.sqrt().add_(group["eps"])
         return normalised.mul_(-group["lr"] * correction * group["scale"])
 
-    def _refresh(self, parameter: nn.Parameter, gradient: Tensor, rank: int) -> None:
-        """Take a new basis from ``gradient`` and open a new term of the factors."""
-        state, name = self.state[parameter], self._names[parameter]
-        if not torch.isfinite(gradient).all():
-            raise TrainingError(f"{name}: its gradient is not finite; lower training.learning_rate")
-        right = gradient.shape[0] >= gradient.shape[1]
-        tall = gradient if right else gradient.T  # (rows, short side)
-        last = state["bases"][-1] if state["bases"] else None
-        warm = None if last is None else (last.T if right else last)
-        vectors = range_finder(tall, rank, warm, self._generator(name, state["step"]))  # (short side, r)
-        basis = vectors.T.contiguous() if right else vectors
+    def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
+        """Take a new basis, from ``gradient`` or the shared one, and open a new term of the factors."""
+        name, rank = self._names[parameter], self.defaults["rank"]
+        right = projects_right(gradient.shape)
+        if self._basis is not None:
+            basis = self._basis(name, gradient.shape).to(gradient.device)
+        else:
+            if not torch.isfinite(gradient).all():
+                raise TrainingError(f"{name}: its gradient is not finite; lower training.learning_rate")
+            tall = gradient if right else gradient.T  # (rows, short side)
+            last = state["bases"][-1] if state["bases"] else None
+            warm = None if last is None else (last.T if right else last)
+            generator = generator_for(self._seed, name, state["step"])
+            vectors = range_finder(tall, rank, warm, generator)  # (short side, r)
+            basis = vectors.T.contiguous() if right else vectors
         rows, columns = gradient.shape
         shape = (rows, rank) if right else (rank, columns)
         state["bases"].append(basis)
         state["updates"].append(torch.zeros(shape, dtype=torch.float32, device=gradient.device))
-
-    def _generator(self, name: str, step: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._seed}/{name}/{step}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        state["refreshed"] = state["step"]
 
     def factors(self, name: str) -> Factors:
         """The exact change of a weight since the optimizer was built or ``start_round`` was called.
@@ -173,10 +258,10 @@ class GaLore(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             return Factors(1.0, [])
-        right = parameter.shape[0] >= parameter.shape[1]
+        right = projects_right(parameter.shape)
         pairs = zip(state["updates"], state["bases"], strict=True)
         terms = [(update, basis) if right else (basis, update) for update, basis in pairs]
-        return Factors(state["decay"], terms)
+        return Factors(state["decay"], terms, common=self._basis is not None)
 
     def start_round(self) -> None:
         """Take the weights as they are now as W_0; moments and the current basis live on, the step count too."""
@@ -186,6 +271,12 @@ class GaLore(torch.optim.Optimizer):
                 state["decay"] = 1.0
                 if "start" in state:
                     state["start"] = parameter.detach().clone()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, also those that are projected already."""
+        super().zero_grad(set_to_none)
+        for state in self.state.values():
+            state.pop("low", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but float32 state stays float32 beside a bfloat16 weight."""
@@ -229,7 +320,7 @@ def range_finder(matrix: Tensor, rank: int, warm: Tensor | None, generator: torc
 
 
 def _begin(state: dict[str, Any], parameter: nn.Parameter) -> None:
-    state.update(step=0, decay=1.0, bases=[], updates=[])
+    state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
     if parameter.dtype != torch.float32:
         state["start"] = parameter.detach().clone()
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ from client.device import pick_autocast, pick_device
 from client.galore import GaLore
 from client.optimizer_state import capture, restore
 from client.trainer import train
+from client.weights import Weights
 from common import tuning
 from common.base_model import Base
 from common.config import FederationConfig, FedFTGConfig, FlexLoRAConfig, LoraConfig, SiteConfig, resolve
 from common.digest import base_digest, tensors_digest, tokenizer_digest
-from common.errors import ModelError, TrainingError
-from common.factors import pack
+from common.errors import ModelError, StaleStateError
+from common.factors import Exchange, pack, rounding_error
 from common.rows import Row, load_rows, split_held_out
 from common.tasks import Place, make_task
+from common.versions import Step
 
 Tensors = dict[str, Tensor]
 
@@ -80,21 +83,50 @@ class Session:
             tokenizer_digest=tokenizer_digest(self._base.tokenizer),
         )
 
-    def set_state(self, tensors: Tensors, frozen_digest: str | None, active: list[str]) -> Tensors:
-        """Write the federation's tensors into the model; return those that are frozen in this round.
+    def follow(self, steps: list[Step], since: str, version: str) -> None:
+        """Take the weights of ``version`` by steps from ``since``.
 
         Raises:
-            TrainingError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
+            StaleStateError: the site does not hold ``since``.
+            WireError: a step cannot be read, or does not fit.
         """
+        if since == self._weights.first and self._weights.version not in (since, version):
+            for made in ("_base", "_tuned", "_weights"):  # back to the base model, from disk
+                self.__dict__.pop(made)
+        self._weights.follow(steps, since, version)
+        self._tuned.set(self._weights.tensors)
+
+    @property
+    def weights(self) -> Weights | None:
+        """The trained base weights, and which version they are; None under a LoRA strategy."""
+        return self._weights if isinstance(self.federation.strategy, FedFTGConfig) else None
+
+    def set_state(
+        self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown"
+    ) -> Tensors:
+        """Write the federation's tensors into the model; return those that are frozen in this round.
+
+        Args:
+            tensors: all of them, sent or kept.
+            frozen_digest: of the frozen ones; None when all were sent.
+            active: those that the round trains.
+            version: of trained base weights, when they came whole.
+
+        Raises:
+            StaleStateError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
+        """
+        weights = self.weights  # made of the base model, before that is overwritten
         missing = self._tuned.parameters.keys() - tensors.keys()
         if missing:
-            raise TrainingError(
+            raise StaleStateError(
                 f"{len(missing)} tensor(s) neither sent nor kept, e.g. {min(missing)}; send them in full"
             )
         frozen = {name: tensors[name] for name in self._tuned.parameters if name not in set(active)}
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
-            raise TrainingError("the frozen tensors kept from an earlier round are out of date; send them in full")
+            raise StaleStateError("the frozen tensors kept from an earlier round are out of date; send them in full")
         self._tuned.set(tensors)
+        if weights is not None:
+            weights.replace({name: tensors[name] for name in self._tuned.parameters}, version)
         with torch.no_grad():
             for name, parameter in self._tuned.local.items():
                 if name in self.kept:
@@ -118,8 +150,7 @@ class Session:
             parameter.requires_grad_(name in parameters)
         if training.gradient_checkpointing:
             self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        system = self.site.data.system
-        encoded = self._task.examples(self._base.tokenizer, self._rows[0], system, training.max_length)
+        encoded = self._encoded
         seed = f"{training.seed}/{self.site.name}/{server_round}"
         torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)  # dropout
         mine = parameters | self._tuned.local
@@ -141,14 +172,19 @@ class Session:
             autocast=pick_autocast(self.site.precision, self._device),
             seed=seed,
         )
+        metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         if isinstance(optimizer, GaLore):
-            trained = {k: t for n, p in parameters.items() for k, t in pack(n, optimizer.factors(n), p).items()}
+            start, exchange = self._weights.tensors, self._exchange(server_round)
+            changes = {name: optimizer.factors(name) for name in parameters}
+            trained = {k: t for n, change in changes.items() for k, t in pack(n, change, start[n], exchange).items()}
+            if exchange.precision != "float32":
+                shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
+                metrics["train.wire_error"] = rounding_error(changes, shapes, exchange)
         else:
             trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}
         if keep:
             self.kept |= capture(optimizer, mine)
-        metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         metrics["num-examples"] = len(encoded)
         if isinstance(federation.strategy, LoraConfig):
             metrics["lora-alpha"] = federation.strategy.lora_alpha
@@ -182,6 +218,23 @@ class Session:
     def _rows(self) -> tuple[list[Row], list[Row]]:
         rows = load_rows(self.site.data, self._site_file)
         return split_held_out(rows, self.site.data.held_out)
+
+    @cached_property
+    def _encoded(self) -> list[Any]:
+        system, length = self.site.data.system, self.federation.training.max_length
+        return self._task.examples(self._base.tokenizer, self._rows[0], system, length)
+
+    @cached_property
+    def _weights(self) -> Weights:
+        base = {name: parameter.detach().float().cpu().clone() for name, parameter in self._tuned.parameters.items()}
+        return Weights(base, self._exchange)
+
+    def _exchange(self, server_round: int) -> Exchange:
+        """How FedFTG's factors travel in a round."""
+        strategy = self.federation.strategy
+        assert isinstance(strategy, FedFTGConfig)  # noqa: S101 - the others have no factors
+        shared = (self.federation.training.seed, strategy.rank) if strategy.subspace == "shared" else None
+        return Exchange.of_round(server_round, strategy.wire_precision, shared)
 
     @cached_property
     def _base(self) -> Base:
@@ -232,10 +285,14 @@ class Session:
                 parameters,
                 lr=training.learning_rate,
                 rank=strategy.rank,
-                update_proj_gap=strategy.update_proj_gap,
+                update_proj_gap=strategy.update_proj_gap or 200,
                 scale=strategy.scale,
                 inner=training.optimizer,
                 weight_decay=training.weight_decay,
+                max_grad_norm=training.max_grad_norm,
+                moments=strategy.moments,
+                basis=self._exchange(server_round).basis,
+                refresh_batches=strategy.refresh_batches,
                 seed=training.seed + server_round,
             )
         if training.optimizer == "sgd":

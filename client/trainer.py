@@ -4,12 +4,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from client.galore import GaLore
 from common.config import TrainingConfig
 from common.errors import TrainingError
 
@@ -83,34 +85,33 @@ def train(
     peak = _base_rates(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    galore = optimizer if isinstance(optimizer, GaLore) else None
+    passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, galore)
+    for_bases = _shuffled(len(examples), rows_per_step, f"{seed}/bases", carry_over=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
     losses: list[float] = []
-    tokens = 0
     started = time.monotonic()
     for step in range(steps):
         factor = schedule_factor(config, (server_round - 1 + step / steps) / rounds)
         for group, rate in zip(optimizer.param_groups, peak, strict=True):
             group["lr"] = rate * factor
-        rows = [examples[i] for i in next(order)]
-        batches = [collate(rows[i : i + micro]) for i in range(0, len(rows), micro)]
-        counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for batch in batches:
-            on_device = {key: value.to(device) for key, value in batch.items()}
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                summed, _ = loss_sum(model, on_device)
-            scaler.scale(summed / max(counted, 1)).backward()
-            loss += float(summed.detach()) / max(counted, 1)
-            tokens += int(batch["attention_mask"].sum())
+        if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
+            for _ in range(galore.refresh_batches):
+                passes.backward([examples[i] for i in next(for_bases)])
+            galore.refresh()
+        rows = [examples[i] for i in next(order)]
+        # A scaler must see the gradients before they are projected.
+        with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
+            loss = passes.backward(rows)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"loss is {loss} in round {server_round}, step {step + 1}; lower training.learning_rate"
             )
         scaler.unscale_(optimizer)
-        if config.max_grad_norm is not None:
+        if config.max_grad_norm is not None and galore is None:  # GaLore clips what it has projected
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -122,11 +123,46 @@ def train(
         loss_first=losses[0],
         loss_last=losses[-1],
         steps=steps,
-        tokens=tokens,
+        tokens=passes.tokens,
         seconds=time.monotonic() - started,
         learning_rate=float(optimizer.param_groups[0]["lr"]),
         peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
+
+
+class _Passes(Generic[E]):
+    """Forward and backward passes over rows, in micro-batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collate: Callable[[list[E]], Batch],
+        loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        micro: int,
+        galore: GaLore | None,
+    ) -> None:
+        self.tokens = 0
+        self._model, self._collate, self._loss_sum, self._scaler = model, collate, loss_sum, scaler
+        self._device, self._autocast, self._micro, self._galore = device, autocast, micro, galore
+
+    def backward(self, rows: list[E]) -> float:
+        """Add the gradient of the mean loss over ``rows`` to what is there; that loss."""
+        batches = [self._collate(rows[i : i + self._micro]) for i in range(0, len(rows), self._micro)]
+        counted = max(sum(int((batch["labels"] != -100).sum()) for batch in batches), 1)
+        loss = 0.0
+        for number, batch in enumerate(batches, start=1):
+            if self._galore is not None:
+                self._galore.last_backward = number == len(batches)
+            on_device = {key: value.to(self._device) for key, value in batch.items()}
+            with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                summed, _ = self._loss_sum(self._model, on_device)
+            self._scaler.scale(summed / counted).backward()
+            loss += float(summed.detach()) / counted
+            self.tokens += int(batch["attention_mask"].sum())
+        return loss
 
 
 def schedule_factor(config: TrainingConfig, progress: float) -> float:

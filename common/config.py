@@ -25,7 +25,7 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="Folder with a Hugging Face model, relative to this file.")
     hub: str | None = Field(None, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct.")
     revision: str | None = Field(None, description="Commit of the hub model; required with `hub`.")
-    dtype: Dtype = Field("float32", description="Type of the base weights and of trained weights on the wire.")
+    dtype: Dtype = Field("float32", description="Type of the weights in memory; what travels of them is float32.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,9 +54,31 @@ class FedFTGConfig(Selection):
 
     name: Literal["fedftg"] = "fedftg"
     rank: int = Field(16, ge=1, description="Rank of the GaLore projection.")
-    update_proj_gap: int = Field(200, ge=1, description="Steps between two refreshes of the projection.")
+    subspace: Literal["own", "shared"] = Field(
+        "own",
+        description="`own`: every site's basis comes from its gradients. `shared`: one random basis per weight and "
+        "round, the same at all sites, which does not travel.",
+    )
+    update_proj_gap: int | None = Field(
+        None, ge=1, description="Steps between two refreshes of an own basis; null: 200. Not with `shared`."
+    )
+    refresh_batches: int = Field(
+        1, ge=1, description="Batches whose mean gradient gives an own basis; more than 1 cost as many passes more."
+    )
     scale: float = Field(0.25, gt=0, description="GaLore's scale of the projected update.")
+    moments: Literal["float32", "8bit"] = Field(
+        "float32", description="How Adam's moments are kept; `8bit` needs bitsandbytes at the sites."
+    )
+    wire_precision: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="Of the factors on the wire; float32 is exact, the others' error is reported."
+    )
     optimizer_state: Literal["reset"] = Field("reset", description="Every round takes new bases from new weights.")
+
+    @model_validator(mode="after")
+    def _shared_is_never_refreshed(self) -> Self:
+        if self.subspace == "shared" and (self.update_proj_gap is not None or self.refresh_batches != 1):
+            raise ValueError("`subspace` shared takes no `update_proj_gap` and no `refresh_batches`; leave them out")
+        return self
 
 
 class LoraConfig(Selection):

@@ -6,6 +6,7 @@
     ├── ModelError           a model folder is absent, unreadable or of an unknown family
     │   └── SelectionError   `modules` / `blocks` match no tensor of the model
     ├── TrainingError        local training cannot start or cannot go on
+    │   └── StaleStateError  a site lacks what a message builds on; it is then sent everything
     ├── WireError            a message holds a tensor that cannot be read or is not what was asked for
     ├── RefusedUpdate        one client's reply was not admitted to the average (names client and tensor)
     ├── AggregationError     the admitted replies cannot be combined
@@ -39,6 +40,13 @@ class SelectionError(ModelError):
 
 class TrainingError(FedSpanError):
     """Local training cannot start or cannot go on."""
+
+
+class StaleStateError(TrainingError):
+    """A site lacks what a message builds on, and must be sent everything."""
+
+    #: Code of the reply, by which the server knows it (Flower's own codes are below 1000).
+    code = 1001
 
 
 class WireError(FedSpanError):

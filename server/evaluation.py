@@ -44,8 +44,11 @@ class Evaluator:
         self._tuned.model.to(self._device)
 
     def initial_state(self) -> Tensors:
-        """The trained tensors of the base model, from which round 1 starts."""
-        return self._tuned.get()
+        """The trained tensors of the base model, from which round 1 starts; base weights in float32."""
+        state = self._tuned.get()
+        if isinstance(self._config.strategy, LoraConfig):
+            return state
+        return {name: tensor.float() for name, tensor in state.items()}
 
     def evaluate(self, state: Tensors) -> dict[str, float]:
         """Metrics of a state on the server's own set; empty when there is none."""

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from common import wire
 from common.config import FederationConfig
-from common.errors import AggregationError, FederationError, RefusedUpdate
+from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox, Sent
 from server.roster import Roster
@@ -71,6 +71,7 @@ class RoundLoop:
         Raises:
             FederationError: a round, or the start, had too few valid sites; says which and why.
         """
+        self._strategy.begin(state)
         self._roster.gather(self._config.cohort)
         for number in range(1, self._config.rounds + 1):
             state = self._train(number, state)
@@ -91,7 +92,7 @@ class RoundLoop:
         if due:
             this.elsewhere += self._record_server_evaluation(number - 1, state)  # while the sites work
         try:
-            outcome = strategy.rule.aggregate(number, state, self._updates(this, state, group, due, deadline))
+            outcome = strategy.combine(number, state, self._updates(this, state, group, due, deadline))
         except AggregationError as error:
             raise FederationError(f"round {number}: {error}{_reasons(this.problems)}") from None
         valid, needed = len(this.records), cohort.min_clients
@@ -107,7 +108,7 @@ class RoundLoop:
         for node_id, member in self._roster.members.items():
             if node_id not in self._strategy.clients:
                 rank = member.rank if self._strategy.rule.mixed_ranks else None
-                self._strategy.clients[node_id] = Client(member.site, rank)
+                self._strategy.clients[node_id] = Client(member.site, rank, has_base=True)
         nodes = self._roster.connected()
         return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
 
@@ -127,14 +128,13 @@ class RoundLoop:
         for sent, reply in self._mailbox.replies(group, deadline):
             this.elsewhere += time.monotonic() - asked
             client = self._strategy.client(sent.node_id)
-            partial = bool(client.held)
             try:
                 update = self._strategy.read_update(reply, sent.node_id)
                 self._check_examples(sent.node_id, update)
             except RefusedUpdate as refusal:
-                again = partial and sent.node_id not in resent and sent.node_id in self._roster.connected()
-                if reply.has_error() and again:
-                    resent.add(sent.node_id)  # it may have lost what it held: once more, in full
+                stale = reply.has_error() and reply.error.code == StaleStateError.code
+                if stale and sent.node_id not in resent and sent.node_id in self._roster.connected():
+                    resent.add(sent.node_id)  # it has lost what it held: once more, without that
                     self._send(this, state, [sent.node_id], group, evaluate=evaluated)
                 else:
                     kind = "client_failed" if reply.has_error() else "update_refused"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.errors import RefusedUpdate
+from common.factors import Factors
 from strategies.lora_names import LORA_A, partner
 from strategies.rule import Tensors
 
@@ -48,6 +49,19 @@ def admit(
             _check_ranks(client, (name, other), tensors, expected, max_rank)
         _check_values(client, name, tensors[name], expected[name])
     return {name: tensors[name] for name in active}
+
+
+def admit_factors(client: str, changes: Mapping[str, Factors]) -> None:
+    """Check changes that came in factors; their shapes were checked when they were read.
+
+    Raises:
+        RefusedUpdate: a number is not finite.
+    """
+    for name, change in changes.items():
+        parts = [part for term in change.terms for part in term]
+        bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
+        if bad:
+            raise RefusedUpdate(f"{client}: {name}: {bad} non-finite values in its factors")
 
 
 def _check_names(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], active: list[str]) -> None:

@@ -1,14 +1,55 @@
 """FedFTG: clients train the lower blocks' MLP weights with GaLore, the server averages the weights directly.
 
-Source: arXiv 2410.23111, section 3. W <- sum_k p_k W_k over the trained tensors, accumulated in float32.
+Source: arXiv 2410.23111, section 3. W <- sum_k p_k W_k over the trained tensors, accumulated in float32. Changes in
+factors are averaged as factors, exactly, and the average goes down to the clients as factors too, as long as these are
+smaller than the weights.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from strategies.rule import Averaging
+from torch import Tensor
+
+from common.factors import Exchange, Factors, Precision, pack, rounding_error
+from common.versions import Step
+from strategies.rule import Averaging, Outcome
+from strategies.running import WeightedMean
 
 
 class FedFTGRule(Averaging):
-    """Direct averaging of base weights; how the clients train them is theirs."""
+    """Direct averaging of base weights; how the clients train them is theirs.
+
+    Adds the diagnostic ``wire-error/mean`` where factors travel rounded: what rounding the mean's factors does to it.
+
+    Args:
+        precision: of factors on the wire, both ways.
+        shared: seed and rank of the basis that all clients share in a round; None: every client has its own.
+    """
 
     trains: ClassVar[Literal["weights", "lora"]] = "weights"
+
+    def __init__(self, precision: Precision = "float32", shared: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self._precision, self._shared = precision, shared
+
+    def exchange(self, server_round: int) -> Exchange:
+        """See ``Rule.exchange``."""
+        return Exchange.of_round(server_round, self._precision, self._shared)
+
+    def settle(
+        self, server_round: int, state: Mapping[str, Tensor], mean: WeightedMean, diagnostics: dict[str, float]
+    ) -> Outcome:
+        """The next state is made of what travels, so that whoever receives the step makes the same of it."""
+        exchange, tensors = self.exchange(server_round), {}
+        factored: dict[str, Factors] = {}
+        for name, value in mean.means().items():
+            if isinstance(value, Factors):
+                factored[name] = value
+                tensors.update(pack(name, value, state[name], exchange))
+            else:
+                tensors[name] = value
+        if exchange.precision != "float32" and factored:
+            shapes = {name: tuple(state[name].shape) for name in factored}
+            diagnostics = {**diagnostics, "wire-error/mean": rounding_error(factored, shapes, exchange)}
+        step = Step(server_round, tensors)
+        return Outcome(step.apply(state, exchange), diagnostics, step)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from common.lowrank import Term, inner_products
 from strategies.lora_names import pairs
-from strategies.rule import Averaging, Outcome, Tensors, Update, layer_group
+from strategies.rule import Averaging, Outcome, Tensors, Update
+from strategies.running import layer_group
 
 
 class FedITRule(Averaging):

@@ -14,7 +14,8 @@ from torch import Tensor
 from common.errors import AggregationError
 from common.lowrank import Term, TruncatedSVD, truncated_svd
 from strategies.lora_names import LORA_A, LORA_B, pairs
-from strategies.rule import Drift, Outcome, Rule, Tensors, Update, WeightedMean, layer_group
+from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.running import Drift, WeightedMean, layer_group
 
 ROUNDING = 1e-9  # a change whose square is below this share of the products' squares counts as none
 

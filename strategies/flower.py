@@ -5,10 +5,16 @@ tensors that were frozen in its last round (their digest comes back in its reply
 FFA-LoRA's A and RoLoRA's idle factor travel once, and a late joiner or a returner receives what it lacks without any
 special case.
 
+Where a rule makes each state of the last one by a step (FedFTG, in factors), a client under FedSpan's round loop is
+sent the steps from the version that it holds, if these are smaller than the state; who has the base model holds the
+first version.
+
 Records, as in Flower's own strategies: "arrays", "config", "metrics" with "num-examples". The config that a client
 receives holds ``server-round``, ``active`` (names of the tensors to train and return) and ``frozen-digest`` (see
 ``common.digest.tensors_digest``). A client returns the active tensors, and for the frozen ones either the tensors
 themselves or, when it keeps them for its next round, their digest as ``frozen-digest`` in its own "config" record.
+With steps, "arrays" is empty, records ``step-<round>`` hold them, and the config says from which version (``since``)
+to which (``version``) they lead; a client that keeps what it has read returns ``version``.
 """
 
 import random
@@ -32,12 +38,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from common import factors, wire
+from common import wire
 from common.digest import tensor_digest, tensors_digest
 from common.errors import AggregationError, RefusedUpdate, WireError
-from strategies.admission import admit
+from common.factors import Factors, unpack
+from common.versions import Step
+from strategies.admission import admit, admit_factors
 from strategies.lora_names import rank_of
-from strategies.rule import Rule, Tensors, Update
+from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.versions import Versions
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -50,6 +59,8 @@ class Client:
     rank: int | None = None
     lora_alpha: float | None = None
     held: dict[str, str] = field(default_factory=dict)  # tensor name -> digest
+    has_base: bool = False  # whether it has the base model, which is the first version
+    version: str | None = None  # which version it holds besides
 
 
 class FedAvgOptions(TypedDict, total=False):
@@ -101,8 +112,22 @@ class FlowerStrategy(FedAvg):
         self._join_timeout = join_timeout
         self._state: Tensors = {}
         self._active: list[str] = []
+        self._round = 0
+        self._versions: Versions | None = None
 
     # What a round sends and believes
+
+    def begin(self, state: Tensors) -> None:
+        """Take ``state`` as the base model's, so that clients that have it are sent only steps from there."""
+        if self.rule.exchange(1) is not None:
+            self._versions = Versions(state)
+
+    def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
+        """The outcome of a round; see ``Rule.aggregate``."""
+        outcome = self.rule.aggregate(server_round, state, updates)
+        if self._versions is not None:
+            self._versions.advance(outcome)
+        return outcome
 
     def client(self, node_id: int) -> Client:
         """What is known of a node; a node never seen before holds nothing."""
@@ -117,7 +142,7 @@ class FlowerStrategy(FedAvg):
         ttl: float,
     ) -> list[Message]:
         """The training messages of a round, one for each node."""
-        self._state, self._active = state, self.rule.active(server_round, state)
+        self._state, self._active, self._round = state, self.rule.active(server_round, state), server_round
         return self._messages(MessageType.TRAIN, server_round, node_ids, config, ttl)
 
     def evaluate_messages(
@@ -144,18 +169,38 @@ class FlowerStrategy(FedAvg):
         messages = []
         for node_id in node_ids:
             client = self.client(node_id)
-            fitted = self.rule.state_for(self._state, client.rank, client.lora_alpha)
-            frozen = {name: tensor for name, tensor in fitted.items() if name not in self._active}
-            need = [n for n, t in fitted.items() if not (n in client.held and client.held[n] == tensor_digest(t))]
-            key = (client.rank, client.lora_alpha, *need)
-            if key not in records:
-                records[key] = wire.encode({name: fitted[name] for name in need})
             content = ConfigRecord({**config, "server-round": server_round, "active": self._active})
-            if frozen and kind == MessageType.TRAIN:
-                content["frozen-digest"] = tensors_digest(frozen)
-            record = RecordDict({self.arrayrecord_key: records[key], self.configrecord_key: content})
+            start, steps = self._steps_for(client)
+            if steps is not None:
+                for step in steps:
+                    if step.server_round not in records:
+                        records[step.server_round] = wire.encode(step.tensors)
+                content["since"] = start
+                arrays = {f"step-{s.server_round:06}": records[s.server_round] for s in steps}
+                arrays[self.arrayrecord_key] = ArrayRecord()
+            else:
+                fitted = self.rule.state_for(self._state, client.rank, client.lora_alpha)
+                frozen = {name: tensor for name, tensor in fitted.items() if name not in self._active}
+                need = [n for n, t in fitted.items() if not (n in client.held and client.held[n] == tensor_digest(t))]
+                key = (client.rank, client.lora_alpha, *need)
+                if key not in records:
+                    records[key] = wire.encode({name: fitted[name] for name in need})
+                arrays = {self.arrayrecord_key: records[key]}
+                if frozen and kind == MessageType.TRAIN:
+                    content["frozen-digest"] = tensors_digest(frozen)
+            if self._versions is not None:
+                content["version"] = self._versions.latest
+            record = RecordDict({**arrays, self.configrecord_key: content})
             messages.append(Message(record, node_id, kind, ttl=ttl, group_id=str(server_round)))
         return messages
+
+    def _steps_for(self, client: Client) -> tuple[str, list[Step] | None]:
+        """From which version the client is sent steps, and these; None when it is sent the state."""
+        if self._versions is not None and self._versions.state is self._state:
+            for version in (client.version, self._versions.first if client.has_base else None):
+                if version is not None and (steps := self._versions.since(version)) is not None:
+                    return version, steps
+        return "", None
 
     def read_update(self, message: Message, node_id: int | None = None) -> Update:
         """The update in a reply to a training message of the current round.
@@ -168,42 +213,26 @@ class FlowerStrategy(FedAvg):
             RefusedUpdate: the reply is an error, cannot be read, or is not admitted; the text says why and whose.
         """
         client = self.client(message.metadata.src_node_id if node_id is None else node_id)
-        client.held = {}  # until this reply proves otherwise, the client holds nothing
+        client.held, client.version = {}, None  # until this reply proves otherwise, the client holds nothing
         if message.has_error():
             raise RefusedUpdate(f"{client.name}: {message.error.reason}")
-        content = message.content
-        metrics = content.metric_records.get("metrics", MetricRecord())
-        if self.arrayrecord_key not in content.array_records:
-            raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
+        metrics = message.content.metric_records.get("metrics", MetricRecord())
+        told = message.content.config_records.get(self.configrecord_key, ConfigRecord())
         expected = self.rule.state_for(self._state, None, None)
-        try:
-            tensors = wire.decode(content.array_records[self.arrayrecord_key])
-            tensors, unpacked = factors.unpack(tensors, {name: expected[name] for name in self._active})
-        except WireError as error:
-            raise RefusedUpdate(f"{client.name}: {error}") from None
-        expected |= {name: expected[name].float() for name in unpacked}
+        tensors, changes = self._read_tensors(client, message.content, expected)
         admitted = admit(
             client.name,
             tensors,
             metrics.get(self.weighted_by_key),
             expected,
-            self._active,
+            [name for name in self._active if name not in changes],
             any_rank=self.rule.mixed_ranks,
             max_rank=self.rule.max_rank,
         )
+        admit_factors(client.name, changes)
         frozen = {name: expected[name] for name in expected if name not in self._active}
-        acknowledged = content.config_records.get(self.configrecord_key, ConfigRecord()).get("frozen-digest")
         if frozen and not frozen.keys() <= tensors.keys():
-            if acknowledged is None:
-                raise RefusedUpdate(
-                    f"{client.name}: the reply holds neither the {len(frozen)} frozen tensors nor their digest "
-                    f"('frozen-digest' in {self.configrecord_key!r})"
-                )
-            if acknowledged != tensors_digest(frozen):
-                raise RefusedUpdate(
-                    f"{client.name}: its frozen tensors differ from the federation's "
-                    f"(digest {str(acknowledged)[:16]}, expected {tensors_digest(frozen)[:16]})"
-                )
+            _check_acknowledged(client.name, told.get("frozen-digest"), frozen)
             client.held = {name: tensor_digest(t) for name, t in frozen.items()}
         alpha = metrics.get("lora-alpha")
         if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
@@ -213,7 +242,25 @@ class FlowerStrategy(FedAvg):
         client.lora_alpha = None if alpha is None else float(alpha)
         if self.rule.mixed_ranks:
             client.rank = rank_of(admitted)
-        return Update(client.name, int(metrics[self.weighted_by_key]), admitted, client.lora_alpha)  # type: ignore[arg-type]
+        if self._versions is not None and told.get("version") == self._versions.latest:
+            client.version = self._versions.latest
+        examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
+        return Update(client.name, examples, admitted, client.lora_alpha, changes)
+
+    def _read_tensors(
+        self, client: Client, content: RecordDict, expected: Tensors
+    ) -> tuple[Tensors, dict[str, Factors]]:
+        """What a reply holds whole, and what in factors."""
+        if self.arrayrecord_key not in content.array_records:
+            raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
+        exchange = self.rule.exchange(self._round)
+        try:
+            tensors = wire.decode(content.array_records[self.arrayrecord_key])
+            if exchange is None:
+                return tensors, {}
+            return unpack(tensors, {name: tuple(expected[name].shape) for name in self._active}, exchange)
+        except WireError as error:
+            raise RefusedUpdate(f"{client.name}: {error}") from None
 
     # Flower's own verbs
 
@@ -293,6 +340,20 @@ class FlowerStrategy(FedAvg):
                 )
             time.sleep(1.0)
         return sample(nodes, fraction, minimum, self._seed, server_round)
+
+
+def _check_acknowledged(client: str, acknowledged: object, frozen: Tensors) -> None:
+    """Whether a client's digest of the frozen tensors is the federation's."""
+    if acknowledged is None:
+        raise RefusedUpdate(
+            f"{client}: the reply holds neither the {len(frozen)} frozen tensors nor their digest "
+            "('frozen-digest' in 'config')"
+        )
+    if acknowledged != (digest := tensors_digest(frozen)):
+        raise RefusedUpdate(
+            f"{client}: its frozen tensors differ from the federation's "
+            f"(digest {str(acknowledged)[:16]}, expected {digest[:16]})"
+        )
 
 
 def sample(nodes: list[int], fraction: float, minimum: int, seed: int, server_round: int) -> list[int]:

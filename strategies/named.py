@@ -54,11 +54,12 @@ class FedIT(FlowerStrategy):
         super().__init__(FedITRule(lora_alpha), **options)
 
 
-def make_rule(config: StrategyConfig) -> Rule:
+def make_rule(config: StrategyConfig, *, seed: int) -> Rule:
     """The rule that a federation file names."""
     match config:
         case FedFTGConfig():
-            return FedFTGRule()
+            shared = (seed, config.rank) if config.subspace == "shared" else None
+            return FedFTGRule(config.wire_precision, shared)
         case FlexLoRAConfig():
             return FlexLoRARule(config.lora_alpha, rslora=config.rslora, split=config.split, max_rank=config.rank)
         case FFALoRAConfig():
@@ -71,4 +72,4 @@ def make_rule(config: StrategyConfig) -> Rule:
 
 def make_strategy(config: StrategyConfig, *, seed: int) -> FlowerStrategy:
     """The strategy that a federation file names, ready for FedSpan's round loop."""
-    return FlowerStrategy(make_rule(config), seed=seed)
+    return FlowerStrategy(make_rule(config, seed=seed), seed=seed)

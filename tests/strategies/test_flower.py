@@ -14,9 +14,9 @@ from common import wire
 from common.config import FederationConfig
 from common.digest import tensors_digest
 from common.errors import AggregationError, RefusedUpdate
-from common.factors import Factors, pack
+from common.factors import Exchange, Factors, pack
 from common.yaml_file import parse
-from strategies.flower import FlowerStrategy, sample, weighted_mean
+from strategies.flower import Client, FlowerStrategy, sample, weighted_mean
 from strategies.named import make_strategy
 from strategies.rule import Tensors
 from tests.strategies.rounds import lora, trained
@@ -260,7 +260,7 @@ def test_update_in_factors_is_averaged_as_the_weights_that_it_makes(dtype: torch
     strategy, changes, replies = strategies.FedFTG(), [], []
     for number, message in enumerate(ask(strategy, state), start=1):
         left, right = torch.randn(40, 2, generator=g), torch.randn(2, 24, generator=g)
-        sent = pack("up.weight", Factors(0.9, [(left, right)]), state["up.weight"])
+        sent = pack("up.weight", Factors(0.9, [(left, right)]), state["up.weight"], Exchange())
         assert "up.weight/left" in sent
         replies.append(answer(message, sent, {"num-examples": number}))
         changes.append(0.9 * state["up.weight"].double() + left.double() @ right.double())
@@ -276,8 +276,52 @@ def test_update_in_factors_is_averaged_as_the_weights_that_it_makes(dtype: torch
 def test_factors_with_bad_values_are_refused_by_weight() -> None:
     strategy, state = strategies.FedFTG(), {"up.weight": torch.zeros(40, 24)}
     message = ask(strategy, state)[0]
-    bad = pack("up.weight", Factors(1.0, [(torch.full((40, 2), float("nan")), torch.ones(2, 24))]), state["up.weight"])
-    with pytest.raises(RefusedUpdate, match=r"node-1: up\.weight: 960 non-finite values"):
+    factors = Factors(1.0, [(torch.full((40, 2), float("nan")), torch.ones(2, 24))])
+    bad = pack("up.weight", factors, state["up.weight"], Exchange())
+    with pytest.raises(RefusedUpdate, match=r"node-1: up\.weight: 80 non-finite values in its factors"):
         strategy.read_update(answer(message, bad))
     with pytest.raises(RefusedUpdate, match=r"node-1: up\.weight: factors of shape .* do not fit"):
         strategy.read_update(answer(message, {**bad, "up.weight/left": torch.ones(39, 2)}))
+
+
+def settings(message: Message) -> dict[str, object]:
+    return dict(message.content.config_records["config"])
+
+
+def steps(message: Message) -> list[str]:
+    return sorted(key for key in message.content.array_records if key.startswith("step-"))
+
+
+def test_client_is_sent_steps_from_what_it_holds_and_everything_when_it_holds_nothing() -> None:
+    g = torch.Generator().manual_seed(0)
+    state = {"up.weight": torch.randn(60, 40, generator=g)}
+    strategy = strategies.FedFTG(min_train_nodes=1)
+    strategy.begin(state)
+    strategy.clients = {
+        1: Client("warm", has_base=True),
+        2: Client("forgets", has_base=True),
+        3: Client("plain"),
+    }
+    for server_round in (1, 2, 3):
+        warm, forgets, plain = strategy.train_messages(server_round, state, [1, 2, 3], {}, 60.0)
+        latest = settings(warm)["version"]
+        assert set(wire.decode(plain.content.array_records["arrays"])) == {"up.weight"}
+        assert "since" not in settings(plain)
+        for message in (warm, forgets):
+            assert not message.content.array_records["arrays"]
+            assert settings(message)["version"] == latest
+        assert steps(warm) == ([] if server_round == 1 else [f"step-{server_round - 1:06}"])
+        assert steps(forgets) == [f"step-{n:06}" for n in range(1, server_round)]
+        factors = Factors(1.0, [(torch.randn(60, 2, generator=g), torch.randn(2, 40, generator=g))])
+        sent = pack("up.weight", factors, state["up.weight"], Exchange())
+        replies = [answer(warm, sent, config={"version": str(latest)}), answer(forgets, sent), answer(plain, sent)]
+        updates = [strategy.read_update(reply, node) for node, reply in enumerate(replies, start=1)]
+        state = strategy.combine(server_round, state, iter(updates)).state
+    (lost,) = strategy.train_messages(4, state, [1], {}, 60.0)
+    with pytest.raises(RefusedUpdate, match="warm: out of memory"):
+        strategy.read_update(failed(lost, "out of memory"), 1)
+    (again,) = strategy.train_messages(4, state, [1], {}, 60.0)
+    assert steps(again) == [f"step-{n:06}" for n in (1, 2, 3)]
+    # A state that came about otherwise has no steps.
+    (other,) = strategy.train_messages(4, {name: t.clone() for name, t in state.items()}, [1], {}, 60.0)
+    assert set(wire.decode(other.content.array_records["arrays"])) == {"up.weight"}

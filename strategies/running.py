@@ -1,0 +1,151 @@
+"""Sums that take one client's update after another and drop it: the weighted mean, and how the clients drift apart."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from common.errors import AggregationError
+from common.factors import Factors
+from common.subspace import projects_right
+
+Tensors = dict[str, Tensor]
+Changed = Mapping[str, Tensor | Factors]
+
+
+class WeightedMean:
+    """Running example-weighted mean of tensors, as a change relative to a base (arXiv 2410.23111, section 3).
+
+    Sums ``n_k (W_k - W_0)`` in float32 and returns ``W_0 + sum / n`` in the base's dtype, so equal tensors average
+    to themselves bit for bit. Changes that come in factors stay in factors as long as these, all together, are
+    smaller than the weight; so memory is bounded, however many clients there are.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor]) -> None:
+        self._base = base
+        self._sums: dict[str, _Sum] = {}
+        self._weight = 0
+
+    def fold(self, tensors: Changed, num_examples: int) -> None:
+        """Add one client's tensors (shapes as in the base), or their changes in factors."""
+        for name, value in tensors.items():
+            if name not in self._sums:
+                self._sums[name] = _Sum(self._base[name])
+            self._sums[name].add(value, num_examples)
+        self._weight += num_examples
+
+    def means(self) -> dict[str, Tensor | Factors]:
+        """The weighted mean of all that was folded: the tensor, or its change where that is known in factors.
+
+        Raises:
+            AggregationError: nothing was folded.
+        """
+        if self._weight == 0:
+            raise AggregationError("no update to average: every client failed or was refused")
+        return {name: total.mean(self._weight) for name, total in self._sums.items()}
+
+    def mean(self) -> Tensors:
+        """The same, all as tensors."""
+        return {
+            name: value.apply(self._base[name]).to(self._base[name].dtype) if isinstance(value, Factors) else value
+            for name, value in self.means().items()
+        }
+
+
+class _Sum:
+    """Weighted sum of one tensor's changes, in factors while these are smaller than the tensor."""
+
+    def __init__(self, base: Tensor) -> None:
+        self._base = base
+        self._whole: Tensor | None = None
+        self._decay = 0.0  # sum of n_k (c_k - 1), of what is in factors
+        self._terms: list[tuple[Tensor, Tensor]] = []
+        self._common = False
+
+    def add(self, value: Tensor | Factors, weight: int) -> None:
+        if isinstance(value, Tensor):
+            self._whole = self._melted().add_(_change(value, self._base), alpha=float(weight))
+            return
+        terms = [self._scaled(term, float(weight)) for term in value.terms]
+        if value.common and self._terms:  # one basis: the other factors add up
+            ((left, right),), ((more_left, more_right),) = self._terms, terms
+            terms = [(left + more_left, right) if self._free == 0 else (left, right + more_right)]
+        else:
+            terms = self._terms + terms
+        self._terms, self._common = terms, value.common
+        self._decay += weight * (value.decay - 1.0)
+        if self._whole is not None or sum(len(r) for _, r in terms) * sum(self._base.shape) >= self._base.numel():
+            self._whole = self._melted()
+
+    def mean(self, weight: int) -> Tensor | Factors:
+        if self._whole is not None:
+            return (self._base.to(torch.float32) + self._whole / weight).to(self._base.dtype)
+        terms = [self._scaled(term, 1.0 / weight) for term in self._terms]
+        return Factors(1.0 + self._decay / weight, terms, self._common)
+
+    def _melted(self) -> Tensor:
+        """The whole sum; nothing is left in factors."""
+        change = Factors(1.0 + self._decay, self._terms).change(self._base) if self._terms or self._decay else None
+        self._decay, self._terms = 0.0, []
+        if self._whole is None:
+            return torch.zeros(self._base.shape) if change is None else change
+        return self._whole if change is None else self._whole.add_(change)
+
+    def _scaled(self, term: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
+        """The factor that is no basis times ``factor``."""
+        left, right = term
+        return (left * factor, right) if self._free == 0 else (left, right * factor)
+
+    @property
+    def _free(self) -> int:
+        return 0 if projects_right(self._base.shape) else 1
+
+
+class Drift:
+    """How far and in how different directions the clients moved, per layer group, without keeping their updates.
+
+    The mean pairwise cosine of unit vectors u_k is ``(|sum u_k|^2 - K) / (K (K - 1))``, so one running sum is enough.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor]) -> None:
+        self._base = base
+        self._units: dict[str, Tensors] = {}
+        self._norms: dict[str, list[float]] = {}
+
+    def fold(self, tensors: Changed) -> None:
+        """Add one client's tensors, or their changes in factors."""
+        groups: dict[str, list[str]] = {}
+        for name in tensors:
+            groups.setdefault(layer_group(name), []).append(name)
+        for group, names in groups.items():
+            changes = {name: _change(tensors[name], self._base[name]) for name in names}
+            norm = math.sqrt(sum(float(c.square().sum(dtype=torch.float64)) for c in changes.values()))
+            self._norms.setdefault(group, []).append(norm)
+            units = self._units.setdefault(group, {})
+            for name, change in changes.items():
+                unit = change.div_(norm) if norm > 0 else change
+                units[name] = units[name].add_(unit) if name in units else unit
+
+    def diagnostics(self) -> dict[str, float]:
+        """``client-norm/<group>``: mean L2 norm; ``client-cosine/<group>`` when at least two clients moved."""
+        result = {}
+        for group, norms in self._norms.items():
+            result[f"client-norm/{group}"] = sum(norms) / len(norms)
+            k = sum(n > 0 for n in norms)
+            if k > 1:
+                square = sum(float(u.square().sum(dtype=torch.float64)) for u in self._units[group].values())
+                result[f"client-cosine/{group}"] = (square - k) / (k * (k - 1))
+        return result
+
+
+def layer_group(name: str) -> str:
+    """The transformer block a tensor belongs to, ``"...layers.7"``; its parent module when it is in no block."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match.group(1) if match else name.rpartition(".")[0] or name
+
+
+def _change(value: Tensor | Factors, base: Tensor) -> Tensor:
+    """A new tensor in float32."""
+    return value.change(base) if isinstance(value, Factors) else value.to(torch.float32) - base.to(torch.float32)
