@@ -200,6 +200,9 @@ class LocalConfig(Section):
     """Only for ``python -m deploy.local``: the sites to start on this machine."""
 
     sites: list[str] = Field(min_length=1, description="Site files, relative to this file.")
+    warm: bool = Field(
+        True, description="Keep a worker process per site between messages; false: a new process for every message."
+    )
     port: int | None = Field(None, ge=1, le=65535, description="SuperLink's control port; null: any free one.")
     fleet_port: int | None = Field(None, ge=1, le=65535, description="SuperLink's gRPC port; null: any free one.")
 

@@ -105,7 +105,9 @@ def run(plan: Plan, console: Console) -> None:
                 log = logs / "superlink.log"
                 raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
             for (name, file), port in zip(plan.sites.items(), runtime, strict=True):
-                supervisor.start(name, _supernode(file, fleet, port), env)
+                supervisor.start(name, _supernode(file, fleet, port, warm=local.warm), env)
+                if local.warm:
+                    supervisor.start(f"{name}-worker", _worker(port, logs / f"{name}-worker.json"), env)
             _submit(plan, env)
             _follow(plan, supervisor, env, console)
             return
@@ -153,13 +155,19 @@ def _start_superlink(supervisor: Supervisor, env: dict[str, str], control: int, 
     return True
 
 
-def _supernode(file: Path, fleet: int, port: int) -> list[str]:
+def _supernode(file: Path, fleet: int, port: int, *, warm: bool) -> list[str]:
     return [
         *_program("flower-supernode"),
+        *("--isolation", "process" if warm else "subprocess"),
         *("--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{fleet}"),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--node-config", f"site={json.dumps(str(file))}"),
     ]
+
+
+def _worker(port: int, status: Path) -> list[str]:
+    program = [sys.executable, "-P", str(ROOT / "client" / "worker.py")]
+    return [*program, "--runtime-api", f"127.0.0.1:{port}", "--status", str(status)]
 
 
 def _submit(plan: Plan, env: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ FORBIDDEN = {
     "server": {"client", "deploy"},
 }
 # Files that talk to Flower; training code and strategy maths do not.
-FLOWER = {"client/app.py", "common/wire.py", "strategies/flower.py", "server", "deploy"}
+FLOWER = {"client/app.py", "client/worker.py", "common/wire.py", "strategies/flower.py", "server", "deploy"}
 
 
 def imported(path: Path) -> set[str]:
@@ -43,6 +43,11 @@ def test_only_named_files_know_flower() -> None:
             if "flwr" in imported(file) and not ({name, folder} & FLOWER):
                 wrong.append(name)
     assert wrong == []
+
+
+def test_worker_leaves_fedspans_code_to_the_bundle() -> None:
+    """What it imported of an installed FedSpan would stand in for the bundle's own."""
+    assert not imported(ROOT / "client" / "worker.py") & {*FORBIDDEN, "deploy"}
 
 
 def test_the_check_sees_an_import_inside_a_function(tmp_path: Path) -> None:

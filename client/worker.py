@@ -1,0 +1,367 @@
+"""A site's long-lived worker: model, tokenizer, rows and device stay in memory from one message to the next.
+
+    flower-supernode --isolation process --host 127.0.0.1 --port 9094 ...
+    python -m client.worker --runtime-api 127.0.0.1:9094
+
+By itself Flower starts a process for every message, which imports everything and loads the model again. The results
+are the same. Two processes: the *keeper* is small, asks the SuperNode for messages and outlives restarts of the
+SuperNode; the *bench*, its child, loads the app's bundle and does the work. The bench is bound to one bundle: another
+bundle gets a new one. It is ended when it was idle for a time, which frees the device. If it dies at work, the message
+is answered with an error and the next one gets a new bench.
+
+This file is all that touches Flower's Runtime API. It must not import FedSpan: the bench runs the code of the bundle.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.cli.install import install_from_fab
+from flwr.clientapp.utils import get_load_client_app_fn
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.proto.task_pb2 import Task
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
+HEARTBEAT_SECONDS = 10.0
+_PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+log = logging.getLogger("worker")
+
+
+@dataclass
+class Status:
+    """What the site can see of its worker, as JSON in the status file.
+
+    Attributes:
+        state: "no SuperNode", "idle" or "working".
+        messages: answered so far, those with an error included.
+        crashes: times that the bench died at work.
+        bundle: hash of the app's bundle that the bench is bound to.
+        bench: process id of the bench; None when there is none, and so nothing held on the device.
+        memory_bytes: resident memory of the bench after its last message.
+        device_bytes: CUDA memory that it held then.
+        last_message: Unix time of the last answer.
+    """
+
+    state: str = "no SuperNode"
+    messages: int = 0
+    crashes: int = 0
+    bundle: str | None = None
+    bench: int | None = None
+    memory_bytes: int = 0
+    device_bytes: int = 0
+    last_message: float | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    runtime_api: str
+    idle: float
+    poll: float
+    status: Path | None
+    root_certificates: Path | None
+    auth_secret: Path | None
+
+    def connect(self, *interceptors: ProtobufClientInterceptor, patience: float = _PATIENCE) -> RuntimeHttpClient:
+        """A client of the SuperNode's Runtime API that tries again for ``patience`` seconds."""
+        certificates = self.root_certificates.read_bytes() if self.root_certificates is not None else None
+        retry = RetryInvoker(lambda: exponential(max_delay=2), httpx.TransportError, max_tries=None, max_time=patience)
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.runtime_api,
+            insecure=certificates is None,
+            root_certificates=certificates,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *interceptors],
+            retry_invoker=retry,
+        )
+
+
+class Bench:
+    """The child process that does the work, seen from the keeper."""
+
+    def __init__(self, bundle: str, options: Options) -> None:
+        self.bundle = bundle
+        read, write = os.pipe()
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), "--runtime-api", options.runtime_api]
+        if options.root_certificates is not None:
+            command += ["--root-certificates", str(options.root_certificates)]
+        self.process = subprocess.Popen(  # noqa: S603 - this very file
+            [*command, "--bench", str(write)],
+            stdin=subprocess.PIPE,
+            pass_fds=[write],
+            env={**os.environ, LONG_LIVED: "1"},
+            text=True,
+        )
+        os.close(write)
+        self._told = os.fdopen(read)
+
+    def work(self, token: str) -> Iterator[dict[str, Any]]:
+        """Hand over a message by its token; what the bench tells, until the message is done or the bench is dead."""
+        assert self.process.stdin is not None  # noqa: S101 - opened above
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(token + "\n")  # not on a command line, where others could read it
+            self.process.stdin.flush()
+        for line in self._told:
+            told = json.loads(line)
+            yield told
+            if "done" in told:
+                return
+
+    def stop(self) -> None:
+        """End the process, and with it all that it holds on the device."""
+        self.process.terminate()
+        try:
+            self.process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._told.close()
+
+
+class Keeper:
+    """Asks for messages and has a bench answer them, one at a time."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._bench: Bench | None = None
+        self._status = Status()
+        self._idle_since = time.monotonic()
+        secret = [] if options.auth_secret is None else [_signed(options.auth_secret)]
+        self._client = options.connect(*secret, patience=0.0)
+
+    def run(self) -> NoReturn:
+        """Until the process is stopped."""
+        self._show("no SuperNode")
+        while True:
+            task, token = self._acquire()
+            if task is not None:
+                self._answer(task, token)
+                self._idle_since = time.monotonic()
+                continue
+            if self._bench is not None and time.monotonic() - self._idle_since > self._options.idle:
+                log.info("idle for %g seconds: the device is released", self._options.idle)
+                self.stop()
+            time.sleep(self._options.poll)
+
+    def stop(self) -> None:
+        """End the bench, if there is one."""
+        if self._bench is not None:
+            self._bench.stop()
+            self._bench = None
+            self._show(self._status.state)
+
+    def _acquire(self) -> tuple[Task | None, str]:
+        try:
+            found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        except httpx.HTTPError as error:
+            if self._status.state != "no SuperNode":
+                log.warning("no SuperNode at %s (%s); asking on", self._options.runtime_api, type(error).__name__)
+                self._show("no SuperNode")
+            return None, ""
+        if self._status.state != "idle":
+            self._show("idle")
+        return (found.task, found.token) if found.HasField("task") and found.token else (None, "")
+
+    def _answer(self, task: Task, token: str) -> None:
+        if self._bench is not None and (self._bench.bundle != task.fab_hash or self._bench.process.poll() is not None):
+            self.stop()
+        if self._bench is None:
+            self._bench = Bench(task.fab_hash, self._options)
+        self._show("working")
+        started, pulled, done = time.monotonic(), None, False
+        with _heartbeats(self._options.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
+            for told in self._bench.work(token):
+                pulled = told.get("pulled", pulled)
+                if "done" in told:
+                    done = True
+                    self._status.memory_bytes, self._status.device_bytes = told["memory"], told["device"]
+        self._status.messages += 1
+        self._status.last_message = time.time()
+        if not done:
+            code = self._bench.process.wait()
+            self._status.crashes += 1
+            self.stop()
+            reason = f"the site's worker process ended with exit code {code}; its log says more"
+            log.error("%s", reason)
+            self._fail(token, pulled, reason)
+        log.info("message answered in %.1f s", time.monotonic() - started)
+        self._show("idle")
+
+    def _fail(self, token: str, pulled: str | None, reason: str) -> None:
+        """Answer a message whose bench died with an error."""
+        client = self._options.connect(RuntimeTokenHttpInterceptor(token))
+        try:
+            if pulled is None:
+                message, context, _, _ = pull_task_input(client)
+            else:
+                message = message_from_proto(ProtoMessage.FromString(bytes.fromhex(pulled)))
+                run, node = message.metadata.run_id, message.metadata.dst_node_id
+                TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, node, 0
+                context = Context(run, node, {}, RecordDict(), {})
+            error = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            push_message(client, error, context)
+            push_task_output(client, None, SubStatus.FAILED, reason)
+        except Exception:
+            log.exception("the message could not be answered")
+        finally:
+            client.close()
+
+    def _show(self, state: str) -> None:
+        """Write the status file, whole or not at all."""
+        self._status.state = state
+        self._status.bench = self._bench.process.pid if self._bench is not None else None
+        self._status.bundle = self._bench.bundle if self._bench is not None else None
+        if self._options.status is not None:
+            temporary = self._options.status.with_name(f".{self._options.status.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(asdict(self._status)) + "\n", encoding="utf-8")
+            temporary.replace(self._options.status)
+
+
+def _signed(secret: Path) -> ProtobufClientInterceptor:
+    return SuperExecAuthHttpInterceptor(master_secret=secret.read_bytes(), protected_methods=[_ACQUIRE])
+
+
+@contextlib.contextmanager
+def _heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
+    """Tell the SuperNode that the message is being worked on; end the bench when it is not wanted any more."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            try:
+                wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+            except httpx.TransportError:
+                continue  # the bench finds out by itself when it wants to answer
+            except httpx.HTTPStatusError:
+                wanted = False
+            if not wanted and not over.is_set():
+                log.warning("the SuperNode does not want the answer any more; the work is stopped")
+                bench.process.terminate()
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        client.close()
+
+
+def work(options: Options, tell: IO[str]) -> None:
+    """The bench: answer messages whose tokens come in on standard input, one line each, until it is closed."""
+    app = None
+    for line in sys.stdin:
+        client = options.connect(RuntimeTokenHttpInterceptor(line.strip()))
+        try:
+            message, context, run, bundle = pull_task_input(client)
+            proto = message_to_proto(remove_content_from_message(message))
+            _tell(tell, pulled=proto.SerializeToString().hex())
+            try:
+                if app is None:
+                    install_from_fab(bundle.content, skip_prompt=True)
+                    app = get_load_client_app_fn("", None, multi_app=True)(run.fab_id, run.fab_version, bundle.hash_str)
+                reply, details = app(message=message, context=context), ""
+            except Exception as error:
+                log.exception("the app failed")
+                details = f"{type(error).__name__} in the site's worker; the site's log says more"
+                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, details), reply_to=message)
+            push_message(client, reply, context)
+            push_task_output(client, context, SubStatus.FAILED if details else SubStatus.COMPLETED, details)
+            del message, reply, context
+        except httpx.HTTPError as error:  # the SuperNode is gone, or the run is: nobody waits for this answer
+            log.warning("the answer was not taken (%s)", type(error).__name__)
+        finally:
+            client.close()
+        _tell(tell, done=True, memory=_resident(), device=_on_device())
+
+
+def _tell(pipe: IO[str], **told: object) -> None:
+    pipe.write(json.dumps(told) + "\n")
+    pipe.flush()
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _on_device() -> int:
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m client.worker", description="A site's long-lived worker.")
+    parser.add_argument("--runtime-api", required=True, metavar="HOST:PORT", help="the SuperNode's --host and --port")
+    parser.add_argument(
+        "--idle", type=float, default=900.0, metavar="SECONDS", help="idle time after which the device is released"
+    )
+    parser.add_argument("--poll", type=float, default=0.2, metavar="SECONDS", help="between two questions for work")
+    parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
+    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="CA of the Runtime API, if it has TLS")
+    parser.add_argument("--auth-secret", type=Path, metavar="FILE", help="the SuperNode's --superexec-auth-secret-file")
+    parser.add_argument("--bench", type=int, help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(arguments))
+    pipe = given.pop("bench")
+    options = Options(**given)
+    for file in (options.root_certificates, options.auth_secret):
+        if file is not None and not file.is_file():
+            parser.error(f"{file} does not exist")
+    if options.status is not None and not options.status.parent.is_dir():
+        parser.error(f"--status: folder {options.status.parent} does not exist")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _stop)
+    if pipe is not None:
+        with os.fdopen(pipe, "w") as tell:
+            work(options, tell)
+        return
+    keeper = Keeper(options)
+    try:
+        keeper.run()
+    except KeyboardInterrupt:
+        return
+    finally:
+        keeper.stop()
+
+
+if __name__ == "__main__":
+    main()
