@@ -1,7 +1,9 @@
 """GaLore against the paper in float64, against torch and galore-torch, and its exact factors."""
 
+import contextlib
 import copy
 import io
+import sys
 from typing import Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from client.galore import GaLore, range_finder
 from common.errors import TrainingError
+from common.subspace import SharedBasis
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 
@@ -243,3 +246,140 @@ def test_gradient_that_is_not_finite_is_named_and_changes_nothing(bad: float) ->
     with pytest.raises(TrainingError, match="w: its gradient is not finite"):
         run(parameter, galore(parameter), [gradient])
     assert torch.equal(parameter.detach(), before)
+
+
+class Two(nn.Module):
+    """Two matrices in a row, one projected on each side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        self.up = nn.Parameter(torch.randn(14, 9, generator=g))
+        self.down = nn.Parameter(torch.randn(9, 14, generator=g))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.up.T) @ self.down.T
+
+
+def train_two(*, early: bool, micro: int, **options: object) -> tuple[Two, GaLore, list[bool]]:
+    """Six steps over 8 rows; ``early``: project during backward. Also: whether any gradient was kept, by step."""
+    model = Two()
+    base: dict[str, object] = {"lr": 0.02, "rank": 3, "update_proj_gap": 3, "scale": 0.7, "weight_decay": 0.1}
+    optimizer = GaLore(dict(model.named_parameters()), **{**base, **options})  # type: ignore[arg-type]
+    x = torch.randn(8, 9, generator=torch.Generator().manual_seed(5))
+    kept = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        for i in range(0, 8, micro):
+            optimizer.last_backward = i + micro >= 8
+            with optimizer.projecting() if early else contextlib.nullcontext():
+                (model(x[i : i + micro]).square().sum() / 8).backward()
+        kept.append(any(p.grad is not None for p in model.parameters()))
+        optimizer.step()
+    return model, optimizer, kept
+
+
+@pytest.mark.parametrize("micro", [8, 3, 1])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.05}, {"inner": "sgd"}])
+def test_projecting_during_backward_changes_nothing_but_memory(micro: int, options: dict[str, object]) -> None:
+    early, _, kept = train_two(early=True, micro=micro, **options)
+    late, _, _ = train_two(early=False, micro=micro, **options)
+    assert not any(kept)
+    for a, b in zip(early.parameters(), late.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_wait_only_for_the_other_passes_of_a_refreshs_step() -> None:
+    model = Two()
+    optimizer = GaLore(dict(model.named_parameters()), lr=0.02, rank=3, update_proj_gap=3, scale=0.7)
+    waiting = []
+    for _ in range(4):
+        for last in (False, True):
+            optimizer.last_backward = last
+            with optimizer.projecting():
+                model(torch.ones(2, 9)).sum().backward()
+            waiting.append(all(p.grad is not None for p in model.parameters()))
+        optimizer.step()
+    assert waiting == [True, False, False, False, False, False, True, False]
+
+
+def test_norm_of_all_projected_gradients_together_is_clipped() -> None:
+    moves = []
+    for limit in (0.05, None, 1e6):
+        model = Two()
+        start = [p.detach().clone() for p in model.parameters()]
+        options = {"lr": 1.0, "rank": 3, "update_proj_gap": 9, "scale": 1.0, "inner": "sgd", "max_grad_norm": limit}
+        optimizer = GaLore(dict(model.named_parameters()), **options)  # type: ignore[arg-type]
+        model(torch.ones(2, 9)).square().sum().backward()
+        optimizer.step()
+        moves.append(torch.cat([(p.detach() - q).flatten() for p, q in zip(model.parameters(), start, strict=True)]))
+    clipped, plain, far = moves
+    assert float(clipped.norm()) == pytest.approx(0.05, rel=1e-4)  # rate 1, so the move is the projected gradient
+    assert float(plain.norm()) > 0.1
+    torch.testing.assert_close(clipped / clipped.norm(), plain / plain.norm(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(plain, far)
+
+
+def test_shared_basis_is_taken_once_and_leaves_one_term() -> None:
+    shared = SharedBasis(1, 1, 3)
+    model, optimizer, kept = train_two(early=True, micro=1, basis=shared, update_proj_gap=2)
+    assert not any(kept)  # no refresh ever waits for a gradient
+    for name, parameter in model.named_parameters():
+        factors = optimizer.factors(name)
+        assert factors.common
+        ((left, right),) = factors.terms
+        basis = right if parameter.shape[0] >= parameter.shape[1] else left
+        assert torch.equal(basis, shared(name, parameter.shape))
+        rebuilt = factors.apply(dict(Two().named_parameters())[name].detach())
+        torch.testing.assert_close(rebuilt, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_basis_may_come_from_gradients_of_other_batches() -> None:
+    other, own = gradients((12, 7), 2)
+    parameter = weight((12, 7))
+    optimizer = galore(parameter, refresh_batches=2)
+    assert optimizer.refresh_due()
+    parameter.grad = other
+    optimizer.refresh()
+    assert parameter.grad is None
+    assert not optimizer.refresh_due()
+    run(parameter, optimizer, [own])
+    (basis,) = optimizer.state[parameter]["bases"]
+    best = torch.linalg.svd(other).Vh[:3]
+    assert float((other @ basis.T).square().sum()) > 0.98 * float((other @ best.T).square().sum())
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_8bit_moments_take_a_quarter_and_train_alike(shape: tuple[int, int]) -> None:
+    grads = gradients(shape, 8)
+    states, results = [], []
+    for moments in ("float32", "8bit"):
+        parameter = weight(shape)
+        optimizer = galore(parameter, rank=16, moments=moments)
+        run(parameter, optimizer, grads)
+        state = optimizer.state[parameter]
+        states.append(sum(t.nbytes for k, t in state.items() if k.startswith("exp_avg")))
+        results.append(parameter.detach())
+    assert states[0] / states[1] > 3.9
+    start = weight(shape).detach()
+    assert float((results[1] - results[0]).norm() / (results[0] - start).norm()) < 0.05
+
+
+def test_8bit_moments_survive_saving() -> None:
+    grads, straight, first = gradients((96, 64), 7), weight((96, 64)), weight((96, 64))
+    run(straight, galore(straight, moments="8bit"), grads)
+    optimizer = galore(first, moments="8bit")
+    run(first, optimizer, grads[:4])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    continued = galore(first, moments="8bit")
+    continued.load_state_dict(torch.load(file, weights_only=True))
+    run(first, continued, grads[4:])
+    assert torch.equal(first, straight)
+
+
+def test_8bit_moments_without_bitsandbytes_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TrainingError, match=r"strategy.moments is 8bit, .* pip install 'fedspan\[8bit\]'"):
+        galore(weight((12, 7)), moments="8bit")

@@ -10,8 +10,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from client.session import Session, Tensors
 from common.config import FederationConfig, SiteConfig, resolved
-from common.errors import DataError, ModelError, TrainingError
+from common.errors import DataError, ModelError, StaleStateError, TrainingError
+from common.factors import Exchange, unpack
+from common.versions import Step
 from common.yaml_file import load
+from strategies.named import make_rule
 from tests.tiny import make_federation, make_tokenizer
 
 LORA = {"name": "ffa-lora", "rank": 2, "blocks": "lower half", "modules": "mlp"}
@@ -181,3 +184,73 @@ def test_seed_and_round_decide_the_result(tmp_path: Path) -> None:
     one, again, other = trained(1), trained(1), trained(2)
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+FEDFTG = {"name": "fedftg", "blocks": "lower half", "rank": 2, "scale": 1.0}
+
+
+def round_of(own: Session, number: int) -> tuple[Tensors, dict[str, float]]:
+    """A round from the base model."""
+    weights = own.weights
+    assert weights is not None
+    own.follow([], weights.first, weights.first)
+    return own.train(number, list(weights.tensors))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("subspace", ["own", "shared"])
+def test_update_is_made_for_the_wire_as_the_federation_file_says(tmp_path: Path, subspace: str, precision: str) -> None:
+    own = session(tmp_path, strategy={**FEDFTG, "subspace": subspace, "wire_precision": precision})
+    sent, metrics = round_of(own, 1)
+    rule = make_rule(own.federation.strategy, seed=own.federation.training.seed)
+    assert own.weights is not None
+    shapes = {name: tuple(t.shape) for name, t in own.weights.tensors.items()}
+    exchange = rule.exchange(1)
+    assert exchange is not None
+    whole, factors = unpack(sent, shapes, exchange)  # as the server reads it
+    assert not whole
+    trained = own._tuned.get()
+    for name, change in factors.items():
+        moved = trained[name] - own.weights.tensors[name]
+        error = float((change.apply(own.weights.tensors[name]) - trained[name]).norm() / moved.norm())
+        assert error < {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}[precision]
+    assert ("train.wire_error" in metrics) == (precision != "float32")
+    assert metrics.get("train.wire_error", 1e-9) > 0
+
+
+def test_low_precision_weights_are_federated_in_float32(tmp_path: Path) -> None:
+    """What a bfloat16 weight cannot hold is in what travels, in factors or whole."""
+    for rank in (2, 24):  # with rank 24 the factors are larger than the weight
+        own = session(
+            tmp_path, strategy={**FEDFTG, "rank": rank}, model={"dtype": "bfloat16"}, training={"learning_rate": 1e-6}
+        )
+        sent, _ = round_of(own, 1)
+        assert own.weights is not None
+        name = next(iter(own.weights.tensors))
+        start = own.weights.tensors[name]
+        assert start.dtype == torch.float32
+        whole, factors = unpack(sent, {name: tuple(start.shape)}, Exchange())
+        made = factors[name].apply(start) if name in factors else whole[name]
+        assert (name in factors) == (rank == 2)
+        assert 0 < float((made - start).norm() / start.norm()) < 1e-3
+        assert torch.equal(own._tuned.get()[name], made.to(torch.bfloat16))
+
+
+def test_new_process_follows_the_steps_from_the_base_model(tmp_path: Path) -> None:
+    one = session(tmp_path, strategy=FEDFTG)
+    sent, _ = round_of(one, 1)
+    assert one.weights is not None
+    first = one.weights.first
+    step = Step(1, sent)
+    one.follow([step], first, step.next(first))
+    two = session(tmp_path, strategy=FEDFTG)
+    two.follow([step], first, step.next(first))
+    assert all(torch.equal(t, two._tuned.get()[name]) for name, t in one._tuned.get().items())
+    # Sent anew from the base model, as after an error, a process that has gone on loads the base model again.
+    other = Step(1, {name: 2 * tensor if "/left" in name else tensor for name, tensor in sent.items()})
+    two.follow([other], first, other.next(first))
+    fresh = session(tmp_path, strategy=FEDFTG)
+    fresh.follow([other], first, other.next(first))
+    assert all(torch.equal(t, two._tuned.get()[name]) for name, t in fresh._tuned.get().items())
+    with pytest.raises(StaleStateError, match="send the weights in full"):
+        two.follow([], "elsewhere", "nowhere")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from client.galore import GaLore
 from client.trainer import Batch, _shuffled, schedule_factor, train
 from common.config import TrainingConfig
 from common.errors import TrainingError
@@ -124,3 +125,35 @@ def test_learning_rate_continues_in_the_next_round() -> None:
 def test_loss_that_is_not_finite_stops_with_the_place() -> None:
     with pytest.raises(TrainingError, match=r"round 2, step [23]; lower training.learning_rate"):
         run(settings(learning_rate=1e30), server_round=2)
+
+
+def galore_run(refresh_batches: int, count: int = 40) -> tuple[Tensor, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 12, bias=False), nn.Tanh(), nn.Linear(12, 8, bias=False), nn.Linear(8, 1))
+    options = {"lr": 0.1, "rank": 2, "update_proj_gap": 2, "scale": 1.0, "refresh_batches": refresh_batches}
+    optimizer = GaLore({"w": model[2].weight}, **options)  # type: ignore[arg-type, dict-item]
+    result = train(
+        model,
+        optimizer,
+        rows(count),
+        collate,
+        loss_sum,
+        settings(local_steps=4, batch_size=2),
+        server_round=1,
+        rounds=1,
+        max_batch_size=1,
+        device=torch.device("cpu"),
+        autocast=None,
+        seed="s",
+    )
+    return model[2].weight.detach(), result  # type: ignore[return-value]
+
+
+def test_bases_from_several_batches_cost_their_passes_and_nothing_else() -> None:
+    """Two refreshes in four steps; with 3 batches each that is 6 more, of 2 rows of 1 to 3 tokens."""
+    one, three = galore_run(1)[1], galore_run(3)[1]
+    assert one.steps == three.steps == 4
+    assert one.loss_first == three.loss_first  # the step's own rows are the same
+    assert 6 * 2 * 1 <= three.tokens - one.tokens <= 6 * 2 * 3
+    assert not torch.equal(galore_run(1)[0], galore_run(3)[0])
+    assert torch.equal(galore_run(3)[0], galore_run(3)[0])

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Self
 import psutil
 
 from deploy.processes import Supervisor, free_ports, listens
-from tests.processes.launcher import environment
+from tests.processes.launcher import ROOT, environment
 
 BIN = Path(sysconfig.get_path("scripts"))
 
@@ -24,6 +25,7 @@ class Flower:
         self._logs = folder / "logs"
         self._supervisor = Supervisor(self._logs)
         self._control, self._fleet = free_ports(2)
+        self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
         home = folder / "flwr"
         home.mkdir(parents=True)
         link = f'[superlink.local]\naddress = "127.0.0.1:{self._control}"\ninsecure = true\n'
@@ -43,18 +45,25 @@ class Flower:
     ) -> None:
         self._supervisor.stop()
 
-    def start_node(self, name: str, config: str) -> psutil.Process:
+    def start_node(
+        self, name: str, config: str, *, port: int | None = None, isolation: str = "subprocess"
+    ) -> psutil.Process:
         """Start a SuperNode."""
-        (port,) = free_ports(1)
-        command = [
-            str(BIN / "flower-supernode"),
-            "--insecure",
-            "--grpc-rere",
-            "--superlink",
-            f"127.0.0.1:{self._fleet}",
-        ]
-        started = self._supervisor.start(name, [*command, "--port", str(port), "--node-config", config], self._env)
+        self.ports[name] = port if port is not None else free_ports(1)[0]
+        link = ["--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{self._fleet}"]
+        own = ["--port", str(self.ports[name]), "--node-config", config, "--isolation", isolation]
+        started = self._supervisor.start(name, [str(BIN / "flower-supernode"), *link, *own], self._env)
         return psutil.Process(started.process.pid)
+
+    def start_warm_node(
+        self, name: str, config: str, status: Path, idle: float = 900.0
+    ) -> tuple[psutil.Process, psutil.Process]:
+        """Start a SuperNode and, beside it, a long-lived worker."""
+        node = self.start_node(name, config, isolation="process")
+        command = [sys.executable, "-P", str(ROOT / "client" / "worker.py"), "--status", str(status)]
+        command += ["--runtime-api", f"127.0.0.1:{self.ports[name]}", "--idle", str(idle)]
+        worker = self._supervisor.start(f"{name}-worker", command, self._env)
+        return node, psutil.Process(worker.process.pid)
 
     def submit(self, app: Path, config: str) -> None:
         assert self._flwr("run", str(app), "local", "--run-config", config)["success"]
@@ -63,7 +72,7 @@ class Flower:
         """Wait for the run to end, and well."""
 
         def ended() -> bool:
-            (run,) = self._flwr("list", "local")["runs"]  # type: ignore[misc]
+            run, *_ = self._flwr("list", "local")["runs"]  # type: ignore[misc]  # the latest
             assert not str(run["status"]).startswith("finished") or run["status"] == "finished:completed", (
                 self._logs / "superlink.log"
             ).read_text()[-3000:]
