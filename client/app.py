@@ -27,6 +27,7 @@ from flwr.clientapp import ClientApp
 
 from common.config import FederationConfig, SiteConfig
 from common.errors import ConfigError, FedSpanError, StaleStateError, WireError
+from common.records import get_record, get_records
 from common.yaml_file import load, parse
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
             where = f"{Path(place.filename).name}:{place.lineno}"
             reason = f"{type(error).__name__} at {where}; the site's log says more"
             return Message(Error(_FAILED, reason), reply_to=message)
-        metrics = content.metric_records.setdefault("metrics", MetricRecord())
+        metrics = content["metrics"] = get_record(content, "metrics", MetricRecord)
         metrics["clock.started"], metrics["clock.finished"] = started, time.time()
         return Message(content, reply_to=message)
 
@@ -93,12 +94,12 @@ def train(message: Message, context: Context) -> RecordDict:
     from common import wire
 
     session = _session(message, context)
-    request = message.content.config_records["config"]
+    request = get_record(message.content, "config", ConfigRecord)
     active = [str(name) for name in request["active"]]  # type: ignore[union-attr]
     holds = _receive(session, message, context, active)
     measured = session.evaluate() if request.get("evaluate") else {}
     trained, metrics = session.train(int(request["server-round"]), active)  # type: ignore[arg-type]
-    context.state.array_records[_KEPT] = wire.encode(session.kept)
+    context.state[_KEPT] = wire.encode(session.kept)
     return RecordDict(
         {
             "arrays": wire.encode(trained),
@@ -124,18 +125,20 @@ def _receive(
     """Bring the session to the state of a message; what the reply says of what this site holds from now on."""
     from common import wire
 
-    session.kept = wire.decode(context.state.array_records.get(_KEPT, ArrayRecord()))
-    request = message.content.config_records["config"]
+    session.kept = wire.decode(get_record(context.state, _KEPT, ArrayRecord))
+    request = get_record(message.content, "config", ConfigRecord)
     version, since = _text(request, "version"), _text(request, "since")
     if since is not None and version is not None:
         kept = _steps(context.state)
         if session.weights is not None and session.weights.version == session.weights.first and kept:
-            session.follow(kept, session.weights.first, _text(context.state.config_records[_HELD], "version") or "")
+            session.follow(
+                kept, session.weights.first, _text(get_record(context.state, _HELD, ConfigRecord), "version") or ""
+            )
         session.follow(_steps(message.content), since, version)
     else:
         digest = _text(request, "frozen-digest")
         frozen = session.set_state(_tensors(message, context), digest, active, version or "unknown")
-        context.state.array_records[_FROZEN] = wire.encode(frozen)
+        context.state[_FROZEN] = wire.encode(frozen)
         if session.weights is None:
             return {"frozen-digest": digest} if frozen and digest is not None else {}
     return _keep_steps(session, context)
@@ -148,14 +151,13 @@ def _keep_steps(session: "Session", context: Context) -> dict[str, ConfigRecordV
     weights = session.weights
     if weights is None:
         return {}
-    records = context.state.array_records
     steps = {f"{_STEP}{step.server_round:06}": step for step in weights.steps or []}
-    for key in [key for key in records if key.startswith(_STEP) and key not in steps]:
-        del records[key]
+    for key in [key for key in context.state if key.startswith(_STEP) and key not in steps]:
+        del context.state[key]
     for key, step in steps.items():
-        if key not in records:
-            records[key] = wire.encode(step.tensors)
-    context.state.config_records[_HELD] = ConfigRecord({"version": weights.version})
+        if key not in context.state:
+            context.state[key] = wire.encode(step.tensors)
+    context.state[_HELD] = ConfigRecord({"version": weights.version})
     lasting = weights.steps is not None or LONG_LIVED in os.environ
     return {"version": weights.version} if lasting else {}
 
@@ -165,7 +167,8 @@ def _steps(content: RecordDict) -> "list[Step]":
     from common import wire
     from common.versions import Step
 
-    found = {int(key.removeprefix(_STEP)): r for key, r in content.array_records.items() if key.startswith(_STEP)}
+    arrays = get_records(content, ArrayRecord)
+    found = {int(key.removeprefix(_STEP)): r for key, r in arrays.items() if key.startswith(_STEP)}
     return [Step(number, wire.decode(found[number])) for number in sorted(found)]
 
 
@@ -180,7 +183,7 @@ def _session(message: Message, context: Context) -> "Session":
     site_file = Path(str(context.node_config.get(SITE_KEY, "")))
     if not site_file.is_file():
         raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
-    sent = _text(message.content.config_records["config"], "federation")
+    sent = _text(get_record(message.content, "config", ConfigRecord), "federation")
     key = (str(site_file), sent or "")
     if key not in _sessions:
         federation = _federation(sent)
@@ -203,9 +206,9 @@ def _tensors(message: Message, context: Context) -> "dict[str, Tensor]":
     """Tensors that came with the message, and those kept from an earlier one."""
     from common import wire
 
-    kept = context.state.array_records.get(_FROZEN, ArrayRecord())
-    sent = message.content.array_records.get("arrays")
-    if sent is None:
+    kept = get_record(context.state, _FROZEN, ArrayRecord)
+    sent = message.content.get("arrays")
+    if not isinstance(sent, ArrayRecord):
         raise WireError("the message has no 'arrays' record")
     return {**wire.decode(kept), **wire.decode(sent)}
 

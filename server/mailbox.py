@@ -53,6 +53,7 @@ class Mailbox:
         for message_id in [i for i, sent in self._open.items() if sent.group == group]:
             for reply in self._grid.pull_messages([message_id]):
                 yield self._open.pop(message_id), reply
+                del reply
 
     def replies(self, group: str, deadline: float) -> Iterator[tuple[Sent, Message]]:
         """The replies of a group until all are there or ``time.monotonic()`` has passed ``deadline``."""

@@ -8,6 +8,7 @@ from flwr.serverapp import Grid
 
 from common.config import CohortConfig
 from common.errors import FederationError
+from common.records import get_record
 from server.mailbox import POLL_SECONDS, Mailbox
 from server.run_folder import RunFolder
 
@@ -75,7 +76,7 @@ class Roster:
         for node_id, reply in list(self._namesakes.items()):
             if node_id not in online:
                 del self._namesakes[node_id]
-            elif not self._connected_as(str(reply.content.config_records["config"]["site"])):
+            elif not self._connected_as(str(_told(reply)["site"])):
                 del self._namesakes[node_id], self.refused[node_id]
                 self._take_in(node_id, reply)
 
@@ -117,7 +118,7 @@ class Roster:
         if reply.has_error():
             self._refuse(node_id, f"node {node_id}", str(reply.error.reason))
             return
-        hello = reply.content.config_records.get("config", ConfigRecord())
+        hello = _told(reply)
         site = str(hello.get("site", f"node {node_id}"))
         for what, key in (("base model", "base_digest"), ("tokenizer", "tokenizer_digest")):
             theirs, ours = str(hello.get(key)), self._digests[what]
@@ -156,3 +157,7 @@ class Roster:
     def _refuse(self, node_id: int, site: str, reason: str) -> None:
         self.refused[node_id] = reason
         self._folder.event("client_refused", client=site, reason=reason)
+
+
+def _told(reply: Message) -> ConfigRecord:
+    return get_record(reply.content, "config", ConfigRecord)

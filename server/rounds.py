@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from flwr.app import ConfigRecordValues, Message
+from flwr.app import ArrayRecord, ConfigRecordValues, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from common import wire
 from common.config import FederationConfig
 from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
+from common.records import get_record, get_records
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox, Sent
 from server.roster import Roster
@@ -161,9 +162,11 @@ class RoundLoop:
 
     def _note_update(self, this: _Round, sent: Sent, reply: Message, update: Update, evaluated: bool) -> None:
         metrics = {
-            key: float(v) for key, v in reply.content.metric_records["metrics"].items() if not isinstance(v, list)
+            key: float(v)
+            for key, v in get_record(reply.content, "metrics", MetricRecord).items()
+            if not isinstance(v, list)
         }
-        up = sum(wire.num_bytes(record) for record in reply.content.array_records.values())
+        up = _payload(reply)
         this.bytes_up += up
         trained = {**_under("train.", metrics), "num_examples": update.num_examples}
         if trained.get("seconds"):
@@ -221,7 +224,7 @@ class RoundLoop:
             if reply.has_error():
                 self._folder.event("client_failed", round=version, client=name, reason=f"{name}: {reply.error.reason}")
                 continue
-            metrics = reply.content.metric_records["metrics"]
+            metrics = get_record(reply.content, "metrics", MetricRecord)
             numbers = {key: float(v) for key, v in metrics.items() if not isinstance(v, list)}
             self._record_evaluation(version, name, _under("evaluate.", numbers))
         for node_id in self._mailbox.forget(group):
@@ -252,7 +255,7 @@ class RoundLoop:
 
 
 def _payload(message: Message) -> int:
-    return sum(wire.num_bytes(record) for record in message.content.array_records.values())
+    return sum(wire.num_bytes(arrays) for arrays in get_records(message.content, ArrayRecord).values())
 
 
 def _under(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import WARNING
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from flwr.app import (
     DEFAULT_TTL,
@@ -36,16 +36,18 @@ from flwr.app import (
 )
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 
 from common import wire
 from common.digest import tensor_digest, tensors_digest
 from common.errors import AggregationError, RefusedUpdate, WireError
 from common.factors import Factors, unpack
+from common.records import get_record
 from common.versions import Step
 from strategies.admission import admit, admit_factors
 from strategies.lora_names import rank_of
 from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.streaming import StreamingGrid
 from strategies.versions import Versions
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
@@ -190,8 +192,8 @@ class FlowerStrategy(FedAvg):
                     content["frozen-digest"] = tensors_digest(frozen)
             if self._versions is not None:
                 content["version"] = self._versions.latest
-            record = RecordDict({**arrays, self.configrecord_key: content})
-            messages.append(Message(record, node_id, kind, ttl=ttl, group_id=str(server_round)))
+            whole = RecordDict({**arrays, self.configrecord_key: content})
+            messages.append(Message(whole, node_id, kind, ttl=ttl, group_id=str(server_round)))
         return messages
 
     def _steps_for(self, client: Client) -> tuple[str, list[Step] | None]:
@@ -216,8 +218,8 @@ class FlowerStrategy(FedAvg):
         client.held, client.version = {}, None  # until this reply proves otherwise, the client holds nothing
         if message.has_error():
             raise RefusedUpdate(f"{client.name}: {message.error.reason}")
-        metrics = message.content.metric_records.get("metrics", MetricRecord())
-        told = message.content.config_records.get(self.configrecord_key, ConfigRecord())
+        metrics = get_record(message.content, "metrics", MetricRecord)
+        told = get_record(message.content, self.configrecord_key, ConfigRecord)
         expected = self.rule.state_for(self._state, None, None)
         tensors, changes = self._read_tensors(client, message.content, expected)
         admitted = admit(
@@ -251,11 +253,12 @@ class FlowerStrategy(FedAvg):
         self, client: Client, content: RecordDict, expected: Tensors
     ) -> tuple[Tensors, dict[str, Factors]]:
         """What a reply holds whole, and what in factors."""
-        if self.arrayrecord_key not in content.array_records:
+        arrays = content.get(self.arrayrecord_key)
+        if not isinstance(arrays, ArrayRecord):
             raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
         exchange = self.rule.exchange(self._round)
         try:
-            tensors = wire.decode(content.array_records[self.arrayrecord_key])
+            tensors = wire.decode(arrays)
             if exchange is None:
                 return tensors, {}
             return unpack(tensors, {name: tuple(expected[name].shape) for name in self._active}, exchange)
@@ -263,6 +266,20 @@ class FlowerStrategy(FedAvg):
             raise RefusedUpdate(f"{client.name}: {error}") from None
 
     # Flower's own verbs
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """As ``flwr.serverapp.strategy.Strategy.start``, but each reply is combined as it arrives, and dropped."""
+        streaming: Any = StreamingGrid(grid)
+        return super().start(streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -294,8 +311,9 @@ class FlowerStrategy(FedAvg):
                     refused.append(str(reason))
                     log(WARNING, "round %s, not admitted: %s", server_round, reason)
                     continue
-                contents.append(reply.content)
+                contents.append(_scalars(reply.content))
                 yield update
+                del update, reply
             if len(contents) < max(1, self.min_train_nodes):
                 reasons = "; ".join(refused) or "no reply was refused"
                 raise AggregationError(
@@ -321,8 +339,8 @@ class FlowerStrategy(FedAvg):
         for reply in replies:
             if reply.has_error():
                 log(WARNING, "round %s, no evaluation: %s", server_round, reply.error.reason)
-            elif "metrics" in reply.content.metric_records:
-                contents.append(reply.content)
+            elif "metrics" in reply.content:
+                contents.append(_scalars(reply.content))
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
 
     def _sample(self, grid: Grid, fraction: float, minimum: int, server_round: int) -> list[int]:
@@ -340,6 +358,11 @@ class FlowerStrategy(FedAvg):
                 )
             time.sleep(1.0)
         return sample(nodes, fraction, minimum, self._seed, server_round)
+
+
+def _scalars(content: RecordDict) -> RecordDict:
+    """A reply's content without its arrays."""
+    return RecordDict({key: part for key, part in content.items() if not isinstance(part, ArrayRecord)})
 
 
 def _check_acknowledged(client: str, acknowledged: object, frozen: Tensors) -> None:
@@ -369,11 +392,11 @@ def weighted_mean(contents: list[RecordDict], weighted_by_key: str) -> MetricRec
     """
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:
-        record = content.metric_records["metrics"]
-        weight = record.get(weighted_by_key)
+        metrics = get_record(content, "metrics", MetricRecord)
+        weight = metrics.get(weighted_by_key)
         if not isinstance(weight, (int, float)) or not weight > 0:
             continue
-        for key, value in record.items():
+        for key, value in metrics.items():
             if isinstance(value, (int, float)) and key != weighted_by_key:
                 total, seen = sums.get(key, (0.0, 0.0))
                 sums[key] = (total + weight * value, seen + weight)

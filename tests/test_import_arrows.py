@@ -13,7 +13,16 @@ FORBIDDEN = {
     "server": {"client", "deploy"},
 }
 # Files that talk to Flower; training code and strategy maths do not.
-FLOWER = {"client/app.py", "client/worker.py", "common/wire.py", "strategies/flower.py", "server", "deploy"}
+FLOWER = {
+    "client/app.py",
+    "client/worker.py",
+    "common/records.py",
+    "common/wire.py",
+    "strategies/flower.py",
+    "strategies/streaming.py",
+    "server",
+    "deploy",
+}
 
 
 def imported(path: Path) -> set[str]:

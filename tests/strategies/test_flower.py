@@ -1,6 +1,8 @@
 """The rules as Flower strategies: whom they ask, what they send, what they believe."""
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,3 +327,48 @@ def test_client_is_sent_steps_from_what_it_holds_and_everything_when_it_holds_no
     # A state that came about otherwise has no steps.
     (other,) = strategy.train_messages(4, {name: t.clone() for name, t in state.items()}, [1], {}, 60.0)
     assert set(wire.decode(other.content.array_records["arrays"])) == {"up.weight"}
+
+
+class Clients(Nodes):
+    """A grid whose nodes answer one after the other, only when asked; counts the replies that are alive."""
+
+    def __init__(self, replies: Callable[[Message], Message], *ids: int) -> None:
+        super().__init__(*ids)
+        self._replies, self._open, self.alive, self.most = replies, dict[str, Message](), list[Any](), 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self._open = {str(i): message for i, message in enumerate(messages)}
+        return list(self._open)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        (message_id,) = message_ids
+        reply = self._replies(self._open[message_id])
+        self.alive.append(weakref.ref(reply.content["arrays"]))
+        self.most = max(self.most, sum(ref() is not None for ref in self.alive))
+        return [reply]
+
+
+@pytest.mark.parametrize("name", ["FedFTG", "FFALoRA", "RoLoRA"])
+def test_replies_are_folded_and_dropped_one_by_one(name: str) -> None:
+    """Streaming keeps one reply, whatever the number of clients, and gives what collecting them gives."""
+    state = lora(2, 0, head=False)
+    strategy = getattr(strategies, name)(fraction_evaluate=0.0, min_train_nodes=20, min_available_nodes=20)
+
+    def reply(message: Message) -> Message:
+        number = int(message.metadata.dst_node_id)
+        frozen = message.content.config_records["config"].get("frozen-digest")
+        return answer(
+            message,
+            trained(strategy.rule, 1, state, number),
+            {"num-examples": number},
+            {"frozen-digest": str(frozen)} if frozen else {},
+        )
+
+    grid = Clients(reply, *range(1, 21))
+    result = strategy.start(grid, wire.encode(state), num_rounds=1)
+    assert grid.most <= 2  # the one just pulled, and the one before it
+    other = getattr(strategies, name)(min_train_nodes=20, min_available_nodes=20)
+    collected, _ = other.aggregate_train(1, [reply(m) for m in ask(other, state, nodes=tuple(range(1, 21)))])
+    assert collected is not None
+    for key, tensor in wire.decode(result.arrays).items():
+        torch.testing.assert_close(tensor, wire.decode(collected)[key], rtol=1e-5, atol=1e-6)  # the order differs

@@ -1,0 +1,38 @@
+"""A grid that hands out replies one at a time, as they arrive, so that none has to be kept."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+_POLL_SECONDS = 0.5
+
+
+class StreamingGrid:
+    """A grid whose ``send_and_receive`` does not wait for all replies; everything else is the grid's own.
+
+    Args:
+        grid: Flower's grid.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._grid, name)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Send at once; replies come until all are there or ``timeout`` seconds have passed."""
+        waiting = {message_id for message_id in self._grid.push_messages(messages) if message_id}
+        return self._replies(waiting, None if timeout is None else time.monotonic() + timeout)
+
+    def _replies(self, waiting: set[str], deadline: float | None) -> Iterator[Message]:
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            for message_id in sorted(waiting):
+                for reply in self._grid.pull_messages([message_id]):
+                    waiting.discard(message_id)
+                    yield reply
+                    del reply
+            if waiting:
+                time.sleep(_POLL_SECONDS)
