@@ -7,7 +7,17 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import flexlora_aggregation, galore_refresh, strategy_bytes
+from benchmarks import (
+    averaging,
+    flexlora_aggregation,
+    galore_refresh,
+    optimizer_step,
+    server_memory,
+    stock_flower,
+    strategy_bytes,
+    subspaces,
+    wire_bytes,
+)
 from benchmarks.table import Table, publish
 
 
@@ -20,9 +30,15 @@ class Benchmark:
 
 
 BENCHMARKS = {
+    "averaging": Benchmark(averaging.run, "2 minutes"),
     "flexlora-aggregation": Benchmark(flexlora_aggregation.run, "10 minutes"),
-    "galore-refresh": Benchmark(galore_refresh.run, "1 minute"),
+    "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),
+    "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
+    "server-memory": Benchmark(server_memory.run, "15 minutes"),
+    "stock-flower": Benchmark(stock_flower.run, "15 minutes"),
     "strategy-bytes": Benchmark(strategy_bytes.run, "15 minutes"),
+    "subspaces": Benchmark(subspaces.run, "20 minutes"),
+    "wire-bytes": Benchmark(wire_bytes.run, "1 minute"),
 }
 
 

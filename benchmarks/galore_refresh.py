@@ -10,7 +10,12 @@ from torch import Tensor
 from benchmarks.table import Cell, Table
 from client.galore import range_finder
 
-SHAPES = {"SmolLM2-135M": (1536, 576), "TinyLlama": (5632, 2048), "Gemma-2B": (16384, 2048)}  # of an MLP's weight
+SHAPES = {  # of an MLP's weight
+    "SmolLM2-135M": (1536, 576),
+    "TinyLlama": (5632, 2048),
+    "Gemma-2B": (16384, 2048),
+    "Llama-2-7B": (11008, 4096),
+}
 RANKS = (16, 128)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -21,7 +21,7 @@ BIN = Path(sysconfig.get_path("scripts"))
 class Flower:
     """A SuperLink, and SuperNodes that come and go. Use as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, threads: int = 1) -> None:
         self._logs = folder / "logs"
         self._supervisor = Supervisor(self._logs)
         self._control, self._fleet = free_ports(2)
@@ -31,6 +31,7 @@ class Flower:
         link = f'[superlink.local]\naddress = "127.0.0.1:{self._control}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n{link}')
         own = {"FLWR_HOME": str(home), "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        own["OMP_NUM_THREADS"] = str(threads)
         self._env = environment() | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
 
     def __enter__(self) -> Self:
@@ -72,11 +73,12 @@ class Flower:
         """Wait for the run to end, and well."""
 
         def ended() -> bool:
-            run, *_ = self._flwr("list", "local")["runs"]  # type: ignore[misc]  # the latest
-            assert not str(run["status"]).startswith("finished") or run["status"] == "finished:completed", (
+            runs: Any = self._flwr("list", "local")["runs"]
+            status = str(runs[0]["status"])  # of the latest
+            assert not status.startswith("finished") or status == "finished:completed", (
                 self._logs / "superlink.log"
             ).read_text()[-3000:]
-            return run["status"] == "finished:completed"
+            return status == "finished:completed"
 
         wait_for(ended, seconds, every=1.0)
 
