@@ -56,7 +56,7 @@ def run() -> Table:
         f"Optimizer steps on {BLOCKS} of TinyLlama's MLPs (104 million weights, float32), rank {RANK}",
         rows,
         [
-            f"ms: of an iteration on {TOKENS} tokens less one without optimizer ({bare['ms']:.0f}), best of {STEPS - 1}.",
+            f"ms: of an iteration on {TOKENS} tokens less one without ({bare['ms']:.0f}), best of {STEPS - 1}.",
             "peak MB: resident memory above that of the model with its inputs, gradients and optimizer state included.",
         ],
     )

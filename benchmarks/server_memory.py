@@ -25,9 +25,7 @@ def run() -> Table:
     return Table(
         "Peak memory of the ServerApp in a round with dense updates of 105 MB",
         rows,
-        [
-            "Resident memory of the process; real SuperLink and SuperNodes over gRPC. Both send the weights to all clients."
-        ],
+        ["Resident memory; real SuperLink and SuperNodes over gRPC. Both strategies send the weights to all clients."],
     )
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from client.session import Session
+    from client.weights import Weights
     from common.versions import Step
 
 app = ClientApp()
@@ -46,7 +47,7 @@ _STEP = "step-"  # prefix of records of steps, in messages and in the context, b
 _HELD = "held"  # the context's record that names the version of the weights that its steps lead to
 _KEPT = "kept"  # the context's record of what never leaves the site: a local head, optimizer moments
 
-_sessions: dict[tuple[str, str], "Session"] = {}
+_sessions: dict[tuple[int, str, str], "Session"] = {}  # by run, because files may change between runs
 Handler = Callable[[Message, Context], RecordDict]
 
 
@@ -128,36 +129,35 @@ def _receive(
     session.kept = wire.decode(get_record(context.state, _KEPT, ArrayRecord))
     request = get_record(message.content, "config", ConfigRecord)
     version, since = _text(request, "version"), _text(request, "since")
-    if since is not None and version is not None:
-        kept = _steps(context.state)
-        if session.weights is not None and session.weights.version == session.weights.first and kept:
-            session.follow(
-                kept, session.weights.first, _text(get_record(context.state, _HELD, ConfigRecord), "version") or ""
-            )
+    weights = session.weights
+    if weights is not None and since is not None and version is not None:
+        held = _text(get_record(context.state, _HELD, ConfigRecord), "version")
+        if weights.version == weights.first and held is not None:  # a new process goes on where the last one was
+            session.follow(_steps(context.state), weights.first, held)
         session.follow(_steps(message.content), since, version)
-    else:
-        digest = _text(request, "frozen-digest")
-        frozen = session.set_state(_tensors(message, context), digest, active, version or "unknown")
+        return _keep_steps(session.weights or weights, context)
+    digest = _text(request, "frozen-digest")
+    frozen = session.set_state(_tensors(message, context), digest, active, version or "unknown")
+    if weights is not None:
+        return _keep_steps(weights, context)
+    if active:
         context.state[_FROZEN] = wire.encode(frozen)
-        if session.weights is None:
-            return {"frozen-digest": digest} if frozen and digest is not None else {}
-    return _keep_steps(session, context)
+    return {"frozen-digest": digest} if frozen and digest is not None else {}
 
 
-def _keep_steps(session: "Session", context: Context) -> dict[str, ConfigRecordValues]:
+def _keep_steps(weights: "Weights", context: Context) -> dict[str, ConfigRecordValues]:
     """Let the next process make the weights again from the base model, as long as that takes little to keep."""
     from common import wire
 
-    weights = session.weights
-    if weights is None:
-        return {}
     steps = {f"{_STEP}{step.server_round:06}": step for step in weights.steps or []}
     for key in [key for key in context.state if key.startswith(_STEP) and key not in steps]:
         del context.state[key]
     for key, step in steps.items():
         if key not in context.state:
             context.state[key] = wire.encode(step.tensors)
-    context.state[_HELD] = ConfigRecord({"version": weights.version})
+    context.state.pop(_HELD, None)
+    if weights.steps is not None:
+        context.state[_HELD] = ConfigRecord({"version": weights.version})
     lasting = weights.steps is not None or LONG_LIVED in os.environ
     return {"version": weights.version} if lasting else {}
 
@@ -184,7 +184,7 @@ def _session(message: Message, context: Context) -> "Session":
     if not site_file.is_file():
         raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
     sent = _text(get_record(message.content, "config", ConfigRecord), "federation")
-    key = (str(site_file), sent or "")
+    key = (context.run_id, str(site_file), sent or "")
     if key not in _sessions:
         federation = _federation(sent)
         _sessions.clear()

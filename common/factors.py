@@ -42,6 +42,17 @@ class Factors:
         """The weight (m, n), in float32, that the factors make of ``start`` (m, n)."""
         return self._add_terms(start.to(torch.float32) * self.decay)
 
+    def square(self, start: Tensor) -> float:
+        """Squared Frobenius norm of the change, from the factors alone where there is no decay."""
+        left, right = self.stacked(tuple(start.shape))
+        square = float(((left.T @ left).double() * (right @ right.T).double()).sum())
+        shrunk = self.decay - 1.0
+        if shrunk:
+            weight = start.to(torch.float32)
+            square += 2 * shrunk * float(((weight @ right.T) * left).sum(dtype=torch.float64))
+            square += shrunk**2 * float(weight.square().sum(dtype=torch.float64))
+        return max(square, 0.0)
+
     def change(self, start: Tensor) -> Tensor:
         """The weight less ``start`` (m, n), in float32."""
         return self._add_terms(start.to(torch.float32) * (self.decay - 1.0))
@@ -52,9 +63,11 @@ class Factors:
         return torch.cat([*lefts, torch.zeros(shape[0], 0)], 1), torch.cat([*rights, torch.zeros(0, shape[1])], 0)
 
     def _add_terms(self, weight: Tensor) -> Tensor:
-        for left, right in self.terms:
-            weight.addmm_(left.to(weight.device), right.to(weight.device))
-        return weight
+        """All terms are added up before the much larger weight is, so that it is rounded only once."""
+        products = [left.to(weight.device) @ right.to(weight.device) for left, right in self.terms]
+        for product in products[1:]:
+            products[0].add_(product)
+        return weight.add_(products[0]) if products else weight
 
 
 @dataclass(frozen=True)

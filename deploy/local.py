@@ -157,7 +157,7 @@ def _start_superlink(supervisor: Supervisor, env: dict[str, str], control: int, 
 
 def _supernode(file: Path, fleet: int, port: int, *, warm: bool) -> list[str]:
     return [
-        *_program("flower-supernode"),
+        *(sys.executable, "-P", str(ROOT / "client" / "supernode.py"), "--poll", str(POLL_SECONDS)),
         *("--isolation", "process" if warm else "subprocess"),
         *("--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{fleet}"),
         *("--host", "127.0.0.1", "--port", str(port)),

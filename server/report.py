@@ -28,6 +28,10 @@ _MEANINGS = {
         "Agreement of the sites",
         "mean cosine between two sites' updates; 1: the same direction, 0: unrelated, below 0: against each other",
     ),
+    "wire-error": (
+        "What rounding on the wire did",
+        "relative error of each site's update, and of the mean that went down, in the federation's wire_precision",
+    ),
     "client-norm": ("Size of the sites' updates", "mean L2 norm of a site's change of what it trains"),
     "truncation-loss": (
         "Truncation loss",

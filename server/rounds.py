@@ -194,6 +194,9 @@ class RoundLoop:
         for done, record in this.records:
             record["seconds"]["wait"] = end - done  # type: ignore[index]
             self._folder.metrics(record)
+            rounding = record["train"].get("wire_error")  # type: ignore[attr-defined]
+            if rounding is not None:
+                diagnostics = {**diagnostics, f"wire-error/{record['client']}": rounding}
         self._folder.metrics(
             {
                 "round": this.number,

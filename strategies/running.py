@@ -33,7 +33,7 @@ class WeightedMean:
         for name, value in tensors.items():
             if name not in self._sums:
                 self._sums[name] = _Sum(self._base[name])
-            self._sums[name].add(value, num_examples)
+            self._sums[name].add(value, float(num_examples))
         self._weight += num_examples
 
     def means(self) -> dict[str, Tensor | Factors]:
@@ -44,7 +44,7 @@ class WeightedMean:
         """
         if self._weight == 0:
             raise AggregationError("no update to average: every client failed or was refused")
-        return {name: total.mean(self._weight) for name, total in self._sums.items()}
+        return {name: total.mean(float(self._weight)) for name, total in self._sums.items()}
 
     def mean(self) -> Tensors:
         """The same, all as tensors."""
@@ -60,47 +60,46 @@ class _Sum:
     def __init__(self, base: Tensor) -> None:
         self._base = base
         self._whole: Tensor | None = None
-        self._decay = 0.0  # sum of n_k (c_k - 1), of what is in factors
-        self._terms: list[tuple[Tensor, Tensor]] = []
-        self._common = False
+        self._factors = Factors(1.0, [])  # of the sum; decay: 1 + sum of w_k (c_k - 1)
 
-    def add(self, value: Tensor | Factors, weight: int) -> None:
+    def add(self, value: Tensor | Factors, weight: float) -> None:
         if isinstance(value, Tensor):
-            self._whole = self._melted().add_(_change(value, self._base), alpha=float(weight))
+            self._whole = self._melted().add_(_change(value, self._base), alpha=weight)
             return
-        terms = [self._scaled(term, float(weight)) for term in value.terms]
-        if value.common and self._terms:  # one basis: the other factors add up
-            ((left, right),), ((more_left, more_right),) = self._terms, terms
-            terms = [(left + more_left, right) if self._free == 0 else (left, right + more_right)]
+        terms = [self._scaled(term, weight) for term in value.terms]
+        if value.common and self._factors.terms:  # one basis: the other factors add up
+            ((left, right),), ((more_left, more_right),) = self._factors.terms, terms
+            terms = [(left + more_left, right) if projects_right(self._base.shape) else (left, right + more_right)]
         else:
-            terms = self._terms + terms
-        self._terms, self._common = terms, value.common
-        self._decay += weight * (value.decay - 1.0)
+            terms = self._factors.terms + terms
+        self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, value.common)
         if self._whole is not None or sum(len(r) for _, r in terms) * sum(self._base.shape) >= self._base.numel():
             self._whole = self._melted()
 
-    def mean(self, weight: int) -> Tensor | Factors:
+    def mean(self, weight: float) -> Tensor | Factors:
         if self._whole is not None:
             return (self._base.to(torch.float32) + self._whole / weight).to(self._base.dtype)
-        terms = [self._scaled(term, 1.0 / weight) for term in self._terms]
-        return Factors(1.0 + self._decay / weight, terms, self._common)
+        terms = [self._scaled(term, 1.0 / weight) for term in self._factors.terms]
+        return Factors(1.0 + (self._factors.decay - 1.0) / weight, terms, self._factors.common)
+
+    def square(self) -> float:
+        """Squared Frobenius norm of the sum."""
+        if self._whole is None:
+            return self._factors.square(self._base)
+        return float(self._whole.square().sum(dtype=torch.float64))
 
     def _melted(self) -> Tensor:
         """The whole sum; nothing is left in factors."""
-        change = Factors(1.0 + self._decay, self._terms).change(self._base) if self._terms or self._decay else None
-        self._decay, self._terms = 0.0, []
-        if self._whole is None:
-            return torch.zeros(self._base.shape) if change is None else change
-        return self._whole if change is None else self._whole.add_(change)
+        factors, self._factors = self._factors, Factors(1.0, [])
+        if not factors.terms and factors.decay == 1.0:
+            return torch.zeros(self._base.shape) if self._whole is None else self._whole
+        change = factors.change(self._base)
+        return change if self._whole is None else self._whole.add_(change)
 
     def _scaled(self, term: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
         """The factor that is no basis times ``factor``."""
         left, right = term
-        return (left * factor, right) if self._free == 0 else (left, right * factor)
-
-    @property
-    def _free(self) -> int:
-        return 0 if projects_right(self._base.shape) else 1
+        return (left * factor, right) if projects_right(self._base.shape) else (left, right * factor)
 
 
 class Drift:
@@ -111,7 +110,7 @@ class Drift:
 
     def __init__(self, base: Mapping[str, Tensor]) -> None:
         self._base = base
-        self._units: dict[str, Tensors] = {}
+        self._units: dict[str, dict[str, _Sum]] = {}
         self._norms: dict[str, list[float]] = {}
 
     def fold(self, tensors: Changed) -> None:
@@ -120,13 +119,13 @@ class Drift:
         for name in tensors:
             groups.setdefault(layer_group(name), []).append(name)
         for group, names in groups.items():
-            changes = {name: _change(tensors[name], self._base[name]) for name in names}
-            norm = math.sqrt(sum(float(c.square().sum(dtype=torch.float64)) for c in changes.values()))
+            norm = math.sqrt(sum(_square(tensors[name], self._base[name]) for name in names))
             self._norms.setdefault(group, []).append(norm)
             units = self._units.setdefault(group, {})
-            for name, change in changes.items():
-                unit = change.div_(norm) if norm > 0 else change
-                units[name] = units[name].add_(unit) if name in units else unit
+            for name in names if norm > 0 else []:
+                if name not in units:
+                    units[name] = _Sum(self._base[name])
+                units[name].add(tensors[name], 1.0 / norm)
 
     def diagnostics(self) -> dict[str, float]:
         """``client-norm/<group>``: mean L2 norm; ``client-cosine/<group>`` when at least two clients moved."""
@@ -135,7 +134,7 @@ class Drift:
             result[f"client-norm/{group}"] = sum(norms) / len(norms)
             k = sum(n > 0 for n in norms)
             if k > 1:
-                square = sum(float(u.square().sum(dtype=torch.float64)) for u in self._units[group].values())
+                square = sum(units.square() for units in self._units[group].values())
                 result[f"client-cosine/{group}"] = (square - k) / (k * (k - 1))
         return result
 
@@ -146,6 +145,13 @@ def layer_group(name: str) -> str:
     return match.group(1) if match else name.rpartition(".")[0] or name
 
 
-def _change(value: Tensor | Factors, base: Tensor) -> Tensor:
+def _change(value: Tensor, base: Tensor) -> Tensor:
     """A new tensor in float32."""
-    return value.change(base) if isinstance(value, Factors) else value.to(torch.float32) - base.to(torch.float32)
+    return value.to(torch.float32) - base.to(torch.float32)
+
+
+def _square(value: Tensor | Factors, base: Tensor) -> float:
+    """Squared Frobenius norm of a change."""
+    if isinstance(value, Factors):
+        return value.square(base)
+    return float(_change(value, base).square_().sum(dtype=torch.float64))

@@ -15,6 +15,7 @@ FORBIDDEN = {
 # Files that talk to Flower; training code and strategy maths do not.
 FLOWER = {
     "client/app.py",
+    "client/supernode.py",
     "client/worker.py",
     "common/records.py",
     "common/wire.py",
@@ -54,9 +55,10 @@ def test_only_named_files_know_flower() -> None:
     assert wrong == []
 
 
-def test_worker_leaves_fedspans_code_to_the_bundle() -> None:
+@pytest.mark.parametrize("file", ["worker.py", "supernode.py"])
+def test_site_leaves_fedspans_code_to_the_bundle(file: str) -> None:
     """What it imported of an installed FedSpan would stand in for the bundle's own."""
-    assert not imported(ROOT / "client" / "worker.py") & {*FORBIDDEN, "deploy"}
+    assert not imported(ROOT / "client" / file) & {*FORBIDDEN, "deploy"}
 
 
 def test_the_check_sees_an_import_inside_a_function(tmp_path: Path) -> None:
