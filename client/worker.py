@@ -345,6 +345,9 @@ def main(arguments: list[str] | None = None) -> None:
     for file in (options.root_certificates, options.auth_secret):
         if file is not None and not file.is_file():
             parser.error(f"{file} does not exist")
+    for name, value, least in (("--idle", options.idle, 0.0), ("--poll", options.poll, 0.01)):
+        if not least <= value < float("inf"):
+            parser.error(f"{name} is {value:g}; allowed: {least:g} seconds and more")
     if options.status is not None and not options.status.parent.is_dir():
         parser.error(f"--status: folder {options.status.parent} does not exist")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")

@@ -107,6 +107,8 @@ def test_keeper_that_is_killed_takes_its_process_along(flower: Flower, tmp_path:
         (["--runtime-api", "127.0.0.1:1", "--root-certificates", "/none/ca.crt"], "/none/ca.crt does not exist"),
         (["--runtime-api", "127.0.0.1:1", "--status", "/none/worker.json"], "--status: folder /none does not exist"),
         (["--runtime-api", "127.0.0.1:1", "--idle", "soon"], "argument --idle: invalid float value: 'soon'"),
+        (["--runtime-api", "127.0.0.1:1", "--idle", "-1"], "--idle is -1; allowed: 0 seconds and more"),
+        (["--runtime-api", "127.0.0.1:1", "--poll", "0"], "--poll is 0; allowed: 0.01 seconds and more"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(arguments: list[str], says: str) -> None:
