@@ -1,4 +1,4 @@
-"""Peak memory of the ServerApp with 2, 8 and 32 clients of 100 MB each: FedFTG against Flower's FedAvg."""
+"""Peak memory of the ServerApp with 2, 8 and 16 clients of 100 MB each: FedFTG against Flower's FedAvg."""
 
 import json
 import tempfile
@@ -8,7 +8,7 @@ from benchmarks.table import Cell, Table
 from tests.processes.flower_app import Flower
 
 APP = Path(__file__).parent / "memory_app"
-CLIENTS = (2, 8, 32)
+CLIENTS = (2, 8, 16)  # 32 do not fit into 24 GB: every SuperNode and its client are processes of their own
 
 
 def run() -> Table:
