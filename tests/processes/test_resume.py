@@ -16,10 +16,7 @@ from tests.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 4
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "fedftg": {"name": "fedftg", "blocks": "lower half", "rank": 2, "update_proj_gap": 2, "scale": 1.0},
-    "rolora": {"name": "rolora", "blocks": "lower half", "rank": 2},  # whose phase follows from the round
-}
+STRATEGY = {"name": "rolora", "blocks": "lower half", "rank": 2}  # whose phase follows from the round
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -36,16 +33,16 @@ def kill_all(launcher: psutil.Process) -> None:
             continue
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_killed_federation_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path, name: str) -> None:
+@pytest.mark.timeout(900)
+def test_killed_federation_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     quiet = {"every": 1, "max_examples": 2, "samples": 0}
-    file = make_federation(tmp_path, SIZES, strategy=STRATEGIES[name], rounds=ROUNDS, evaluation=quiet)
+    file = make_federation(tmp_path, SIZES, strategy=STRATEGY, rounds=ROUNDS, evaluation=quiet)
     runs = tmp_path / "runs"
     done = launch(file, "--name", "straight")
     assert done.returncode == 0, done.stdout + done.stderr
 
     launcher = start(file)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not any(e["event"] == "round_started" and e["round"] == 3 for e in lines(runs / "tiny", "events.jsonl")):
         assert launcher.poll() is None, launcher.communicate()[0]
         assert time.monotonic() < deadline
