@@ -196,6 +196,13 @@ class EvaluationConfig(Section):
     server: DataConfig | None = Field(None, description="The server's own evaluation set; none: sites only.")
 
 
+class CheckpointConfig(Section):
+    """What is kept to go on from when the server dies."""
+
+    every: int = Field(1, ge=1, description="Rounds between two checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept; each is as large as the federation's tensors.")
+
+
 class LocalConfig(Section):
     """Only for ``python -m deploy.local``: the sites to start on this machine."""
 
@@ -241,6 +248,7 @@ class FederationConfig(Section):
     cohort: CohortConfig = CohortConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     local: LocalConfig | None = None
 
     @field_validator("strategy", mode="before")
@@ -308,4 +316,4 @@ def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
 
 def settings_for_sites(federation: FederationConfig) -> str:
     """What of the federation file every site receives, as JSON: all but what concerns only the server's machine."""
-    return federation.model_dump_json(exclude={"local": True, "evaluation": {"server": True}})
+    return federation.model_dump_json(exclude={"local": True, "checkpoint": True, "evaluation": {"server": True}})

@@ -26,7 +26,7 @@ from common.errors import ConfigError, DataError, FedSpanError, LaunchError, Mod
 from common.yaml_file import load
 from deploy.processes import Supervisor, free_ports, last_lines, listens, port_in_use
 from deploy.progress import Display
-from server.run_folder import read_lines, refuse_existing
+from server.run_folder import check_resumable, read_lines, refuse_existing
 
 ROOT = Path(__file__).resolve().parents[1]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
@@ -46,9 +46,10 @@ class Plan:
     source: Path
     sites: dict[str, Path]
     run_dir: Path
+    resume: bool = False
 
 
-def make_plan(source: Path, runs: Path, name: str | None) -> Plan:
+def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = False) -> Plan:
     """Read and check every file before anything is started.
 
     Raises:
@@ -59,7 +60,10 @@ def make_plan(source: Path, runs: Path, name: str | None) -> Plan:
     if federation.local is None:
         raise ConfigError(f"{source}: missing key `local.sites`; the launcher needs the site files")
     run_dir = (runs / (name or federation.name)).resolve()
-    refuse_existing(run_dir)
+    if resume:
+        check_resumable(run_dir, federation)
+    else:
+        refuse_existing(run_dir)
     for key, port in (("local.port", federation.local.port), ("local.fleet_port", federation.local.fleet_port)):
         if port is not None and port_in_use(port):
             raise LaunchError(f"{source}: `{key}` {port} is in use; give another, or leave it out for any free one")
@@ -77,7 +81,7 @@ def make_plan(source: Path, runs: Path, name: str | None) -> Plan:
     if federation.cohort.min_clients > len(sites):
         needed = federation.cohort.min_clients
         raise ConfigError(f"{source}: `cohort.min_clients` is {needed}, but `local.sites` lists {len(sites)}")
-    return Plan(federation, source, sites, run_dir)
+    return Plan(federation, source, sites, run_dir, resume)
 
 
 def _check_model(path: str | None, file: Path) -> None:
@@ -173,6 +177,7 @@ def _worker(port: int, status: Path) -> list[str]:
 def _submit(plan: Plan, env: dict[str, str]) -> None:
     """Hand the app to the SuperLink."""
     config = f"federation={json.dumps(str(plan.source))} run-dir={json.dumps(str(plan.run_dir))}"
+    config += f" resume={json.dumps(plan.resume)}"
     answer = _flwr(["run", str(ROOT), "local", "--run-config", config], env)
     if not answer.get("success"):
         raise LaunchError(f"the run was not accepted: {answer.get('error-message', answer)}")
@@ -184,13 +189,16 @@ def _follow(plan: Plan, supervisor: Supervisor, env: dict[str, str], console: Co
     Raises:
         LaunchError: a process died, or the run failed.
     """
-    display, seen, asked = Display(console), 0, time.monotonic()
+    display, asked = Display(console), time.monotonic()
+    seen, before = (len(read_lines(plan.run_dir / "events.jsonl")), _outcome(plan.run_dir)) if plan.resume else (0, {})
     try:
         while True:
             events = read_lines(plan.run_dir / "events.jsonl")
             display.show(events[seen:])
             seen = len(events)
             outcome = _outcome(plan.run_dir)
+            if outcome == before:  # how the run ended last time
+                outcome = {}
             if outcome.get("status") == "completed" and (plan.run_dir / "report.html").exists():
                 return
             if outcome.get("status") == "failed":
@@ -200,7 +208,7 @@ def _follow(plan: Plan, supervisor: Supervisor, env: dict[str, str], console: Co
                 raise LaunchError(f"{dead.name} ended by itself; {dead.log} ends with: {last_lines(dead.log)}")
             if time.monotonic() > asked + 15.0:  # a ServerApp that died could not write its reason down
                 asked = time.monotonic()
-                _check_status(plan, env)
+                _check_status(plan, env, outcome)
             time.sleep(POLL_SECONDS)
     finally:
         display.close()
@@ -211,10 +219,10 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
-def _check_status(plan: Plan, env: dict[str, str]) -> None:
+def _check_status(plan: Plan, env: dict[str, str], outcome: dict[str, Any]) -> None:
     runs = _flwr(["list", "local"], env).get("runs") or [{}]
     status = str(runs[0].get("status", ""))
-    if status.startswith("finished") and _outcome(plan.run_dir).get("status") not in ("completed", "failed"):
+    if status.startswith("finished") and outcome.get("status") not in ("completed", "failed"):
         log = plan.run_dir / "logs" / "superlink.log"
         raise LaunchError(f"the server ended without a result ({status}); {log} ends with: {last_lines(log)}")
 
@@ -249,12 +257,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of this run's folder (default: the federation's name)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
+    )
     options = parser.parse_args(arguments)
     console = Console()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        plan = make_plan(options.federation, options.runs, options.name)
+        plan = make_plan(options.federation, options.runs, options.name, resume=options.resume)
     except FedSpanError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2

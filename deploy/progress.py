@@ -32,6 +32,7 @@ class Picture:
     finished_rounds: int = 0
     started: float = 0.0
     first_round: float = 0.0
+    rounds_seen: int = 0  # finished since the start or the resumption
     bytes_down: int = 0
     bytes_up: int = 0
     sites: dict[str, _Site] = field(default_factory=dict)
@@ -46,10 +47,11 @@ class Picture:
             self.first_round = self.first_round or event["time"]
             for name in event["clients"]:
                 self.sites.setdefault(name, _Site()).state = "training"
-        elif kind == "round_finished":
+        elif kind in ("round_finished", "resumed"):
             self.finished_rounds = event["round"]
-            self.bytes_down += event["bytes_down"]
-            self.bytes_up += event["bytes_up"]
+            self.rounds_seen += kind == "round_finished"
+            self.bytes_down += event.get("bytes_down", 0)
+            self.bytes_up += event.get("bytes_up", 0)
         elif kind == "evaluated":
             site = self.sites.setdefault(client, _Site("evaluating"))
             site.held_out, site.rouge_l = event.get("loss"), event.get("rouge_l")
@@ -64,9 +66,9 @@ class Picture:
 
     def eta(self, now: float) -> float | None:
         """Seconds to the end, from the rounds that are finished; None before the first."""
-        if not self.finished_rounds:
+        if not self.rounds_seen:
             return None
-        return (now - self.first_round) / self.finished_rounds * (self.rounds - self.finished_rounds)
+        return (now - self.first_round) / self.rounds_seen * (self.rounds - self.finished_rounds)
 
 
 _STATES = {
@@ -103,7 +105,8 @@ class Display:
             self._live.stop()
 
 
-_ALWAYS = {"client_refused", "client_failed", "update_refused", "round_finished"}
+_PROBLEMS = {"client_refused", "client_failed", "update_refused", "checkpoint_damaged"}
+_ALWAYS = {*_PROBLEMS, "resumed", "round_finished"}
 
 
 def describe(event: Event) -> str:
@@ -119,8 +122,12 @@ def describe(event: Event) -> str:
         return (
             f"{event['client']} joined: {event['num_examples']} rows, {event['held_out']} held out, {event['device']}"
         )
-    if kind in ("client_refused", "client_failed", "update_refused"):
+    if kind in _PROBLEMS:
         return f"{kind.replace('_', ' ')}: {event['reason']}"
+    if kind == "resumed":
+        return f"resumed after round {event['round']}" + (
+            f"; the sites' {event['lost']} start anew" if event.get("lost") else ""
+        )
     if kind == "round_started":
         return f"round {event['round']}: {', '.join(event['clients'])}"
     if kind == "reply":

@@ -5,7 +5,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import FederationConfig, resolved, settings_for_sites
+from common.config import FederationConfig, LoraConfig, resolved, settings_for_sites
 from common.errors import ConfigError, FedSpanError
 from common.yaml_file import load
 from server.run_folder import RunFolder
@@ -15,7 +15,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation; ``federation`` and ``run-dir`` of the run config say which and where.
+    """Run one federation; ``federation`` and ``run-dir`` of the run config say which and where, ``resume`` to go on.
 
     Raises:
         FedSpanError: with the reason, after it was written to the run folder; Flower then marks the run failed.
@@ -24,9 +24,10 @@ def main(grid: Grid, context: Context) -> None:
     if not source.is_absolute() or not run_dir.is_absolute():
         raise ConfigError("--run-config must give federation='/path/FEDERATION.yaml' and run-dir='/path/runs/NAME'")
     config = resolved(load(source, FederationConfig), source)
-    folder = RunFolder.create(run_dir, config, source)
+    resume = bool(context.run_config.get("resume", False))
+    folder = RunFolder.reopen(run_dir, config, source) if resume else RunFolder.create(run_dir, config, source)
     try:
-        _run(grid, config, source, folder)
+        _run(grid, config, source, folder, resume=resume)
     except FedSpanError as error:
         folder.fail(str(error))
         raise
@@ -35,7 +36,8 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) -> None:
+def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, *, resume: bool) -> None:
+    from server.checkpoint import newest
     from server.evaluation import Evaluator
     from server.report import write_report
     from server.rounds import RoundLoop
@@ -43,6 +45,13 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) 
 
     evaluator = Evaluator(config, source)
     state = evaluator.initial_state()
+    checkpoint = (
+        newest(folder.path, lambda reason: folder.event("checkpoint_damaged", reason=reason)) if resume else None
+    )
+    if resume:
+        folder.same_models({"base_digest": evaluator.base_digest, "tokenizer_digest": evaluator.tokenizer_digest})
+        folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
+        folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=_lost(config))
     folder.model_info(
         {
             "base_digest": evaluator.base_digest,
@@ -61,7 +70,7 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) 
     )
     before = evaluator.answers(state)
     strategy = make_strategy(config.strategy, seed=config.training.seed)
-    state = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(state)
+    state = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(state, checkpoint)
     after = evaluator.answers(state)
     folder.samples(
         [
@@ -72,3 +81,12 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder) 
     evaluator.export(state, folder.path)
     folder.finish()
     write_report(folder.path)
+
+
+def _lost(config: FederationConfig) -> str | None:
+    """What sites keep for themselves, and no longer have in a new Flower run."""
+    strategy = config.strategy
+    if not isinstance(strategy, LoraConfig):
+        return None
+    kept = {"optimizer moments": strategy.optimizer_state == "keep", "local heads": strategy.head == "local"}
+    return " and ".join(what for what, is_kept in kept.items() if is_kept) or None

@@ -103,6 +103,7 @@ class Evaluator:
         try:
             model.save_pretrained(temporary)
             self._base.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between this and its end
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from common import wire
 from common.config import FederationConfig
 from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
 from common.records import get_record, get_records
+from server.checkpoint import Checkpoint, save
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox, Sent
 from server.roster import Roster
@@ -66,16 +67,24 @@ class RoundLoop:
             expected=None if config.local is None else len(config.local.sites),
         )
 
-    def run(self, state: Tensors) -> Tensors:
-        """All rounds, from the given state to the final one.
+    def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
+        """All rounds, or those that are left, to the final state.
+
+        Args:
+            state: of the base model.
+            resumed: the round to go on after; None: begin with the first.
 
         Raises:
-            FederationError: a round, or the start, had too few valid sites; says which and why.
+            FederationError: a round, or the start, had too few valid sites, or a checkpoint cannot be written.
         """
-        self._strategy.begin(state)
+        done, versions = (0, None) if resumed is None else (resumed.round, resumed.versions)
+        state = state if resumed is None else resumed.state
+        self._strategy.begin(state, versions)
         self._roster.gather(self._config.cohort)
-        for number in range(1, self._config.rounds + 1):
+        for number in range(done + 1, self._config.rounds + 1):
             state = self._train(number, state)
+            if number % self._config.checkpoint.every == 0:
+                self._save(number, state)
         self._evaluate(self._config.rounds, state)
         return state
 
@@ -101,6 +110,10 @@ class RoundLoop:
             raise FederationError(f"round {number}: {valid} valid updates, {needed} needed{_reasons(this.problems)}")
         self._close(this, outcome.diagnostics)
         return outcome.state
+
+    def _save(self, number: int, state: Tensors) -> None:
+        checkpoint = Checkpoint(number, state, self._strategy.versions, self._folder.metrics_bytes())
+        save(self._folder.path, checkpoint, self._config.checkpoint.keep)
 
     def _cohort(self, number: int) -> list[int]:
         """The sites of a round, sampled from those that are connected."""

@@ -4,6 +4,7 @@
     run.json          status, reason of a failure, versions, machine, digests
     events.jsonl      what happened, one line each, as it happens
     metrics.jsonl     numbers: one record per round, site and phase
+    checkpoints/      the state after the last rounds, to go on from
     samples.json      the server's own questions, answered before and after
     tensorboard/      the same numbers for TensorBoard
     model/            the fine-tuned result
@@ -30,7 +31,7 @@ from common.config import FederationConfig, resolved
 from common.errors import LaunchError
 
 #: Any of these is a run, or what is left of one.
-_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html")
+_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", "checkpoints")
 _PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
 
 
@@ -78,6 +79,45 @@ class RunFolder:
             }
         )
         return folder
+
+    @classmethod
+    def reopen(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
+        """The folder of a run that was begun and is to go on.
+
+        Args:
+            path: the run's folder.
+            federation: the federation file's content; it must be as it was, but for ``local``.
+            source: where that file lies.
+
+        Raises:
+            LaunchError: there is no run to go on with, or the federation file has changed; says how.
+        """
+        check_resumable(path, resolved(federation, source))
+        folder = cls(path)
+        folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        folder.model_info({"status": "running", "reason": None})
+        return folder
+
+    def same_models(self, digests: Mapping[str, str]) -> None:
+        """Refuse to go on with another base model or tokenizer.
+
+        Raises:
+            LaunchError: a digest is not the one that was noted when the run began.
+        """
+        for what, digest in digests.items():
+            if self._run.get(what, digest) != digest:
+                raise LaunchError(f"{self.path}: {what} was {self._run[what]} when the run began, it is {digest} now")
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def rewind(self, metrics_bytes: int) -> None:
+        """Forget the numbers of what came after; events stay, they did happen."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            os.truncate(file, min(metrics_bytes, file.stat().st_size))
 
     def model_info(self, facts: Mapping[str, object]) -> None:
         """Add facts to run.json."""
@@ -131,6 +171,32 @@ def refuse_existing(path: Path) -> None:
         raise LaunchError(f"run folder {path} cannot be read: {error.strerror or error}") from None
     if found:
         raise LaunchError(f"{path} already holds a run ({found[0]}); choose another `name`, or remove the folder")
+
+
+def check_resumable(path: Path, federation: FederationConfig) -> None:
+    """Raise a LaunchError when ``path`` holds no run that can go on under this (resolved) federation file."""
+    try:
+        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        before = yaml.safe_load((path / "federation.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise LaunchError(f"{path} holds no run that could go on; leave out --resume") from None
+    if run.get("status") == "completed":
+        raise LaunchError(f"{path}: the run has ended well, nothing is left to do")
+    then, now = (
+        _flat({k: v for k, v in data.items() if k != "local"}) for data in (before, federation.model_dump(mode="json"))
+    )
+    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    if changed:
+        how = "; ".join(f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
+        raise LaunchError(f"{path}: the federation file has changed since the run began: {how}")
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -115,20 +115,25 @@ class FlowerStrategy(FedAvg):
         self._state: Tensors = {}
         self._active: list[str] = []
         self._round = 0
-        self._versions: Versions | None = None
+        self.versions: Versions | None = None
 
     # What a round sends and believes
 
-    def begin(self, state: Tensors) -> None:
-        """Take ``state`` as the base model's, so that clients that have it are sent only steps from there."""
+    def begin(self, state: Tensors, versions: Versions | None = None) -> None:
+        """Let clients be sent only what they lack.
+
+        Args:
+            state: what the first round, or the next one, starts from.
+            versions: how it came about; None: it is the base model's, which the clients have.
+        """
         if self.rule.exchange(1) is not None:
-            self._versions = Versions(state)
+            self.versions = versions or Versions(state)
 
     def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
         """The outcome of a round; see ``Rule.aggregate``."""
         outcome = self.rule.aggregate(server_round, state, updates)
-        if self._versions is not None:
-            self._versions.advance(outcome)
+        if self.versions is not None:
+            self.versions.advance(outcome)
         return outcome
 
     def client(self, node_id: int) -> Client:
@@ -190,17 +195,17 @@ class FlowerStrategy(FedAvg):
                 arrays = {self.arrayrecord_key: records[key]}
                 if frozen and kind == MessageType.TRAIN:
                     content["frozen-digest"] = tensors_digest(frozen)
-            if self._versions is not None:
-                content["version"] = self._versions.latest
+            if self.versions is not None:
+                content["version"] = self.versions.latest
             whole = RecordDict({**arrays, self.configrecord_key: content})
             messages.append(Message(whole, node_id, kind, ttl=ttl, group_id=str(server_round)))
         return messages
 
     def _steps_for(self, client: Client) -> tuple[str, list[Step] | None]:
         """From which version the client is sent steps, and these; None when it is sent the state."""
-        if self._versions is not None and self._versions.state is self._state:
-            for version in (client.version, self._versions.first if client.has_base else None):
-                if version is not None and (steps := self._versions.since(version)) is not None:
+        if self.versions is not None and self.versions.state is self._state:
+            for version in (client.version, self.versions.first if client.has_base else None):
+                if version is not None and (steps := self.versions.since(version)) is not None:
                     return version, steps
         return "", None
 
@@ -244,8 +249,8 @@ class FlowerStrategy(FedAvg):
         client.lora_alpha = None if alpha is None else float(alpha)
         if self.rule.mixed_ranks:
             client.rank = rank_of(admitted)
-        if self._versions is not None and told.get("version") == self._versions.latest:
-            client.version = self._versions.latest
+        if self.versions is not None and told.get("version") == self.versions.latest:
+            client.version = self.versions.latest
         examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
         return Update(client.name, examples, admitted, client.lora_alpha, changes)
 

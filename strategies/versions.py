@@ -1,5 +1,7 @@
 """The server's record of how the global state came about, from which each client is sent what it lacks."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from common.digest import tensors_digest
@@ -17,35 +19,40 @@ class Versions:
     so they never take more memory than one state.
 
     Args:
-        state: the first state.
-
-    Attributes:
+        state: the latest state; the first one, when nothing else is given.
         first: name of the first version, which whoever has the base model holds.
         latest: name of the latest.
-        state: the latest state.
+        steps: the last steps that led to it, each with the version that it leads from.
     """
 
-    def __init__(self, state: Tensors) -> None:
+    def __init__(
+        self,
+        state: Tensors,
+        first: str | None = None,
+        latest: str | None = None,
+        steps: Iterable[tuple[str, Step]] = (),
+    ) -> None:
         self.state = state
-        self.first = self.latest = tensors_digest(state)
-        self._steps: list[tuple[str, Step]] = []  # (the version that it leads from, step)
+        self.first = first or tensors_digest(state)
+        self.latest = latest or self.first
+        self.steps = list(steps)
 
     def advance(self, outcome: Outcome) -> None:
         """Take a round's result as the latest version."""
         self.state = outcome.state
         if outcome.step is None:
-            self.latest, self._steps = tensors_digest(outcome.state), []
+            self.latest, self.steps = tensors_digest(outcome.state), []
             return
-        self._steps.append((self.latest, outcome.step))
+        self.steps.append((self.latest, outcome.step))
         self.latest = outcome.step.next(self.latest)
-        while sum(step.num_bytes for _, step in self._steps) >= num_bytes(self.state.values()):
-            del self._steps[0]
+        while sum(step.num_bytes for _, step in self.steps) >= num_bytes(self.state.values()):
+            del self.steps[0]
 
     def since(self, version: str) -> list[Step] | None:
         """The steps from ``version`` to the latest; None when they are not known, or larger than the state."""
         if version == self.latest:
             return []
-        for position, (start, _) in enumerate(self._steps):
+        for position, (start, _) in enumerate(self.steps):
             if start == version:
-                return [step for _, step in self._steps[position:]]
+                return [step for _, step in self.steps[position:]]
         return None

@@ -16,6 +16,7 @@ from common.errors import FederationError, StaleStateError
 from common.factors import Factors, pack
 from common.versions import Step
 from common.yaml_file import parse
+from server.checkpoint import newest
 from server.rounds import RoundLoop
 from server.run_folder import RunFolder, read_lines
 from strategies.fedftg import FedFTGRule
@@ -115,7 +116,7 @@ class Evaluator:
         return {}
 
 
-def run(tmp_path: Path, sites: list[Site], rounds: int) -> dict[str, torch.Tensor]:
+def run(tmp_path: Path, sites: list[Site], rounds: int, *, resume: bool = False) -> dict[str, torch.Tensor]:
     settings = {
         "name": "x",
         "model": {"path": "m"},
@@ -125,11 +126,17 @@ def run(tmp_path: Path, sites: list[Site], rounds: int) -> dict[str, torch.Tenso
         "cohort": {"min_clients": len(sites)},
     }
     config = parse(settings, FederationConfig, "x")
-    folder = RunFolder.create(tmp_path / "run", config, tmp_path / "federation.yaml")
+    source, checkpoint = tmp_path / "federation.yaml", None
+    if resume:
+        folder = RunFolder.reopen(tmp_path / "run", config, source)
+        checkpoint = newest(folder.path, pytest.fail)
+        folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
+    else:
+        folder = RunFolder.create(tmp_path / "run", config, source)
     grid: Any = Grid(dict(enumerate(sites, start=1)))
     evaluator: Any = Evaluator()
     strategy = make_strategy(config.strategy, seed=0)
-    return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base())
+    return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)
 
 
 def test_sites_are_sent_what_they_lack_and_end_where_the_server_ends(tmp_path: Path) -> None:
@@ -173,3 +180,34 @@ def test_site_that_is_stale_twice_is_left_out_with_its_reason(tmp_path: Path) ->
     with pytest.raises(FederationError, match="site-2: nothing is here"):
         run(tmp_path, [one, two], 1)
     assert two.sent == [(1, []), (1, [])]
+
+
+def numbers(tmp_path: Path) -> list[dict[str, Any]]:
+    """The records without what depends on the clock."""
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+@pytest.mark.parametrize("stopped_in", [1, 2, 4])
+def test_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path: Path, stopped_in: int) -> None:
+    straight = run(tmp_path / "straight", [Site(1), Site(2)], 4)
+    one, two = Site(1), Site(2)
+
+    def fail(message: Message) -> Message | None:
+        failing = two.sent[-1][0] == stopped_in and message.metadata.message_type == MessageType.TRAIN
+        return Message(Error(2, "power cut"), reply_to=message) if failing else None
+
+    two.before_reply = fail
+    with pytest.raises(FederationError, match=f"round {stopped_in}: .*power cut"):
+        run(tmp_path, [one, two], 4)
+    assert [r["round"] for r in numbers(tmp_path) if r["phase"] == "aggregate"] == list(range(1, stopped_in))
+    # The sites are new processes in a new run: they hold the base model, and nothing else.
+    again = [Site(1), Site(2)]
+    resumed = run(tmp_path, again, 4, resume=True)
+    assert torch.equal(resumed[NAME], straight[NAME])
+    assert again[0].sent[0] == (stopped_in, list(range(1, stopped_in)))
+    by_round = sorted(numbers(tmp_path), key=str), sorted(numbers(tmp_path / "straight"), key=str)
+    for records in by_round:  # bytes differ where a site had to be sent more
+        for record in records:
+            record.pop("bytes", None)
+    assert by_round[0] == by_round[1]
