@@ -21,7 +21,7 @@ from strategies.rule import Update
 from strategies.versions import Versions
 
 DEMO = Path(__file__).parents[1] / "deploy" / "demo" / "federation.yaml"
-ROUNDS = 4
+ROUNDS = 3
 METHODS: dict[str, tuple[dict[str, object], tuple[float, ...]]] = {
     "own": ({}, (4e-3, 8e-3, 1.6e-2)),
     "shared": ({"subspace": "shared"}, (8e-3, 1.6e-2, 3.2e-2)),
@@ -57,7 +57,7 @@ def run() -> Table:
         rows,
         [
             f"SmolLM2-135M, MLPs of the lower third, rank 16, 3 sites, {ROUNDS} rounds of 5 steps of 8 rows; the",
-            "mean of the sites' held-out losses (64 rows each), weighted by training rows. One seed; best rate first.",
+            "mean of the sites' held-out losses (32 rows each), weighted by training rows. One seed; best rate first.",
         ],
     )
 
@@ -102,5 +102,5 @@ def settings(strategy: dict[str, object], rate: float) -> FederationConfig:
     config["strategy"] = {"name": "fedftg", "modules": "mlp", "blocks": "lower third", "rank": 16, **strategy}
     config["rounds"] = ROUNDS
     config["training"]["learning_rate"] = rate
-    config["evaluation"] |= {"max_examples": 64, "generate": 0}
+    config["evaluation"] |= {"max_examples": 32, "generate": 0}
     return FederationConfig.model_validate(config)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -47,6 +47,8 @@ class Plan:
     sites: dict[str, Path]
     run_dir: Path
     resume: bool = False
+    events: int = 0  # lines of events.jsonl from before
+    outcome: dict[str, Any] = field(default_factory=dict)  # run.json from before
 
 
 def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = False) -> Plan:
@@ -81,7 +83,11 @@ def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = Fals
     if federation.cohort.min_clients > len(sites):
         needed = federation.cohort.min_clients
         raise ConfigError(f"{source}: `cohort.min_clients` is {needed}, but `local.sites` lists {len(sites)}")
-    return Plan(federation, source, sites, run_dir, resume)
+    if not resume:
+        return Plan(federation, source, sites, run_dir)
+    return Plan(
+        federation, source, sites, run_dir, resume, len(read_lines(run_dir / "events.jsonl")), _outcome(run_dir)
+    )
 
 
 def _check_model(path: str | None, file: Path) -> None:
@@ -189,15 +195,14 @@ def _follow(plan: Plan, supervisor: Supervisor, env: dict[str, str], console: Co
     Raises:
         LaunchError: a process died, or the run failed.
     """
-    display, asked = Display(console), time.monotonic()
-    seen, before = (len(read_lines(plan.run_dir / "events.jsonl")), _outcome(plan.run_dir)) if plan.resume else (0, {})
+    display, seen, asked = Display(console), plan.events, time.monotonic()
     try:
         while True:
             events = read_lines(plan.run_dir / "events.jsonl")
             display.show(events[seen:])
             seen = len(events)
             outcome = _outcome(plan.run_dir)
-            if outcome == before:  # how the run ended last time
+            if outcome == plan.outcome:  # how the run ended last time
                 outcome = {}
             if outcome.get("status") == "completed" and (plan.run_dir / "report.html").exists():
                 return
