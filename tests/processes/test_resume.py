@@ -48,7 +48,7 @@ def test_killed_federation_goes_on_and_ends_as_if_nothing_had_happened(tmp_path:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     kill_all(psutil.Process(launcher.pid))
-    launcher.wait()
+    launcher.communicate(timeout=30)  # closes its pipe
     deadline = time.monotonic() + 30
     while survivors(file):  # Flower's own children end when they miss their parents
         assert time.monotonic() < deadline, survivors(file)
