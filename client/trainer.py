@@ -97,19 +97,16 @@ def train(
         factor = schedule_factor(config, (server_round - 1 + step / steps) / rounds)
         for group, rate in zip(optimizer.param_groups, peak, strict=True):
             group["lr"] = rate * factor
+        place = f"round {server_round}, step {step + 1}"
         optimizer.zero_grad(set_to_none=True)
         if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
             for _ in range(galore.refresh_batches):
-                passes.backward([examples[i] for i in next(for_bases)])
+                passes.backward([examples[i] for i in next(for_bases)], place)
             galore.refresh()
         rows = [examples[i] for i in next(order)]
         # A scaler must see the gradients before they are projected.
         with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
-            loss = passes.backward(rows)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"loss is {loss} in round {server_round}, step {step + 1}; lower training.learning_rate"
-            )
+            loss = passes.backward(rows, place)
         scaler.unscale_(optimizer)
         if config.max_grad_norm is not None and galore is None:  # GaLore clips what it has projected
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -148,8 +145,12 @@ class _Passes(Generic[E]):
         self._model, self._collate, self._loss_sum, self._scaler = model, collate, loss_sum, scaler
         self._device, self._autocast, self._micro, self._galore = device, autocast, micro, galore
 
-    def backward(self, rows: list[E]) -> float:
-        """Add the gradient of the mean loss over ``rows`` to what is there; that loss."""
+    def backward(self, rows: list[E], place: str) -> float:
+        """Add the gradient of the mean loss over ``rows`` to what is there; that loss.
+
+        Raises:
+            TrainingError: the loss is not finite; names the place.
+        """
         batches = [self._collate(rows[i : i + self._micro]) for i in range(0, len(rows), self._micro)]
         counted = max(sum(int((batch["labels"] != -100).sum()) for batch in batches), 1)
         loss = 0.0
@@ -159,8 +160,10 @@ class _Passes(Generic[E]):
             on_device = {key: value.to(self._device) for key, value in batch.items()}
             with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
                 summed, _ = self._loss_sum(self._model, on_device)
-            self._scaler.scale(summed / counted).backward()
             loss += float(summed.detach()) / counted
+            if not math.isfinite(loss):
+                raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
+            self._scaler.scale(summed / counted).backward()
             self.tokens += int(batch["attention_mask"].sum())
         return loss
 
