@@ -25,7 +25,7 @@ def start(tmp_path: Path, strategy: str, rounds: int) -> Path:
         SIZES,
         strategy=strategy,
         rounds=rounds,
-        cohort={"min_clients": 1, "round_deadline": 15.0},
+        cohort={"min_clients": 1, "round_deadline": 30.0},
         evaluation=QUIET,
         training={"local_steps": 1},
     )

@@ -41,7 +41,7 @@ def test_one_process_answers_many_messages_and_its_death_is_an_answer_too(flower
     flower.start_warm_node("site", "x=1", tmp_path / "worker.json", idle=4.0)
     out = tmp_path / "answers.json"
     submit(flower, out, "answer,answer,fail,answer,die,answer,pause 9,answer")
-    flower.wait(120)
+    flower.wait(240)
     first, second, failed, third, died, after, last = answers(out)
     assert first["worker"] == "1"
     assert first["pid"] == second["pid"] == third["pid"]
@@ -64,13 +64,13 @@ def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(f
     node, worker = flower.start_warm_node("site", "x=1", tmp_path / "worker.json")
     out = tmp_path / "answers.json"
     submit(flower, out, "answer,answer")
-    flower.wait(60)
+    flower.wait(150)
     kill(node)
     wait_for(lambda: status(tmp_path)["state"] == "no SuperNode", 30)
     flower.start_node("again", "x=1", port=flower.ports["site"], isolation="process")
     wait_for(lambda: status(tmp_path)["state"] == "idle", 60)
     submit(flower, tmp_path / "second.json", "answer")
-    flower.wait(60)
+    flower.wait(150)
     before, again = answers(out), answers(tmp_path / "second.json")
     assert again[0]["pid"] == before[0]["pid"]
     assert again[0]["answered"] == 3
@@ -80,7 +80,7 @@ def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(f
     client = changed / "orders_client.py"
     client.write_text(client.read_text() + "\nanswered = 100\n")
     submit(flower, tmp_path / "third.json", "answer", changed)
-    flower.wait(60)
+    flower.wait(150)
     (third,) = answers(tmp_path / "third.json")
     assert third["pid"] != before[0]["pid"]
     assert third["answered"] == 101  # the new bundle's code
@@ -95,7 +95,7 @@ def test_keeper_that_is_killed_takes_its_process_along(flower: Flower, tmp_path:
     _, worker = flower.start_warm_node("site", "x=1", tmp_path / "worker.json")
     out = tmp_path / "answers.json"
     submit(flower, out, "answer")
-    flower.wait(60)
+    flower.wait(150)
     worker.kill()
     wait_for(lambda: not psutil.pid_exists(answers(out)[0]["pid"]), 20)
 
