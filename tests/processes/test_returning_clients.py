@@ -15,7 +15,7 @@ from tests.processes.launcher import ROOT
 from tests.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
-ROUNDS = 8  # a killed node is noticed after about a minute, until when each round waits for it
+ROUNDS = 10  # a killed node is noticed after about a minute, until when each round waits for it
 QUIET = {"max_examples": 1, "generate": 0, "samples": 0, "every": 100}
 
 
@@ -25,7 +25,7 @@ def start(tmp_path: Path, strategy: str, rounds: int) -> Path:
         SIZES,
         strategy=strategy,
         rounds=rounds,
-        cohort={"min_clients": 1, "round_deadline": 30.0},
+        cohort={"min_clients": 1, "round_deadline": 15.0},
         evaluation=QUIET,
         training={"local_steps": 1},
     )
