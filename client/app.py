@@ -99,12 +99,13 @@ def train(message: Message, context: Context) -> RecordDict:
     active = [str(name) for name in request["active"]]  # type: ignore[union-attr]
     holds = _receive(session, message, context, active)
     measured = session.evaluate() if request.get("evaluate") else {}
-    trained, metrics = session.train(int(request["server-round"]), active)  # type: ignore[arg-type]
+    number = int(request["server-round"])  # type: ignore[arg-type]
+    trained, metrics = session.train(number, active)
     context.state[_KEPT] = wire.encode(session.kept)
     return RecordDict(
         {
             "arrays": wire.encode(trained),
-            "config": ConfigRecord(holds),
+            "config": ConfigRecord({**holds, "server-round": number}),
             "metrics": MetricRecord({**metrics, **measured, **session.seconds()}),
         }
     )

@@ -138,6 +138,24 @@ class CohortConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the connected clients sampled each round.")
     join_deadline: float = Field(300.0, gt=0, description="Seconds to wait for `min_clients` to connect.")
     round_deadline: float = Field(3600.0, gt=0, description="Seconds a round may take.")
+    deadline_factor: float | None = Field(
+        None,
+        gt=1,
+        description="With `min_clients` updates a round closes earlier: after this many times what the slowest site of "
+        "the last 5 rounds took, at least 10 seconds. null: it waits for all until `round_deadline`.",
+    )
+
+
+class AdmissionConfig(Section):
+    """Which updates are believed, beyond those that are well formed and possible."""
+
+    norm_ratio: float | None = Field(
+        10.0,
+        gt=1,
+        description="An update may move this many times as far as the median one of its round, of three or more. "
+        "null: no such bound; updates are then combined as they arrive, without a stop on disk.",
+    )
+    max_refusals: int = Field(3, ge=1, description="A site refused so often in a row is left out until readmitted.")
 
 
 class TrainingConfig(Section):
@@ -246,6 +264,7 @@ class FederationConfig(Section):
     strategy: StrategyConfig
     rounds: int = Field(ge=1, description="Training rounds.")
     cohort: CohortConfig = CohortConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -316,4 +335,6 @@ def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
 
 def settings_for_sites(federation: FederationConfig) -> str:
     """What of the federation file every site receives, as JSON: all but what concerns only the server's machine."""
-    return federation.model_dump_json(exclude={"local": True, "checkpoint": True, "evaluation": {"server": True}})
+    return federation.model_dump_json(
+        exclude={"local": True, "checkpoint": True, "admission": True, "evaluation": {"server": True}}
+    )

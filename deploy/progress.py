@@ -76,6 +76,8 @@ _STATES = {
     "client_refused": "refused",
     "client_failed": "failed",
     "update_refused": "update refused",
+    "client_excluded": "left out",
+    "client_readmitted": "joined",
 }
 
 
@@ -105,7 +107,8 @@ class Display:
             self._live.stop()
 
 
-_PROBLEMS = {"client_refused", "client_failed", "update_refused", "checkpoint_damaged"}
+_PROBLEMS = {"client_refused", "client_failed", "update_refused", "client_excluded", "client_readmitted", "late_reply"}
+_PROBLEMS |= {"checkpoint_damaged", "restarted"}
 _ALWAYS = {*_PROBLEMS, "resumed", "round_finished"}
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from strategies.versions import Versions
 
 Tensors = dict[str, Tensor]
 FOLDER = "checkpoints"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Checkpoint:
         state: the global state after it.
         versions: how it came about; None under a strategy that has no steps.
         metrics_bytes: length of metrics.jsonl after it; what follows there belongs to a round that was not finished.
+        refusals: how many updates in a row were refused, by site.
     """
 
     round: int
     state: Tensors
     versions: Versions | None
     metrics_bytes: int
+    refusals: dict[str, int] = field(default_factory=dict)
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -72,6 +74,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
             "format": _FORMAT,
             "round": checkpoint.round,
             "metrics_bytes": checkpoint.metrics_bytes,
+            "refusals": checkpoint.refusals,
         }
         facts["sha256"] = {file.name: _digest(file) for file in sorted(temporary.glob("*.safetensors"))}
         if versions is not None:
@@ -83,10 +86,9 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or error
-        raise FederationError(f"round {checkpoint.round}: checkpoint {final} cannot be written: {reason}") from None
+        raise FederationError(f"round {checkpoint.round}: checkpoint {final} cannot be written: {error}") from None
     for old in _all(run_dir)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -132,7 +134,7 @@ def _load(folder: Path) -> Checkpoint:
         told = facts["versions"]
         steps = [(since, Step(number, tensors.get(number, {}))) for since, number in told["steps"]]
         versions = Versions(state, told["first"], told["latest"], steps)
-    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"])
+    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"])
 
 
 def _all(run_dir: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Messages that were sent and wait for a reply; replies come out one at a time, as they arrive."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -33,6 +33,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._open: dict[str, Sent] = {}
+        self._late: dict[str, Sent] = {}
 
     def push(self, messages: Iterable[Message], group: str) -> None:
         """Hand messages to the SuperLink.
@@ -55,11 +56,11 @@ class Mailbox:
                 yield self._open.pop(message_id), reply
                 del reply
 
-    def replies(self, group: str, deadline: float) -> Iterator[tuple[Sent, Message]]:
+    def replies(self, group: str, deadline: Callable[[], float]) -> Iterator[tuple[Sent, Message]]:
         """The replies of a group until all are there or ``time.monotonic()`` has passed ``deadline``."""
         while self.waiting(group):
             yield from self.arrived(group)
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline():
                 return
             if self.waiting(group):
                 time.sleep(POLL_SECONDS)
@@ -69,7 +70,20 @@ class Mailbox:
         return [sent.node_id for sent in self._open.values() if sent.group == group]
 
     def forget(self, group: str) -> list[int]:
-        """Give up on the open messages of a group; the nodes that did not answer."""
-        late = self.waiting(group)
-        self._open = {i: sent for i, sent in self._open.items() if sent.group != group}
-        return late
+        """Give up on the open messages of a group; the nodes that did not answer. They may still do so `late`."""
+        late = {i: sent for i, sent in self._open.items() if sent.group == group}
+        self._open = {i: sent for i, sent in self._open.items() if i not in late}
+        self._late |= late
+        return [sent.node_id for sent in late.values()]
+
+    def late(self, patience: float) -> Iterator[Sent]:
+        """Messages given up on whose replies have come since; these are dropped.
+
+        Args:
+            patience: seconds after which a message is not asked for any more.
+        """
+        now = time.time()
+        self._late = {i: sent for i, sent in self._late.items() if now < sent.at + patience}
+        for message_id in list(self._late):
+            if any(True for _ in self._grid.pull_messages([message_id])):
+                yield self._late.pop(message_id)

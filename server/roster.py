@@ -10,6 +10,7 @@ from common.config import CohortConfig
 from common.errors import FederationError
 from common.records import get_record
 from server.mailbox import POLL_SECONDS, Mailbox
+from server.refusals import Refusals
 from server.run_folder import RunFolder
 
 _GROUP = "hello"
@@ -34,6 +35,7 @@ class Roster:
         mailbox: shared with the round loop.
         folder: where joins and refusals are noted.
         settings: the federation settings that every site receives, as JSON.
+        refusals: which sites are left out.
         base_digest: of the server's base model.
         tokenizer_digest: of the server's tokenizer.
         expected: how many sites there are at most; once so many have answered, nobody is waited for. None: unknown.
@@ -45,6 +47,7 @@ class Roster:
         mailbox: Mailbox,
         folder: RunFolder,
         settings: str,
+        refusals: Refusals,
         *,
         base_digest: str,
         tokenizer_digest: str,
@@ -53,18 +56,20 @@ class Roster:
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         self._grid, self._mailbox, self._folder = grid, mailbox, folder
-        self._settings = settings
+        self._settings, self._refusals = settings, refusals
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
         self._greeted: set[int] = set()
         self._namesakes: dict[int, Message] = {}  # hellos of nodes whose name another connected node has
 
     def greet(self) -> None:
-        """Ask every node that is new to say hello, and take in the answers that are there. Does not wait.
+        """Take in whom an operator readmits and who is new: ask for a hello, read the answers. Does not wait.
 
         A site that was killed and started again comes as a new node while Flower still counts the old one as
         connected, for about a minute; it is taken in as soon as that one is gone.
         """
+        for site in self._refusals.readmitted():
+            self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
         online = set(self._grid.get_node_ids())
         new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
@@ -81,9 +86,9 @@ class Roster:
                 self._take_in(node_id, reply)
 
     def connected(self) -> list[int]:
-        """Admitted nodes that are connected now, in a fixed order (by site name)."""
-        online = set(self._grid.get_node_ids()) & self.members.keys()
-        return sorted(online, key=lambda node_id: self.members[node_id].site)
+        """Admitted nodes that are connected now and not left out, in a fixed order (by site name)."""
+        excluded = self._refusals.excluded()
+        return [node_id for node_id in self._online() if self.members[node_id].site not in excluded]
 
     def gather(self, cohort: CohortConfig) -> None:
         """Wait until ``min_clients`` sites are admitted.
@@ -105,7 +110,7 @@ class Roster:
             silent = len(self._mailbox.waiting(_GROUP))
             answered = len(self._greeted) - silent
             if time.monotonic() > deadline or (self._expected is not None and answered >= self._expected):
-                reasons = [*self.refused.values()]
+                reasons = [*self.refused.values(), *self._refusals.excluded().values()]
                 if silent:
                     reasons.append(f"{silent} connected node(s) did not say hello")
                 raise FederationError(
@@ -152,7 +157,12 @@ class Roster:
         )
 
     def _connected_as(self, site: str) -> bool:
-        return any(self.members[node_id].site == site for node_id in self.connected())
+        return any(self.members[node_id].site == site for node_id in self._online())
+
+    def _online(self) -> list[int]:
+        """Admitted nodes that are connected now, by site name."""
+        online = set(self._grid.get_node_ids()) & self.members.keys()
+        return sorted(online, key=lambda node_id: self.members[node_id].site)
 
     def _refuse(self, node_id: int, site: str, reason: str) -> None:
         self.refused[node_id] = reason

@@ -1,36 +1,28 @@
 """The federation's life in one place: gather, train round by round, evaluate, finish."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecordValues, Message, MetricRecord
+from flwr.app import ConfigRecordValues, Message
 from flwr.serverapp import Grid
 
-from common import wire
 from common.config import FederationConfig
 from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
-from common.records import get_record, get_records
 from server.checkpoint import Checkpoint, save
 from server.evaluation import Evaluator
-from server.mailbox import Mailbox, Sent
+from server.mailbox import Mailbox
+from server.notes import RoundNotes, scalars, under
+from server.refusals import Refusals
 from server.roster import Roster
 from server.run_folder import RunFolder
+from server.spool import Spool
 from strategies.flower import Client, FlowerStrategy, sample
+from strategies.norms import change_norms, check_possible, cohort_bound, total
 from strategies.rule import Tensors, Update
 
-
-@dataclass
-class _Round:
-    """Notes of the round under way."""
-
-    number: int
-    started: float
-    records: list[tuple[float, dict[str, object]]] = field(default_factory=list)  # (when it was done, metrics record)
-    problems: dict[str, str] = field(default_factory=dict)  # site -> reason
-    sent: dict[int, int] = field(default_factory=dict)  # node id -> bytes
-    bytes_up: int = 0
-    elsewhere: float = 0.0  # seconds not spent on combining: waiting for replies, evaluating
+_MEMORY = 5  # rounds whose slowest replies set an adaptive deadline
+_LEAST_DEADLINE = 10.0  # seconds
 
 
 class RoundLoop:
@@ -57,11 +49,14 @@ class RoundLoop:
         self._config, self._settings = config, settings
         self._strategy, self._evaluator, self._folder = strategy, evaluator, folder
         self._mailbox = Mailbox(grid)
+        self._refusals = Refusals(folder.path, config.admission.max_refusals)
+        self._slowest: deque[float] = deque(maxlen=_MEMORY)
         self._roster = Roster(
             grid,
             self._mailbox,
             folder,
             settings,
+            self._refusals,
             base_digest=evaluator.base_digest,
             tokenizer_digest=evaluator.tokenizer_digest,
             expected=None if config.local is None else len(config.local.sites),
@@ -75,10 +70,12 @@ class RoundLoop:
             resumed: the round to go on after; None: begin with the first.
 
         Raises:
-            FederationError: a round, or the start, had too few valid sites, or a checkpoint cannot be written.
+            FederationError: a round, or the start, had too few valid sites, or the disk is full.
         """
-        done, versions = (0, None) if resumed is None else (resumed.round, resumed.versions)
-        state = state if resumed is None else resumed.state
+        done, versions = 0, None
+        if resumed is not None:
+            done, versions, state = resumed.round, resumed.versions, resumed.state
+            self._refusals.counts = dict(resumed.refusals)
         self._strategy.begin(state, versions)
         self._roster.gather(self._config.cohort)
         for number in range(done + 1, self._config.rounds + 1):
@@ -86,38 +83,42 @@ class RoundLoop:
             if number % self._config.checkpoint.every == 0:
                 self._save(number, state)
         self._evaluate(self._config.rounds, state)
+        self._note_late()
         return state
 
     def _train(self, number: int, state: Tensors) -> Tensors:
         """One round: the sites evaluate the state, when that is due, and train it."""
-        cohort, strategy = self._config.cohort, self._strategy
-        this = _Round(number, time.monotonic())
+        notes = RoundNotes(number, self._folder)
         nodes = self._cohort(number)
         names = [self._roster.members[n].site for n in nodes]
-        self._folder.event("round_started", round=number, clients=names)
+        self._folder.event("round_started", round=number, clients=names, deadline=round(self._patience(), 1))
         due = (number - 1) % self._config.evaluation.every == 0
         group = f"train/{number}"
-        self._send(this, state, nodes, group, evaluate=due)
-        deadline = time.monotonic() + cohort.round_deadline
+        self._send(notes, state, nodes, group, evaluate=due)
+        asked = time.monotonic()
         if due:
-            this.elsewhere += self._record_server_evaluation(number - 1, state)  # while the sites work
+            notes.elsewhere += self._record_server_evaluation(number - 1, state)  # while the sites work
+        updates = self._updates(notes, state, group, evaluated=due, asked=asked)
         try:
-            outcome = strategy.combine(number, state, self._updates(this, state, group, due, deadline))
+            outcome = self._strategy.combine(number, state, self._counted(notes, updates))
         except AggregationError as error:
-            raise FederationError(f"round {number}: {error}{_reasons(this.problems)}") from None
-        valid, needed = len(this.records), cohort.min_clients
+            raise FederationError(f"round {number}: {error}{_reasons(notes)}") from None
+        valid, needed = len(notes.admitted), self._config.cohort.min_clients
         if valid < needed:
-            raise FederationError(f"round {number}: {valid} valid updates, {needed} needed{_reasons(this.problems)}")
-        self._close(this, outcome.diagnostics)
+            raise FederationError(f"round {number}: {valid} valid updates, {needed} needed{_reasons(notes)}")
+        self._slowest.append(max(notes.admitted.values()))
+        notes.close(outcome.diagnostics)
         return outcome.state
 
     def _save(self, number: int, state: Tensors) -> None:
-        checkpoint = Checkpoint(number, state, self._strategy.versions, self._folder.metrics_bytes())
+        bytes_ = self._folder.metrics_bytes()
+        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._refusals.counts)
         save(self._folder.path, checkpoint, self._config.checkpoint.keep)
 
     def _cohort(self, number: int) -> list[int]:
         """The sites of a round, sampled from those that are connected."""
         cohort = self._config.cohort
+        self._note_late()
         self._roster.gather(cohort)
         for node_id, member in self._roster.members.items():
             if node_id not in self._strategy.clients:
@@ -126,126 +127,134 @@ class RoundLoop:
         nodes = self._roster.connected()
         return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
 
-    def _send(self, this: _Round, state: Tensors, nodes: list[int], group: str, *, evaluate: bool) -> None:
+    def _send(self, notes: RoundNotes, state: Tensors, nodes: list[int], group: str, *, evaluate: bool) -> None:
         settings: dict[str, ConfigRecordValues] = {"federation": self._settings, "evaluate": evaluate}
-        ttl = self._config.cohort.round_deadline
-        messages = self._strategy.train_messages(this.number, state, nodes, settings, ttl)
+        messages = self._strategy.train_messages(notes.number, state, nodes, settings, self._lifetime)
         for message in messages:
-            node_id = message.metadata.dst_node_id
-            this.sent[node_id] = this.sent.get(node_id, 0) + _payload(message)
+            notes.asked(message)
         self._mailbox.push(messages, group)
 
-    def _updates(self, this: _Round, state: Tensors, group: str, evaluated: bool, deadline: float) -> Iterator[Update]:
-        """Admitted updates as they arrive; what is refused, fails or stays away is noted."""
-        asked = time.monotonic()
+    @property
+    def _lifetime(self) -> float:
+        """Seconds that a message and its reply live: beyond the deadline, so that a late reply is told from none."""
+        return 2 * self._config.cohort.round_deadline
+
+    def _patience(self) -> float:
+        """Seconds after which a round closes once it has ``min_clients`` updates."""
+        cohort = self._config.cohort
+        if cohort.deadline_factor is None or not self._slowest:
+            return cohort.round_deadline
+        return min(cohort.round_deadline, max(_LEAST_DEADLINE, cohort.deadline_factor * max(self._slowest)))
+
+    def _updates(
+        self, notes: RoundNotes, state: Tensors, group: str, *, evaluated: bool, asked: float
+    ) -> Iterator[tuple[Update, float]]:
+        """Well-formed updates with their norms as they arrive; what is refused, fails or stays away is noted."""
+        cohort, patience = self._config.cohort, self._patience()
+
+        def deadline() -> float:
+            return asked + (patience if len(notes.admitted) >= cohort.min_clients else cohort.round_deadline)
+
+        since = time.monotonic()
         resent: set[int] = set()
         for sent, reply in self._mailbox.replies(group, deadline):
-            this.elsewhere += time.monotonic() - asked
-            client = self._strategy.client(sent.node_id)
+            notes.elsewhere += time.monotonic() - since
+            name = self._strategy.client(sent.node_id).name
             try:
-                update = self._strategy.read_update(reply, sent.node_id)
-                self._check_examples(sent.node_id, update)
+                update, norm = self._read(reply, sent.node_id)
             except RefusedUpdate as refusal:
                 stale = reply.has_error() and reply.error.code == StaleStateError.code
                 if stale and sent.node_id not in resent and sent.node_id in self._roster.connected():
                     resent.add(sent.node_id)  # it has lost what it held: once more, without that
-                    self._send(this, state, [sent.node_id], group, evaluate=evaluated)
+                    self._send(notes, state, [sent.node_id], group, evaluate=evaluated)
+                elif reply.has_error():
+                    notes.problem(name, "client_failed", str(refusal))
                 else:
-                    kind = "client_failed" if reply.has_error() else "update_refused"
-                    self._note_problem(this, client.name, kind, str(refusal))
+                    self._refuse(notes, name, str(refusal))
             else:
-                self._note_update(this, sent, reply, update, evaluated)
-                yield update
-            asked = time.monotonic()
+                metrics = notes.update(sent, reply, update)
+                if evaluated:
+                    self._record_evaluation(notes.number - 1, name, under("evaluate.", metrics))
+                yield update, norm
+                del update
+            since = time.monotonic()
             self._roster.greet()  # who comes late joins the next round
-        this.elsewhere += time.monotonic() - asked
+        notes.elsewhere += time.monotonic() - since
         for node_id in self._mailbox.forget(group):
             name = self._strategy.client(node_id).name
-            reason = f"{name}: no answer within {self._config.cohort.round_deadline:g} seconds"
-            self._note_problem(this, name, "client_failed", reason)
+            notes.problem(name, "client_failed", f"{name}: no answer within {deadline() - asked:.4g} seconds")
 
-    def _check_examples(self, node_id: int, update: Update) -> None:
+    def _read(self, reply: Message, node_id: int) -> tuple[Update, float]:
+        """The update in a reply, and the norm of its change.
+
+        Raises:
+            RefusedUpdate: with the reason.
+        """
+        update = self._strategy.read_update(reply, node_id)
         declared = self._roster.members[node_id].train_rows
         if update.num_examples != declared:
             raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {declared} rows")
+        base = self._strategy.base_of(node_id)
+        norms = change_norms(update, base)
+        check_possible(update, norms, base, self._config.training, self._config.strategy)
+        return update, total(norms)
 
-    def _note_problem(self, this: _Round, name: str, kind: str, reason: str) -> None:
-        this.problems[name] = reason
-        self._folder.event(kind, round=this.number, client=name, reason=reason)
+    def _counted(self, notes: RoundNotes, updates: Iterator[tuple[Update, float]]) -> Iterator[Update]:
+        """The updates that count: all of them as they arrive, or, by name, those that move as far as most do."""
+        ratio = self._config.admission.norm_ratio
+        if ratio is None:
+            for update, _ in updates:
+                self._refusals.note(update.client, refused=False)
+                yield update
+            return
+        norms: dict[str, float] = {}
+        with Spool(self._folder.path / "incoming") as spool:
+            for update, norm in updates:
+                norms[update.client] = norm
+                spool.put(update)
+                del update
+            bound = cohort_bound(norms, ratio)
+            for update in spool.updates():
+                norm = norms[update.client]
+                if norm <= bound:
+                    self._refusals.note(update.client, refused=False)
+                    yield update
+                else:
+                    limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
+                    self._refuse(notes, update.client, f"{update.client}: its update moved by {norm:.3g}; {limit}")
 
-    def _note_update(self, this: _Round, sent: Sent, reply: Message, update: Update, evaluated: bool) -> None:
-        metrics = {
-            key: float(v)
-            for key, v in get_record(reply.content, "metrics", MetricRecord).items()
-            if not isinstance(v, list)
-        }
-        up = _payload(reply)
-        this.bytes_up += up
-        trained = {**_under("train.", metrics), "num_examples": update.num_examples}
-        if trained.get("seconds"):
-            trained["tokens_per_second"] = trained.get("tokens", 0.0) / trained.pop("seconds")
-        seconds = _transport(sent, metrics) | _under("seconds.", metrics)
-        record = {
-            "round": this.number,
-            "client": update.client,
-            "phase": "train",
-            "train": trained,
-            "bytes": {"down": this.sent[sent.node_id], "up": up},
-            "seconds": seconds,
-        }
-        this.records.append((time.monotonic(), record))
-        loss = metrics.get("train.loss")
-        spent = round(time.time() - sent.at, 3)
-        self._folder.event("reply", round=this.number, client=update.client, phase="train", loss=loss, seconds=spent)
-        if evaluated:
-            self._record_evaluation(this.number - 1, update.client, _under("evaluate.", metrics))
+    def _refuse(self, notes: RoundNotes, site: str, reason: str) -> None:
+        notes.problem(site, "update_refused", reason)
+        before = self._refusals.excluded()
+        self._refusals.note(site, refused=True)
+        for left_out in self._refusals.excluded().keys() - before.keys():
+            self._folder.event("client_excluded", client=left_out, reason=self._refusals.excluded()[left_out])
 
-    def _close(self, this: _Round, diagnostics: dict[str, float]) -> None:
-        """Write the round's records, now that it is known how long each site waited for the others."""
-        end = time.monotonic()
-        aggregate = end - this.started - this.elsewhere
-        for done, record in this.records:
-            record["seconds"]["wait"] = end - done  # type: ignore[index]
-            self._folder.metrics(record)
-            rounding = record["train"].get("wire_error")  # type: ignore[attr-defined]
-            if rounding is not None:
-                diagnostics = {**diagnostics, f"wire-error/{record['client']}": rounding}
-        self._folder.metrics(
-            {
-                "round": this.number,
-                "client": "server",
-                "phase": "aggregate",
-                "diagnostics": diagnostics,
-                "seconds": {"aggregate": aggregate},
-            }
-        )
-        self._folder.event(
-            "round_finished",
-            round=this.number,
-            seconds=round(end - this.started, 3),
-            bytes_down=sum(this.sent.values()),
-            bytes_up=this.bytes_up,
-        )
+    def _note_late(self) -> None:
+        """Say so when an answer has come after its round was closed; it is dropped."""
+        for sent in self._mailbox.late(self._lifetime):
+            name, after = self._strategy.client(sent.node_id).name, time.time() - sent.at
+            reason = f"{name}: its answer to {sent.group} was seen after {after:.4g} seconds, too late; it is dropped"
+            self._folder.event("late_reply", client=name, reason=reason)
 
     def _evaluate(self, version: int, state: Tensors) -> None:
         """The final state, at every site that is still connected and at the server."""
         nodes = self._roster.connected()
         group = f"evaluate/{version}"
         settings: dict[str, ConfigRecordValues] = {"federation": self._settings}
-        ttl = self._config.cohort.round_deadline
-        self._mailbox.push(self._strategy.evaluate_messages(version, state, nodes, settings, ttl), group)
+        patience = self._config.cohort.round_deadline
+        self._mailbox.push(self._strategy.evaluate_messages(version, state, nodes, settings, self._lifetime), group)
+        deadline = time.monotonic() + patience
         self._record_server_evaluation(version, state)
-        for sent, reply in self._mailbox.replies(group, time.monotonic() + ttl):
+        for sent, reply in self._mailbox.replies(group, lambda: deadline):
             name = self._strategy.client(sent.node_id).name
             if reply.has_error():
                 self._folder.event("client_failed", round=version, client=name, reason=f"{name}: {reply.error.reason}")
-                continue
-            metrics = get_record(reply.content, "metrics", MetricRecord)
-            numbers = {key: float(v) for key, v in metrics.items() if not isinstance(v, list)}
-            self._record_evaluation(version, name, _under("evaluate.", numbers))
+            else:
+                self._record_evaluation(version, name, under("evaluate.", scalars(reply)))
         for node_id in self._mailbox.forget(group):
             name = self._strategy.client(node_id).name
-            reason = f"{name}: no evaluation within {ttl:g} seconds"
+            reason = f"{name}: no evaluation within {patience:g} seconds"
             self._folder.event("client_failed", round=version, client=name, reason=reason)
 
     def _record_server_evaluation(self, version: int, state: Tensors) -> float:
@@ -270,23 +279,5 @@ class RoundLoop:
         )
 
 
-def _payload(message: Message) -> int:
-    return sum(wire.num_bytes(arrays) for arrays in get_records(message.content, ArrayRecord).values())
-
-
-def _under(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-
-
-def _transport(sent: Sent, metrics: dict[str, float]) -> dict[str, float]:
-    """Seconds from the SuperLink to the site's code and back, polling and process start included.
-
-    Taken from both machines' clocks, so only as good as these agree; never below zero.
-    """
-    now = time.time()
-    started, finished = metrics.get("clock.started", sent.at), metrics.get("clock.finished", now)
-    return {"download": max(0.0, started - sent.at), "upload": max(0.0, now - finished)}
-
-
-def _reasons(problems: dict[str, str]) -> str:
-    return "".join(f"; {reason}" for reason in problems.values())
+def _reasons(notes: RoundNotes) -> str:
+    return "".join(f"; {reason}" for reason in notes.problems.values())

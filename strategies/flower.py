@@ -209,6 +209,11 @@ class FlowerStrategy(FedAvg):
                     return version, steps
         return "", None
 
+    def base_of(self, node_id: int) -> Tensors:
+        """What a node trained from in the current round, in the rank and scaling of its last reply."""
+        client = self.client(node_id)
+        return self.rule.state_for(self._state, client.rank, client.lora_alpha)
+
     def read_update(self, message: Message, node_id: int | None = None) -> Update:
         """The update in a reply to a training message of the current round.
 
@@ -225,6 +230,11 @@ class FlowerStrategy(FedAvg):
             raise RefusedUpdate(f"{client.name}: {message.error.reason}")
         metrics = get_record(message.content, "metrics", MetricRecord)
         told = get_record(message.content, self.configrecord_key, ConfigRecord)
+        if self.versions is not None and told.get("version") == self.versions.latest:
+            client.version = self.versions.latest  # whatever its update is worth
+        about = told.get("server-round", self._round)
+        if about != self._round:
+            raise RefusedUpdate(f"{client.name}: the update is of round {about!r}, this is round {self._round}")
         expected = self.rule.state_for(self._state, None, None)
         tensors, changes = self._read_tensors(client, message.content, expected)
         admitted = admit(
@@ -249,8 +259,6 @@ class FlowerStrategy(FedAvg):
         client.lora_alpha = None if alpha is None else float(alpha)
         if self.rule.mixed_ranks:
             client.rank = rank_of(admitted)
-        if self.versions is not None and told.get("version") == self.versions.latest:
-            client.version = self.versions.latest
         examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
         return Update(client.name, examples, admitted, client.lora_alpha, changes)
 

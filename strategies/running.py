@@ -119,7 +119,7 @@ class Drift:
         for name in tensors:
             groups.setdefault(layer_group(name), []).append(name)
         for group, names in groups.items():
-            norm = math.sqrt(sum(_square(tensors[name], self._base[name]) for name in names))
+            norm = math.sqrt(sum(change_square(tensors[name], self._base[name]) for name in names))
             self._norms.setdefault(group, []).append(norm)
             units = self._units.setdefault(group, {})
             for name in names if norm > 0 else []:
@@ -150,7 +150,7 @@ def _change(value: Tensor, base: Tensor) -> Tensor:
     return value.to(torch.float32) - base.to(torch.float32)
 
 
-def _square(value: Tensor | Factors, base: Tensor) -> float:
+def change_square(value: Tensor | Factors, base: Tensor) -> float:
     """Squared Frobenius norm of a change."""
     if isinstance(value, Factors):
         return value.square(base)

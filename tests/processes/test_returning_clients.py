@@ -16,7 +16,7 @@ from tests.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 8
-# Far above what a cold process takes. Flower notices a killed node after about a minute: until then each round waits so long.
+# Far above what a cold process takes. Flower notices a killed node after a minute: until then rounds wait this long.
 DEADLINE = 45.0
 QUIET = {"max_examples": 1, "generate": 0, "samples": 0, "every": 100}
 

@@ -1,6 +1,5 @@
 """Checkpoints are whole or not there, and what is damaged is noticed."""
 
-import errno
 import json
 from pathlib import Path
 from typing import NoReturn
@@ -10,11 +9,11 @@ import torch
 
 from common.errors import FederationError
 from common.factors import Factors, pack
-from server import checkpoint
 from server.checkpoint import FOLDER, Checkpoint, newest, save
 from strategies.fedftg import FedFTGRule
 from strategies.rule import Update
 from strategies.versions import Versions
+from tests.full_disk import no_space
 
 NAME = "model.layers.0.up.weight"
 
@@ -109,16 +108,13 @@ def test_number_that_was_edited_is_noticed(tmp_path: Path) -> None:
         newest(tmp_path, lambda reason: None)
 
 
-def test_full_disk_is_an_error_that_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error_that_leaves_the_one_before(tmp_path: Path) -> None:
     save(tmp_path, make(1), 2)
-
-    def full(path: Path) -> NoReturn:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_flush", full)
-    with pytest.raises(FederationError, match=r"round 2: checkpoint .*round-000002 cannot be written: No space left"):
+    with (
+        no_space(),
+        pytest.raises(FederationError, match=r"round 2: checkpoint .*round-000002 cannot be written: .*too large"),
+    ):
         save(tmp_path, make(2), 2)
-    monkeypatch.undo()
     assert [f.name for f in (tmp_path / FOLDER).iterdir()] == ["round-000001"]
     read = newest(tmp_path, silent)
     assert read is not None

@@ -1,0 +1,95 @@
+"""How far an update moves, and how far it can: what admission holds against an update that is well formed but huge.
+
+Two bounds. An absolute one for every tensor, which no client that trains as the federation file says can exceed; and
+one from the cohort, for the whole update, which needs all updates of a round.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from common.config import FedFTGConfig, StrategyConfig, TrainingConfig
+from common.errors import RefusedUpdate
+from common.factors import Factors
+from strategies.rule import Update
+from strategies.running import change_square
+
+_BETA1, _BETA2 = 0.9, 0.999  # of Adam, at all clients
+#: Largest |m / sqrt(v)| of any sequence of gradients: by Cauchy-Schwarz (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)).
+#: The correction of the bias, sqrt(1 - b2^t) / (1 - b1^t), is never above 1.
+ADAM_STEP = (1 - _BETA1) / math.sqrt((1 - _BETA2) * (1 - _BETA1**2 / _BETA2))
+_TOLERANCE = 2.0  # rounding: of 8-bit moments, of bfloat16 weights and factors
+_COHORT = 3  # a median of fewer norms says nothing about one of them
+
+
+def change_norms(update: Update, base: Mapping[str, Tensor]) -> dict[str, float]:
+    """L2 norm of an update's change of every tensor.
+
+    Args:
+        update: an admitted update.
+        base: what the client started from, by name; shapes as in the update.
+    """
+    changes: dict[str, Tensor | Factors] = {**update.tensors, **update.factors}
+    return {name: math.sqrt(change_square(value, base[name])) for name, value in changes.items()}
+
+
+def largest_change(base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
+    """What a round's training can move a tensor by at most, as an L2 norm; infinite when nothing limits it.
+
+    Args:
+        base: the tensor at the start of the round; a matrix under FedFTG.
+        rows: of the client's shard.
+        training: the federation's training section.
+        strategy: its strategy section.
+    """
+    rows_per_step = training.batch_size * training.gradient_accumulation
+    steps = training.local_steps or math.ceil(rows / rows_per_step) * (training.local_epochs or 1)
+    entries, scale = base.numel(), 1.0
+    if isinstance(
+        strategy, FedFTGConfig
+    ):  # the step has the norm of its projection, whose shape is (rank, larger side)
+        entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
+    if training.optimizer == "adamw":
+        step = scale * ADAM_STEP * math.sqrt(entries)
+    else:
+        step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
+    shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
+    return _TOLERANCE * steps * training.learning_rate * (step + shrinking)
+
+
+def check_possible(
+    update: Update,
+    norms: Mapping[str, float],
+    base: Mapping[str, Tensor],
+    training: TrainingConfig,
+    strategy: StrategyConfig,
+) -> None:
+    """Refuse an update that the federation's training cannot have made.
+
+    Raises:
+        RefusedUpdate: names client, tensor, norm and bound.
+    """
+    for name, norm in norms.items():
+        bound = largest_change(base[name], update.num_examples, training, strategy)
+        if not norm <= bound:
+            raise RefusedUpdate(
+                f"{update.client}: {name} moved by {norm:.3g}; allowed: {bound:.3g}, all that a round's steps can do"
+            )
+
+
+def cohort_bound(norms: Mapping[str, float], ratio: float) -> float:
+    """``ratio`` times the median norm of a round's updates; infinite for fewer than three of them.
+
+    Args:
+        norms: of the whole update, by client.
+        ratio: how many times as far as the median client one may move.
+    """
+    median = statistics.median_low(norms.values()) if len(norms) >= _COHORT else 0.0
+    return ratio * median if median > 0 else math.inf
+
+
+def total(norms: Mapping[str, float]) -> float:
+    """L2 norm of the whole update from those of its tensors."""
+    return math.sqrt(sum(norm**2 for norm in norms.values()))

@@ -1,0 +1,150 @@
+"""Sites without processes: a grid that delivers at once, and sites that follow FedFTG's steps as true ones do."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+
+from client.weights import Weights
+from common import wire
+from common.config import FederationConfig, settings_for_sites
+from common.errors import StaleStateError
+from common.factors import Factors, pack
+from common.versions import Step
+from common.yaml_file import parse
+from server.checkpoint import newest
+from server.rounds import RoundLoop
+from server.run_folder import RunFolder
+from strategies.fedftg import FedFTGRule
+from strategies.named import make_strategy
+
+NAME, SHAPE = "model.layers.0.up.weight", (60, 40)
+RULE = FedFTGRule()
+
+
+def base() -> dict[str, torch.Tensor]:
+    return {NAME: torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))}
+
+
+class Site:
+    """A site that follows the steps, as a true one does, and notes what it is sent."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.weights = Weights(base(), RULE.exchange)
+        self.sent: list[tuple[int, list[int]]] = []  # (round, rounds of the steps that came)
+        self.before_reply: Callable[[Message], Message | None] = lambda message: None
+
+    def forget(self) -> None:
+        self.weights = Weights(base(), RULE.exchange)
+
+    def reply(self, message: Message) -> Message:
+        if message.metadata.message_type == MessageType.QUERY:
+            return self._hello(message)
+        config: Any = message.content["config"]
+        steps = [
+            Step(int(key[5:]), wire.decode(record))
+            for key, record in sorted(message.content.items())
+            if key.startswith("step-") and isinstance(record, ArrayRecord)
+        ]
+        self.sent.append((int(config["server-round"]), [step.server_round for step in steps]))
+        if (instead := self.before_reply(message)) is not None:
+            return instead
+        try:
+            self.weights.follow(steps, str(config["since"]), str(config["version"]))
+        except StaleStateError as error:
+            return Message(Error(error.code, str(error)), reply_to=message)
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return Message(RecordDict({"metrics": MetricRecord({"evaluate.loss": 1.0})}), reply_to=message)
+        g = torch.Generator().manual_seed(100 * self.number + int(config["server-round"]))
+        factors = Factors(1.0, [(torch.randn(60, 2, generator=g), torch.randn(2, 40, generator=g))])
+        arrays = wire.encode(pack(NAME, factors, self.weights.tensors[NAME], RULE.exchange(1)))
+        metrics = MetricRecord({"num-examples": self.number, "train.loss": 1.0})
+        told = ConfigRecord({"version": self.weights.version})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics, "config": told}), reply_to=message)
+
+    def _hello(self, message: Message) -> Message:
+        facts = {
+            "site": f"site-{self.number}",
+            "train_rows": self.number,
+            "held_out_rows": 1,
+            "device": "cpu",
+            "rank": 2,
+        }
+        facts |= {"base_digest": "base", "tokenizer_digest": "tokenizer"}
+        return Message(RecordDict({"config": ConfigRecord(facts)}), reply_to=message)
+
+
+#: How often a reply of this site to this message is not there yet when it is asked for.
+Late = Callable[[int, Message], int]
+
+
+def never_late(number: int, message: Message) -> int:
+    return 0
+
+
+class Grid:
+    """Delivers at once, or after it was asked some times."""
+
+    def __init__(self, sites: dict[int, Site], late: Late = never_late) -> None:
+        self.sites, self._open, self._late = sites, dict[str, Message](), late
+        self._asked: dict[str, int] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.sites)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            ids.append(str(len(self._open)))
+            self._open[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for i in message_ids:
+            message = self._open[i]
+            number = message.metadata.dst_node_id
+            self._asked[i] = self._asked.get(i, 0) + 1
+            if self._asked[i] > self._late(number, message):
+                replies.append(self.sites[number].reply(message))
+        return replies
+
+
+class Evaluator:
+    """The server has no evaluation set."""
+
+    base_digest, tokenizer_digest = "base", "tokenizer"
+
+    def evaluate(self, state: object) -> dict[str, float]:
+        return {}
+
+
+def run(
+    tmp_path: Path, sites: list[Site], rounds: int, *, resume: bool = False, late: Late = never_late, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """A whole run; ``changes`` are of the federation file."""
+    settings = {
+        "name": "x",
+        "model": {"path": "m"},
+        "strategy": {"name": "fedftg", "rank": 2},
+        "rounds": rounds,
+        "training": {"learning_rate": 10.0, "local_steps": 1},  # so that random changes are possible
+        "cohort": {"min_clients": len(sites)},
+        **changes,
+    }
+    config = parse(settings, FederationConfig, "x")
+    source, checkpoint = tmp_path / "federation.yaml", None
+    if resume:
+        folder = RunFolder.reopen(tmp_path / "run", config, source)
+        checkpoint = newest(folder.path, pytest.fail)
+        folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
+    else:
+        folder = RunFolder.create(tmp_path / "run", config, source)
+    grid: Any = Grid(dict(enumerate(sites, start=1)), late)
+    evaluator: Any = Evaluator()
+    strategy = make_strategy(config.strategy, seed=0)
+    return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)

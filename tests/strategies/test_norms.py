@@ -1,0 +1,118 @@
+"""The absolute bound holds for every honest training, and the cohort's for most of a cohort."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from client.galore import GaLore
+from common.config import FederationConfig
+from common.errors import RefusedUpdate
+from common.yaml_file import parse
+from strategies.norms import ADAM_STEP, change_norms, check_possible, cohort_bound, largest_change, total
+from strategies.rule import Update
+
+NAME = "model.layers.0.up.weight"
+
+
+def federation(strategy: dict[str, object], **training: object) -> FederationConfig:
+    training = {"learning_rate": 0.1, "local_steps": 7, **training}
+    return parse(
+        {"name": "x", "model": {"path": "m"}, "strategy": strategy, "rounds": 1, "training": training},
+        FederationConfig,
+        "x",
+    )
+
+
+FEDFTG, ROLORA = {"name": "fedftg", "rank": 3, "scale": 0.5}, {"name": "rolora", "rank": 3}
+
+
+def gradients(kind: str, shape: tuple[int, int], steps: int) -> list[Tensor]:
+    """Gradients that make Adam step far: steady ones, growing ones, and a burst after silence."""
+    g = torch.Generator().manual_seed(0)
+    first = torch.randn(shape, generator=g)
+    scales = {"steady": [1.0] * steps, "growing": [1.5**i for i in range(steps)], "burst": [0.0] * (steps - 1) + [1.0]}
+    return [first * scale for scale in scales[kind]]
+
+
+@pytest.mark.parametrize("kind", ["steady", "growing", "burst"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("strategy", [FEDFTG, ROLORA], ids=["fedftg", "rolora"])
+@pytest.mark.parametrize("steps", [1, 40])
+def test_no_training_moves_further_than_the_bound(
+    strategy: dict[str, object], kind: str, decay: float, steps: int
+) -> None:
+    config = federation(strategy, local_steps=steps, weight_decay=decay, max_grad_norm=None)
+    start = torch.randn(12, 9, generator=torch.Generator().manual_seed(1))
+    weight = nn.Parameter(start.clone())
+    optimizer: torch.optim.Optimizer
+    if strategy is FEDFTG:
+        optimizer = GaLore(
+            {NAME: weight}, lr=0.1, rank=3, update_proj_gap=5, scale=0.5, weight_decay=decay, max_grad_norm=None
+        )
+    else:
+        optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=decay)
+    for gradient in gradients(kind, (12, 9), steps):
+        weight.grad = gradient.clone()
+        optimizer.step()
+    moved = float((weight.detach() - start).norm())
+    bound = largest_change(start, 100, config.training, config.strategy)
+    assert 0 < moved <= bound / 2  # half of it is for rounding
+
+
+def test_burst_after_silence_comes_near_the_bound_on_adams_step() -> None:
+    """So the constant is not far too large: g_i = (b1 / b2)^(t - i) is the worst sequence."""
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0, eps=0.0)
+    steps = 6000  # until the correction of the bias is gone
+    for i in range(1, steps + 1):
+        before = weight.item()
+        weight.grad = torch.tensor([max((0.9 / 0.999) ** (steps - i), 1e-150)], dtype=torch.float64)
+        optimizer.step()
+    assert 0.99 * ADAM_STEP < abs(weight.item() - before) <= ADAM_STEP * 1.0001
+
+
+def test_sgd_is_bounded_by_its_clipping_and_by_nothing_else() -> None:
+    base = torch.zeros(4, 5)
+    clipped = federation(ROLORA, optimizer="sgd", max_grad_norm=0.5)
+    assert largest_change(base, 1, clipped.training, clipped.strategy) == pytest.approx(2 * 7 * 0.1 * 0.5)
+    free = federation(ROLORA, optimizer="sgd", max_grad_norm=None)
+    assert math.isinf(largest_change(base, 1, free.training, free.strategy))
+
+
+def test_epochs_count_as_the_steps_that_the_rows_make() -> None:
+    base = torch.zeros(4, 5)
+    by_epochs = federation(ROLORA, local_steps=None, local_epochs=2, batch_size=4, gradient_accumulation=2)
+    by_steps = federation(ROLORA, local_steps=6)
+    bounds = [largest_change(base, 17, c.training, c.strategy) for c in (by_epochs, by_steps)]  # 3 steps in a pass
+    assert bounds[0] == bounds[1]
+
+
+@pytest.mark.parametrize("factor", [1e6, -1e6, float("inf")])
+def test_scaled_update_is_refused_with_client_tensor_norm_and_bound(factor: float) -> None:
+    config, base = federation(ROLORA), {NAME: torch.zeros(12, 9)}
+    honest = Update("site-b", 10, {NAME: torch.full((12, 9), 0.1)})
+    check_possible(honest, change_norms(honest, base), base, config.training, config.strategy)
+    scaled = Update("site-b", 10, {NAME: honest.tensors[NAME] * factor})
+    with pytest.raises(RefusedUpdate, match=rf"site-b: {NAME} moved by .*; allowed: \d+"):
+        check_possible(scaled, change_norms(scaled, base), base, config.training, config.strategy)
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=9), st.data())
+def test_few_wild_clients_are_beyond_the_cohorts_bound_and_no_honest_one_is(
+    norms: list[float], data: st.DataObject
+) -> None:
+    wild = data.draw(st.integers(0, (len(norms) - 1) // 2))
+    all_norms = {f"h{i}": norm for i, norm in enumerate(norms)} | {f"w{i}": 1e3 for i in range(wild)}
+    bound = cohort_bound(all_norms, 10.0)
+    assert all(norm <= bound for name, norm in all_norms.items() if name.startswith("h"))
+    assert all(norm > bound for name, norm in all_norms.items() if name.startswith("w"))
+
+
+def test_two_clients_and_clients_that_stood_still_are_no_cohort() -> None:
+    assert math.isinf(cohort_bound({"a": 1.0, "b": 1e9}, 10.0))
+    assert math.isinf(cohort_bound({"a": 0.0, "b": 0.0, "c": 1.0}, 10.0))
+    assert total({"x": 3.0, "y": 4.0}) == 5.0
