@@ -24,7 +24,7 @@ from rich.console import Console
 from common.config import FederationConfig, SiteConfig, resolve, resolved
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError, ModelError
 from common.yaml_file import load
-from deploy.processes import Supervisor, free_ports, last_lines, listens, port_in_use
+from server.processes import Supervisor, free_ports, last_lines, listens, port_in_use
 from deploy.progress import Display
 from server.run_folder import check_resumable, read_lines, refuse_existing
 

@@ -108,7 +108,7 @@ class Display:
 
 
 _PROBLEMS = {"client_refused", "client_failed", "update_refused", "client_excluded", "client_readmitted", "late_reply"}
-_PROBLEMS |= {"checkpoint_damaged", "restarted"}
+_PROBLEMS |= {"checkpoint_damaged"}
 _ALWAYS = {*_PROBLEMS, "resumed", "round_finished"}
 
 

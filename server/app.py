@@ -26,6 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     config = resolved(load(source, FederationConfig), source)
     resume = bool(context.run_config.get("resume", False))
     folder = RunFolder.reopen(run_dir, config, source) if resume else RunFolder.create(run_dir, config, source)
+    folder.model_info({"flower_run": context.run_id})
     try:
         _run(grid, config, source, folder, resume=resume)
     except FedSpanError as error:
@@ -34,6 +35,8 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         folder.fail(f"the server stopped on {type(error).__name__}: {error}")
         raise
+    finally:
+        folder.close()
 
 
 def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, *, resume: bool) -> None:

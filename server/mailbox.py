@@ -56,12 +56,18 @@ class Mailbox:
                 yield self._open.pop(message_id), reply
                 del reply
 
-    def replies(self, group: str, deadline: Callable[[], float]) -> Iterator[tuple[Sent, Message]]:
-        """The replies of a group until all are there or ``time.monotonic()`` has passed ``deadline``."""
+    def replies(
+        self, group: str, deadline: Callable[[], float], meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Sent, Message]]:
+        """The replies of a group until all are there or ``time.monotonic()`` has passed ``deadline``.
+
+        Between two questions ``meanwhile`` is called, which may push more messages of the group.
+        """
         while self.waiting(group):
             yield from self.arrived(group)
             if time.monotonic() > deadline():
                 return
+            meanwhile()
             if self.waiting(group):
                 time.sleep(POLL_SECONDS)
 
@@ -69,9 +75,9 @@ class Mailbox:
         """Nodes that have not answered the messages of a group."""
         return [sent.node_id for sent in self._open.values() if sent.group == group]
 
-    def forget(self, group: str) -> list[int]:
-        """Give up on the open messages of a group; the nodes that did not answer. They may still do so `late`."""
-        late = {i: sent for i, sent in self._open.items() if sent.group == group}
+    def forget(self, group: str, node_id: int | None = None) -> list[int]:
+        """Give up on the open messages of a group, or of one node; the nodes that did not answer. See `late`."""
+        late = {i: s for i, s in self._open.items() if s.group == group and node_id in (None, s.node_id)}
         self._open = {i: sent for i, sent in self._open.items() if i not in late}
         self._late |= late
         return [sent.node_id for sent in late.values()]

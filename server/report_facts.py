@@ -229,10 +229,10 @@ def sites(events: list[Record], rounds: list[int]) -> list[Site]:
             outcome.update({(who, event["round"]): "asked" for who in event["clients"]})
         elif event["event"] == "reply":
             outcome[event["client"], event["round"]] = "trained"
-        elif event["event"] in ("update_refused", "client_failed"):
-            key = (event["client"], event["round"])
-            if outcome.get(key) == "asked":  # a failure to evaluate after training leaves the training as it was
-                outcome[key] = "refused" if event["event"] == "update_refused" else "failed"
+        elif event["event"] == "update_refused":
+            outcome[event["client"], event["round"]] = "refused"
+        elif event["event"] == "client_failed" and outcome.get((event["client"], event["round"])) == "asked":
+            outcome[event["client"], event["round"]] = "failed"  # one to evaluate leaves the training as it was
     return [
         Site(
             who,
@@ -256,6 +256,9 @@ def problems(events: list[Record]) -> list[Problem]:
         "client_refused": "not admitted",
         "update_refused": "update refused",
         "client_failed": "failed",
+        "client_excluded": "left out",
+        "client_readmitted": "readmitted",
+        "late_reply": "too late",
     }
     return [
         Problem(event["time"], event.get("round"), event["client"], kinds[event["event"]], str(event["reason"]))

@@ -120,12 +120,16 @@ class RoundLoop:
         cohort = self._config.cohort
         self._note_late()
         self._roster.gather(cohort)
+        self._meet()
+        nodes = self._roster.connected()
+        return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
+
+    def _meet(self) -> None:
+        """Tell the strategy of sites that are new."""
         for node_id, member in self._roster.members.items():
             if node_id not in self._strategy.clients:
                 rank = member.rank if self._strategy.rule.mixed_ranks else None
                 self._strategy.clients[node_id] = Client(member.site, rank, has_base=True)
-        nodes = self._roster.connected()
-        return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
 
     def _send(self, notes: RoundNotes, state: Tensors, nodes: list[int], group: str, *, evaluate: bool) -> None:
         settings: dict[str, ConfigRecordValues] = {"federation": self._settings, "evaluate": evaluate}
@@ -157,7 +161,9 @@ class RoundLoop:
 
         since = time.monotonic()
         resent: set[int] = set()
-        for sent, reply in self._mailbox.replies(group, deadline):
+        for sent, reply in self._mailbox.replies(
+            group, deadline, lambda: self._welcome(notes, state, group, evaluated)
+        ):
             notes.elsewhere += time.monotonic() - since
             name = self._strategy.client(sent.node_id).name
             try:
@@ -178,11 +184,21 @@ class RoundLoop:
                 yield update, norm
                 del update
             since = time.monotonic()
-            self._roster.greet()  # who comes late joins the next round
         notes.elsewhere += time.monotonic() - since
         for node_id in self._mailbox.forget(group):
             name = self._strategy.client(node_id).name
             notes.problem(name, "client_failed", f"{name}: no answer within {deadline() - asked:.4g} seconds")
+
+    def _welcome(self, notes: RoundNotes, state: Tensors, group: str, evaluated: bool) -> None:
+        """Take in who comes late; a site that comes back as a new node is given the work that its old one has lost."""
+        if not self._roster.greet():
+            return
+        for node_id in self._mailbox.waiting(group):
+            successor = self._roster.successor(node_id)
+            if successor is not None:
+                self._mailbox.forget(group, node_id)
+                self._meet()
+                self._send(notes, state, [successor], group, evaluate=evaluated)
 
     def _read(self, reply: Message, node_id: int) -> tuple[Update, float]:
         """The update in a reply, and the norm of its change.

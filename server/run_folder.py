@@ -13,6 +13,7 @@
 Only the ServerApp writes here. A whole file appears at once or not at all; a line is flushed as soon as it is written.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -32,16 +33,21 @@ from common.errors import LaunchError
 
 #: Any of these is a run, or what is left of one.
 _RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", "checkpoints")
+_LOCK = ".lock"
 _PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
 
 
 class RunFolder:
-    """Writes a run's folder. Make one with ``create``."""
+    """Writes a run's folder, which is locked until it is closed. Make one with ``create`` or ``reopen``."""
 
     def __init__(self, path: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = path
+        self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        if not _take(self._lock):
+            os.close(self._lock)
+            raise LaunchError(f"{path}: another server is at work on this run")
         self._started = time.time()
         self._run: dict[str, Any] = {}
         self._board = SummaryWriter(str(path / "tensorboard"))
@@ -93,10 +99,15 @@ class RunFolder:
             LaunchError: there is no run to go on with, or the federation file has changed; says how.
         """
         check_resumable(path, resolved(federation, source))
-        folder = cls(path)
+        folder = cls(path)  # from here on it is ours alone
         folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         folder.model_info({"status": "running", "reason": None})
         return folder
+
+    def close(self) -> None:
+        """Let another server write to it."""
+        self._board.close()
+        os.close(self._lock)
 
     def same_models(self, digests: Mapping[str, str]) -> None:
         """Refuse to go on with another base model or tokenizer.
@@ -151,7 +162,6 @@ class RunFolder:
 
     def _end(self, status: str, reason: str | None) -> None:
         seconds = round(time.time() - self._started, 3)
-        self._board.close()
         if reason is None:
             self.event("finished", seconds=seconds)
         else:
@@ -161,6 +171,24 @@ class RunFolder:
     def _append(self, name: str, record: Mapping[str, object]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+
+def in_use(path: Path) -> bool:
+    """Whether a living server writes to the folder ``path``; the system frees it when that one dies, however it does."""
+    try:
+        with (path / _LOCK).open("a") as lock:
+            return not _take(lock.fileno())
+    except FileNotFoundError:
+        return False
+
+
+def _take(descriptor: int) -> bool:
+    """Lock a file for as long as it is open."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def refuse_existing(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import psutil
 
-from deploy.processes import Supervisor, free_ports, listens
+from server.processes import Supervisor, free_ports, listens
 from tests.processes.launcher import ROOT, environment
 
 BIN = Path(sysconfig.get_path("scripts"))

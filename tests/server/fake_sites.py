@@ -147,4 +147,7 @@ def run(
     grid: Any = Grid(dict(enumerate(sites, start=1)), late)
     evaluator: Any = Evaluator()
     strategy = make_strategy(config.strategy, seed=0)
-    return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)
+    try:
+        return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)
+    finally:
+        folder.close()

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.config import FederationConfig, resolved
 from common.errors import LaunchError
 from common.yaml_file import load
-from server.run_folder import RunFolder, read_lines, write_atomically
+from server.run_folder import RunFolder, in_use, read_lines, write_atomically
 from tests.server.sample_run import completed, federation
 
 
@@ -67,3 +67,15 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     losses = {e.step: e.value for e in board.Scalars("evaluate/loss/site-a")}
     records = [r for r in read_lines(run / "metrics.jsonl") if r["client"] == "site-a" and r["phase"] == "evaluate"]
     assert losses == pytest.approx({r["round"]: r["evaluate"]["loss"] for r in records})
+
+
+def test_one_server_at_a_time_writes_to_a_run(tmp_path: Path) -> None:
+    source, path = tmp_path / "f.yaml", tmp_path / "run"
+    assert not in_use(path)
+    first = RunFolder.create(path, federation(), source)
+    assert in_use(path)
+    with pytest.raises(LaunchError, match=r"run: another server is at work on this run"):
+        RunFolder.reopen(path, federation(), source)
+    first.close()
+    assert not in_use(path)
+    RunFolder.reopen(path, federation(), source).close()
