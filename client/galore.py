@@ -21,13 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from client.moments import Moments, moment_store
+from client.range_finder import range_finder
 from common.errors import TrainingError
 from common.factors import Factors
 from common.subspace import generator_for, projects_right
-
-_OVERSAMPLING = 8
-_MOST_ITERATIONS = 12
-_CONVERGED = 1e-3  # an iteration that adds less than this share of the captured energy is the last
 
 
 class GaLore(torch.optim.Optimizer):
@@ -244,8 +241,9 @@ class GaLore(torch.optim.Optimizer):
             basis = vectors.T.contiguous() if right else vectors
         rows, columns = gradient.shape
         shape = (rows, rank) if right else (rank, columns)
-        state["bases"].append(basis)
-        state["updates"].append(torch.zeros(shape, dtype=torch.float32, device=gradient.device))
+        update = torch.zeros(shape, dtype=torch.float32, device=gradient.device)
+        state["bases"].append(basis)  # after all that may run out of memory: a term is opened whole or not at all
+        state["updates"].append(update)
         state["refreshed"] = state["step"]
 
     def factors(self, name: str) -> Factors:
@@ -288,41 +286,10 @@ class GaLore(torch.optim.Optimizer):
                 self.state[parameter] = {key: _to(value, parameter.device) for key, value in saved.items()}
 
 
-def range_finder(matrix: Tensor, rank: int, warm: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Approximate top right singular vectors by randomized subspace iteration (arXiv 0909.4061, algorithm 4.4).
-
-    Args:
-        matrix: (rows, n) with n <= rows, float32, finite.
-        rank: how many vectors.
-        warm: (n, any) a guess that the search starts from, besides random directions; None for none.
-        generator: of the random directions, on the CPU, so that every device draws the same.
-
-    Returns:
-        (n, rank) orthonormal columns, in falling order of captured energy, the largest entry of each positive.
-    """
-    n = matrix.shape[1]
-    width = min(n, rank + _OVERSAMPLING)
-    have = 0 if warm is None else min(warm.shape[1], rank)
-    fresh = torch.randn(n, width - have, generator=generator).to(matrix)
-    start = fresh if warm is None else torch.cat([warm[:, :have], fresh], dim=1)
-    q: Tensor = torch.linalg.qr(start).Q
-    vectors, captured = q[:, :rank], 0.0
-    for _ in range(_MOST_ITERATIONS):
-        image = matrix @ q  # (rows, width)
-        energy, rotation = torch.linalg.eigh((image.T @ image).to(torch.float64))  # rising
-        before, captured = captured, float(energy[-rank:].sum())
-        vectors = q @ rotation.flip(1)[:, :rank].to(q)
-        if captured - before <= _CONVERGED * captured:
-            break
-        q = torch.linalg.qr(matrix.T @ image).Q
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
-
-
 def _begin(state: dict[str, Any], parameter: nn.Parameter) -> None:
-    state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
     if parameter.dtype != torch.float32:
         state["start"] = parameter.detach().clone()
+    state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
 
 
 def _to(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors, lists of tensors and numbers

@@ -63,6 +63,7 @@ class Session:
         self._site_file = site_file
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
+        self._max_batch_size = site.max_batch_size  # less once memory has run out
         self.kept: Tensors = {}
 
     def hello(self) -> Hello:
@@ -167,11 +168,12 @@ class Session:
             training,
             server_round=server_round,
             rounds=federation.rounds,
-            max_batch_size=self.site.max_batch_size,
+            max_batch_size=self._max_batch_size,
             device=self._device,
             autocast=pick_autocast(self.site.precision, self._device),
             seed=seed,
         )
+        self._max_batch_size = result.micro_batch
         metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         if isinstance(optimizer, GaLore):
             start, exchange = self._weights.tensors, self._exchange(server_round)

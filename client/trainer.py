@@ -1,5 +1,6 @@
 """One round of local training: the whole loop on one page. No Flower."""
 
+import logging
 import math
 import random
 import time
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from client.galore import GaLore
 from common.config import TrainingConfig
 from common.errors import TrainingError
+from common.memory import attempt, release
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class TrainResult:
         seconds: wall-clock time of the loop.
         learning_rate: of the last step.
         peak_memory_bytes: of the CUDA device; 0 on a CPU.
+        micro_batch: rows per forward pass at the end; fewer than at the start when memory ran out.
     """
 
     loss: float
@@ -42,6 +46,7 @@ class TrainResult:
     seconds: float
     learning_rate: float
     peak_memory_bytes: int
+    micro_batch: int
 
 
 def train(
@@ -61,6 +66,9 @@ def train(
 ) -> TrainResult:
     """Train for one round.
 
+    When memory runs out, a step is made anew with half as many rows per forward pass, which stay for the round. The
+    step's rows and its result are the same.
+
     Args:
         model: already on ``device``; only parameters with ``requires_grad`` are in ``optimizer``.
         optimizer: built for this round's trained parameters.
@@ -76,7 +84,7 @@ def train(
         seed: of the order of rows.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or memory runs out with one row per forward pass.
     """
     rows_per_step = config.batch_size * config.gradient_accumulation
     micro = min(config.batch_size, max_batch_size or config.batch_size)
@@ -86,7 +94,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     galore = optimizer if isinstance(optimizer, GaLore) else None
-    passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, galore)
+    passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer)
     for_bases = _shuffled(len(examples), rows_per_step, f"{seed}/bases", carry_over=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -100,13 +108,12 @@ def train(
         place = f"round {server_round}, step {step + 1}"
         optimizer.zero_grad(set_to_none=True)
         if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
-            for _ in range(galore.refresh_batches):
-                passes.backward([examples[i] for i in next(for_bases)], place)
+            passes.backward([[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)], place)
             galore.refresh()
         rows = [examples[i] for i in next(order)]
         # A scaler must see the gradients before they are projected.
         with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
-            loss = passes.backward(rows, place)
+            loss = passes.backward([rows], place)
         scaler.unscale_(optimizer)
         if config.max_grad_norm is not None and galore is None:  # GaLore clips what it has projected
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -124,6 +131,7 @@ def train(
         seconds=time.monotonic() - started,
         learning_rate=float(optimizer.param_groups[0]["lr"]),
         peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        micro_batch=passes.micro,
     )
 
 
@@ -139,33 +147,54 @@ class _Passes(Generic[E]):
         device: torch.device,
         autocast: torch.dtype | None,
         micro: int,
-        galore: GaLore | None,
+        max_length: int,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.tokens = 0
+        self.tokens, self.micro = 0, micro
         self._model, self._collate, self._loss_sum, self._scaler = model, collate, loss_sum, scaler
-        self._device, self._autocast, self._micro, self._galore = device, autocast, micro, galore
+        self._device, self._autocast, self._max_length, self._optimizer = device, autocast, max_length, optimizer
 
-    def backward(self, rows: list[E], place: str) -> float:
-        """Add the gradient of the mean loss over ``rows`` to what is there; that loss.
+    def backward(self, batches: list[list[E]], place: str) -> float:
+        """Make the gradient of the sum of each batch's mean loss, where no gradient is yet; that sum.
 
         Raises:
-            TrainingError: the loss is not finite; names the place.
+            TrainingError: the loss is not finite, or a single row does not fit into memory; names the place.
         """
-        batches = [self._collate(rows[i : i + self._micro]) for i in range(0, len(rows), self._micro)]
-        counted = max(sum(int((batch["labels"] != -100).sum()) for batch in batches), 1)
-        loss = 0.0
-        for number, batch in enumerate(batches, start=1):
-            if self._galore is not None:
-                self._galore.last_backward = number == len(batches)
-            on_device = {key: value.to(self._device) for key, value in batch.items()}
-            with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
-                summed, _ = self._loss_sum(self._model, on_device)
-            loss += float(summed.detach()) / counted
-            if not math.isfinite(loss):
-                raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
-            self._scaler.scale(summed / counted).backward()
-            self.tokens += int(batch["attention_mask"].sum())
+        while (done := attempt(lambda: self._backward(batches, place))) is None:
+            most = min(self.micro, max(len(rows) for rows in batches))
+            if most == 1:
+                raise TrainingError(
+                    f"out of memory in {place}: one row of up to {self._max_length} tokens does not fit on "
+                    f"{self._device}; lower training.max_length or strategy.rank, set training.gradient_checkpointing, "
+                    "or take a larger device"
+                )
+            self.micro = most // 2
+            log.warning("out of memory in %s; from now on %d row(s) per forward pass", place, self.micro)
+            # A basis that GaLore took meanwhile stays: it came from the whole gradient, which will be the same.
+            self._optimizer.zero_grad(set_to_none=True)
+            release()
+        loss, tokens = done
+        self.tokens += tokens
         return loss
+
+    def _backward(self, batches: list[list[E]], place: str) -> tuple[float, int]:
+        """One attempt: the loss, and how many input tokens went through the model."""
+        loss, tokens = 0.0, 0
+        for rows in batches:
+            parts = [self._collate(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
+            counted = max(sum(int((part["labels"] != -100).sum()) for part in parts), 1)
+            for number, part in enumerate(parts, start=1):
+                if isinstance(self._optimizer, GaLore):
+                    self._optimizer.last_backward = number == len(parts)
+                on_device = {key: value.to(self._device) for key, value in part.items()}
+                with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                    summed, _ = self._loss_sum(self._model, on_device)
+                loss += float(summed.detach()) / counted
+                if not math.isfinite(loss):
+                    raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
+                self._scaler.scale(summed / counted).backward()
+                tokens += int(part["attention_mask"].sum())
+        return loss, tokens
 
 
 def schedule_factor(config: TrainingConfig, progress: float) -> float:

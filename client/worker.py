@@ -155,6 +155,7 @@ class Keeper:
         self._options = options
         self._bench: Bench | None = None
         self._status = Status()
+        self._shown = True
         self._idle_since = time.monotonic()
         secret = [] if options.auth_secret is None else [_signed(options.auth_secret)]
         self._client = options.connect(*secret, patience=0.0)
@@ -231,20 +232,27 @@ class Keeper:
             error = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
             push_message(client, error, context)
             push_task_output(client, None, SubStatus.FAILED, reason)
-        except Exception:
+        except Exception:  # the message came over the network: what it holds may make Flower's code fail in any way
             log.exception("the message could not be answered")
         finally:
             client.close()
 
     def _show(self, state: str) -> None:
-        """Write the status file, whole or not at all."""
+        """Write the status file, whole or not at all; warn once when it cannot be written."""
         self._status.state = state
         self._status.bench = self._bench.process.pid if self._bench is not None else None
         self._status.bundle = self._bench.bundle if self._bench is not None else None
         if self._options.status is not None:
             temporary = self._options.status.with_name(f".{self._options.status.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(asdict(self._status)) + "\n", encoding="utf-8")
-            temporary.replace(self._options.status)
+            try:
+                temporary.write_text(json.dumps(asdict(self._status)) + "\n", encoding="utf-8")
+                temporary.replace(self._options.status)
+            except OSError as error:  # a full disk, say: the site works on
+                if self._shown:
+                    log.warning("the status file cannot be written (%s); trying on at every change", error)
+                self._shown = False
+            else:
+                self._shown = True
 
 
 def _signed(secret: Path) -> ProtobufClientInterceptor:

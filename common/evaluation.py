@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.chat import causal_loss_sum, collate, encode, end_ids, last_tokens, pad_id, prompt_ids
+from common.chat import Example, causal_loss_sum, collate, encode, end_ids, last_tokens, pad_id, prompt_ids
 from common.config import EvaluationConfig
+from common.memory import halving
 from common.metrics import score
 from common.rows import Row
 
@@ -100,15 +102,20 @@ def evaluate_loss(
     device: torch.device,
     autocast_dtype: torch.dtype | None,
 ) -> LossResult:
-    """Mean loss over the answer tokens of all rows."""
+    """Mean loss over the answer tokens of all rows; on half as many rows at a time where memory runs out."""
     examples = [encode(tokenizer, row, system, max_length) for row in rows]
     examples.sort(key=lambda example: len(example.input_ids))  # little padding
     total, tokens = 0.0, 0
+    padding = pad_id(tokenizer)
+
+    def loss_of(some: list[Example]) -> tuple[float, int]:
+        batch = collate(some, padding)
+        loss, counted = causal_loss_sum(model, {key: value.to(device) for key, value in batch.items()})
+        return float(loss), counted
+
     with _evaluating(model, device, autocast_dtype):
-        for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
-            loss, counted = causal_loss_sum(model, {key: value.to(device) for key, value in batch.items()})
-            total, tokens = total + float(loss), tokens + counted
+        for loss, counted in halving(examples, batch_size, loss_of):
+            total, tokens = total + loss, tokens + counted
     mean = total / max(tokens, 1)
     return LossResult(mean, math.exp(min(mean, 700.0)), tokens, len(rows))
 
@@ -139,24 +146,26 @@ def generate_answers(
     room = max(min(max_length, positions - max_new_tokens), 1)
     prompts = [last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, system), room) for row in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(rows)
+
+    def answers_to(some: list[int]) -> list[str]:
+        width = max(len(prompts[i]) for i in some)
+        ids = torch.full((len(some), width), padding)
+        mask = torch.zeros_like(ids)
+        for line, i in enumerate(some):  # padded on the left: generation continues at the right
+            ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[line, width - len(prompts[i]) :] = 1
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+        )
+        answers = []
+        for new in out[:, width:].tolist():
+            stop = min((new.index(end) for end in ends if end in new), default=len(new))
+            answers.append(tokenizer.decode(new[:stop], skip_special_tokens=True).strip())
+        return answers
+
     with _evaluating(model, device, autocast_dtype), _only_settings(model, settings):
-        for start in range(0, len(rows), batch_size):
-            some = by_length[start : start + batch_size]
-            width = max(len(prompts[i]) for i in some)
-            ids = torch.full((len(some), width), padding)
-            mask = torch.zeros_like(ids)
-            for line, i in enumerate(some):  # padded on the left: generation continues at the right
-                ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[line, width - len(prompts[i]) :] = 1
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
-            for line, i in enumerate(some):
-                new = out[line, width:].tolist()
-                stop = min((new.index(end) for end in ends if end in new), default=len(new))
-                answers[i] = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
-    return answers
+        answers = dict(zip(by_length, chain.from_iterable(halving(by_length, batch_size, answers_to)), strict=True))
+    return [answers[i] for i in range(len(rows))]
 
 
 @contextmanager

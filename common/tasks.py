@@ -15,6 +15,7 @@ from common.base_model import Base, load_base
 from common.config import ClassificationTask, Dtype, EvaluationConfig, TaskConfig
 from common.errors import DataError
 from common.evaluation import evaluate_model, in_fixed_order
+from common.memory import halving
 from common.rows import Row
 
 Batch = dict[str, Tensor]
@@ -176,12 +177,16 @@ class SequenceClassification(Task[Labelled]):
         examples = self.examples(tokenizer, in_fixed_order(rows)[: config.max_examples], system, max_length)
         collate = self.collater(tokenizer)
         total, right = 0.0, 0
-        for start in range(0, len(examples), config.batch_size):
-            batch = {k: v.to(place.device) for k, v in collate(examples[start : start + config.batch_size]).items()}
+
+        def measure(some: list[Labelled]) -> tuple[float, int]:
+            batch = {k: v.to(place.device) for k, v in collate(some).items()}
             with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-            total += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            right += int((logits.argmax(-1) == batch["labels"]).sum())
+            loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            return loss, int((logits.argmax(-1) == batch["labels"]).sum())
+
+        for loss, hits in halving(examples, config.batch_size, measure):
+            total, right = total + loss, right + hits
         count = len(examples)
         loss = total / count
         return {"loss": loss, "perplexity": math.exp(loss), "examples": float(count), "accuracy": right / count}

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from client.galore import GaLore, range_finder
+from client.galore import GaLore
+from client.range_finder import range_finder
 from common.errors import TrainingError
 from common.subspace import SharedBasis
 
@@ -301,6 +302,25 @@ def test_gradients_wait_only_for_the_other_passes_of_a_refreshs_step() -> None:
             waiting.append(all(p.grad is not None for p in model.parameters()))
         optimizer.step()
     assert waiting == [True, False, False, False, False, False, True, False]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("zeros", torch.float32), ("Tensor.clone", torch.bfloat16)])
+def test_step_that_runs_out_of_memory_at_a_refresh_can_be_made_anew(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    grads, straight, parameter = gradients((12, 7), 6), weight((12, 7), dtype), weight((12, 7), dtype)
+    run(straight, galore(straight), grads)
+    optimizer = galore(parameter)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"torch.{name}", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(parameter, optimizer, grads[:1])
+    optimizer.zero_grad()
+    run(parameter, optimizer, grads)
+    assert torch.equal(straight, parameter)
 
 
 def test_norm_of_all_projected_gradients_together_is_clipped() -> None:

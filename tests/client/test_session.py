@@ -175,6 +175,23 @@ def test_label_that_is_not_listed_is_counted_not_quoted(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_fewer_rows_per_pass_stay_for_later_rounds(tmp_path: Path) -> None:
+    own = session(tmp_path)  # of 4 rows per step
+    own.set_state(state(own), None, list(state(own)))
+    sizes: list[int] = []
+
+    def fail(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    own._tuned.model.register_forward_pre_hook(fail, with_kwargs=True)
+    assert own.train(1, list(state(own)))[1]["train.micro_batch"] == 2.0
+    assert sizes == [4] + [2] * 6
+    assert own.train(2, list(state(own)))[1]["train.micro_batch"] == 2.0
+    assert sizes == [4] + [2] * 12
+
+
 def test_seed_and_round_decide_the_result(tmp_path: Path) -> None:
     def trained(server_round: int) -> Tensors:
         own = session(tmp_path)

@@ -1,7 +1,9 @@
 """The local loop: accumulation is exact, the schedule runs over the whole federation, every row is used."""
 
+import gc
 import itertools
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -157,3 +159,113 @@ def test_bases_from_several_batches_cost_their_passes_and_nothing_else() -> None
     assert 6 * 2 * 1 <= three.tokens - one.tokens <= 6 * 2 * 3
     assert not torch.equal(galore_run(1)[0], galore_run(3)[0])
     assert torch.equal(galore_run(3)[0], galore_run(3)[0])
+
+
+def cuda_runs_out() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def cpu_runs_out() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def fail_above(model: nn.Sequential, most: int, *, passes: int, where: str, error: Any = cuda_runs_out) -> None:
+    """From the given forward pass on, more than ``most`` rows fail: there, or when backward reaches layer 2."""
+    seen = itertools.count(1)
+
+    def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        too_large = next(seen) >= passes and len(inputs[0]) > most
+        if too_large and where == "forward":
+            error()
+        module.too_large = too_large
+
+    def after(module: nn.Module, inputs: object, output: Tensor) -> None:
+        if model.too_large and where == "backward":
+            output.register_hook(lambda gradient: error())
+
+    model.register_forward_pre_hook(before)
+    model[2].register_forward_hook(after)
+
+
+def deep_run(cap: int | None, optimizer: str, refresh_batches: int = 1, **fault: Any) -> tuple[list[Tensor], Any]:
+    """Four steps of 8 rows; GaLore refreshes at the first and the third."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(1, 12), nn.Linear(12, 8), nn.Linear(8, 6), nn.Linear(6, 1)]
+    model = nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh())))
+    if fault:
+        fail_above(model, **fault)
+    weights = {"up": layers[1].weight, "down": layers[2].weight}
+    options: dict[str, Any] = {"rank": 2, "update_proj_gap": 2, "scale": 1.0, "refresh_batches": refresh_batches}
+    made = GaLore(weights, lr=0.02, **options) if optimizer == "galore" else torch.optim.AdamW(model.parameters(), 0.02)
+    result = train(
+        model,
+        made,
+        rows(40),
+        collate,
+        loss_sum,
+        settings(local_steps=4, gradient_accumulation=2, learning_rate=0.02, max_length=99),
+        server_round=3,
+        rounds=3,
+        max_batch_size=cap,
+        device=torch.device("cpu"),
+        autocast=None,
+        seed="s",
+    )
+    return [p.detach() for p in model.parameters()], result
+
+
+# Forward passes before memory runs out for good: a step has two, a refresh from three batches six more.
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("optimizer", "refresh_batches", "passes"),
+    [
+        *[("adamw", 1, passes) for passes in (1, 2, 6)],
+        *[("galore", 1, passes) for passes in (1, 2, 4, 6)],  # the first and last part of a refresh's step; between
+        *[("galore", 3, passes) for passes in (1, 4, 6, 8, 10, 15)],  # in the refresh, and after it
+    ],
+)
+def test_step_that_ran_out_of_memory_is_made_anew_with_fewer_rows_per_pass(
+    optimizer: str, refresh_batches: int, passes: int, where: str
+) -> None:
+    found, result = deep_run(None, optimizer, refresh_batches, most=2, passes=passes, where=where)
+    expected, small = deep_run(2, optimizer, refresh_batches)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+    assert result.loss == pytest.approx(small.loss, rel=1e-6)
+    assert (result.micro_batch, result.tokens) == (2, small.tokens)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("error", [cuda_runs_out, cpu_runs_out])
+def test_row_that_does_not_fit_is_told_with_its_place(error: Any, where: str) -> None:
+    says = r"out of memory in round 3, step 2: one row of up to 99 tokens does not fit on cpu; lower training.max_len"
+    with pytest.raises(TrainingError, match=says) as caught:
+        deep_run(None, "adamw", most=0, passes=3, where=where, error=error)
+    assert caught.value.__context__ is None
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="must match"):
+        deep_run(None, "adamw", most=2, passes=1, where="forward", error=lambda: torch.ones(2) + torch.ones(3))
+
+
+def test_tensors_of_a_failed_pass_are_freed_before_the_next() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def fail(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        assert all(tensor() is None for tensor in held)
+        summed, counted = loss_sum(model, batch)
+        if len(batch["x"]) > 1:
+            held.extend(weakref.ref(tensor) for tensor in (summed, *batch.values()))
+            cuda_runs_out()
+        return summed, counted
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"server_round": 1, "rounds": 1, "max_batch_size": None, "autocast": None, "seed": "s"}
+    gc.disable()
+    try:
+        train(model, optimizer, rows(8), collate, fail, settings(), device=torch.device("cpu"), **options)
+    finally:
+        gc.enable()
+    assert len(held) == 2 * 4  # of 4 rows, and of 2

@@ -1,6 +1,7 @@
 """Tokens of rows: what the loss counts, what an answer ends with, and answers that are really generated."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,24 @@ def test_metrics_do_not_depend_on_order_or_batch_size_and_leave_the_model_as_it_
     assert (found[0]["examples"], found[0]["generated"]) == (5, 2)
     assert lm.training
     assert in_fixed_order(rows) == in_fixed_order(rows[::-1])
+
+
+def test_evaluation_goes_on_with_fewer_rows_when_memory_runs_out() -> None:
+    tokenizer, lm = make_tokenizer(), model()
+    rows = [Row(f"term {i}", f"title {i}") for i in range(7)]
+    config = EvaluationConfig(generate=5, max_new_tokens=3, batch_size=4)
+    options: dict[str, Any] = {"system": None, "max_length": 64, "device": CPU, "autocast_dtype": None}
+    expected = evaluate_model(lm, tokenizer, rows, config, **options)
+    sizes = []
+
+    def fail(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    lm.register_forward_pre_hook(fail, with_kwargs=True)
+    assert evaluate_model(lm, tokenizer, rows, config, **options) == pytest.approx(expected, rel=1e-5)
+    assert sizes.count(4) == 2  # once for the loss, once for the answers
 
 
 def test_tokenizer_without_an_end_token_is_refused() -> None:

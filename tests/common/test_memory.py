@@ -1,0 +1,37 @@
+"""Work that runs out of memory goes on with fewer rows at a time."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from common.memory import attempt, halving
+
+
+def worker(most: int, sizes: list[int]) -> Callable[[list[int]], int]:
+    def total(rows: list[int]) -> int:
+        sizes.append(len(rows))
+        if len(rows) > most:
+            torch.empty(2**60, dtype=torch.uint8)
+        return sum(rows)
+
+    return total
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(9, [5, 5, 1]), (3, [5, 2, 2, 2, 2, 2, 1]), (1, [5, 2, *[1] * 11]), (4, [5, 2, 2, 2, 2, 2, 1])]
+)
+def test_every_row_counts_once_however_often_memory_runs_out(most: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+    assert sum(halving(list(range(11)), 5, worker(most, seen))) == sum(range(11))
+    assert seen == sizes
+
+
+def test_row_that_does_not_fit_raises_what_pytorch_raised() -> None:
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        list(halving([1, 2, 3], 2, worker(0, [])))
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="must match"):
+        attempt(lambda: torch.ones(2) + torch.ones(3))
