@@ -1,4 +1,4 @@
-"""Processes that are started together and stopped together: none outlives its supervisor."""
+"""Processes that are started together and stopped together: none outlives its group."""
 
 import ctypes
 import os
@@ -25,14 +25,16 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Started:
-    """A process under supervision."""
+    """A process of a group."""
 
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    command: Sequence[str]
+    env: Mapping[str, str]
 
 
-class Supervisor:
+class ProcessGroup:
     """Starts processes with a log file each, and stops all of them with all they started.
 
     Use as a context manager: leaving it, in whatever way, stops everything. Should this process be killed itself, the
@@ -79,13 +81,14 @@ class Supervisor:
                 )
             except OSError as error:
                 raise LaunchError(f"{name}: {command[0]} cannot be started ({error.strerror})") from None
-        started = Started(name, process, log)
+        started = Started(name, process, log, command, env)
         self.started.append(started)
         return started
 
-    def dead(self) -> Started | None:
-        """A process that has ended although nobody stopped it; None while all live."""
-        return next((s for s in self.started if s.process.poll() is not None), None)
+    def forget(self, started: Started) -> None:
+        """A process that has ended is not one of the group any more; what it left behind still is."""
+        started.process.wait()
+        self.started.remove(started)
 
     def stop(self) -> None:
         """Stop every process of the run: SIGTERM first, SIGKILL after the grace period. Returns when none is left."""

@@ -174,7 +174,7 @@ class RunFolder:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a living server writes to the folder ``path``; the system frees it when that one dies, however it does."""
+    """Whether a living server writes to the folder ``path``; the kernel frees it when that one dies."""
     try:
         with (path / _LOCK).open("a") as lock:
             return not _take(lock.fileno())

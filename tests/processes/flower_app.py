@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import psutil
 
-from server.processes import Supervisor, free_ports, listens
+from server.processes import ProcessGroup, free_ports, listens
 from tests.processes.launcher import ROOT, environment
 
 BIN = Path(sysconfig.get_path("scripts"))
@@ -23,7 +23,7 @@ class Flower:
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         self._logs = folder / "logs"
-        self._supervisor = Supervisor(self._logs)
+        self._supervisor = ProcessGroup(self._logs)
         self._control, self._fleet = free_ports(2)
         self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
         home = folder / "flwr"

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from common.units import size
-from deploy.progress import Display, Picture, clock, describe, render
+from server.progress import Display, Picture, clock, describe, render
 from server.run_folder import read_lines
 from tests.server.sample_run import completed
 

@@ -1,0 +1,295 @@
+"""Runs a federation to its end although its server may die: ``python -m server.supervise FEDERATION.yaml``.
+
+Flower marks a run failed when its ServerApp or its SuperLink dies, and never starts it again. What is here notices,
+starts the SuperLink again on the same database, from which the SuperNodes' registrations come back, and submits a run
+that goes on after the last checkpoint. A run that ends with a reason (too few sites, a full disk) has ended.
+
+Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from common.config import FederationConfig, resolved
+from common.errors import FedSpanError, LaunchError
+from common.yaml_file import load
+from server.checkpoint import FOLDER
+from server.processes import ProcessGroup, Started, last_lines, listens
+from server.progress import Display
+from server.report import write_report
+from server.run_folder import check_resumable, in_use, read_lines, refuse_existing
+from server.superlink import OwnSuperLink, Tls, environment, flwr
+
+ROOT = Path(__file__).resolve().parents[1]  # holds pyproject.toml, from which Flower bundles the app
+POLL_SECONDS = 0.5
+TRIES = 3
+START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
+_END_SECONDS = 60.0  # a ServerApp whose SuperLink has died ends by itself within seconds
+_ASK_SECONDS = 10.0  # between two questions to the SuperLink for the state of a run that shows no life
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The user, or the machine, asked to stop."""
+
+
+class Supervised:
+    """One federation, submitted again whenever its server dies.
+
+    Args:
+        source: the federation file.
+        run_dir: the run's folder; this machine must see it.
+        group: where processes are started.
+        superlink: the SuperLink to start; or the name of a connection in Flower's configuration, of one that runs.
+        env: environment of all processes.
+        tell: is told of every death.
+        tries: how often in a row the run is submitted again without having finished another round.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        run_dir: Path,
+        group: ProcessGroup,
+        superlink: OwnSuperLink | str,
+        env: Mapping[str, str],
+        tell: Callable[[str], None],
+        *,
+        tries: int = TRIES,
+    ) -> None:
+        self._source, self._run_dir, self._group = source, run_dir, group
+        self._own = superlink if isinstance(superlink, OwnSuperLink) else None
+        self._connection = superlink if isinstance(superlink, str) else "local"
+        self._env, self._tell, self._limit = env, tell, tries
+        self._process: Started | None = None
+        self._run_id = ""
+        self._deaths, self._newest, self._asked = 0, "", 0.0
+
+    def start_superlink(self) -> bool:
+        """Start the SuperLink and wait until it listens; False when it ended, as it does when a port is taken.
+
+        Raises:
+            LaunchError: it did not listen in time.
+        """
+        if self._own is None:
+            return True
+        home = Path(self._env["FLWR_HOME"])
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.toml").write_text(self._own.connection(), encoding="utf-8")
+        self._process = started = self._group.start("superlink", self._own.command(home), self._env)
+        deadline = time.monotonic() + START_SECONDS
+        while not (listens(self._own.port) and listens(int(self._own.fleet.rpartition(":")[2]))):
+            if started.process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                raise LaunchError(f"the SuperLink did not listen within {START_SECONDS:g} seconds; see {started.log}")
+            time.sleep(0.1)
+        return True
+
+    def submit(self, *, resume: bool) -> None:
+        """Hand the app to the SuperLink.
+
+        Raises:
+            LaunchError: the SuperLink did not take it.
+        """
+        config = f"federation={json.dumps(str(self._source))} run-dir={json.dumps(str(self._run_dir))}"
+        config += f" resume={json.dumps(resume)}"
+        answer = flwr(self._env, "run", str(ROOT), self._connection, "--run-config", config)
+        if not answer.get("success"):
+            raise LaunchError(f"the run was not accepted: {answer.get('error-message', answer)}")
+        self._run_id, self._asked = str(answer["run-id"]), time.monotonic()
+        self._newest = self._newest or self._newest_checkpoint()
+
+    def finished(self) -> bool:
+        """Look after the run once; whether it has ended well. To be called again and again.
+
+        Raises:
+            LaunchError: the run has failed, with its reason; or its server died too often.
+        """
+        outcome = _read_outcome(self._run_dir)
+        begun = str(outcome.get("flower_run")) == self._run_id
+        if begun and outcome["status"] == "failed":
+            raise LaunchError(str(outcome["reason"]))
+        at_work = in_use(self._run_dir)
+        if begun and outcome["status"] == "completed" and not at_work:
+            if not (self._run_dir / "report.html").exists():  # it died after its last round
+                write_report(self._run_dir)
+            return True
+        if self._process is not None and self._process.process.poll() is not None:
+            self._again("the SuperLink died")
+        elif (begun and not at_work) or (not begun and self._has_ended()):
+            self._again("the server died")
+        return False
+
+    def _has_ended(self) -> bool:
+        """Whether the SuperLink says that the run is over, although it has not begun to write its folder."""
+        if time.monotonic() < self._asked + _ASK_SECONDS:
+            return False
+        runs = flwr(self._env, "list", self._connection, "--run-id", self._run_id).get("runs") or [{}]
+        self._asked = time.monotonic()
+        return str(runs[0].get("status", "")).startswith("finished")
+
+    def _again(self, what: str) -> None:
+        """Go on after the last checkpoint.
+
+        Raises:
+            LaunchError: this has been tried too often, or the old server does not end.
+        """
+        newest = self._newest_checkpoint()
+        if newest != self._newest:
+            self._newest, self._deaths = newest, 0
+        self._deaths += 1
+        if self._deaths > self._limit:
+            log = self._process.log if self._process is not None else None
+            end = f"; {log} ends with: {last_lines(log)}" if log is not None else ""
+            raise LaunchError(f"{what} {self._deaths} times without finishing another round{end}")
+        self._tell(f"{what}; the run goes on after its last checkpoint (try {self._deaths} of {self._limit})")
+        deadline = time.monotonic() + _END_SECONDS
+        while in_use(self._run_dir):  # the ServerApp of a SuperLink that died
+            if time.monotonic() > deadline:
+                raise LaunchError(f"{what}, but its server still writes to {self._run_dir} {_END_SECONDS:g} s later")
+            time.sleep(0.1)
+        if self._process is not None and self._process.process.poll() is not None:
+            self._group.forget(self._process)
+            if not self.start_superlink():
+                raise LaunchError(f"{what} and did not start again; {self._process.log} says more")
+        flwr(self._env, "stop", self._run_id, self._connection)  # fails when it is over already
+        self.submit(resume=(self._run_dir / "run.json").exists())
+
+    def _newest_checkpoint(self) -> str:
+        return max((folder.name for folder in (self._run_dir / FOLDER).glob("round-*")), default="")
+
+
+def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, watch: Callable[[], None]) -> None:
+    """Show a submitted run until it has ended well.
+
+    Args:
+        supervised: the run.
+        run_dir: its folder.
+        console: where it is shown.
+        seen: lines of events.jsonl that are from before.
+        watch: is called between two looks at the run.
+
+    Raises:
+        LaunchError: the run failed.
+    """
+    display = Display(console)
+    try:
+        over = False
+        while not over:
+            time.sleep(POLL_SECONDS)
+            try:
+                over = supervised.finished()
+            finally:
+                events = read_lines(run_dir / "events.jsonl")
+                display.show(events[seen:])
+                seen = len(events)
+            watch()
+    finally:
+        display.close()
+
+
+def _read_outcome(run_dir: Path) -> dict[str, Any]:
+    """run.json; empty when there is none."""
+    file = run_dir / "run.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def to_the_end(work: Callable[[], Path]) -> int:
+    """Do ``work``, which makes a run's folder, and say how it ended; the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        run_dir = work()
+    except Interrupted as interruption:
+        print(f"stopped by {interruption}", file=sys.stderr)  # noqa: T201
+        return 130
+    except FedSpanError as error:
+        print(f"run failed: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(f"report: {run_dir / 'report.html'}\nmodel:  {run_dir / 'model'}")  # noqa: T201
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(signal.Signals(number).name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m server.supervise", description="Run a federation whose sites are elsewhere."
+    )
+    parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml")
+    add_run_options(parser)
+    parser.add_argument("--superlink", metavar="NAME", help="use the running SuperLink of this name in Flower's config")
+    parser.add_argument("--port", type=int, default=8000, help="control port of the SuperLink that is started")
+    parser.add_argument("--fleet-api-address", default="127.0.0.1:9092", metavar="HOST:PORT", help="for SuperNodes")
+    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
+    for option in ("ca-certfile", "certfile", "keyfile"):
+        parser.add_argument(f"--ssl-{option}", type=Path, metavar="FILE")
+    parser.add_argument("--enable-supernode-auth", action="store_true", help="only SuperNodes with a registered key")
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every way to run a federation has."""
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--name", help="name of this run's folder (default: the federation's name)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
+    )
+    parser.add_argument(
+        "--tries", type=int, default=TRIES, help=f"restarts in a row without a finished round (default: {TRIES})"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
+    if options.superlink is None and options.insecure == all(files):
+        parser.error("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink")
+    for file in filter(None, files):
+        if not file.is_file():
+            parser.error(f"{file} does not exist")
+    superlink: OwnSuperLink | str = options.superlink or OwnSuperLink(
+        options.port, options.fleet_api_address, Tls(*files) if all(files) else None, options.enable_supernode_auth
+    )
+    try:
+        source = options.federation.resolve()
+        federation = resolved(load(source, FederationConfig), source)
+        run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
+        check_resumable(run_dir, federation) if options.resume else refuse_existing(run_dir)
+    except FedSpanError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+
+    def work() -> Path:
+        console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
+        env = environment(run_dir / "flwr", federation)
+        if isinstance(superlink, str):
+            env = {**env, **{k: v for k, v in os.environ.items() if k == "FLWR_HOME"}}
+        with ProcessGroup(run_dir / "logs") as group:
+            run = Supervised(source, run_dir, group, superlink, env, console.print, tries=options.tries)
+            if not run.start_superlink():
+                log = run_dir / "logs" / "superlink.log"
+                raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
+            run.submit(resume=options.resume)
+            follow(run, run_dir, console, seen, lambda: None)
+        return run_dir
+
+    return to_the_end(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
