@@ -135,7 +135,7 @@ def run(tmp_path: Path, sites: list[Site], rounds: int, *, resume: bool = False)
         folder = RunFolder.create(tmp_path / "run", config, source)
     grid: Any = Grid(dict(enumerate(sites, start=1)))
     evaluator: Any = Evaluator()
-    strategy = make_strategy(config.strategy, seed=0)
+    strategy = make_strategy(config.strategy, seed=0, aggregation=config.aggregation)
     return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)
 
 
