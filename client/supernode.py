@@ -1,17 +1,31 @@
-"""``flower-supernode`` that asks its SuperLink for messages as often as it is told.
+"""``flower-supernode`` with two differences, for a long-lived worker beside it.
 
     python -m client.supernode --poll 0.5 [options of flower-supernode]
 
-Flower 1.39 waits three seconds between two questions, which on a near link is most of a short round. Nothing else is
-different. Like ``client.worker`` this file imports nothing of FedSpan.
+It asks its SuperLink for messages as often as it is told; Flower 1.39 waits three seconds between two questions, which
+on a near link is most of a short round. And when a run is stopped while its message is still coming in, the task that
+was made of the message ends; Flower 1.39 keeps it, and whoever takes it up waits for its content for ever.
+
+Like ``client.worker`` this file imports nothing of FedSpan.
 """
 
 import argparse
 import sys
 import time
+from typing import Any
 
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
+
+
+def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa: ANN401 - as Flower's own
+    """Flower's ``pull_objects``, whose caller cleans up after any error but the one that a stopped run raises."""
+    try:
+        return pull_objects(*arguments, **options)
+    except RunNotRunningException:
+        raise ConnectionAbortedError("the run was stopped") from None
 
 
 class _Clock:
@@ -36,6 +50,7 @@ def main() -> None:
     if not 0.05 <= options.poll <= 60.0:
         parser.error(f"--poll is {options.poll:g}; allowed: 0.05 to 60 seconds")
     start_client_internal.time = _Clock(options.poll)  # type: ignore[attr-defined, assignment]
+    start_client_internal.pull_objects = _pull_objects  # type: ignore[attr-defined]
     sys.argv = ["flower-supernode", *rest]
     flower_supernode()
 

@@ -131,6 +131,59 @@ StrategyConfig = Annotated[
 ]
 
 
+class _Clipping(Section):
+    """Ways to combine updates that may be clipped first."""
+
+    clip_norm: float | None = Field(
+        None, gt=0, description="Longest change of a site, in medians of the round's norms; null: not clipped."
+    )
+
+
+class MeanConfig(_Clipping):
+    """The mean, weighted by examples."""
+
+    method: Literal["mean"] = "mean"
+
+
+class TrimmedMeanConfig(_Clipping):
+    """Coordinate-wise trimmed mean (arXiv 1803.01498), unweighted."""
+
+    method: Literal["trimmed-mean"] = "trimmed-mean"
+    trim: float = Field(gt=0, lt=0.5, description="Share of the updates left out at either end, rounded down.")
+
+
+class MedianConfig(_Clipping):
+    """Coordinate-wise median (arXiv 1803.01498), unweighted."""
+
+    method: Literal["median"] = "median"
+
+
+class _KrumConfig(Section):
+    """What Krum and multi-Krum share."""
+
+    byzantine: int = Field(
+        ge=0,
+        description="f: how many sites may send anything; a round needs 2 f + 3 updates, `cohort.min_clients` too.",
+    )
+
+
+class KrumConfig(_KrumConfig):
+    """The one update nearest to its neighbors (arXiv 1703.02757)."""
+
+    method: Literal["krum"] = "krum"
+
+
+class MultiKrumConfig(_KrumConfig):
+    """The mean, weighted by examples, of all but the f updates farthest from their neighbors (arXiv 1703.02757)."""
+
+    method: Literal["multi-krum"] = "multi-krum"
+
+
+AggregationConfig = Annotated[
+    MeanConfig | TrimmedMeanConfig | MedianConfig | KrumConfig | MultiKrumConfig, Field(discriminator="method")
+]
+
+
 class CohortConfig(Section):
     """Who takes part in a round, and how long it may take."""
 
@@ -262,6 +315,7 @@ class FederationConfig(Section):
     model: ModelConfig
     task: TaskConfig = Field(CausalLMTask(), description="What is learned: `causal-lm`, or a section.")
     strategy: StrategyConfig
+    aggregation: AggregationConfig = Field(MeanConfig(), description="How the server combines a round's updates.")
     rounds: int = Field(ge=1, description="Training rounds.")
     cohort: CohortConfig = CohortConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -281,6 +335,27 @@ class FederationConfig(Section):
     def _one_word_task(cls, value: object) -> object:
         """``task: causal-lm`` is short for ``task: {type: causal-lm}``."""
         return {"type": value} if isinstance(value, str) else value
+
+    @field_validator("aggregation", mode="before")
+    @classmethod
+    def _one_word_aggregation(cls, value: object) -> object:
+        """``aggregation: median`` is short for ``aggregation: {method: median}``."""
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_aggregate(self) -> Self:
+        if isinstance(self.strategy, FlexLoRAConfig) and self.aggregation != MeanConfig():
+            raise ValueError(
+                "`strategy` flexlora averages products; allowed with it: `aggregation` mean without `clip_norm`"
+            )
+        if isinstance(self.aggregation, _KrumConfig):
+            needed = 2 * self.aggregation.byzantine + 3
+            if self.cohort.min_clients < needed:
+                raise ValueError(
+                    f"`cohort.min_clients` is {self.cohort.min_clients}; `aggregation` {self.aggregation.method} with "
+                    f"`byzantine` {self.aggregation.byzantine} needs at least {needed}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -336,5 +411,11 @@ def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
 def settings_for_sites(federation: FederationConfig) -> str:
     """What of the federation file every site receives, as JSON: all but what concerns only the server's machine."""
     return federation.model_dump_json(
-        exclude={"local": True, "checkpoint": True, "admission": True, "evaluation": {"server": True}}
+        exclude={
+            "local": True,
+            "checkpoint": True,
+            "admission": True,
+            "aggregation": True,
+            "evaluation": {"server": True},
+        }
     )

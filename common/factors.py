@@ -57,6 +57,12 @@ class Factors:
         """The weight less ``start`` (m, n), in float32."""
         return self._add_terms(start.to(torch.float32) * (self.decay - 1.0))
 
+    def scaled(self, shape: Shape, factor: float) -> "Factors":
+        """The change of a weight of this shape times ``factor``, which goes into those factors that are no basis."""
+        right = projects_right(shape)
+        terms = [(a * factor, b) if right else (a, b * factor) for a, b in self.terms]
+        return Factors(1.0 + factor * (self.decay - 1.0), terms, self.common)
+
     def stacked(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """[left_1 left_2 ...] (m, R) and [right_1; right_2; ...] (R, n), on the CPU."""
         lefts, rights = [left.cpu() for left, _ in self.terms], [right.cpu() for _, right in self.terms]

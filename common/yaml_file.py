@@ -108,7 +108,8 @@ def _owner(section: type[Section], location: list[str]) -> tuple[type[BaseModel]
 
 
 def _tag(section: type[BaseModel]) -> object:
-    field = section.model_fields.get("name") or section.model_fields.get("type")
+    fields = section.model_fields
+    field = fields.get("name") or fields.get("type") or fields.get("method")
     return field.default if field is not None else None
 
 

@@ -72,7 +72,7 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, 
         model_parameters=evaluator.model_parameters,
     )
     before = evaluator.answers(state)
-    strategy = make_strategy(config.strategy, seed=config.training.seed)
+    strategy = make_strategy(config.strategy, seed=config.training.seed, aggregation=config.aggregation)
     state = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(state, checkpoint)
     after = evaluator.answers(state)
     folder.samples(

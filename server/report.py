@@ -43,6 +43,10 @@ _MEANINGS = {
         "Aggregation error",
         "distance of the product of averages from the average of products, relative; 0: exact",
     ),
+    "clip-factor": ("Norm clipping", "what a site's change was multiplied by; 1: not clipped"),
+    "clipped": ("Sites clipped", "sites whose change was longer than clip_norm medians"),
+    "krum-selected": ("Krum's choice", "1: the site's update was taken, 0: it was left out"),
+    "trimmed": ("Values trimmed", "updates left out at either end of every coordinate"),
 }
 _MOST_BARS = 40  # more bars than that are shown as one mean bar per site
 _MOST_COLUMNS = 10  # rounds shown of a diagnostic

@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from common.config import AggregationConfig
 from common.factors import Exchange, Factors, Precision, pack, rounding_error
 from common.versions import Step
 from strategies.rule import Averaging, Outcome
-from strategies.running import WeightedMean
+from strategies.running import Means
 
 
 class FedFTGRule(Averaging):
@@ -24,12 +25,18 @@ class FedFTGRule(Averaging):
     Args:
         precision: of factors on the wire, both ways.
         shared: seed and rank of the basis that all clients share in a round; None: every client has its own.
+        aggregation: how updates are combined; None: by their plain mean.
     """
 
     trains: ClassVar[Literal["weights", "lora"]] = "weights"
 
-    def __init__(self, precision: Precision = "float32", shared: tuple[int, int] | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        precision: Precision = "float32",
+        shared: tuple[int, int] | None = None,
+        aggregation: AggregationConfig | None = None,
+    ) -> None:
+        super().__init__(None, aggregation)
         self._precision, self._shared = precision, shared
 
     def exchange(self, server_round: int) -> Exchange:
@@ -37,12 +44,12 @@ class FedFTGRule(Averaging):
         return Exchange.of_round(server_round, self._precision, self._shared)
 
     def settle(
-        self, server_round: int, state: Mapping[str, Tensor], mean: WeightedMean, diagnostics: dict[str, float]
+        self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
     ) -> Outcome:
         """The next state is made of what travels, so that whoever receives the step makes the same of it."""
         exchange, tensors = self.exchange(server_round), {}
         factored: dict[str, Factors] = {}
-        for name, value in mean.means().items():
+        for name, value in means.items():
             if isinstance(value, Factors):
                 factored[name] = value
                 tensors.update(pack(name, value, state[name], exchange))

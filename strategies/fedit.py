@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from common.config import MeanConfig
 from common.lowrank import Term, inner_products
 from strategies.lora_names import pairs
 from strategies.rule import Averaging, Outcome, Tensors, Update
@@ -20,13 +21,15 @@ class FedITRule(Averaging):
     """A, B and a trained classification head are averaged, each by itself.
 
     Adds the diagnostic ``aggregation-error/<group>``: ``|exact - B A|_F / |exact|_F`` over a group's layers, where
-    exact = sum_k p_k B_k A_k.
+    exact = sum_k p_k B_k A_k; with the plain mean only, which alone is compared with that.
     """
 
     trains: ClassVar[Literal["weights", "lora"]] = "lora"
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
         """See ``Rule.aggregate``."""
+        if self.aggregation != MeanConfig():
+            return super().aggregate(server_round, state, updates)
         names = pairs(state)
         kept: list[Update] = []
 

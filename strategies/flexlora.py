@@ -15,7 +15,7 @@ from common.errors import AggregationError
 from common.lowrank import Term, TruncatedSVD, truncated_svd
 from strategies.lora_names import LORA_A, LORA_B, pairs
 from strategies.rule import Outcome, Rule, Tensors, Update
-from strategies.running import Drift, WeightedMean, layer_group
+from strategies.running import Drift, WeightedMean, applied, layer_group
 
 ROUNDING = 1e-9  # a change whose square is below this share of the products' squares counts as none
 
@@ -81,7 +81,7 @@ class FlexLoRARule(Rule):
             kept.append(update)
             mean.fold({name: update.tensors[name] for name in rest}, update.num_examples)
             drift.fold({name: update.tensors[name] for name in rest})
-        result = {**state, **mean.mean()}
+        result = {**state, **applied(mean.means(), rest)}
         groups: dict[str, _Group] = {}
         for a, b in layers:
             terms = self._terms(kept, state, a, b)

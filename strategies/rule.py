@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from common.config import AggregationConfig, MeanConfig
 from common.errors import AggregationError
 from common.factors import Exchange, Factors
 from common.versions import Step
-from strategies.running import Drift, WeightedMean
+from strategies.robust import Contribution, combine
+from strategies.running import Drift, Means, applied
 
 Tensors = dict[str, Tensor]
 
@@ -96,36 +98,45 @@ class Rule(ABC):
 
 
 class Averaging(Rule):
-    """Rules that take the example-weighted mean of every active tensor: ``X <- sum_k p_k X_k``, p_k = n_k / sum n."""
+    """Rules that take the example-weighted mean of every active tensor: ``X <- sum_k p_k X_k``, p_k = n_k / sum n.
 
-    def __init__(self, lora_alpha: float | None = None) -> None:
+    Or combine them in another way (``strategies.robust``), whose diagnostics they add. ``client-norm`` and
+    ``client-cosine`` are those of all updates, as they came.
+    """
+
+    def __init__(self, lora_alpha: float | None = None, aggregation: AggregationConfig | None = None) -> None:
         """Make the rule.
 
         Args:
             lora_alpha: what all clients must have; None: whatever they have, if it is the same.
+            aggregation: how updates are combined; None: by their plain mean.
         """
         self.lora_alpha = lora_alpha
+        self.aggregation = aggregation or MeanConfig()
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
         """See ``Rule.aggregate``."""
-        active = self.active(server_round, state)
-        mean, drift = WeightedMean(state), Drift(state)
-        first: Update | None = None
-        for update in updates:
-            first = first or update
-            if update.lora_alpha != first.lora_alpha:
-                raise AggregationError(
-                    f"lora-alpha is {first.lora_alpha} at {first.client} and {update.lora_alpha} at {update.client}; "
-                    "factors can be averaged only when all clients have the same"
-                )
-            tensors = {name: update.factors.get(name) or update.tensors[name] for name in active}
-            mean.fold(tensors, update.num_examples)
-            drift.fold(tensors)
-        return self.settle(server_round, state, mean, drift.diagnostics())
+        active, drift = self.active(server_round, state), Drift(state)
+
+        def contributions() -> Iterator[Contribution]:
+            first: Update | None = None
+            for update in updates:
+                first = first or update
+                if update.lora_alpha != first.lora_alpha:
+                    raise AggregationError(
+                        f"lora-alpha is {first.lora_alpha} at {first.client} and {update.lora_alpha} at "
+                        f"{update.client}; factors can be averaged only when all clients have the same"
+                    )
+                tensors = {name: update.factors.get(name) or update.tensors[name] for name in active}
+                drift.fold(tensors)
+                yield Contribution(update.client, update.num_examples, tensors)
+
+        means, told = combine(self.aggregation, state, contributions())
+        return self.settle(server_round, state, means, {**drift.diagnostics(), **told})
 
     def settle(
-        self, server_round: int, state: Mapping[str, Tensor], mean: WeightedMean, diagnostics: dict[str, float]
+        self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
     ) -> Outcome:
-        """The next state, once all updates are folded."""
+        """The next state, once all updates are combined."""
         del server_round
-        return Outcome({**state, **mean.mean()}, diagnostics)
+        return Outcome({**state, **applied(means, state)}, diagnostics)

@@ -13,6 +13,8 @@ from common.subspace import projects_right
 
 Tensors = dict[str, Tensor]
 Changed = Mapping[str, Tensor | Factors]
+Means = dict[str, Tensor | Factors]
+NO_UPDATE = "no update to average: every client failed or was refused"
 
 
 class WeightedMean:
@@ -36,22 +38,23 @@ class WeightedMean:
             self._sums[name].add(value, float(num_examples))
         self._weight += num_examples
 
-    def means(self) -> dict[str, Tensor | Factors]:
+    def means(self) -> Means:
         """The weighted mean of all that was folded: the tensor, or its change where that is known in factors.
 
         Raises:
             AggregationError: nothing was folded.
         """
         if self._weight == 0:
-            raise AggregationError("no update to average: every client failed or was refused")
+            raise AggregationError(NO_UPDATE)
         return {name: total.mean(float(self._weight)) for name, total in self._sums.items()}
 
-    def mean(self) -> Tensors:
-        """The same, all as tensors."""
-        return {
-            name: value.apply(self._base[name]).to(self._base[name].dtype) if isinstance(value, Factors) else value
-            for name, value in self.means().items()
-        }
+
+def applied(means: Changed, base: Mapping[str, Tensor]) -> Tensors:
+    """Means, all as tensors in the base's types."""
+    return {
+        name: value.apply(base[name]).to(base[name].dtype) if isinstance(value, Factors) else value
+        for name, value in means.items()
+    }
 
 
 class _Sum:
@@ -66,7 +69,7 @@ class _Sum:
         if isinstance(value, Tensor):
             self._whole = self._melted().add_(_change(value, self._base), alpha=weight)
             return
-        terms = [self._scaled(term, weight) for term in value.terms]
+        terms = value.scaled(self._base.shape, weight).terms
         if value.common and self._factors.terms:  # one basis: the other factors add up
             ((left, right),), ((more_left, more_right),) = self._factors.terms, terms
             terms = [(left + more_left, right) if projects_right(self._base.shape) else (left, right + more_right)]
@@ -79,8 +82,7 @@ class _Sum:
     def mean(self, weight: float) -> Tensor | Factors:
         if self._whole is not None:
             return (self._base.to(torch.float32) + self._whole / weight).to(self._base.dtype)
-        terms = [self._scaled(term, 1.0 / weight) for term in self._factors.terms]
-        return Factors(1.0 + (self._factors.decay - 1.0) / weight, terms, self._factors.common)
+        return self._factors.scaled(self._base.shape, 1.0 / weight)
 
     def square(self) -> float:
         """Squared Frobenius norm of the sum."""
@@ -95,11 +97,6 @@ class _Sum:
             return torch.zeros(self._base.shape) if self._whole is None else self._whole
         change = factors.change(self._base)
         return change if self._whole is None else self._whole.add_(change)
-
-    def _scaled(self, term: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
-        """The factor that is no basis times ``factor``."""
-        left, right = term
-        return (left * factor, right) if projects_right(self._base.shape) else (left, right * factor)
 
 
 class Drift:

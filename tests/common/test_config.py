@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import FederationConfig, FedFTGConfig, SiteConfig, resolved, settings_for_sites
+from common.config import (
+    FederationConfig,
+    FedFTGConfig,
+    KrumConfig,
+    MeanConfig,
+    MedianConfig,
+    SiteConfig,
+    resolved,
+    settings_for_sites,
+)
 from common.errors import ConfigError
 from common.yaml_file import load, parse
 
@@ -31,6 +40,13 @@ def federation(tmp_path: Path, text: str) -> FederationConfig:
 
 def test_strategy_may_be_one_word(tmp_path: Path) -> None:
     assert federation(tmp_path, FEDERATION).strategy == FedFTGConfig()
+
+
+def test_aggregation_may_be_one_word_and_is_the_plain_mean_when_not_given(tmp_path: Path) -> None:
+    assert federation(tmp_path, FEDERATION).aggregation == MeanConfig()
+    assert federation(tmp_path, FEDERATION + "aggregation: median\n").aggregation == MedianConfig()
+    text = FEDERATION + "aggregation: {method: krum, byzantine: 1}\ncohort: {min_clients: 5}\n"
+    assert federation(tmp_path, text).aggregation == KrumConfig(byzantine=1)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +79,41 @@ def test_strategy_may_be_one_word(tmp_path: Path) -> None:
         ),
         ("{path: model}", "{path: model, hub: a/b}", "`model`: give exactly one of `path` and `hub`"),
         ("{path: model}", "{hub: a/b}", "`revision` (a commit of the hub model) is required with `hub`"),
+        (
+            "rounds: 3",
+            "rounds: 3\naggregation: medain",
+            "`aggregation.method` is 'medain'; allowed: 'mean', 'trimmed-mean', 'median', 'krum', 'multi-krum' (did "
+            "you mean 'median'?)",
+        ),
+        ("rounds: 3", "rounds: 3\naggregation: trimmed-mean", "missing key `aggregation.trim` (Share of the updates"),
+        (
+            "rounds: 3",
+            "rounds: 3\naggregation: {method: trimmed-mean, trim: 0.5}",
+            "`aggregation.trim` is 0.5: input should be less than 0.5",
+        ),
+        (
+            "rounds: 3",
+            "rounds: 3\naggregation: {method: median, trim: 0.1}",
+            "unknown key `aggregation.trim`; allowed here: `clip_norm`, `method`",
+        ),
+        ("rounds: 3", "rounds: 3\naggregation: multi-krum", "missing key `aggregation.byzantine` (f: how many sites"),
+        (
+            "rounds: 3",
+            "rounds: 3\naggregation: {method: krum, byzantine: 0, clip_norm: 2.0}",
+            "unknown key `aggregation.clip_norm`; allowed here: `byzantine`, `method`",
+        ),
+        (
+            "rounds: 3",
+            "rounds: 3\naggregation: {method: krum, byzantine: 1}\ncohort: {min_clients: 4}",
+            "`cohort.min_clients` is 4; `aggregation` krum with `byzantine` 1 needs at least 5",
+        ),
+        (
+            "rounds: 3",
+            "rounds: 3\naggregation: {method: mean, clip_norm: 0.0}",
+            "`aggregation.clip_norm` is 0.0: input should be greater than 0",
+        ),
+        ("fedftg", "flexlora\naggregation: median", "`strategy` flexlora averages products; allowed with it: "),
+        ("fedftg", "flexlora\naggregation: {method: mean, clip_norm: 1.0}", "flexlora averages products"),
         ("name: icd", "name: ../icd", "`name` is '../icd'"),
         ("name: icd", "name: icd\nname: two", "key 'name' appears twice"),
         ("name: icd", "name: [icd", "not valid YAML"),
@@ -111,10 +162,12 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 def test_sites_receive_all_but_the_servers_own_settings(tmp_path: Path) -> None:
     text = FEDERATION + "evaluation: {every: 2, server: {path: secret.jsonl, prompt: term, answer: title}}\n"
-    config = federation(tmp_path, text)
+    config = federation(tmp_path, text + "aggregation: {method: mean, clip_norm: 2.0}\n")
+    assert resolved(config, tmp_path / "federation.yaml").aggregation == MeanConfig(clip_norm=2.0)
     sent = settings_for_sites(config)
     assert "secret" not in sent
     assert "site-a" not in sent
+    assert "aggregation" not in sent
     received = parse(yaml.safe_load(sent), FederationConfig, "message")
     assert received.evaluation.every == 2
     assert received.training == config.training

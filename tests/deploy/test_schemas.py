@@ -42,7 +42,23 @@ def test_schema_takes_a_strategy_as_one_word_or_as_a_section(strategy: str) -> N
         jsonschema.validate({**data, "strategy": value}, schema("federation"))
 
 
-@pytest.mark.parametrize("change", [{"roundz": 3}, {"rounds": "3"}, {"strategy": "fedfgt"}, {"strategy": {"rank": 4}}])
+@pytest.mark.parametrize("value", ["median", {"method": "trimmed-mean", "trim": 0.2, "clip_norm": 2.0}])
+def test_schema_takes_an_aggregation_as_one_word_or_as_a_section(value: object) -> None:
+    data = yaml.safe_load((DEMO / "federation.yaml").read_text())
+    jsonschema.validate({**data, "aggregation": value}, schema("federation"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"roundz": 3},
+        {"rounds": "3"},
+        {"strategy": "fedfgt"},
+        {"strategy": {"rank": 4}},
+        {"aggregation": "krum"},
+        {"aggregation": {"method": "median", "trim": 0.2}},
+    ],
+)
 def test_schema_refuses_what_the_code_refuses(change: dict[str, object]) -> None:
     data = {**yaml.safe_load((DEMO / "federation.yaml").read_text()), **change}
     with pytest.raises(jsonschema.ValidationError):

@@ -146,7 +146,7 @@ def run(
         folder = RunFolder.create(tmp_path / "run", config, source)
     grid: Any = Grid(dict(enumerate(sites, start=1)), late)
     evaluator: Any = Evaluator()
-    strategy = make_strategy(config.strategy, seed=0)
+    strategy = make_strategy(config.strategy, seed=0, aggregation=config.aggregation)
     try:
         return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)
     finally:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import MedianConfig
 from common.errors import AggregationError
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
@@ -133,6 +134,13 @@ def test_fedit_loses_nothing_when_clients_agree() -> None:
     reply = trained(FedITRule(ALPHA), 1, state, 1)
     outcome = aggregate(FedITRule(ALPHA), 1, state, [Update("a", 2, reply), Update("b", 5, reply)])
     assert outcome.diagnostics["aggregation-error/model.layers.0"] < 1e-6
+
+
+def test_fedits_error_is_not_told_of_what_is_no_mean() -> None:
+    state = lora(3, 0)
+    updates = [Update(f"c{k}", 1, trained(FedITRule(), 1, state, k)) for k in range(3)]
+    found = aggregate(FedITRule(None, MedianConfig()), 1, state, updates).diagnostics
+    assert not [name for name in found if name.startswith("aggregation-error")]
 
 
 @pytest.mark.parametrize("rule", [FedITRule(), FFALoRARule(), RoLoRARule()], ids=["fedit", "ffa-lora", "rolora"])
