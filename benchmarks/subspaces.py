@@ -23,9 +23,9 @@ from strategies.versions import Versions
 DEMO = Path(__file__).parents[1] / "deploy" / "demo" / "federation.yaml"
 ROUNDS = 3
 METHODS: dict[str, tuple[dict[str, object], tuple[float, ...]]] = {
-    "own": ({}, (4e-3, 8e-3, 1.6e-2)),
-    "shared": ({"subspace": "shared"}, (8e-3, 1.6e-2, 3.2e-2)),
-    "dense AdamW": ({}, (1e-4, 3e-4, 1e-3)),
+    "own": ({}, (8e-3, 1.6e-2, 3.2e-2)),
+    "shared": ({"subspace": "shared"}, (1.6e-2, 3.2e-2, 6.4e-2)),
+    "dense AdamW": ({}, (3e-4, 1e-3, 3e-3)),
 }
 
 

@@ -74,14 +74,15 @@ class Session:
             ModelError: the base model cannot be used.
         """
         train_rows, held_out = self._rows
+        model, tokenizer = self._digests
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out),
             device=_describe(pick_device(self.site.device)),
             rank=self._rank,
-            base_digest=base_digest(self._base.model),
-            tokenizer_digest=tokenizer_digest(self._base.tokenizer),
+            base_digest=model,
+            tokenizer_digest=tokenizer,
         )
 
     def follow(self, steps: list[Step], since: str, version: str) -> None:
@@ -92,8 +93,7 @@ class Session:
             WireError: a step cannot be read, or does not fit.
         """
         if since == self._weights.first and self._weights.version not in (since, version):
-            for made in ("_base", "_tuned", "_weights"):  # back to the base model, from disk
-                self.__dict__.pop(made)
+            self._start_anew()
         self._weights.follow(steps, since, version)
         self._tuned.set(self._weights.tensors)
 
@@ -251,6 +251,18 @@ class Session:
         base = self._task.load(source, revision, model.dtype, self.federation.training.seed)
         self._seconds["load"] = time.monotonic() - started
         return base
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of the base model as it is on disk, and of its tokenizer."""
+        if "_tuned" in self.__dict__:  # it is not any more what was loaded
+            self._start_anew()
+        return base_digest(self._base.model), tokenizer_digest(self._base.tokenizer)
+
+    def _start_anew(self) -> None:
+        """Back to the base model, from disk."""
+        for made in ("_base", "_tuned", "_weights"):
+            self.__dict__.pop(made, None)
 
     @cached_property
     def _device(self) -> torch.device:

@@ -30,13 +30,18 @@ from typing import IO, Any, NoReturn
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.cli.install import install_from_fab
 from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import (
@@ -52,6 +57,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
 HEARTBEAT_SECONDS = 10.0
+_DIED = 1002  # code of the reply when the bench has died; the server then asks once more
 _PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 log = logging.getLogger("worker")
@@ -218,18 +224,20 @@ class Keeper:
         log.info("message answered in %.1f s", time.monotonic() - started)
         self._show("idle")
 
-    def _fail(self, token: str, pulled: str | None, reason: str) -> None:
+    def _fail(self, token: str, pulled: dict[str, str] | None, reason: str) -> None:
         """Answer a message whose bench died with an error."""
         client = self._options.connect(RuntimeTokenHttpInterceptor(token))
         try:
-            if pulled is None:
-                message, context, _, _ = pull_task_input(client)
-            else:
-                message = message_from_proto(ProtoMessage.FromString(bytes.fromhex(pulled)))
-                run, node = message.metadata.run_id, message.metadata.dst_node_id
-                TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, node, 0
-                context = Context(run, node, {}, RecordDict(), {})
-            error = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            if pulled is None:  # it died before it could tell
+                with contextlib.suppress(httpx.HTTPStatusError):  # or after it had begun to ask
+                    client.PullTaskInput(PullTaskInputRequest())
+                pulled = _announced(client.PullMessages(PullAppMessagesRequest()))
+            message = message_from_proto(ProtoMessage.FromString(bytes.fromhex(pulled["message"])))
+            message.metadata.__dict__["_message_id"] = pulled["id"]
+            run, node = message.metadata.run_id, message.metadata.dst_node_id
+            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, node, 0
+            context = Context(run, node, {}, RecordDict(), {})
+            error = Message(Error(_DIED, reason), reply_to=message)
             push_message(client, error, context)
             push_task_output(client, None, SubStatus.FAILED, reason)
         except Exception:  # the message came over the network: what it holds may make Flower's code fail in any way
@@ -293,9 +301,8 @@ def work(options: Options, tell: IO[str]) -> None:
     for line in sys.stdin:
         client = options.connect(RuntimeTokenHttpInterceptor(line.strip()))
         try:
-            message, context, run, bundle = pull_task_input(client)
-            proto = message_to_proto(remove_content_from_message(message))
-            _tell(tell, pulled=proto.SerializeToString().hex())
+            announcing: Any = _Announcing(client, tell)
+            message, context, run, bundle = pull_task_input(announcing)
             try:
                 if app is None:
                     install_from_fab(bundle.content, skip_prompt=True)
@@ -313,6 +320,28 @@ def work(options: Options, tell: IO[str]) -> None:
         finally:
             client.close()
         _tell(tell, done=True, memory=_resident(), device=_on_device())
+
+
+class _Announcing:
+    """A client of the Runtime API that tells the keeper which message comes before its content is fetched."""
+
+    def __init__(self, client: RuntimeHttpClient, tell: IO[str]) -> None:
+        self._client, self._pipe = client, tell
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._client, name)
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802 - Flower's name
+        """As Flower's."""
+        found = self._client.PullMessages(request)
+        if found.messages_list:
+            _tell(self._pipe, pulled=_announced(found))
+        return found
+
+
+def _announced(found: PullAppMessagesResponse) -> dict[str, str]:
+    """The message that was found, without content, and its id, which is not part of it."""
+    return {"message": found.messages_list[0].SerializeToString().hex(), "id": found.message_object_trees[0].object_id}
 
 
 def _tell(pipe: IO[str], **told: object) -> None:

@@ -42,6 +42,10 @@ class TrainingError(FedSpanError):
     """Local training cannot start or cannot go on."""
 
 
+#: Code of the reply that a site's worker gives when the process that did the work has died (``client.worker``).
+WORKER_DIED = 1002
+
+
 class StaleStateError(TrainingError):
     """A site lacks what a message builds on, and must be sent everything."""
 

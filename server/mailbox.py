@@ -57,18 +57,20 @@ class Mailbox:
                 del reply
 
     def replies(
-        self, group: str, deadline: Callable[[], float], meanwhile: Callable[[], None] = lambda: None
+        self, group: str, deadline: Callable[[], float], more: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Sent, Message]]:
         """The replies of a group until all are there or ``time.monotonic()`` has passed ``deadline``.
 
-        Between two questions ``meanwhile`` is called, which may push more messages of the group.
+        Between two questions ``more`` is called, which may push messages of the group, and says whether it is to be
+        called again although nobody is waited for.
         """
-        while self.waiting(group):
+        going_on = bool(self.waiting(group))
+        while going_on:
             yield from self.arrived(group)
             if time.monotonic() > deadline():
                 return
-            meanwhile()
-            if self.waiting(group):
+            going_on = more() or bool(self.waiting(group))
+            if going_on:
                 time.sleep(POLL_SECONDS)
 
     def waiting(self, group: str) -> list[int]:

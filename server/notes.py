@@ -96,6 +96,19 @@ class RoundNotes:
         )
 
 
+def record_evaluation(
+    folder: RunFolder, version: int, client: str, metrics: dict[str, float], seconds: float | None = None
+) -> None:
+    """Write down what ``client`` measured of the state after round ``version``; nothing when it measured nothing."""
+    if not metrics:
+        return
+    record: dict[str, object] = {"round": version, "client": client, "phase": "evaluate", "evaluate": metrics}
+    if seconds is not None:
+        record["seconds"] = {"evaluate": seconds}
+    folder.metrics(record)
+    folder.event("evaluated", round=version, client=client, loss=metrics.get("loss"), rouge_l=metrics.get("rouge_l"))
+
+
 def scalars(reply: Message) -> dict[str, float]:
     """The numbers among a reply's metrics."""
     metrics = get_record(reply.content, "metrics", MetricRecord)

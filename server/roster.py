@@ -12,6 +12,7 @@ from common.records import get_record
 from server.mailbox import POLL_SECONDS, Mailbox
 from server.refusals import Refusals
 from server.run_folder import RunFolder
+from strategies.flower import Client, FlowerStrategy
 
 _GROUP = "hello"
 
@@ -62,17 +63,15 @@ class Roster:
         self._greeted: set[int] = set()
         self._namesakes: dict[int, Message] = {}  # hellos of nodes whose name another connected node has
 
-    def greet(self) -> bool:
+    def greet(self) -> None:
         """Take in whom an operator readmits and who is new: ask for a hello, read the answers. Does not wait.
-
-        Says whether somebody was taken in.
 
         A site that was killed and started again comes as a new node while Flower still counts the old one as
         connected, for about a minute; it is taken in as soon as that one is gone.
         """
         for site in self._refusals.readmitted():
             self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
-        before, online = len(self.members), set(self._grid.get_node_ids())
+        online = set(self._grid.get_node_ids())
         new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
             content = RecordDict({"config": ConfigRecord({"federation": self._settings})})
@@ -86,17 +85,22 @@ class Roster:
             elif not self._connected_as(str(_told(reply)["site"])):
                 del self._namesakes[node_id], self.refused[node_id]
                 self._take_in(node_id, reply)
-        return len(self.members) > before
 
     def connected(self) -> list[int]:
         """Admitted nodes that are connected now and not left out, in a fixed order (by site name)."""
         excluded = self._refusals.excluded()
         return [node_id for node_id in self._online() if self.members[node_id].site not in excluded]
 
-    def successor(self, node_id: int) -> int | None:
-        """The connected node of the same site as ``node_id``, when that is another one by now."""
-        site = self.members[node_id].site
-        return next((n for n in self.connected() if n != node_id and self.members[n].site == site), None)
+    def node_of(self, site: str) -> int | None:
+        """The connected node of a site."""
+        return next((node_id for node_id in self.connected() if self.members[node_id].site == site), None)
+
+    def introduce(self, strategy: FlowerStrategy) -> None:
+        """Tell the strategy of sites that are new."""
+        for node_id, member in self.members.items():
+            if node_id not in strategy.clients:
+                rank = member.rank if strategy.rule.mixed_ranks else None
+                strategy.clients[node_id] = Client(member.site, rank, has_base=True)
 
     def gather(self, cohort: CohortConfig) -> None:
         """Wait until ``min_clients`` sites are admitted.

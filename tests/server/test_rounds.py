@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import Error, Message, MessageType
 
-from common.errors import FederationError, StaleStateError
+from common.errors import WORKER_DIED, FederationError, StaleStateError
 from server.run_folder import read_lines
 from tests.server.fake_sites import NAME, Site, run
 
@@ -45,6 +45,21 @@ def test_site_that_fails_for_another_reason_is_not_asked_again(tmp_path: Path) -
     with pytest.raises(FederationError, match="round 1: 1 valid updates, 2 needed; site-2: out of memory"):
         run(tmp_path, [one, two], 1)
     assert two.sent == [(1, [])]
+
+
+def test_site_whose_worker_died_is_asked_once_more_from_the_base_model(tmp_path: Path) -> None:
+    one, two = Site(1), Site(2)
+
+    def die_once(message: Message) -> Message | None:
+        if [number for number, _ in two.sent] != [1, 2]:
+            return None
+        two.forget()
+        return Message(Error(WORKER_DIED, "the worker's process ended"), reply_to=message)
+
+    two.before_reply = die_once
+    final = run(tmp_path, [one, two], 3)
+    assert two.sent == [(1, []), (2, [1]), (2, [1]), (3, [2]), (3, [3])]
+    assert final[NAME].equal(run(tmp_path / "again", [Site(1), Site(2)], 3)[NAME])
 
 
 def test_site_that_is_stale_twice_is_left_out_with_its_reason(tmp_path: Path) -> None:
