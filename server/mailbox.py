@@ -1,5 +1,6 @@
 """Messages that were sent and wait for a reply; replies come out one at a time, as they arrive."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from flwr.serverapp import Grid
 from common.errors import FederationError
 
 POLL_SECONDS = 0.5  # the SuperLink is on this machine: asking costs little
+_PULL_SECONDS = (
+    2.0  # so long others wait while a reply is pulled; one that is still being uploaded takes as long as that
+)
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,44 @@ class Sent:
     at: float
 
 
+class _Pull(threading.Thread):
+    """Asks the SuperLink for the reply to one message.
+
+    Flower's grid hands out nothing before all of a reply has been uploaded, so it may block for as long as a slow link
+    takes.
+    """
+
+    def __init__(self, grid: Grid, message_id: str) -> None:
+        super().__init__(daemon=True)
+        self._grid, self._message_id = grid, message_id
+        self._found: list[Message] = []
+        self._error: Exception | None = None
+        self.start()
+        self.join(_PULL_SECONDS)
+
+    def run(self) -> None:
+        try:
+            self._found = list(self._grid.pull_messages([self._message_id]))
+        except Exception as error:  # noqa: BLE001 - raised where the result is asked for
+            self._error = error
+
+    def result(self) -> list[Message]:
+        """The reply, if there is one; none while it is on its way."""
+        if self.is_alive():
+            return []
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 class Mailbox:
-    """Sends messages and hands out their replies without ever holding more than one of them."""
+    """Sends messages and hands out their replies, one at a time and none of them twice."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._open: dict[str, Sent] = {}
         self._late: dict[str, Sent] = {}
+        self._pulls: dict[str, _Pull] = {}  # of replies that are being uploaded
 
     def push(self, messages: Iterable[Message], group: str) -> None:
         """Hand messages to the SuperLink.
@@ -52,9 +87,16 @@ class Mailbox:
     def arrived(self, group: str) -> Iterator[tuple[Sent, Message]]:
         """The replies of a group that are there now."""
         for message_id in [i for i, sent in self._open.items() if sent.group == group]:
-            for reply in self._grid.pull_messages([message_id]):
+            for reply in self._pull(message_id):
                 yield self._open.pop(message_id), reply
                 del reply
+
+    def _pull(self, message_id: str) -> list[Message]:
+        """The reply to a message, if it is there."""
+        pull = self._pulls.pop(message_id, None) or _Pull(self._grid, message_id)
+        if pull.is_alive():
+            self._pulls[message_id] = pull
+        return pull.result()
 
     def replies(
         self, group: str, deadline: Callable[[], float], more: Callable[[], bool] = lambda: False
@@ -93,5 +135,5 @@ class Mailbox:
         now = time.time()
         self._late = {i: sent for i, sent in self._late.items() if now < sent.at + patience}
         for message_id in list(self._late):
-            if any(True for _ in self._grid.pull_messages([message_id])):
+            if self._pull(message_id):
                 yield self._late.pop(message_id)

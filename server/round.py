@@ -19,8 +19,8 @@ from strategies.flower import FlowerStrategy
 from strategies.norms import change_norms, check_possible, cohort_bound, total
 from strategies.rule import Outcome, Tensors, Update
 
-#: A site that answers so is asked once more in the same round: it lacks what it held, or its worker died.
-_ONCE_MORE = {StaleStateError.code, WORKER_DIED, ErrorCode.CLIENT_APP_CRASHED}
+#: A site of which this is heard is asked once more in the round: it lacks what it held, or one of its processes died.
+_ONCE_MORE = {StaleStateError.code, WORKER_DIED, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the round loop does with updates that are wrong, late, or not there."""
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,11 +136,11 @@ def test_who_is_left_out_stays_so_when_the_run_is_resumed(tmp_path: Path) -> Non
     bad = scaled(float("nan"))
 
     def fail(message: Message) -> Message:
-        raise KeyboardInterrupt
+        raise ConnectionError("the server is gone")
 
     two = Site(2)
     two.before_reply = lambda message: fail(message) if two.sent[-1][0] == 4 else None
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ConnectionError):
         run(tmp_path, [Site(1), two, Faulty(3, range(1, 9), bad)], 5, **settings)
     saved = newest(tmp_path / "run", pytest.fail)
     assert saved is not None
@@ -190,6 +191,30 @@ def test_late_answer_is_dropped_with_a_note_and_the_site_takes_part_again(tmp_pa
     ]
     assert sorted(trained) == [(1, "site-1"), (2, "site-1"), (2, "site-2"), (3, "site-1"), (3, "site-2")]
     assert torch.equal(sites[0].weights.tensors[NAME], final[NAME])
+
+
+def test_reply_that_is_still_being_uploaded_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's grid then blocks the caller."""
+    monkeypatch.setattr("server.mailbox._PULL_SECONDS", 0.2)
+    slow, uploaded = Site(2), threading.Event()
+
+    def upload(message: Message) -> None:
+        if message.metadata.message_type == MessageType.TRAIN and slow.sent[-1][0] == 1:
+            assert uploaded.wait(30)
+
+    slow.before_reply = upload  # type: ignore[assignment]
+    sites = [Site(1), slow, Site(3)]
+
+    def late(number: int, message: Message) -> int:
+        if number == 1 and slow.sent and slow.sent[-1][0] == 3:
+            uploaded.set()
+        return 0
+
+    run(tmp_path, sites, 4, late=late, cohort={"min_clients": 1, "round_deadline": 1.5})
+    assert {e["reason"] for e in events(tmp_path, "client_failed")} == {"site-2: no answer within 1.5 seconds"}
+    assert events(tmp_path, "late_reply")
+    trained = {r["round"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r.get("client") == "site-3"}
+    assert trained >= {1, 2, 3, 4}
 
 
 def test_missing_sites_are_named_when_the_deadline_ends_the_run(tmp_path: Path) -> None:
