@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint faults bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -31,6 +31,9 @@ lint: $(READY) ## Format check, lint and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(READY) ## Inject faults into real federations (about an hour); ends with a table
+	$(BIN)/python -m pytest tests/faults -m "long or not long"
 
 bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
 	$(BIN)/python -m benchmarks

@@ -1,5 +1,6 @@
 """Processes that are started together and stopped together: none outlives its group."""
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -20,6 +21,7 @@ import psutil
 from common.errors import LaunchError
 
 MARK = "FEDSPAN_RUN"  # environment variable that every process of a run carries, however deep
+_PART = "FEDSPAN_PART"  # likewise: which of the group's processes it descends from
 _PR_SET_PDEATHSIG = 1
 
 
@@ -72,7 +74,7 @@ class ProcessGroup:
             try:
                 process = subprocess.Popen(  # noqa: S603 - the command is ours
                     command,
-                    env={**env, MARK: self._mark},
+                    env={**env, MARK: self._mark, _PART: name},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -86,9 +88,14 @@ class ProcessGroup:
         return started
 
     def forget(self, started: Started) -> None:
-        """A process that has ended is not one of the group any more; what it left behind still is."""
+        """A process that has ended is not one of the group any more; what it left behind is killed."""
         started.process.wait()
         self.started.remove(started)
+        while left := marked(self._mark, started.name):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.05)
 
     def stop(self) -> None:
         """Stop every process of the run: SIGTERM first, SIGKILL after the grace period. Returns when none is left."""
@@ -117,12 +124,13 @@ class ProcessGroup:
         return marked(self._mark)
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Living processes whose environment has ``FEDSPAN_RUN`` set to ``mark``."""
+def marked(mark: str, part: str | None = None) -> list[psutil.Process]:
+    """Living processes whose environment has ``FEDSPAN_RUN`` set to ``mark``; those that descend from ``part``."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+            env = process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+            if env.get(MARK) == mark and part in (None, env.get(_PART)):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

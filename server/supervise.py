@@ -10,6 +10,7 @@ Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong,
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]  # holds pyproject.toml, from which F
 POLL_SECONDS = 0.5
 TRIES = 3
 START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
-_END_SECONDS = 60.0  # a ServerApp whose SuperLink has died ends by itself within seconds
+_LEAST_SPACE = 2**20  # bytes
 _ASK_SECONDS = 10.0  # between two questions to the SuperLink for the state of a run that shows no life
 
 
@@ -142,24 +143,21 @@ class Supervised:
         """Go on after the last checkpoint.
 
         Raises:
-            LaunchError: this has been tried too often, or the old server does not end.
+            LaunchError: this has been tried too often, or the disk is full.
         """
         newest = self._newest_checkpoint()
         if newest != self._newest:
             self._newest, self._deaths = newest, 0
         self._deaths += 1
+        if shutil.disk_usage(self._run_dir).free < _LEAST_SPACE:
+            raise LaunchError(f"{what}; the disk of {self._run_dir} is full: make room, then go on with --resume")
         if self._deaths > self._limit:
             log = self._process.log if self._process is not None else None
             end = f"; {log} ends with: {last_lines(log)}" if log is not None else ""
             raise LaunchError(f"{what} {self._deaths} times without finishing another round{end}")
         self._tell(f"{what}; the run goes on after its last checkpoint (try {self._deaths} of {self._limit})")
-        deadline = time.monotonic() + _END_SECONDS
-        while in_use(self._run_dir):  # the ServerApp of a SuperLink that died
-            if time.monotonic() > deadline:
-                raise LaunchError(f"{what}, but its server still writes to {self._run_dir} {_END_SECONDS:g} s later")
-            time.sleep(0.1)
         if self._process is not None and self._process.process.poll() is not None:
-            self._group.forget(self._process)
+            self._group.forget(self._process)  # and its ServerApp with it
             if not self.start_superlink():
                 raise LaunchError(f"{what} and did not start again; {self._process.log} says more")
         flwr(self._env, "stop", self._run_id, self._connection)  # fails when it is over already

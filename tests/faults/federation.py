@@ -1,7 +1,6 @@
 """A real federation under the launcher, and what can happen to its processes."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -126,14 +125,14 @@ def kill(processes: list[psutil.Process]) -> int:
     return len(processes)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """A run's result."""
-    return {key: t for p in sorted((run / "model").glob("*.safetensors")) for key, t in load_file(p).items()}
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the model in a folder: of a run, its result."""
+    return {key: t for p in sorted((folder / "model").glob("*.safetensors")) for key, t in load_file(p).items()}
 
 
 def same_result(one: Path, other: Path, base: Path, tolerance: float = 1e-5) -> None:
-    """The changes that two runs made to the base model differ by rounding only."""
-    start, a, b = (weights(base.parent) if base.name == "model" else {}), weights(one), weights(other)
+    """The changes that two runs made to the model in the folder ``base`` differ by rounding only."""
+    start, a, b = weights(base), weights(one), weights(other)
     assert a.keys() == b.keys()
     assert a
     for key, tensor in a.items():
@@ -144,7 +143,3 @@ def same_result(one: Path, other: Path, base: Path, tolerance: float = 1e-5) -> 
 def trainings(run: Path) -> list[tuple[int, str]]:
     """Which updates made the result, by round and site."""
     return sorted((r["round"], r["client"]) for r in lines(run / "metrics.jsonl") if r["phase"] == "train")
-
-
-def has_root() -> bool:
-    return os.geteuid() == 0

@@ -24,7 +24,7 @@ class Flower:
     def __init__(self, folder: Path, threads: int = 1) -> None:
         self._logs = folder / "logs"
         self._supervisor = ProcessGroup(self._logs)
-        self._control, self._fleet = free_ports(2)
+        self._control, self.fleet = free_ports(2)
         self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
         home = folder / "flwr"
         home.mkdir(parents=True)
@@ -35,10 +35,10 @@ class Flower:
         self._env = environment() | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
 
     def __enter__(self) -> Self:
-        fleet = ["--fleet-api-address", f"127.0.0.1:{self._fleet}", "--disable-runtime-dependency-installation"]
+        fleet = ["--fleet-api-address", f"127.0.0.1:{self.fleet}", "--disable-runtime-dependency-installation"]
         command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self._control), *fleet]
         self._supervisor.start("superlink", command, self._env)
-        wait_for(lambda: listens(self._control) and listens(self._fleet), 60)
+        wait_for(lambda: listens(self._control) and listens(self.fleet), 60)
         return self
 
     def __exit__(
@@ -47,11 +47,17 @@ class Flower:
         self._supervisor.stop()
 
     def start_node(
-        self, name: str, config: str, *, port: int | None = None, isolation: str = "subprocess"
+        self,
+        name: str,
+        config: str,
+        *,
+        port: int | None = None,
+        isolation: str = "subprocess",
+        superlink: int | None = None,
     ) -> psutil.Process:
-        """Start a SuperNode."""
+        """Start a SuperNode; ``superlink`` is the port where it finds its SuperLink."""
         self.ports[name] = port if port is not None else free_ports(1)[0]
-        link = ["--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{self._fleet}"]
+        link = ["--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{superlink or self.fleet}"]
         own = ["--port", str(self.ports[name]), "--node-config", config, "--isolation", isolation]
         started = self._supervisor.start(name, [str(BIN / "flower-supernode"), *link, *own], self._env)
         return psutil.Process(started.process.pid)
