@@ -1,0 +1,91 @@
+"""A disk that fills, and checkpoints that are damaged: a named reason, and a state from which the run goes on."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import QUIET, SIZES, Note
+from tests.faults.federation import Federation, kill, same_result, trainings
+from tests.faults.test_kills import FEDFTG, ROLORA
+from tests.tiny import make_federation
+
+RESUMED = "a named reason; --resume gives the result"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 48 MB where the runs are."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=False)
+    if made.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Take all that is left of a disk."""
+    file = folder / "filler"
+    with file.open("wb", buffering=0) as out:
+        try:
+            while out.write(os.urandom(65536)):
+                pass
+        except OSError:
+            return file
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_full_disk_ends_the_run_with_its_name_and_loses_no_round(
+    tmp_path: Path, small_disk: Path, injected: Note, straight: Callable[..., Path]
+) -> None:
+    file = make_federation(tmp_path, SIZES, strategy=ROLORA, rounds=4, evaluation=QUIET)
+    with Federation(file) as federation:
+        federation.wait_event("round_finished", round=2)
+        filler = fill(small_disk)
+        injected("server's disk fills", 1, RESUMED)
+        assert federation.wait(400) == 1
+    assert "No space left on device" in federation.log or "is full" in federation.log, federation.log
+    assert "Traceback" not in federation.log
+    filler.unlink()
+    with Federation(file, "tiny", "--resume") as federation:
+        assert federation.wait() == 0, federation.log
+    same_result(federation.run, straight(ROLORA, 4), tmp_path)
+    assert trainings(federation.run) == trainings(straight(ROLORA, 4))
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+@pytest.mark.parametrize("name", ["state.safetensors", "steps.safetensors", "checkpoint.json"])
+def test_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, injected: Note, straight: Callable[..., Path], damage: Callable[[Path], None], name: str
+) -> None:
+    file = make_federation(tmp_path, SIZES, strategy=FEDFTG, rounds=4, evaluation=QUIET)
+    with Federation(file) as federation:
+        federation.wait_event("round_started", round=4)
+        kill([*federation.superlink(), *federation.server()])
+        federation.process.kill()
+        federation.wait()
+    newest = max((federation.run / "checkpoints").iterdir())
+    damage(newest / name)
+    injected(f"checkpoint damaged ({damage.__name__.replace('_', ' ')})", 1, RESUMED)
+    with Federation(file, "tiny", "--resume") as federation:
+        assert federation.wait() == 0, federation.log
+    assert f"checkpoint {newest} is damaged" in federation.log.replace("\n", "")
+    same_result(federation.run, straight(FEDFTG, 4), tmp_path)
+    assert trainings(federation.run) == trainings(straight(FEDFTG, 4))
