@@ -238,6 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 0")
+    return int(text)
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that every way to run a federation has."""
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
@@ -246,7 +252,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
     )
     parser.add_argument(
-        "--tries", type=int, default=TRIES, help=f"restarts in a row without a finished round (default: {TRIES})"
+        "--tries", type=_count, default=TRIES, help=f"restarts in a row without a finished round (default: {TRIES})"
     )
 
 

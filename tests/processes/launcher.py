@@ -26,10 +26,10 @@ def launch(federation: Path, *options: str, timeout: float = 240.0) -> subproces
     )
 
 
-def start(federation: Path) -> subprocess.Popen[str]:
+def start(federation: Path, *options: str) -> subprocess.Popen[str]:
     """Start a federation and return at once."""
     return subprocess.Popen(
-        command(federation), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(federation, *options), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
