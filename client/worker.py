@@ -44,6 +44,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -205,10 +206,10 @@ class Keeper:
         if self._bench is None:
             self._bench = Bench(task.fab_hash, self._options)
         self._show("working")
-        started, pulled, done = time.monotonic(), None, False
+        started, pulled, answering, done = time.monotonic(), None, False, False
         with _heartbeats(self._options.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
             for told in self._bench.work(token):
-                pulled = told.get("pulled", pulled)
+                pulled, answering = told.get("pulled", pulled), answering or "answering" in told
                 if "done" in told:
                     done = True
                     self._status.memory_bytes, self._status.device_bytes = told["memory"], told["device"]
@@ -220,7 +221,8 @@ class Keeper:
             self.stop()
             reason = f"the site's worker process ended with exit code {code}; its log says more"
             log.error("%s", reason)
-            self._fail(token, pulled, reason)
+            if not answering:  # a second answer would be taken for that to the next message
+                self._fail(token, pulled, reason)
         log.info("message answered in %.1f s", time.monotonic() - started)
         self._show("idle")
 
@@ -312,11 +314,15 @@ def work(options: Options, tell: IO[str]) -> None:
                 log.exception("the app failed")
                 details = f"{type(error).__name__} in the site's worker; the site's log says more"
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, details), reply_to=message)
+            _tell(tell, answering=True)
             push_message(client, reply, context)
             push_task_output(client, context, SubStatus.FAILED if details else SubStatus.COMPLETED, details)
             del message, reply, context
-        except httpx.HTTPError as error:  # the SuperNode is gone, or the run is: nobody waits for this answer
+        except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
+            # The SuperNode is gone, or the run is: nobody waits for this answer.
             log.warning("the answer was not taken (%s)", type(error).__name__)
+            with contextlib.suppress(httpx.HTTPError):
+                push_task_output(client, None, SubStatus.FAILED, "the answer was not taken")
         finally:
             client.close()
         _tell(tell, done=True, memory=_resident(), device=_on_device())
