@@ -395,11 +395,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--status: folder {options.status.parent} does not exist")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _stop)
     if pipe is not None:
         with os.fdopen(pipe, "w") as tell:
             work(options, tell)
         return
+    signal.signal(signal.SIGTERM, _stop)
     keeper = Keeper(options)
     try:
         keeper.run()

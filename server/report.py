@@ -16,8 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common.errors import FedSpanError, LaunchError
-from server import plots
-from server import report_facts as facts
+from server import plots, report_facts as facts
 from server.report_format import clock, delta, precise, score, seconds, size, utc, whole
 from server.report_page import PAGE, STYLE
 from server.run_folder import read_lines, write_atomically

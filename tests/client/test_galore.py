@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from galore_torch.galore_projector import GaLoreProjector
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from client.galore import GaLore
