@@ -1,4 +1,4 @@
-"""The operator's command on several machines: a SuperLink with TLS and a run on it; a run on a SuperLink that is there."""
+"""The operator's command on several machines: a SuperLink with TLS and a run on it; or a SuperLink that runs already."""
 
 import json
 import os
