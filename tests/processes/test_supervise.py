@@ -1,4 +1,4 @@
-"""The operator's command on several machines: a SuperLink with TLS and a run on it; or a SuperLink that runs already."""
+"""The operator's command on several machines: with a SuperLink of its own over TLS, and with one that runs already."""
 
 import json
 import os
