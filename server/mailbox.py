@@ -135,5 +135,7 @@ class Mailbox:
         now = time.time()
         self._late = {i: sent for i, sent in self._late.items() if now < sent.at + patience}
         for message_id in list(self._late):
-            if self._pull(message_id):
-                yield self._late.pop(message_id)
+            for reply in self._pull(message_id):
+                sent = self._late.pop(message_id)
+                if not reply.has_error():  # e.g. that the node is gone
+                    yield sent
