@@ -53,6 +53,8 @@ class Site:
         self.sent.append((int(config["server-round"]), [step.server_round for step in steps]))
         if (instead := self.before_reply(message)) is not None:
             return instead
+        if config["since"] == self.weights.first and self.weights.version not in (config["since"], config["version"]):
+            self.forget()
         try:
             self.weights.follow(steps, str(config["since"]), str(config["version"]))
         except StaleStateError as error:
@@ -92,6 +94,7 @@ class Grid:
     def __init__(self, sites: dict[int, Site], late: Late = never_late) -> None:
         self.sites, self._open, self._late = sites, dict[str, Message](), late
         self._asked: dict[str, int] = {}
+        self._made: dict[str, Message] = {}
 
     def get_node_ids(self) -> list[int]:
         return list(self.sites)
@@ -109,8 +112,10 @@ class Grid:
             message = self._open[i]
             number = message.metadata.dst_node_id
             self._asked[i] = self._asked.get(i, 0) + 1
+            if i not in self._made:
+                self._made[i] = self.sites[number].reply(message)
             if self._asked[i] > self._late(number, message):
-                replies.append(self.sites[number].reply(message))
+                replies.append(self._made[i])
         return replies
 
 

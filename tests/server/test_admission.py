@@ -196,13 +196,16 @@ def test_late_answer_is_dropped_with_a_note_and_the_site_takes_part_again(tmp_pa
 def test_reply_that_is_still_being_uploaded_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's grid then blocks the caller."""
     monkeypatch.setattr("server.mailbox._PULL_SECONDS", 0.2)
-    slow, uploaded = Site(2), threading.Event()
+    uploaded = threading.Event()
 
-    def upload(message: Message) -> None:
-        if message.metadata.message_type == MessageType.TRAIN and slow.sent[-1][0] == 1:
-            assert uploaded.wait(30)
+    class Slow(Site):
+        def reply(self, message: Message) -> Message:
+            reply = super().reply(message)
+            if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
+                assert uploaded.wait(30)
+            return reply
 
-    slow.before_reply = upload  # type: ignore[assignment]
+    slow = Slow(2)
     sites = [Site(1), slow, Site(3)]
 
     def late(number: int, message: Message) -> int:
