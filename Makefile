@@ -33,7 +33,7 @@ lint: $(READY) ## Format check, lint and types only
 	$(BIN)/mypy
 
 faults: $(READY) ## Inject faults into real federations (about an hour); ends with a table
-	$(BIN)/python -m pytest tests/faults -m "long or not long"
+	$(BIN)/python -m pytest tests/faults tests/processes/test_supervise.py -m "long or not long"
 
 bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
 	$(BIN)/python -m benchmarks

@@ -75,6 +75,8 @@ def test_killed_and_restarted_site_gets_both_factors_and_joins_rolora_in_phase(t
     ]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(400)
 def test_late_site_receives_a_that_never_changes_in_ffa_lora(tmp_path: Path) -> None:
     file = start(tmp_path, "ffa-lora", 3, needed=1)
     with Flower(tmp_path) as flower:

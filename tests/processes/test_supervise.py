@@ -90,6 +90,7 @@ def test_federation_over_tls(tmp_path: Path) -> None:
         finished(tmp_path, server.process)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_federation_on_a_superlink_that_runs_already(tmp_path: Path) -> None:
     file = make_federation(tmp_path, SIZES, rounds=1, **SETTINGS)
