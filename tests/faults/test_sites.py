@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
 import yaml
@@ -71,6 +72,14 @@ class Proxy:
         self._pairs: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._server.close()
+        self.mend()
+
     def cut(self) -> None:
         """Nothing comes through any more, and nobody is told."""
         self._open = False
@@ -83,7 +92,10 @@ class Proxy:
 
     def _accept(self) -> None:
         while True:
-            near, _ = self._server.accept()
+            try:
+                near, _ = self._server.accept()
+            except OSError:  # closed
+                return
             if not self._open:
                 near.close()
                 continue
@@ -121,8 +133,7 @@ def test_site_whose_link_was_away_takes_part_again_and_nothing_is_lost(
     def happened(**fields: object) -> bool:
         return any(fields.items() <= event.items() for event in lines(run / "events.jsonl"))
 
-    with Flower(tmp_path) as flower:
-        proxy = Proxy(flower.fleet)
+    with Flower(tmp_path) as flower, Proxy(flower.fleet) as proxy:
         flower.start_node("a", f'site="{tmp_path / "site-a"}.yaml"')
         flower.start_node("b", f'site="{tmp_path / "site-b"}.yaml"', superlink=proxy.port)
         flower.submit(ROOT, f'federation="{file}" run-dir="{run}"')
