@@ -45,7 +45,10 @@ class RunFolder:
 
         self.path = path
         self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _take(self._lock):
+        deadline = time.monotonic() + 1.0
+        while not (ours := _take(self._lock)) and time.monotonic() < deadline:
+            time.sleep(0.05)  # whoever asks whether it is in use holds it for a moment
+        if not ours:
             os.close(self._lock)
             raise LaunchError(f"{path}: another server is at work on this run")
         self._started = time.time()

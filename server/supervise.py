@@ -116,11 +116,11 @@ class Supervised:
         Raises:
             LaunchError: the run has failed, with its reason; or its server died too often.
         """
-        outcome = _read_outcome(self._run_dir)
-        begun = str(outcome.get("flower_run")) == self._run_id
-        if begun and outcome["status"] == "failed":
-            raise LaunchError(str(outcome["reason"]))
+        begun = self._is_ours(_read_outcome(self._run_dir))
         at_work = in_use(self._run_dir)
+        outcome = _read_outcome(self._run_dir)  # once more: a server that has ended wrote it before it let go
+        if self._is_ours(outcome) and outcome["status"] == "failed":
+            raise LaunchError(str(outcome["reason"]))
         if begun and outcome["status"] == "completed" and not at_work:
             if not (self._run_dir / "report.html").exists():  # it died after its last round
                 write_report(self._run_dir)
@@ -130,6 +130,9 @@ class Supervised:
         elif (begun and not at_work) or (not begun and self._has_ended()):
             self._again("the server died")
         return False
+
+    def _is_ours(self, outcome: dict[str, Any]) -> bool:
+        return str(outcome.get("flower_run")) == self._run_id
 
     def _has_ended(self) -> bool:
         """Whether the SuperLink says that the run is over, although it has not begun to write its folder."""
