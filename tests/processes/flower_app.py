@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import psutil
 
-from server.processes import ProcessGroup, free_ports, listens
+from common.processes import ProcessGroup, free_ports, listens
 from tests.processes.launcher import ROOT, environment
 
 BIN = Path(sysconfig.get_path("scripts"))

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from server.processes import ProcessGroup, free_ports
+from common.processes import ProcessGroup, free_ports
 from server.supervise import main
 from tests.processes.flower_app import Flower
 from tests.processes.launcher import ROOT, environment
