@@ -16,8 +16,8 @@ from rich.console import Console
 
 from common.config import FederationConfig, SiteConfig, resolve, resolved
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError, ModelError
-from common.yaml_file import load
 from common.processes import ProcessGroup, Started, free_ports, last_lines, port_in_use
+from common.yaml_file import load
 from server.run_folder import check_resumable, read_lines, refuse_existing
 from server.superlink import OwnSuperLink, environment
 from server.supervise import ROOT, Supervised, add_run_options, follow, to_the_end

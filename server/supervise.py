@@ -23,9 +23,9 @@ from rich.console import Console
 
 from common.config import FederationConfig, resolved
 from common.errors import FedSpanError, LaunchError
+from common.processes import ProcessGroup, Started, last_lines, listens
 from common.yaml_file import load
 from server.checkpoint import FOLDER
-from common.processes import ProcessGroup, Started, last_lines, listens
 from server.progress import Display
 from server.report import write_report
 from server.run_folder import check_resumable, in_use, read_lines, refuse_existing
