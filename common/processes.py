@@ -31,7 +31,7 @@ class Started:
 
     name: str
     process: subprocess.Popen[bytes]
-    log: Path
+    log: Path | None
     command: Sequence[str]
     env: Mapping[str, str]
 
@@ -43,11 +43,11 @@ class ProcessGroup:
     kernel ends its direct children (Linux), and Flower's own children end with their parents.
 
     Args:
-        logs: folder of the log files.
+        logs: folder of the log files; None: what the processes say goes where this one's words go.
         grace: seconds between SIGTERM and SIGKILL.
     """
 
-    def __init__(self, logs: Path, grace: float = 5.0) -> None:
+    def __init__(self, logs: Path | None, grace: float = 5.0) -> None:
         self.started: list[Started] = []
         self._logs, self._grace = logs, grace
         self._mark = uuid.uuid4().hex
@@ -66,18 +66,21 @@ class ProcessGroup:
         Raises:
             LaunchError: the program cannot be executed.
         """
-        self._logs.mkdir(parents=True, exist_ok=True)
-        log = self._logs / f"{name}.log"
-        with log.open("ab") as out:
-            out.write(f"$ {shlex.join(command)}\n".encode())
-            out.flush()
+        log = self._logs / f"{name}.log" if self._logs is not None else None
+        with contextlib.ExitStack() as files:
+            out = None
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                out = files.enter_context(log.open("ab"))
+                out.write(f"$ {shlex.join(command)}\n".encode())
+                out.flush()
             try:
                 process = subprocess.Popen(  # noqa: S603 - the command is ours
                     command,
                     env={**env, MARK: self._mark, _PART: name},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
-                    stderr=subprocess.STDOUT,
+                    stderr=subprocess.STDOUT if out is not None else None,
                     start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops the others in order
                     preexec_fn=_die_with_parent,
                 )
@@ -167,9 +170,9 @@ def listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def last_lines(log: Path, count: int = 5) -> str:
+def last_lines(log: Path | None, count: int = 5) -> str:
     """The end of a log file, on one line."""
-    if not log.exists():
+    if log is None or not log.exists():
         return ""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return " | ".join([line for line in lines if line][-count:])

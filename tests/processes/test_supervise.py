@@ -1,13 +1,17 @@
 """The operator's command on several machines: with a SuperLink of its own over TLS, and with one that runs already."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -73,21 +77,51 @@ def finished(folder: Path, process: "subprocess.Popen[bytes]") -> None:
 
 @pytest.mark.timeout(400)
 def test_federation_over_tls(tmp_path: Path) -> None:
-    file = make_federation(tmp_path, SIZES, rounds=1, **SETTINGS)
+    """One site joins with a worker that is killed in between, the other with Flower's process for every message."""
+    file = make_federation(tmp_path, SIZES, rounds=2, **SETTINGS)
     ca, certificate, key = certificates(tmp_path)
-    control, fleet, *ports = free_ports(4)
+    control, fleet, port = free_ports(3)
+    link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(ca), "--poll", "0.5"]
     with ProcessGroup(tmp_path / "logs") as group:
         tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
         command = supervise(file, "--port", str(control), "--fleet-api-address", f"127.0.0.1:{fleet}", *tls)
         server = group.start("server", command, environment())
-        for site, port in zip(SIZES, ports, strict=True):
-            node = [sys.executable, "-P", str(ROOT / "client" / "supernode.py"), "--poll", "0.5", "--grpc-rere"]
-            node += ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(ca), "--port", str(port)]
-            own = {"FLWR_HOME": str(tmp_path / site), "HF_HUB_OFFLINE": "1"}
-            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-            node += ["--node-config", f'site="{tmp_path / site}.yaml"']
-            group.start(site, node, {**environment(), **own, "PATH": path})
+        status = tmp_path / "status.json"
+        join = [sys.executable, "-m", "client.join", str(tmp_path / "site-a.yaml"), *link, "--status", str(status)]
+        member = group.start("site-a", join, environment())
+        node = [sys.executable, "-P", str(ROOT / "client" / "supernode.py"), *link, "--grpc-rere", "--port", str(port)]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {"FLWR_HOME": str(tmp_path / "site-b"), "HF_HUB_OFFLINE": "1", "PATH": path}
+        group.start("site-b", [*node, "--node-config", f'site="{tmp_path}/site-b.yaml"'], {**environment(), **own})
+        kill_worker(status)
         finished(tmp_path, server.process)
+        assert json.loads(status.read_text())["worker_deaths"] == 1
+        member.process.terminate()
+        assert member.process.wait(30) == 0
+        assert "worker ended with exit code -9; started again" in (tmp_path / "logs" / "site-a.log").read_text()
+        assert not marked_children(tmp_path / ".site-a")
+
+
+def kill_worker(status: Path) -> None:
+    """Once the link is up and the worker is at work."""
+    deadline = time.monotonic() + 120
+    state: dict[str, Any] = {}
+    while state.get("link") != "up" or state["worker"].get("state") != "working":
+        assert time.monotonic() < deadline, state
+        time.sleep(0.1)
+        state = json.loads(status.read_text()) if status.exists() else {}
+    bench = psutil.Process(state["worker"]["bench"])
+    bench.parent().kill()
+
+
+def marked_children(home: Path) -> list[str]:
+    """Command lines of living processes that work in ``home``."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("FLWR_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 @pytest.mark.long
