@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from common.errors import FederationError
+from common.errors import WORKER_DIED, FederationError
 
 POLL_SECONDS = 0.5  # the SuperLink is on this machine: asking costs little
 _PULL_SECONDS = (
     2.0  # so long others wait while a reply is pulled; one that is still being uploaded takes as long as that
 )
+#: Codes of replies that say that a message was lost with the process that had it; the site has refused nothing.
+LOST = {WORKER_DIED, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
 @dataclass(frozen=True)

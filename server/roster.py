@@ -1,6 +1,7 @@
 """Who takes part: every node says hello first, and is refused by name when its base model differs."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -9,12 +10,13 @@ from flwr.serverapp import Grid
 from common.config import CohortConfig
 from common.errors import FederationError
 from common.records import get_record
-from server.mailbox import POLL_SECONDS, Mailbox
+from server.mailbox import LOST, POLL_SECONDS, Mailbox
 from server.refusals import Refusals
 from server.run_folder import RunFolder
 from strategies.flower import Client, FlowerStrategy
 
 _GROUP = "hello"
+_HELLOS = 3  # so often a node is asked whose hello was lost with a process of its
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Roster:
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
         self._greeted: set[int] = set()
+        self._lost = Counter[int]()  # hellos by node
         self._namesakes: dict[int, Message] = {}  # hellos of nodes whose name another connected node has
 
     def greet(self) -> None:
@@ -133,7 +136,11 @@ class Roster:
 
     def _take_in(self, node_id: int, reply: Message) -> None:
         if reply.has_error():
-            self._refuse(node_id, f"node {node_id}", str(reply.error.reason))
+            self._lost[node_id] += reply.error.code in LOST
+            if reply.error.code in LOST and self._lost[node_id] < _HELLOS:
+                self._greeted.remove(node_id)  # it is asked again if it is still there
+            else:
+                self._refuse(node_id, f"node {node_id}", str(reply.error.reason))
             return
         hello = _told(reply)
         site = str(hello.get("site", f"node {node_id}"))

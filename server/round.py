@@ -8,8 +8,8 @@ from flwr.app import ConfigRecordValues, Message
 from flwr.common.constant import ErrorCode
 
 from common.config import FederationConfig
-from common.errors import WORKER_DIED, AggregationError, FederationError, RefusedUpdate, StaleStateError
-from server.mailbox import Mailbox, Sent
+from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
+from server.mailbox import LOST, Mailbox, Sent
 from server.notes import RoundNotes, record_evaluation, under
 from server.refusals import Refusals
 from server.roster import Roster
@@ -20,7 +20,7 @@ from strategies.norms import change_norms, check_possible, cohort_bound, total
 from strategies.rule import Outcome, Tensors, Update
 
 #: A site of which this is heard is asked once more in the round: it lacks what it held, or one of its processes died.
-_ONCE_MORE = {StaleStateError.code, WORKER_DIED, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE}
+_ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
 
 
 @dataclass(frozen=True)

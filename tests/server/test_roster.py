@@ -1,0 +1,56 @@
+"""Who is waited for at the start of a run."""
+
+from pathlib import Path
+
+import pytest
+from flwr.app import Error, Message, MessageType
+from flwr.common.constant import ErrorCode
+
+from common.errors import WORKER_DIED, FederationError
+from server.checkpoint import newest
+from tests.server.fake_sites import Site, run
+
+GONE = "the node is gone"
+
+
+class Lost(Site):
+    """Loses its hello so many times."""
+
+    def __init__(self, number: int, code: int, times: int) -> None:
+        super().__init__(number)
+        self._code, self._left = code, times
+
+    def reply(self, message: Message) -> Message:
+        if message.metadata.message_type == MessageType.QUERY and self._left:
+            self._left -= 1
+            return Message(Error(self._code, GONE), reply_to=message)
+        return super().reply(message)
+
+
+@pytest.mark.parametrize("code", [WORKER_DIED, ErrorCode.NODE_UNAVAILABLE])
+def test_node_whose_hello_was_lost_is_asked_again(tmp_path: Path, code: int) -> None:
+    run(tmp_path, [Site(1), Lost(2, code, 2)], 1)
+    checkpoint = newest(tmp_path / "run", pytest.fail)
+    assert checkpoint is not None
+    assert checkpoint.round == 1
+
+
+def test_node_of_before_that_is_gone_is_not_counted_among_those_that_answered(tmp_path: Path) -> None:
+    """A SuperLink that was restored counts the nodes of before as connected, for about a minute."""
+    sites = [Lost(1, ErrorCode.NODE_UNAVAILABLE, 2), Lost(2, ErrorCode.NODE_UNAVAILABLE, 2), Site(3), Site(4)]
+    slow = {3, 4}
+    local = {"sites": ["a.yaml", "b.yaml"]}
+    run(
+        tmp_path,
+        sites,
+        1,
+        cohort={"min_clients": 2},
+        local=local,
+        late=lambda number, message: 2 * (number in slow and message.metadata.message_type == MessageType.QUERY),
+    )
+    assert newest(tmp_path / "run", pytest.fail) is not None
+
+
+def test_node_that_loses_every_hello_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=f"1 of 2 sites joined.*{GONE}"):
+        run(tmp_path, [Site(1), Lost(2, WORKER_DIED, 99)], 1, local={"sites": ["a.yaml", "b.yaml"]})
