@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.table import Cell, Table
+from server.superlink import MALLOC
 from tests.processes.flower_app import Flower
 
 APP = Path(__file__).parent / "memory_app"
@@ -25,7 +26,10 @@ def run() -> Table:
     return Table(
         "Peak memory of the ServerApp in a round with dense updates of 105 MB",
         rows,
-        ["Resident memory; real SuperLink and SuperNodes over gRPC. Both strategies send the weights to all clients."],
+        [
+            "Resident memory; real SuperLink and SuperNodes over gRPC. Both send the weights to all clients.",
+            f"Both ServerApps with the environment in which FedSpan starts a SuperLink: {MALLOC}.",
+        ],
     )
 
 
@@ -33,7 +37,7 @@ def measure(strategy: str, clients: int) -> dict[str, float]:
     """One round."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         out = Path(temporary) / "out.json"
-        with Flower(Path(temporary)) as flower:
+        with Flower(Path(temporary), env=MALLOC) as flower:
             for site in range(clients):
                 flower.start_node(f"site-{site}", f"site={site}")
             flower.submit(APP, f'strategy="{strategy}" clients={clients} out="{out}"')

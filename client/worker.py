@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--idle", type=float, default=900.0, metavar="SECONDS", help="idle time after which the device is released"
     )
-    parser.add_argument("--poll", type=float, default=0.2, metavar="SECONDS", help="between two questions for work")
+    parser.add_argument("--poll", type=float, default=0.1, metavar="SECONDS", help="between two questions for work")
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="CA of the Runtime API, if it has TLS")
     parser.add_argument("--auth-secret", type=Path, metavar="FILE", help="the SuperNode's --superexec-auth-secret-file")

@@ -22,7 +22,7 @@ from server.run_folder import check_resumable, read_lines, refuse_existing
 from server.superlink import OwnSuperLink, environment
 from server.supervise import ROOT, Supervised, add_run_options, follow, to_the_end
 
-POLL_SECONDS = 0.5  # how often a SuperNode asks for messages
+POLL_SECONDS = 0.2  # how often a SuperNode asks for messages
 _ATTEMPTS = 3
 
 

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from common.errors import WORKER_DIED, FederationError
 
-POLL_SECONDS = 0.5  # the SuperLink is on this machine: asking costs little
+POLL_SECONDS = 0.2  # the SuperLink is on this machine: asking costs little
+_POLL_SECONDS_EACH = 0.02  # per reply that is waited for: one question takes about as long
 _PULL_SECONDS = (
     2.0  # so long others wait while a reply is pulled; one that is still being uploaded takes as long as that
 )
@@ -116,7 +117,7 @@ class Mailbox:
                 return
             going_on = more() or bool(self.waiting(group))
             if going_on:
-                time.sleep(POLL_SECONDS)
+                time.sleep(max(POLL_SECONDS, _POLL_SECONDS_EACH * len(self._open)))
 
     def waiting(self, group: str) -> list[int]:
         """Nodes that have not answered the messages of a group."""

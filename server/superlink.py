@@ -12,6 +12,10 @@ from typing import Any
 from common.config import FederationConfig
 from common.errors import LaunchError
 
+#: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
+#: which would keep one for every thread that pulls replies.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
 
 @dataclass(frozen=True)
 class Tls:

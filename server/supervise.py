@@ -29,7 +29,7 @@ from server.checkpoint import FOLDER
 from server.progress import Display
 from server.report import write_report
 from server.run_folder import check_resumable, in_use, read_lines, refuse_existing
-from server.superlink import OwnSuperLink, Tls, environment, flwr
+from server.superlink import MALLOC, OwnSuperLink, Tls, environment, flwr
 
 ROOT = Path(__file__).resolve().parents[1]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
@@ -86,7 +86,7 @@ class Supervised:
         home = Path(self._env["FLWR_HOME"])
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.toml").write_text(self._own.connection(), encoding="utf-8")
-        self._process = started = self._group.start("superlink", self._own.command(home), self._env)
+        self._process = started = self._group.start("superlink", self._own.command(home), {**MALLOC, **self._env})
         deadline = time.monotonic() + START_SECONDS
         while not (listens(self._own.port) and listens(int(self._own.fleet.rpartition(":")[2]))):
             if started.process.poll() is not None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +21,7 @@ BIN = Path(sysconfig.get_path("scripts"))
 class Flower:
     """A SuperLink, and SuperNodes that come and go. Use as a context manager."""
 
-    def __init__(self, folder: Path, threads: int = 1) -> None:
+    def __init__(self, folder: Path, threads: int = 1, env: Mapping[str, str] | None = None) -> None:
         self._logs = folder / "logs"
         self._supervisor = ProcessGroup(self._logs)
         self._control, self.fleet = free_ports(2)
@@ -32,7 +32,7 @@ class Flower:
         (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n{link}')
         own = {"FLWR_HOME": str(home), "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         own["OMP_NUM_THREADS"] = str(threads)
-        self._env = environment() | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
+        self._env = environment() | dict(env or {}) | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
 
     def __enter__(self) -> Self:
         fleet = ["--fleet-api-address", f"127.0.0.1:{self.fleet}", "--disable-runtime-dependency-installation"]
