@@ -41,6 +41,7 @@ app = ClientApp()
 
 SITE_KEY = "site"  # node-config key: path of the site file
 _FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
 _FROZEN = "frozen"  # the context's record of frozen tensors kept for the next message
 _STEP = "step-"  # prefix of records of steps, in messages and in the context, before the number of the round
@@ -189,7 +190,13 @@ def _session(message: Message, context: Context) -> "Session":
     if key not in _sessions:
         federation = _federation(sent)
         _sessions.clear()
-        _sessions[key] = Session(load(site_file, SiteConfig), site_file, federation)
+        site = load(site_file, SiteConfig)
+        if site.trust is not None and VETTED not in os.environ:
+            raise ConfigError(
+                f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
+                f"run python -m client.worker --site {site_file.name} beside a SuperNode with --isolation process"
+            )
+        _sessions[key] = Session(site, site_file, federation)
     return _sessions[key]
 
 

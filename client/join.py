@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 POLL_SECONDS = 0.5
 _LONGEST_PAUSE = 30.0  # seconds before a process that died is started again; the first pause is one second
 _SETTLED = 300.0  # seconds after which an earlier death does not count any more
-_WRONG_USE = 2  # exit code of a process that cannot work with the files and arguments it was given
+_REFUSED, _WRONG_USE = 1, 2  # exit codes of a link that the server turns away, and of wrong files and arguments
 
 
 class Ended(Exception):  # noqa: N818 - not an error
@@ -46,6 +46,7 @@ class Service:
         deaths: in a row.
         since: monotonic time of the last start.
         resume: monotonic time at which it is started again.
+        proven: whether it has been seen at work; if not, a refusal is final.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Service:
     deaths: int = 0
     since: float = 0.0
     resume: float = 0.0
+    proven: bool = False
 
     def look_after(self, group: ProcessGroup, env: dict[str, str], tries: int) -> None:
         """Start it, or start it again.
@@ -72,7 +74,7 @@ class Service:
         group.forget(self.started)
         self.started = None
         self.deaths = 1 if now - self.since > _SETTLED else self.deaths + 1
-        if code == _WRONG_USE or self.deaths > tries:
+        if code == _WRONG_USE or (code == _REFUSED and not self.proven) or self.deaths > tries:
             times = "" if self.deaths == 1 else f" {self.deaths} times in a row"
             raise LaunchError(f"{self.name} ended{times} with exit code {code}; its last lines above say why")
         pause = min(2.0 ** (self.deaths - 1), _LONGEST_PAUSE)
@@ -106,8 +108,11 @@ class Member:
             while True:
                 for service in (self.link, self.worker):
                     service.look_after(group, env, tries)
+                state = self.state()
+                self.link.proven |= state["link"] == "up"
+                self.worker.proven |= "state" in state["worker"]
                 if self.status is not None:
-                    _write(self.status, self.state())
+                    _write(self.status, state)
                 time.sleep(POLL_SECONDS)
 
     def state(self) -> dict[str, Any]:
@@ -172,10 +177,13 @@ def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
     link = ["--poll", f"{options.poll:g}", "--isolation", "process", "--host", "127.0.0.1", "--port", str(port)]
     link += ["--grpc-rere", "--superlink", options.superlink, "--node-config", f"site={json.dumps(str(file))}"]
     link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
+    if options.connect_deadline is not None:
+        link += ["--connect-deadline", f"{options.connect_deadline:g}"]
     if options.auth_supernode_private_key is not None:
         link += ["--auth-supernode-private-key", str(options.auth_supernode_private_key)]
     status = home / "worker.json"
-    worker = ["--runtime-api", f"127.0.0.1:{port}", "--idle", f"{options.idle:g}", "--status", str(status)]
+    worker = ["--site", str(file), "--runtime-api", f"127.0.0.1:{port}"]
+    worker += ["--idle", f"{options.idle:g}", "--status", str(status)]
     env = {
         "TOKENIZERS_PARALLELISM": "false",
         **os.environ,
@@ -201,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
     parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
     parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    parser.add_argument(
+        "--connect-deadline", type=float, metavar="SECONDS", help="for a server that does not answer, or not yet"
+    )
     parser.add_argument("--home", type=Path, metavar="DIR", help="working files (default: .NAME beside SITE.yaml)")
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the state as JSON, twice a second")
     parser.add_argument("--idle", type=float, default=900.0, metavar="SECONDS", help="until the device is released")

@@ -1,7 +1,7 @@
 """A site's long-lived worker: model, tokenizer, rows and device stay in memory from one message to the next.
 
     flower-supernode --isolation process --host 127.0.0.1 --port 9094 ...
-    python -m client.worker --runtime-api 127.0.0.1:9094
+    python -m client.worker --runtime-api 127.0.0.1:9094 --site SITE.yaml
 
 By itself Flower starts a process for every message, which imports everything and loads the model again. The results
 are the same. Two processes: the *keeper* is small, asks the SuperNode for messages and outlives restarts of the
@@ -9,7 +9,10 @@ SuperNode; the *bench*, its child, loads the app's bundle and does the work. The
 bundle gets a new one. It is ended when it was idle for a time, which frees the device. If it dies at work, the message
 is answered with an error and the next one gets a new bench.
 
-This file is all that touches Flower's Runtime API. It must not import FedSpan: the bench runs the code of the bundle.
+With a section ``trust`` in the site file, the bench refuses a bundle that is neither listed there nor signed with one
+of its keys, before anything of it is written or run (``client.vetting``).
+
+This file and ``client.bench`` are all that touches Flower's Runtime API.
 """
 
 import argparse
@@ -17,49 +20,45 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.cli.install import install_from_fab
-from flwr.clientapp.utils import get_load_client_app_fn
-from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.constant import SubStatus
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullAppMessagesRequest,
-    PullAppMessagesResponse,
     PullTaskInputRequest,
     SendTaskHeartbeatRequest,
 )
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
-from flwr.supercore.interceptors import (
-    RuntimeTokenHttpInterceptor,
-    RuntimeVersionHttpInterceptor,
-    SuperExecAuthHttpInterceptor,
-)
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
+from client.bench import LONG_LIVED, RuntimeApi, announced, set_up_logging
+from client.trust import read_trust
+from client.vetting import Trust
+from common.errors import ConfigError
+
 HEARTBEAT_SECONDS = 10.0
 _DIED = 1002  # code of the reply when the bench has died; the server then asks once more
-_PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 log = logging.getLogger("worker")
 
@@ -93,37 +92,27 @@ class Status:
 class Options:
     """The command line."""
 
-    runtime_api: str
+    api: RuntimeApi
     idle: float
     poll: float
     status: Path | None
-    root_certificates: Path | None
     auth_secret: Path | None
-
-    def connect(self, *interceptors: ProtobufClientInterceptor, patience: float = _PATIENCE) -> RuntimeHttpClient:
-        """A client of the SuperNode's Runtime API that tries again for ``patience`` seconds."""
-        certificates = self.root_certificates.read_bytes() if self.root_certificates is not None else None
-        retry = RetryInvoker(lambda: exponential(max_delay=2), httpx.TransportError, max_tries=None, max_time=patience)
-        return RuntimeHttpClient.from_server_address(
-            server_address=self.runtime_api,
-            insecure=certificates is None,
-            root_certificates=certificates,
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *interceptors],
-            retry_invoker=retry,
-        )
+    site: Path | None = None
 
 
 class Bench:
     """The child process that does the work, seen from the keeper."""
 
-    def __init__(self, bundle: str, options: Options) -> None:
+    def __init__(self, bundle: str, options: Options, trust: Trust | None) -> None:
         self.bundle = bundle
+        self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # where nobody could have put other code before
         read, write = os.pipe()
-        command = [sys.executable, "-P", str(Path(__file__).resolve()), "--runtime-api", options.runtime_api]
-        if options.root_certificates is not None:
-            command += ["--root-certificates", str(options.root_certificates)]
-        self.process = subprocess.Popen(  # noqa: S603 - this very file
-            [*command, "--bench", str(write)],
+        program = str(Path(__file__).resolve().with_name("bench.py"))
+        command = [sys.executable, "-P", program, "--runtime-api", options.api.address, "--tell", str(write)]
+        if options.api.root_certificates is not None:
+            command += ["--root-certificates", str(options.api.root_certificates)]
+        self.process = subprocess.Popen(  # noqa: S603 - our own file
+            command,
             stdin=subprocess.PIPE,
             pass_fds=[write],
             env={**os.environ, LONG_LIVED: "1"},
@@ -131,13 +120,12 @@ class Bench:
         )
         os.close(write)
         self._told = os.fdopen(read)
+        handed = {"folder": self._folder, "trust": asdict(trust) if trust is not None else None}
+        self._hand(json.dumps(handed))
 
     def work(self, token: str) -> Iterator[dict[str, Any]]:
         """Hand over a message by its token; what the bench tells, until the message is done or the bench is dead."""
-        assert self.process.stdin is not None  # noqa: S101 - opened above
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(token + "\n")  # not on a command line, where others could read it
-            self.process.stdin.flush()
+        self._hand(token)  # not on a command line, where others could read it
         for line in self._told:
             told = json.loads(line)
             yield told
@@ -153,19 +141,26 @@ class Bench:
             self.process.kill()
             self.process.wait()
         self._told.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _hand(self, line: str) -> None:
+        assert self.process.stdin is not None  # noqa: S101 - opened above
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
 
 
 class Keeper:
     """Asks for messages and has a bench answer them, one at a time."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __init__(self, options: Options, trust: Trust | None = None) -> None:
+        self._options, self._trust = options, trust
         self._bench: Bench | None = None
         self._status = Status()
         self._shown = True
         self._idle_since = time.monotonic()
         secret = [] if options.auth_secret is None else [_signed(options.auth_secret)]
-        self._client = options.connect(*secret, patience=0.0)
+        self._client = options.api.connect(*secret, patience=0.0)
 
     def run(self) -> NoReturn:
         """Until the process is stopped."""
@@ -193,7 +188,7 @@ class Keeper:
             found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         except httpx.HTTPError as error:
             if self._status.state != "no SuperNode":
-                log.warning("no SuperNode at %s (%s); asking on", self._options.runtime_api, type(error).__name__)
+                log.warning("no SuperNode at %s (%s); asking on", self._options.api.address, type(error).__name__)
                 self._show("no SuperNode")
             return None, ""
         if self._status.state != "idle":
@@ -204,10 +199,10 @@ class Keeper:
         if self._bench is not None and (self._bench.bundle != task.fab_hash or self._bench.process.poll() is not None):
             self.stop()
         if self._bench is None:
-            self._bench = Bench(task.fab_hash, self._options)
+            self._bench = Bench(task.fab_hash, self._options, self._trust)
         self._show("working")
         started, pulled, answering, done = time.monotonic(), None, False, False
-        with _heartbeats(self._options.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
+        with _heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
             for told in self._bench.work(token):
                 pulled, answering = told.get("pulled", pulled), answering or "answering" in told
                 if "done" in told:
@@ -228,12 +223,12 @@ class Keeper:
 
     def _fail(self, token: str, pulled: dict[str, str] | None, reason: str) -> None:
         """Answer a message whose bench died with an error."""
-        client = self._options.connect(RuntimeTokenHttpInterceptor(token))
+        client = self._options.api.connect(RuntimeTokenHttpInterceptor(token))
         try:
             if pulled is None:  # it died before it could tell
                 with contextlib.suppress(httpx.HTTPStatusError):  # or after it had begun to ask
                     client.PullTaskInput(PullTaskInputRequest())
-                pulled = _announced(client.PullMessages(PullAppMessagesRequest()))
+                pulled = announced(client.PullMessages(PullAppMessagesRequest()))
             message = message_from_proto(ProtoMessage.FromString(bytes.fromhex(pulled["message"])))
             message.metadata.__dict__["_message_id"] = pulled["id"]
             run, node = message.metadata.run_id, message.metadata.dst_node_id
@@ -297,75 +292,6 @@ def _heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
         client.close()
 
 
-def work(options: Options, tell: IO[str]) -> None:
-    """The bench: answer messages whose tokens come in on standard input, one line each, until it is closed."""
-    app = None
-    for line in sys.stdin:
-        client = options.connect(RuntimeTokenHttpInterceptor(line.strip()))
-        try:
-            announcing: Any = _Announcing(client, tell)
-            message, context, run, bundle = pull_task_input(announcing)
-            try:
-                if app is None:
-                    install_from_fab(bundle.content, skip_prompt=True)
-                    app = get_load_client_app_fn("", None, multi_app=True)(run.fab_id, run.fab_version, bundle.hash_str)
-                reply, details = app(message=message, context=context), ""
-            except Exception as error:
-                log.exception("the app failed")
-                details = f"{type(error).__name__} in the site's worker; the site's log says more"
-                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, details), reply_to=message)
-            _tell(tell, answering=True)
-            push_message(client, reply, context)
-            push_task_output(client, context, SubStatus.FAILED if details else SubStatus.COMPLETED, details)
-            del message, reply, context
-        except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
-            # The SuperNode is gone, or the run is: nobody waits for this answer.
-            log.warning("the answer was not taken (%s)", type(error).__name__)
-            with contextlib.suppress(httpx.HTTPError):
-                push_task_output(client, None, SubStatus.FAILED, "the answer was not taken")
-        finally:
-            client.close()
-        _tell(tell, done=True, memory=_resident(), device=_on_device())
-
-
-class _Announcing:
-    """A client of the Runtime API that tells the keeper which message comes before its content is fetched."""
-
-    def __init__(self, client: RuntimeHttpClient, tell: IO[str]) -> None:
-        self._client, self._pipe = client, tell
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._client, name)
-
-    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802 - Flower's name
-        """As Flower's."""
-        found = self._client.PullMessages(request)
-        if found.messages_list:
-            _tell(self._pipe, pulled=_announced(found))
-        return found
-
-
-def _announced(found: PullAppMessagesResponse) -> dict[str, str]:
-    """The message that was found, without content, and its id, which is not part of it."""
-    return {"message": found.messages_list[0].SerializeToString().hex(), "id": found.message_object_trees[0].object_id}
-
-
-def _tell(pipe: IO[str], **told: object) -> None:
-    pipe.write(json.dumps(told) + "\n")
-    pipe.flush()
-
-
-def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _on_device() -> int:
-    torch = sys.modules.get("torch")
-    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
-
-
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
 
@@ -381,11 +307,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="CA of the Runtime API, if it has TLS")
     parser.add_argument("--auth-secret", type=Path, metavar="FILE", help="the SuperNode's --superexec-auth-secret-file")
-    parser.add_argument("--bench", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--site", type=Path, metavar="SITE.yaml", help="the site file; says whose code may run here")
     given = vars(parser.parse_args(arguments))
-    pipe = given.pop("bench")
-    options = Options(**given)
-    for file in (options.root_certificates, options.auth_secret):
+    options = Options(RuntimeApi(given.pop("runtime_api"), given.pop("root_certificates")), **given)
+    for file in (options.api.root_certificates, options.auth_secret):
         if file is not None and not file.is_file():
             parser.error(f"{file} does not exist")
     for name, value, least in (("--idle", options.idle, 0.0), ("--poll", options.poll, 0.01)):
@@ -393,14 +318,15 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"{name} is {value:g}; allowed: {least:g} seconds and more")
     if options.status is not None and not options.status.parent.is_dir():
         parser.error(f"--status: folder {options.status.parent} does not exist")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if pipe is not None:
-        with os.fdopen(pipe, "w") as tell:
-            work(options, tell)
-        return
+    set_up_logging()
+    try:
+        trust = read_trust(options.site) if options.site is not None else None
+    except ConfigError as error:
+        parser.error(str(error))
+    if trust is None:
+        log.warning("no `trust` in %s: every bundle that the operator sends is run", options.site or "a site file")
     signal.signal(signal.SIGTERM, _stop)
-    keeper = Keeper(options)
+    keeper = Keeper(options, trust)
     try:
         keeper.run()
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from common.method_config import (
     StrategyConfig as StrategyConfig,
     TrimmedMeanConfig as TrimmedMeanConfig,
 )
+from common.trust_config import TrustConfig as TrustConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -253,6 +254,7 @@ class SiteConfig(Section):
         None, ge=1, description="Cap on rows per forward pass; accumulation makes it up."
     )
     max_rank: int | None = Field(None, ge=1, description="Cap on the LoRA rank, where the strategy allows mixed ranks.")
+    trust: TrustConfig | None = Field(None, description="Whose code may run here; null: any that the operator sends.")
 
 
 def resolve(path: str, beside: Path) -> Path:

@@ -11,7 +11,9 @@
     ├── RefusedUpdate        one client's reply was not admitted to the average (names client and tensor)
     ├── AggregationError     the admitted replies cannot be combined
     ├── FederationError      the run as a whole cannot go on (names who is missing and why)
-    └── LaunchError          a process, port or run folder prevents the start
+    ├── LaunchError          a process, port or run folder prevents the start
+    └── LinkError            a SuperLink cannot be trusted or does not let this site in (names host and file)
+        └── UnreachableError nobody answers there; it may come up yet
 
 The text of an error says what, where, and what is allowed. It never holds a row of a private shard: a site sends
 the text of a ``FedSpanError`` to the operator, and of any other exception only its type and place.
@@ -71,3 +73,11 @@ class FederationError(FedSpanError):
 
 class LaunchError(FedSpanError):
     """A process, port or run folder prevents the start."""
+
+
+class LinkError(FedSpanError):
+    """A SuperLink cannot be trusted, or does not let this site in."""
+
+
+class UnreachableError(LinkError):
+    """Nobody answers at the SuperLink's address; it may come up yet."""

@@ -103,7 +103,7 @@ def run(plan: Plan, console: Console, tries: int) -> None:
             for (name, file), port in zip(plan.sites.items(), runtime, strict=True):
                 sites.append(group.start(name, _supernode(file, superlink.fleet, port, warm=local.warm), env))
                 if local.warm:
-                    worker = _worker(port, logs / f"{name}-worker.json")
+                    worker = _worker(port, file, logs / f"{name}-worker.json")
                     sites.append(group.start(f"{name}-worker", worker, env))
             server.submit(resume=plan.resume)
             follow(server, plan.run_dir, console, plan.events, _Reviver(group, sites, console, tries))
@@ -144,9 +144,9 @@ def _supernode(file: Path, fleet: str, port: int, *, warm: bool) -> list[str]:
     ]
 
 
-def _worker(port: int, status: Path) -> list[str]:
+def _worker(port: int, file: Path, status: Path) -> list[str]:
     program = [sys.executable, "-P", str(ROOT / "client" / "worker.py")]
-    return [*program, "--runtime-api", f"127.0.0.1:{port}", "--status", str(status)]
+    return [*program, "--runtime-api", f"127.0.0.1:{port}", "--site", str(file), "--status", str(status)]
 
 
 def main(arguments: list[str] | None = None) -> int:

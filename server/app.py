@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import ConfigRecordValues, Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import FederationConfig, LoraConfig, resolved, settings_for_sites
 from common.errors import ConfigError, FedSpanError
 from common.yaml_file import load
+from server import signatures
 from server.run_folder import RunFolder
 
 app = ServerApp()
@@ -73,7 +74,10 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, 
     )
     before = evaluator.answers(state)
     strategy = make_strategy(config.strategy, seed=config.training.seed, aggregation=config.aggregation)
-    state = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(state, checkpoint)
+    told: dict[str, ConfigRecordValues] = {"federation": settings_for_sites(config)}
+    if (signed := signatures.kept(folder.path)) is not None:
+        told[signatures.RECORD_KEY] = signed
+    state = RoundLoop(grid, config, told, strategy, evaluator, folder).run(state, checkpoint)
     after = evaluator.answers(state)
     folder.samples(
         [

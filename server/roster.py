@@ -2,14 +2,16 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import CohortConfig
 from common.errors import FederationError
 from common.records import get_record
+from server import nodes
 from server.mailbox import LOST, POLL_SECONDS, Mailbox
 from server.refusals import Refusals
 from server.run_folder import RunFolder
@@ -37,7 +39,7 @@ class Roster:
         grid: Flower's grid.
         mailbox: shared with the round loop.
         folder: where joins and refusals are noted.
-        settings: the federation settings that every site receives, as JSON.
+        settings: what every message's "config" record holds.
         refusals: which sites are left out.
         base_digest: of the server's base model.
         tokenizer_digest: of the server's tokenizer.
@@ -49,7 +51,7 @@ class Roster:
         grid: Grid,
         mailbox: Mailbox,
         folder: RunFolder,
-        settings: str,
+        settings: Mapping[str, ConfigRecordValues],
         refusals: Refusals,
         *,
         base_digest: str,
@@ -77,7 +79,7 @@ class Roster:
         online = set(self._grid.get_node_ids())
         new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
-            content = RecordDict({"config": ConfigRecord({"federation": self._settings})})
+            content = RecordDict({"config": ConfigRecord({**self._settings})})
             self._mailbox.push([Message(content, node_id, MessageType.QUERY) for node_id in new], _GROUP)
             self._greeted.update(new)
         for sent, reply in self._mailbox.arrived(_GROUP):
@@ -144,6 +146,11 @@ class Roster:
             return
         hello = _told(reply)
         site = str(hello.get("site", f"node {node_id}"))
+        owner = nodes.site_of(self._folder.path, node_id)
+        if owner not in (site, None):
+            registered = f"its key is registered as {owner}" if owner else "its key is not in the register of sites"
+            self._refuse(node_id, site, f"{site}: node {node_id} says that it is {site}, but {registered}")
+            return
         for what, key in (("base model", "base_digest"), ("tokenizer", "tokenizer_digest")):
             theirs, ours = str(hello.get(key)), self._digests[what]
             if theirs != ours:

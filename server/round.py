@@ -1,7 +1,7 @@
 """One round: the sites are asked, their replies are read as they come, and those that count are combined."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecordValues, Message
@@ -28,7 +28,7 @@ class Parts:
     """What all rounds share; see ``RoundLoop``."""
 
     config: FederationConfig
-    settings: str
+    settings: Mapping[str, ConfigRecordValues]
     strategy: FlowerStrategy
     mailbox: Mailbox
     roster: Roster
@@ -63,7 +63,7 @@ class Round:
 
     def ask(self, nodes: list[int]) -> None:
         """Send the round's work to nodes."""
-        settings: dict[str, ConfigRecordValues] = {"federation": self._parts.settings, "evaluate": self._evaluate}
+        settings = {**self._parts.settings, "evaluate": self._evaluate}
         strategy, lifetime = self._parts.strategy, self._parts.lifetime
         messages = strategy.train_messages(self._number, self._state, nodes, settings, lifetime)
         for message in messages:

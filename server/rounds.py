@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 
 from flwr.app import ConfigRecordValues
 from flwr.serverapp import Grid
@@ -28,7 +29,7 @@ class RoundLoop:
     Args:
         grid: Flower's grid.
         config: the federation file.
-        settings: what of it the sites receive, as JSON.
+        settings: what every message's "config" record holds, the federation settings among it.
         strategy: how updates are combined.
         evaluator: holds the server's model.
         folder: where everything is written down.
@@ -38,7 +39,7 @@ class RoundLoop:
         self,
         grid: Grid,
         config: FederationConfig,
-        settings: str,
+        settings: Mapping[str, ConfigRecordValues],
         strategy: FlowerStrategy,
         evaluator: Evaluator,
         folder: RunFolder,
@@ -129,9 +130,8 @@ class RoundLoop:
         """The final state, at every site that is still connected and at the server."""
         nodes, lifetime = self._roster.connected(), self._parts.lifetime
         group = f"evaluate/{version}"
-        settings: dict[str, ConfigRecordValues] = {"federation": self._settings}
         patience = self._config.cohort.round_deadline
-        self._mailbox.push(self._strategy.evaluate_messages(version, state, nodes, settings, lifetime), group)
+        self._mailbox.push(self._strategy.evaluate_messages(version, state, nodes, self._settings, lifetime), group)
         deadline = time.monotonic() + patience
         self._evaluate_here(version, state)
         for sent, reply in self._mailbox.replies(group, lambda: deadline):

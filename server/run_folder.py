@@ -2,6 +2,8 @@
 
     federation.yaml   the federation file with all defaults and absolute paths
     run.json          status, reason of a failure, versions, machine, digests
+    signatures.json   of the app bundle, if the supervisor was given some
+    nodes.json        whose keys the SuperNodes have, if it was given a register of sites
     events.jsonl      what happened, one line each, as it happens
     metrics.jsonl     numbers: one record per round, site and phase
     checkpoints/      the state after the last rounds, to go on from
@@ -10,7 +12,8 @@
     model/            the fine-tuned result
     report.html       all of it on one page
 
-Only the ServerApp writes here. A whole file appears at once or not at all; a line is flushed as soon as it is written.
+The supervisor writes signatures.json and nodes.json, the ServerApp all else. A whole file appears at once or not at
+all; a line is flushed as soon as it is written.
 """
 
 import fcntl
@@ -174,6 +177,12 @@ class RunFolder:
     def _append(self, name: str, record: Mapping[str, object]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+
+def read_outcome(path: Path) -> dict[str, Any]:
+    """The run.json of the folder ``path``; empty when there is none."""
+    file = path / "run.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def in_use(path: Path) -> bool:

@@ -34,13 +34,13 @@ class OwnSuperLink:
         port: of its control interface, on the loopback interface.
         fleet: host and port for SuperNodes.
         tls: None for a federation on one machine.
-        authenticate: whether only SuperNodes with a registered key may connect.
+        registry: the register of sites; only SuperNodes with a key in it may connect. None: all may.
     """
 
     port: int
     fleet: str
     tls: Tls | None = None
-    authenticate: bool = False
+    registry: Path | None = None
 
     def command(self, home: Path) -> list[str]:
         """How it is started; its database is in ``home``."""
@@ -52,7 +52,7 @@ class OwnSuperLink:
         else:
             command += ["--ssl-ca-certfile", str(self.tls.ca), "--ssl-certfile", str(self.tls.certificate)]
             command += ["--ssl-keyfile", str(self.tls.key)]
-        return [*command, "--enable-supernode-auth"] if self.authenticate else command
+        return [*command, "--enable-supernode-auth"] if self.registry is not None else command
 
     def connection(self) -> str:
         """Flower's configuration file with this SuperLink as ``local``."""

@@ -25,10 +25,11 @@ from common.config import FederationConfig, resolved
 from common.errors import FedSpanError, LaunchError
 from common.processes import ProcessGroup, Started, last_lines, listens
 from common.yaml_file import load
+from server import nodes, registry, signatures
 from server.checkpoint import FOLDER
 from server.progress import Display
 from server.report import write_report
-from server.run_folder import check_resumable, in_use, read_lines, refuse_existing
+from server.run_folder import check_resumable, in_use, read_lines, read_outcome, refuse_existing
 from server.superlink import MALLOC, OwnSuperLink, Tls, environment, flwr
 
 ROOT = Path(__file__).resolve().parents[1]  # holds pyproject.toml, from which Flower bundles the app
@@ -70,6 +71,7 @@ class Supervised:
         self._source, self._run_dir, self._group = source, run_dir, group
         self._own = superlink if isinstance(superlink, OwnSuperLink) else None
         self._connection = superlink if isinstance(superlink, str) else "local"
+        self._nodes = nodes.following(self._own, run_dir, tell)
         self._env, self._tell, self._limit = env, tell, tries
         self._process: Started | None = None
         self._run_id = ""
@@ -79,7 +81,7 @@ class Supervised:
         """Start the SuperLink and wait until it listens; False when it ended, as it does when a port is taken.
 
         Raises:
-            LaunchError: it did not listen in time.
+            LaunchError: it did not listen in time, or does not take the register of sites.
         """
         if self._own is None:
             return True
@@ -94,6 +96,8 @@ class Supervised:
             if time.monotonic() > deadline:
                 raise LaunchError(f"the SuperLink did not listen within {START_SECONDS:g} seconds; see {started.log}")
             time.sleep(0.1)
+        if self._nodes is not None:
+            self._nodes.begin()
         return True
 
     def submit(self, *, resume: bool) -> None:
@@ -116,9 +120,11 @@ class Supervised:
         Raises:
             LaunchError: the run has failed, with its reason; or its server died too often.
         """
-        begun = self._is_ours(_read_outcome(self._run_dir))
+        if self._nodes is not None:
+            self._nodes.look()
+        begun = self._is_ours(read_outcome(self._run_dir))
         at_work = in_use(self._run_dir)
-        outcome = _read_outcome(self._run_dir)  # once more: a server that has ended wrote it before it let go
+        outcome = read_outcome(self._run_dir)  # once more: a server that has ended wrote it before it let go
         if self._is_ours(outcome) and outcome["status"] == "failed":
             raise LaunchError(str(outcome["reason"]))
         if begun and outcome["status"] == "completed" and not at_work:
@@ -199,12 +205,6 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
         display.close()
 
 
-def _read_outcome(run_dir: Path) -> dict[str, Any]:
-    """run.json; empty when there is none."""
-    file = run_dir / "run.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-
-
 def to_the_end(work: Callable[[], Path]) -> int:
     """Do ``work``, which makes a run's folder, and say how it ended; the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -237,7 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
     for option in ("ca-certfile", "certfile", "keyfile"):
         parser.add_argument(f"--ssl-{option}", type=Path, metavar="FILE")
-    parser.add_argument("--enable-supernode-auth", action="store_true", help="only SuperNodes with a registered key")
+    parser.add_argument("--registry", type=Path, metavar="FILE", help="only sites in this register may connect")
+    parser.add_argument(
+        "--signature", type=Path, action="append", default=[], metavar="FILE", help="vouches for the code"
+    )
     return parser
 
 
@@ -266,13 +269,18 @@ def main(arguments: list[str] | None = None) -> int:
     files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
     if options.superlink is None and options.insecure == all(files):
         parser.error("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink")
+    if options.registry is not None and not (options.superlink is None and all(files)):
+        parser.error("--registry needs a SuperLink of its own with TLS: --ssl-ca-certfile and so on")
     for file in filter(None, files):
         if not file.is_file():
             parser.error(f"{file} does not exist")
     superlink: OwnSuperLink | str = options.superlink or OwnSuperLink(
-        options.port, options.fleet_api_address, Tls(*files) if all(files) else None, options.enable_supernode_auth
+        options.port, options.fleet_api_address, Tls(*files) if all(files) else None, options.registry
     )
     try:
+        signed = signatures.read_signatures(options.signature, ROOT)
+        if options.registry is not None:
+            registry.read(options.registry)
         source = options.federation.resolve()
         federation = resolved(load(source, FederationConfig), source)
         run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
@@ -286,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         env = environment(run_dir / "flwr", federation)
         if isinstance(superlink, str):
             env = {**env, **{k: v for k, v in os.environ.items() if k == "FLWR_HOME"}}
+        signatures.keep(run_dir, signed)
         with ProcessGroup(run_dir / "logs") as group:
             run = Supervised(source, run_dir, group, superlink, env, console.print, tries=options.tries)
             if not run.start_superlink():

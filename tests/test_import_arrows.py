@@ -15,6 +15,7 @@ FORBIDDEN = {
 # Files that talk to Flower; training code and strategy maths do not.
 FLOWER = {
     "client/app.py",
+    "client/bench.py",
     "client/supernode.py",
     "client/worker.py",
     "common/records.py",
@@ -55,7 +56,7 @@ def test_only_named_files_know_flower() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("file", ["worker.py", "supernode.py"])
+@pytest.mark.parametrize("file", ["bench.py", "vetting.py"])
 def test_site_leaves_fedspans_code_to_the_bundle(file: str) -> None:
     """What it imported of an installed FedSpan would stand in for the bundle's own."""
     assert not imported(ROOT / "client" / file) & {*FORBIDDEN, "deploy"}

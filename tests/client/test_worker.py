@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from client.bench import RuntimeApi
 from client.worker import Keeper, Options
 
 
 def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "logs" / "worker.json"
-    options = Options("127.0.0.1:1", idle=1.0, poll=1.0, status=file, root_certificates=None, auth_secret=None)
+    options = Options(RuntimeApi("127.0.0.1:1", None), idle=1.0, poll=1.0, status=file, auth_secret=None)
     keeper = Keeper(options)
     for _ in range(2):  # it fails, comes back, and fails again
         for state in ("working", "idle", "working"):

@@ -107,7 +107,7 @@ class Federation:
     def bench(self, site: str) -> list[psutil.Process]:
         """What does the work of a site."""
         keepers = {keeper.pid for keeper in self.keeper(site)}
-        return [bench for bench in self.find("worker.py", "--bench") if bench.ppid() in keepers]
+        return [bench for bench in self.find("bench.py") if bench.ppid() in keepers]
 
     def works(self, site: str) -> bool:
         """Whether a site's worker is at work on a message."""

@@ -67,10 +67,13 @@ class Flower:
     ) -> tuple[psutil.Process, psutil.Process]:
         """Start a SuperNode and, beside it, a long-lived worker."""
         node = self.start_node(name, config, isolation="process")
-        command = [sys.executable, "-P", str(ROOT / "client" / "worker.py"), "--status", str(status)]
-        command += ["--runtime-api", f"127.0.0.1:{self.ports[name]}", "--idle", str(idle)]
-        worker = self._supervisor.start(f"{name}-worker", command, self._env)
-        return node, psutil.Process(worker.process.pid)
+        return node, self.start_worker(name, "--status", str(status), "--idle", str(idle))
+
+    def start_worker(self, name: str, *options: str) -> psutil.Process:
+        """Start a long-lived worker beside a SuperNode."""
+        command = [sys.executable, "-P", str(ROOT / "client" / "worker.py"), *options]
+        command += ["--runtime-api", f"127.0.0.1:{self.ports[name]}"]
+        return psutil.Process(self._supervisor.start(f"{name}-worker", command, self._env).process.pid)
 
     def submit(self, app: Path, config: str) -> None:
         assert self._flwr("run", str(app), "local", "--run-config", config)["success"]

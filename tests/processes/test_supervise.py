@@ -6,19 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+import yaml
 
 from common.processes import ProcessGroup, free_ports
+from deploy import bundle, certs
+from server import registry
 from server.supervise import main
 from tests.processes.flower_app import Flower
 from tests.processes.launcher import ROOT, environment
@@ -26,41 +23,6 @@ from tests.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 SETTINGS = {"local": None, "evaluation": {"every": 9, "max_examples": 1, "samples": 0}}
-
-
-def certificates(folder: Path) -> tuple[Path, Path, Path]:
-    """A certificate authority, and a certificate of it for 127.0.0.1 with its key."""
-
-    def name(text: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-    def build(subject: str, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.CertificateBuilder:
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name(subject))
-            .issuer_name(name("test CA"))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(minutes=5))
-            .not_valid_after(now + timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        )
-
-    authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    usage = x509.KeyUsage(*(True, False, False, False, False, True, True, False, False))
-    ca = build("test CA", authority, ca=True).add_extension(usage, critical=True)
-    hosts = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1")), x509.DNSName("localhost")])
-    own = build("server", server, ca=False).add_extension(hosts, critical=False)
-    files = folder / "ca.crt", folder / "server.pem", folder / "server.key"
-    for file, builder in zip(files, (ca, own), strict=False):
-        file.write_bytes(builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-    files[2].write_bytes(
-        server.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return files
 
 
 def supervise(file: Path, *options: str) -> list[str]:
@@ -76,23 +38,35 @@ def finished(folder: Path, process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.timeout(400)
-def test_federation_over_tls(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's pathspec
+def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Path) -> None:
     """One site joins with a worker that is killed in between, the other with Flower's process for every message."""
     file = make_federation(tmp_path, SIZES, rounds=2, **SETTINGS)
-    ca, certificate, key = certificates(tmp_path)
+    pki, register, signature = tmp_path / "pki", tmp_path / "register.json", tmp_path / "bundle.sig"
+    assert certs.main(["ca", str(pki)]) == certs.main(["server", str(pki)]) == 0
+    assert bundle.main(["key", str(tmp_path / "reviewer")]) == 0
+    assert bundle.main(["sign", "--key", str(tmp_path / "reviewer.key"), "--out", str(signature)]) == 0
+    for site in SIZES:
+        assert certs.main(["site", str(tmp_path / site)]) == 0
+        assert registry.main([str(register), "add", site, str(tmp_path / f"{site}.pub")]) == 0
+    trusting = tmp_path / "site-a.yaml"
+    trusting.write_text(yaml.safe_dump({**yaml.safe_load(trusting.read_text()), "trust": {"keys": ["reviewer.pub"]}}))
     control, fleet, port = free_ports(3)
-    link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(ca), "--poll", "0.5"]
     with ProcessGroup(tmp_path / "logs") as group:
-        tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+        tls = ["--ssl-ca-certfile", str(pki / "ca.crt"), "--ssl-certfile", str(pki / "server.pem")]
+        tls += ["--ssl-keyfile", str(pki / "server.key"), "--registry", str(register), "--signature", str(signature)]
         command = supervise(file, "--port", str(control), "--fleet-api-address", f"127.0.0.1:{fleet}", *tls)
         server = group.start("server", command, environment())
         status = tmp_path / "status.json"
-        join = [sys.executable, "-m", "client.join", str(tmp_path / "site-a.yaml"), *link, "--status", str(status)]
-        member = group.start("site-a", join, environment())
-        node = [sys.executable, "-P", str(ROOT / "client" / "supernode.py"), *link, "--grpc-rere", "--port", str(port)]
+        link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(pki / "ca.crt"), "--poll", "0.5"]
+        link += ["--connect-deadline", "180", "--auth-supernode-private-key"]
+        join = [sys.executable, "-m", "client.join", str(trusting), *link, str(tmp_path / "site-a.key")]
+        member = group.start("site-a", [*join, "--status", str(status)], environment())
+        node = [sys.executable, "-P", str(ROOT / "client" / "supernode.py"), *link, str(tmp_path / "site-b.key")]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = {"FLWR_HOME": str(tmp_path / "site-b"), "HF_HUB_OFFLINE": "1", "PATH": path}
-        group.start("site-b", [*node, "--node-config", f'site="{tmp_path}/site-b.yaml"'], {**environment(), **own})
+        node += ["--port", str(port), "--node-config", f'site="{tmp_path}/site-b.yaml"']
+        group.start("site-b", node, {**environment(), **own})
         kill_worker(status)
         finished(tmp_path, server.process)
         assert json.loads(status.read_text())["worker_deaths"] == 1
@@ -100,6 +74,8 @@ def test_federation_over_tls(tmp_path: Path) -> None:
         assert member.process.wait(30) == 0
         assert "worker ended with exit code -9; started again" in (tmp_path / "logs" / "site-a.log").read_text()
         assert not marked_children(tmp_path / ".site-a")
+    owners = json.loads((tmp_path / "runs" / "tiny" / "nodes.json").read_text()).values()
+    assert sorted(owner["site"] for owner in owners) == sorted(SIZES)
 
 
 def kill_worker(status: Path) -> None:
@@ -140,6 +116,8 @@ def test_federation_on_a_superlink_that_runs_already(tmp_path: Path) -> None:
     [
         ([], "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink"),
         (["--ssl-ca-certfile", "ca", "--ssl-certfile", "c", "--ssl-keyfile", "k"], "ca does not exist"),
+        (["--insecure", "--registry", "register.json"], "--registry needs a SuperLink of its own with TLS"),
+        (["--insecure", "--signature", "none.sig"], "none.sig: cannot be read (No such file or directory)"),
         (["--insecure", "--tries", "-1"], "'-1'; allowed: whole numbers from 0"),
         (["--insecure", "--resume"], "holds no run that could go on"),
     ],

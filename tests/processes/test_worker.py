@@ -1,5 +1,6 @@
 """The long-lived worker: one process for many messages, and what happens when it, or the SuperNode, goes away."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -11,7 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
+from flwr.cli.build import build_fab_from_disk
 
+from deploy import bundle
 from tests.processes.flower_app import Flower, kill, wait_for
 
 APP = Path(__file__).parent / "orders_app"
@@ -100,6 +104,40 @@ def test_keeper_that_is_killed_takes_its_process_along(flower: Flower, tmp_path:
     wait_for(lambda: not psutil.pid_exists(answers(out)[0]["pid"]), 20)
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's pathspec
+def test_worker_runs_only_what_its_site_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))  # where benches unpack what they run
+    for name in ("reviewer", "stranger"):
+        bundle.main(["key", str(tmp_path / name)])
+        data = {"path": "rows.jsonl", "prompt": "p", "answer": "a"}
+        site = {"name": "site-a", "data": data, "trust": {"keys": [f"{name}.pub"]}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(site))
+    digest = hashlib.sha256(build_fab_from_disk(APP)).hexdigest()
+    signatures = tmp_path / "signatures.json"
+    signatures.write_text(json.dumps([bundle.sign(tmp_path / "reviewer.key", digest)]))
+    out, go = tmp_path / "answers.json", tmp_path / "go"
+    with Flower(tmp_path) as flower:
+        flower.start_node("site", "x=1", isolation="process")
+        doubting = flower.start_worker("site", "--site", str(tmp_path / "stranger.yaml"))
+        orders = f"answer,until {go},answer"
+        flower.submit(APP, f'orders="{orders}" out="{out}" signatures="{signatures}"')
+        wait_for(lambda: answers(out), 120)
+        assert [list(folder.iterdir()) for folder in scratch.glob("fedspan-bundle-*")] == [[]]
+        doubting.terminate()
+        doubting.wait(20)
+        flower.start_worker("site", "--site", str(tmp_path / "reviewer.yaml"))
+        go.touch()
+        flower.wait(150)
+    refused, answered = answers(out)
+    reason = f"site-a: the app bundle {digest} is not signed by a key in its trust list and not pinned"
+    assert refused["error"] == f"{reason}; nothing of it was run"
+    assert (answered["bundle"], answered["vetted"], answered["installed"]) == (digest, "1", [])
+    log = (tmp_path / "logs" / "site-worker.log").read_text()
+    assert log.count(reason) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -108,6 +146,7 @@ def test_keeper_that_is_killed_takes_its_process_along(flower: Flower, tmp_path:
         (["--runtime-api", "127.0.0.1:1", "--status", "/none/worker.json"], "--status: folder /none does not exist"),
         (["--runtime-api", "127.0.0.1:1", "--idle", "soon"], "argument --idle: invalid float value: 'soon'"),
         (["--runtime-api", "127.0.0.1:1", "--idle", "-1"], "--idle is -1; allowed: 0 seconds and more"),
+        (["--runtime-api", "127.0.0.1:1", "--site", "/none/site.yaml"], "/none/site.yaml: no such file"),
         (["--runtime-api", "127.0.0.1:1", "--poll", "0"], "--poll is 0; allowed: 0.01 seconds and more"),
     ],
 )

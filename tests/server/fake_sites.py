@@ -152,7 +152,8 @@ def run(
     grid: Any = Grid(dict(enumerate(sites, start=1)), late)
     evaluator: Any = Evaluator()
     strategy = make_strategy(config.strategy, seed=0, aggregation=config.aggregation)
+    told: Any = {"federation": settings_for_sites(config)}
     try:
-        return RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, folder).run(base(), checkpoint)
+        return RoundLoop(grid, config, told, strategy, evaluator, folder).run(base(), checkpoint)
     finally:
         folder.close()

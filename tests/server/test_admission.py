@@ -175,7 +175,11 @@ def test_order_of_arrival_changes_nothing(tmp_path: Path, norm_ratio: float | No
     assert torch.allclose(*results, rtol=0, atol=1e-6)
 
 
-def test_late_answer_is_dropped_with_a_note_and_the_site_takes_part_again(tmp_path: Path) -> None:
+def test_late_answer_is_dropped_with_a_note_and_the_site_takes_part_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.mailbox.POLL_SECONDS", 0.5)  # three questions until the deadline
+
     def late(number: int, message: Message) -> int:
         config: Any = message.content["config"]
         trains = message.metadata.message_type == MessageType.TRAIN

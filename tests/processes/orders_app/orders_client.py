@@ -1,6 +1,7 @@
 """A client that does what it is told: to answer, to fail, to die."""
 
 import os
+import sys
 import time
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -24,4 +25,6 @@ def obey(message: Message, context: Context) -> Message:
     if order.startswith("sleep"):
         time.sleep(float(order.partition(" ")[2]))
     facts = {"pid": os.getpid(), "answered": answered, "seen": seen + 1, "worker": os.environ.get("FEDSPAN_WORKER", "")}
+    facts |= {"bundle": os.environ.get("FEDSPAN_BUNDLE", ""), "vetted": os.environ.get("FEDSPAN_VETTED", "")}
+    facts["installed"] = [name for name in ("client", "common", "server") if name in sys.modules]
     return Message(RecordDict({"config": ConfigRecord(facts)}), reply_to=message)

@@ -20,10 +20,17 @@ def main(grid: Grid, context: Context) -> None:
         if order.startswith("pause"):
             time.sleep(float(order.partition(" ")[2]))
             continue
+        if order.startswith("until"):
+            while not Path(order.partition(" ")[2]).exists():
+                time.sleep(0.2)
+            continue
         while not (nodes := list(grid.get_node_ids())):
             time.sleep(0.2)
         # A node that was killed counts as connected for a minute: all are asked, the one that lives answers.
-        content = RecordDict({"config": ConfigRecord({"order": order})})
+        config = ConfigRecord({"order": order})
+        if file := context.run_config["signatures"]:
+            config["bundle-signatures"] = Path(str(file)).read_text()
+        content = RecordDict({"config": config})
         sent = list(grid.push_messages([Message(content, node, MessageType.QUERY) for node in nodes]))
         while not (replies := [r for r in grid.pull_messages(sent) if not (r.has_error() and r.error.code in GONE)]):
             time.sleep(0.2)

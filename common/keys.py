@@ -1,0 +1,160 @@
+"""Keys and certificates in files: private keys that nobody else can read, fingerprints as ``ssh-keygen -l`` shows."""
+
+import base64
+import os
+import stat
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import (
+    load_pem_private_key,
+    load_pem_public_key,
+    load_ssh_private_key,
+    load_ssh_public_key,
+    ssh_key_fingerprint,
+)
+
+from common.errors import ConfigError
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
+_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)  # what cryptography raises for what it cannot read
+
+
+def fingerprint(key: PublicKey) -> str:
+    """``SHA256:`` and 43 characters, as ``ssh-keygen -l`` shows them."""
+    return "SHA256:" + base64.b64encode(ssh_key_fingerprint(key, hashes.SHA256())).decode().rstrip("=")
+
+
+def read_private(path: Path) -> PrivateKey:
+    """A private key in PEM or OpenSSH's format, without a passphrase.
+
+    Raises:
+        ConfigError: the file cannot be read, is no such key, or others on this machine can read it.
+    """
+    content = read_bytes(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(f"{path}: this private key can be read by others (mode {mode:04o}); run: chmod 600 {path}")
+    try:
+        load = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
+        key = load(content, None)
+    except _UNREADABLE:
+        raise ConfigError(f"{path}: no private key in PEM or OpenSSH format without a passphrase") from None
+    if not isinstance(key, PrivateKey):
+        raise ConfigError(f"{path}: a {type(key).__name__}; allowed: ECDSA and Ed25519 keys")
+    return key
+
+
+def read_public(path: Path) -> PublicKey:
+    """A public key in PEM or OpenSSH's format.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no such key.
+    """
+    content = read_bytes(path)
+    if b"PRIVATE KEY" in content:
+        raise ConfigError(f"{path}: this is a private key, which stays where it was made; give the .pub file")
+    try:
+        key = load_pem_public_key(content) if b"-----BEGIN" in content else load_ssh_public_key(content)
+    except _UNREADABLE:
+        raise ConfigError(f"{path}: no public key in PEM or OpenSSH format") from None
+    if not isinstance(key, PublicKey):
+        raise ConfigError(f"{path}: a {type(key).__name__}; allowed: ECDSA and Ed25519 keys")
+    return key
+
+
+def read_certificates(path: Path) -> list[x509.Certificate]:
+    """The certificates in a PEM file, one at least.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds none.
+    """
+    try:
+        return x509.load_pem_x509_certificates(read_bytes(path))
+    except ValueError:
+        raise ConfigError(f"{path}: no certificate in PEM format") from None
+
+
+def host_names(certificate: x509.Certificate) -> list[str]:
+    """The DNS names and IP addresses that a certificate is for."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def new_pair(prefix: Path) -> tuple[Path, Path]:
+    """Where a new private and public key go: ``prefix`` with .key and .pub.
+
+    Raises:
+        ConfigError: one of them exists.
+    """
+    private, public = (prefix.parent / f"{prefix.name}.{ending}" for ending in ("key", "pub"))
+    refuse_existing(private, public)
+    return private, public
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise a ConfigError when one of the files exists."""
+    for path in paths:
+        if path.exists():
+            raise _exists(path)
+
+
+def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace a whole file, or leave it as it is.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a process of the same number that died
+    write_new(temporary, content, mode)
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file that does not exist yet; of two that try, one fails.
+
+    Raises:
+        ConfigError: it exists, or cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _exists(path: Path) -> ConfigError:
+    return ConfigError(f"{path} exists and is not overwritten; move it away or choose another name")
