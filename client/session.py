@@ -19,8 +19,18 @@ from client.optimizer_state import capture, restore
 from client.trainer import train
 from client.weights import Weights
 from common import tuning
+from common.adapters import cut
 from common.base_model import Base
-from common.config import FederationConfig, FedFTGConfig, FlexLoRAConfig, LoraConfig, SiteConfig, resolve
+from common.config import (
+    FederationConfig,
+    FedFTGConfig,
+    FlexLoRAConfig,
+    FLoRAConfig,
+    LoraConfig,
+    MergingLoraConfig,
+    SiteConfig,
+    resolve,
+)
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, StaleStateError
 from common.factors import Exchange, pack, rounding_error
@@ -95,12 +105,13 @@ class Session:
         if since == self._weights.first and self._weights.version not in (since, version):
             self._start_anew()
         self._weights.follow(steps, since, version)
-        self._tuned.set(self._weights.tensors)
+        self._tuned.set(cut(self._weights.tensors, self._rank))
+        self._set_local()
 
     @property
     def weights(self) -> Weights | None:
-        """The trained base weights, and which version they are; None under a LoRA strategy."""
-        return self._weights if isinstance(self.federation.strategy, FedFTGConfig) else None
+        """The federation's tensors, and which version they are; None where no base weight changes."""
+        return self._weights if isinstance(self.federation.strategy, FedFTGConfig | MergingLoraConfig) else None
 
     def set_state(
         self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown"
@@ -125,14 +136,18 @@ class Session:
         frozen = {name: tensors[name] for name in self._tuned.parameters if name not in set(active)}
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
             raise StaleStateError("the frozen tensors kept from an earlier round are out of date; send them in full")
-        self._tuned.set(tensors)
+        self._tuned.set(tensors if weights is None else cut(tensors, self._rank))
         if weights is not None:
             weights.replace({name: tensors[name] for name in self._tuned.parameters}, version)
+        self._set_local()
+        return frozen
+
+    def _set_local(self) -> None:
+        """Write what the site keeps for itself into the model."""
         with torch.no_grad():
             for name, parameter in self._tuned.local.items():
                 if name in self.kept:
                     parameter.copy_(self.kept[name])
-        return frozen
 
     def train(self, server_round: int, active: list[str]) -> tuple[Tensors, dict[str, float]]:
         """Train the active tensors for one round, from the state set before.
@@ -184,6 +199,8 @@ class Session:
                 metrics["train.wire_error"] = rounding_error(changes, shapes, exchange)
         else:
             trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+            if self.weights is not None:  # which are federated in float32
+                trained = {name: tensor.float() for name, tensor in trained.items()}
         self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}
         if keep:
             self.kept |= capture(optimizer, mine)
@@ -228,13 +245,14 @@ class Session:
 
     @cached_property
     def _weights(self) -> Weights:
-        base = {name: parameter.detach().float().cpu().clone() for name, parameter in self._tuned.parameters.items()}
+        base = tuning.first_state(self._tuned, self.federation.strategy, self.federation.training.seed)
         return Weights(base, self._exchange)
 
     def _exchange(self, server_round: int) -> Exchange:
-        """How FedFTG's factors travel in a round."""
+        """How changes of base weights travel in factors in a round."""
         strategy = self.federation.strategy
-        assert isinstance(strategy, FedFTGConfig)  # noqa: S101 - the others have no factors
+        if not isinstance(strategy, FedFTGConfig):
+            return Exchange()
         shared = (self.federation.training.seed, strategy.rank) if strategy.subspace == "shared" else None
         return Exchange.of_round(server_round, strategy.wire_precision, shared)
 
@@ -285,10 +303,10 @@ class Session:
         wanted, cap = self.federation.strategy.rank, self.site.max_rank
         if cap is None or cap >= wanted or isinstance(self.federation.strategy, FedFTGConfig):
             return wanted
-        if not isinstance(self.federation.strategy, FlexLoRAConfig):
+        if not isinstance(self.federation.strategy, FlexLoRAConfig | FLoRAConfig):
             raise ModelError(
                 f"max_rank {cap} is below the federation's rank {wanted}, and {self.federation.strategy.name} needs "
-                "equal ranks; only flexlora allows mixed ones"
+                "equal ranks; only flexlora and flora allow mixed ones"
             )
         return cap
 

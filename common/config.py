@@ -11,18 +11,25 @@ from pydantic import Field, field_validator, model_validator
 
 from common.method_config import (
     AggregationConfig as AggregationConfig,
+    FedAdamConfig as FedAdamConfig,
+    FedAvgMConfig as FedAvgMConfig,
+    FedExLoRAConfig as FedExLoRAConfig,
     FedFTGConfig as FedFTGConfig,
     FedITConfig as FedITConfig,
+    FedSALoRAConfig as FedSALoRAConfig,
     FFALoRAConfig as FFALoRAConfig,
     FlexLoRAConfig as FlexLoRAConfig,
+    FLoRAConfig as FLoRAConfig,
     KrumConfig as KrumConfig,
     LoraConfig as LoraConfig,
     MeanConfig as MeanConfig,
     MedianConfig as MedianConfig,
+    MergingLoraConfig as MergingLoraConfig,
     MultiKrumConfig as MultiKrumConfig,
     RoLoRAConfig as RoLoRAConfig,
     Section as Section,
     Selection as Selection,
+    ServerOptimizerConfig as ServerOptimizerConfig,
     StrategyConfig as StrategyConfig,
     TrimmedMeanConfig as TrimmedMeanConfig,
 )
@@ -181,6 +188,9 @@ class FederationConfig(Section):
     task: TaskConfig = Field(CausalLMTask(), description="What is learned: `causal-lm`, or a section.")
     strategy: StrategyConfig
     aggregation: AggregationConfig = Field(MeanConfig(), description="How the server combines a round's updates.")
+    server_optimizer: ServerOptimizerConfig | None = Field(
+        None, description="How the server goes along the combined change; `none`: as far as it goes."
+    )
     rounds: int = Field(ge=1, description="Training rounds.")
     cohort: CohortConfig = CohortConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -207,11 +217,22 @@ class FederationConfig(Section):
         """``aggregation: median`` is short for ``aggregation: {method: median}``."""
         return {"method": value} if isinstance(value, str) else value
 
+    @field_validator("server_optimizer", mode="before")
+    @classmethod
+    def _one_word_optimizer(cls, value: object) -> object:
+        """``server_optimizer: fedavgm`` is short for ``server_optimizer: {method: fedavgm}``; `none` is none."""
+        return None if value == "none" else {"method": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _can_aggregate(self) -> Self:
-        if isinstance(self.strategy, FlexLoRAConfig) and self.aggregation != MeanConfig():
+        if isinstance(self.strategy, FlexLoRAConfig | FedExLoRAConfig) and self.aggregation != MeanConfig():
+            why = {"flexlora": "averages products", "fedex-lora": "adds to the base weights what the means lose"}
+            name = self.strategy.name
+            raise ValueError(f"`strategy` {name} {why[name]}; allowed with it: `aggregation` mean without `clip_norm`")
+        if isinstance(self.strategy, FlexLoRAConfig | MergingLoraConfig) and self.server_optimizer is not None:
             raise ValueError(
-                "`strategy` flexlora averages products; allowed with it: `aggregation` mean without `clip_norm`"
+                f"`strategy` {self.strategy.name} does not average what it trains, so that `server_optimizer` "
+                f"{self.server_optimizer.method} has no change to go on with; allowed with it: none"
             )
         if isinstance(self.aggregation, KrumConfig | MultiKrumConfig):
             needed = 2 * self.aggregation.byzantine + 3
@@ -227,6 +248,11 @@ class FederationConfig(Section):
         if isinstance(self.task, ClassificationTask) and isinstance(self.strategy, FedFTGConfig):
             raise ValueError(
                 "`task` sequence-classification trains a new head, which `strategy` fedftg cannot; use LoRA"
+            )
+        if isinstance(self.strategy, FedSALoRAConfig) and self.evaluation.server is not None:
+            raise ValueError(
+                "`strategy` fedsa-lora keeps every B at its site, so that the server has no model of its own to "
+                "evaluate; leave `evaluation.server` out"
             )
         if isinstance(self.strategy, LoraConfig):
             classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
@@ -282,6 +308,7 @@ def settings_for_sites(federation: FederationConfig) -> str:
             "checkpoint": True,
             "admission": True,
             "aggregation": True,
+            "server_optimizer": True,
             "evaluation": {"server": True},
         }
     )

@@ -1,4 +1,4 @@
-"""The sections of a federation file that choose a method: the strategy, and how updates are combined."""
+"""The sections of a federation file that choose a method: the strategy, how updates are combined, the server's step."""
 
 from typing import Annotated, Literal, Self
 
@@ -101,8 +101,42 @@ class FedITConfig(LoraConfig):
     name: Literal["fedit"] = "fedit"
 
 
+class FedSALoRAConfig(LoraConfig):
+    """FedSA-LoRA (arXiv 2410.01463): A averaged, B trained and kept at the site."""
+
+    name: Literal["fedsa-lora"] = "fedsa-lora"
+    merge: Literal[False] = Field(False, description="There is no B outside the sites.")
+
+
+class MergingLoraConfig(LoraConfig):
+    """What LoRA strategies share that change the base weights, too."""
+
+    merge: Literal[True] = Field(True, description="`model/` is the whole model, since its base weights change.")
+
+
+class FedExLoRAConfig(MergingLoraConfig):
+    """FedEx-LoRA (arXiv 2410.09432): A and B averaged separately, what that loses added to the base weights."""
+
+    name: Literal["fedex-lora"] = "fedex-lora"
+
+
+class FLoRAConfig(MergingLoraConfig):
+    """FLoRA (arXiv 2409.05976): all sites' B A added to the base weights, a fresh A and B in every round."""
+
+    name: Literal["flora"] = "flora"
+    optimizer_state: Literal["reset"] = Field("reset", description="Every round trains fresh factors.")
+
+
 StrategyConfig = Annotated[
-    FedFTGConfig | FlexLoRAConfig | FFALoRAConfig | RoLoRAConfig | FedITConfig, Field(discriminator="name")
+    FedFTGConfig
+    | FlexLoRAConfig
+    | FFALoRAConfig
+    | RoLoRAConfig
+    | FedITConfig
+    | FedSALoRAConfig
+    | FedExLoRAConfig
+    | FLoRAConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -157,3 +191,24 @@ class MultiKrumConfig(_KrumConfig):
 AggregationConfig = Annotated[
     MeanConfig | TrimmedMeanConfig | MedianConfig | KrumConfig | MultiKrumConfig, Field(discriminator="method")
 ]
+
+
+class FedAvgMConfig(Section):
+    """Momentum over the rounds' averaged changes (arXiv 1909.06335)."""
+
+    method: Literal["fedavgm"] = "fedavgm"
+    learning_rate: float = Field(1.0, gt=0, description="Of the server; 1 without momentum is plain averaging.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last rounds' step that is kept.")
+
+
+class FedAdamConfig(Section):
+    """Adam over the rounds' averaged changes (arXiv 2003.00295, algorithm 2)."""
+
+    method: Literal["fedadam"] = "fedadam"
+    learning_rate: float = Field(gt=0, description="Of the server: about how far a coordinate moves in a round.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the changes.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the mean of their squares.")
+    tau: float = Field(1e-3, gt=0, description="Adaptivity: changes much smaller than this are not scaled up.")
+
+
+ServerOptimizerConfig = Annotated[FedAvgMConfig | FedAdamConfig, Field(discriminator="method")]

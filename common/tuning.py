@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from common import families
-from common.config import FedFTGConfig, LoraConfig
+from common.adapters import BASE_WEIGHT, LORA_A, LORA_B, fresh_a
+from common.config import FedFTGConfig, FedSALoRAConfig, FLoRAConfig, LoraConfig, MergingLoraConfig
 from common.errors import ModelError, WireError
 
 
@@ -71,15 +72,37 @@ def tune(
     return _adapter(model, layers, config, peft_type, rank or config.rank, seed)
 
 
+def first_state(tuned: Tuned, config: FedFTGConfig | LoraConfig, seed: int) -> dict[str, Tensor]:
+    """What round 1 starts from: the tensors of the base model, in float32 where base weights are among them.
+
+    FLoRA's factors are of the federation's rank, whatever ``tuned``'s is.
+    """
+    state = tuned.get()
+    if isinstance(config, FedFTGConfig | MergingLoraConfig):
+        state = {name: tensor.float() for name, tensor in state.items()}
+    if isinstance(config, FLoRAConfig):
+        for name, tensor in state.items():
+            if name.endswith(LORA_A):
+                state[name] = fresh_a(seed, 1, name, (config.rank, tensor.shape[1]))
+            elif name.endswith(LORA_B):
+                state[name] = torch.zeros(tensor.shape[0], config.rank)
+    return state
+
+
 def _adapter(
     model: nn.Module, layers: list[families.SelectedLayer], config: LoraConfig, peft_type: str, rank: int, seed: int
 ) -> Tuned:
     import peft
 
+    changes_base = isinstance(config, MergingLoraConfig)
     for layer in layers:
         smallest = min(model.get_parameter(layer.weight).shape)
         if rank > smallest:
             raise ModelError(f"{layer.weight}: LoRA rank is {rank}; allowed for this layer: 1 to {smallest}")
+        if changes_base and layer.transposed:
+            raise ModelError(
+                f"{layer.weight} is kept as (in, out); the strategies that change base weights take (out, in) alone"
+            )
     lora = peft.LoraConfig(
         r=rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft computes with it as a float
@@ -97,12 +120,13 @@ def _adapter(
     names = set(peft.get_peft_model_state_dict(wrapped))
     for full_name, parameter in wrapped.named_parameters():
         name = full_name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-        if name in names and parameter.requires_grad:
-            (exchanged if ".lora_" in name else head)[name] = parameter
+        if (name in names and parameter.requires_grad) or (changes_base and name.endswith(BASE_WEIGHT)):
+            (exchanged if ".lora_" in name or name.endswith(BASE_WEIGHT) else head)[name] = parameter
     if config.head == "freeze":
         for parameter in head.values():
             parameter.requires_grad_(False)
         head = {}
-    if config.head == "local":
-        return Tuned(wrapped, exchanged, head)
-    return Tuned(wrapped, exchanged | head, {})
+    local = head if config.head == "local" else {}
+    if isinstance(config, FedSALoRAConfig):
+        local = local | {name: parameter for name, parameter in exchanged.items() if name.endswith(LORA_B)}
+    return Tuned(wrapped, {n: p for n, p in (exchanged | head).items() if n not in local}, local)

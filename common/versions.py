@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.digest import tensors_digest
-from common.factors import Exchange, num_bytes, unpack
+from common.factors import Exchange, Factors, num_bytes, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class Step:
 
     server_round: int
     tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, server_round: int, means: Mapping[str, Tensor | Factors], state: Mapping[str, Tensor], exchange: Exchange
+    ) -> "Step":
+        """The step that takes ``state`` to ``means``: whole tensors, or changes in factors."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in means.items():
+            tensors |= pack(name, value, state[name], exchange) if isinstance(value, Factors) else {name: value}
+        return cls(server_round, tensors)
 
     @property
     def num_bytes(self) -> int:
@@ -43,5 +53,6 @@ class Step:
             WireError: the step does not fit the state.
         """
         whole, factors = unpack(self.tensors, {name: tuple(tensor.shape) for name, tensor in state.items()}, exchange)
+        whole = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in whole.items()}
         made = {name: change.apply(state[name]).to(state[name].dtype) for name, change in factors.items()}
         return {**state, **whole, **made}

@@ -5,7 +5,8 @@ from pathlib import Path
 from flwr.app import ConfigRecordValues, Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import FederationConfig, LoraConfig, resolved, settings_for_sites
+from common.adapters import BASE_WEIGHT
+from common.config import FederationConfig, FedSALoRAConfig, LoraConfig, resolved, settings_for_sites
 from common.errors import ConfigError, FedSpanError
 from common.yaml_file import load
 from server import signatures
@@ -56,24 +57,30 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, 
         folder.same_models({"base_digest": evaluator.base_digest, "tokenizer_digest": evaluator.tokenizer_digest})
         folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
         folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=_lost(config))
+    trained = {name: tensor for name, tensor in state.items() if not name.endswith(BASE_WEIGHT)}
     folder.model_info(
         {
             "base_digest": evaluator.base_digest,
             "tokenizer_digest": evaluator.tokenizer_digest,
             "model_parameters": evaluator.model_parameters,
-            "trained": {name: list(tensor.shape) for name, tensor in state.items()},
+            "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
         }
     )
     folder.event(
         "started",
         rounds=config.rounds,
         strategy=config.strategy.name,
-        trained_tensors=len(state),
-        trained_parameters=sum(tensor.numel() for tensor in state.values()),
+        trained_tensors=len(trained),
+        trained_parameters=sum(tensor.numel() for tensor in trained.values()),
         model_parameters=evaluator.model_parameters,
     )
     before = evaluator.answers(state)
-    strategy = make_strategy(config.strategy, seed=config.training.seed, aggregation=config.aggregation)
+    strategy = make_strategy(
+        config.strategy,
+        seed=config.training.seed,
+        aggregation=config.aggregation,
+        server_optimizer=config.server_optimizer,
+    )
     told: dict[str, ConfigRecordValues] = {"federation": settings_for_sites(config)}
     if (signed := signatures.kept(folder.path)) is not None:
         told[signatures.RECORD_KEY] = signed
@@ -95,5 +102,9 @@ def _lost(config: FederationConfig) -> str | None:
     strategy = config.strategy
     if not isinstance(strategy, LoraConfig):
         return None
-    kept = {"optimizer moments": strategy.optimizer_state == "keep", "local heads": strategy.head == "local"}
+    kept = {
+        "optimizer moments": strategy.optimizer_state == "keep",
+        "local heads": strategy.head == "local",
+        "their own B": isinstance(strategy, FedSALoRAConfig),
+    }
     return " and ".join(what for what, is_kept in kept.items() if is_kept) or None

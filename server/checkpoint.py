@@ -1,9 +1,10 @@
 """The state after a round, from which a run goes on when its server has died.
 
     checkpoints/round-000003/
-        checkpoint.json        round, versions, how much of metrics.jsonl belongs to it, SHA-256 of the two files below
+        checkpoint.json        round, versions, how much of metrics.jsonl belongs to it, SHA-256 of the files below
         state.safetensors      the global state
         steps.safetensors      the last steps that led to it
+        moments.safetensors    of the server optimizer, where there is one
 
 A folder is written under another name, flushed to the disk and renamed, so that it is there whole or not at all; what
 is read is compared with its digests first. Nothing is pickled.
@@ -41,6 +42,7 @@ class Checkpoint:
         versions: how it came about; None under a strategy that has no steps.
         metrics_bytes: length of metrics.jsonl after it; what follows there belongs to a round that was not finished.
         refusals: how many updates in a row were refused, by site.
+        moments: of the server optimizer; empty without one.
     """
 
     round: int
@@ -48,6 +50,7 @@ class Checkpoint:
     versions: Versions | None
     metrics_bytes: int
     refusals: dict[str, int] = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -66,7 +69,8 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, tensors in (("state", checkpoint.state), ("steps", steps)):
+        files = {"state": checkpoint.state, "steps": steps}
+        for name, tensors in (files | {"moments": checkpoint.moments} if checkpoint.moments else files).items():
             file = temporary / f"{name}.safetensors"
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
             _flush(file)
@@ -134,7 +138,9 @@ def _load(folder: Path) -> Checkpoint:
         told = facts["versions"]
         steps = [(since, Step(number, tensors.get(number, {}))) for since, number in told["steps"]]
         versions = Versions(state, told["first"], told["latest"], steps)
-    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"])
+    file = folder / "moments.safetensors"
+    moments = load_file(file) if file.name in facts["sha256"] else {}
+    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"], moments)
 
 
 def _all(run_dir: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common import tuning
-from common.config import CausalLMTask, FederationConfig, LoraConfig
+from common.config import CausalLMTask, FederationConfig, LoraConfig, MergingLoraConfig
 from common.digest import base_digest, tokenizer_digest
 from common.evaluation import generate_answers, in_fixed_order
 from common.rows import Row, load_rows
@@ -44,11 +44,8 @@ class Evaluator:
         self._tuned.model.to(self._device)
 
     def initial_state(self) -> Tensors:
-        """The trained tensors of the base model, from which round 1 starts; base weights in float32."""
-        state = self._tuned.get()
-        if isinstance(self._config.strategy, LoraConfig):
-            return state
-        return {name: tensor.float() for name, tensor in state.items()}
+        """The federation's tensors of the base model, from which round 1 starts."""
+        return tuning.first_state(self._tuned, self._config.strategy, self._config.training.seed)
 
     def evaluate(self, state: Tensors) -> dict[str, float]:
         """Metrics of a state on the server's own set; empty when there is none."""
@@ -90,11 +87,15 @@ class Evaluator:
     def export(self, state: Tensors, run_dir: Path) -> None:
         """Write the fine-tuned result with its tokenizer as ``model/``; with ``merge``, also ``merged/``.
 
-        For FedFTG ``model/`` is a full model, for a LoRA strategy a PEFT adapter. A folder appears whole or not at all.
+        ``model/`` is a full model where base weights change, otherwise a PEFT adapter. A folder appears whole or not at
+        all.
         """
         self._tuned.set(state)
-        self._write(self._tuned.model, run_dir / "model")
         strategy = self._config.strategy
+        if isinstance(strategy, MergingLoraConfig):
+            self._write(self._tuned.model.merge_and_unload(), run_dir / "model")
+            return
+        self._write(self._tuned.model, run_dir / "model")
         if isinstance(strategy, LoraConfig) and strategy.merge:
             self._write(self._tuned.model.merge_and_unload(), run_dir / "merged")
 

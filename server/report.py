@@ -21,7 +21,16 @@ from server.report_format import clock, delta, precise, score, seconds, size, ut
 from server.report_page import PAGE, STYLE
 from server.run_folder import read_lines, write_atomically
 
-_STRATEGIES = {"fedftg": "FedFTG", "flexlora": "FlexLoRA", "ffa-lora": "FFA-LoRA", "rolora": "RoLoRA", "fedit": "FedIT"}
+_STRATEGIES = {
+    "fedftg": "FedFTG",
+    "flexlora": "FlexLoRA",
+    "ffa-lora": "FFA-LoRA",
+    "rolora": "RoLoRA",
+    "fedit": "FedIT",
+    "fedsa-lora": "FedSA-LoRA",
+    "fedex-lora": "FedEx-LoRA",
+    "flora": "FLoRA",
+}
 _MEANINGS = {
     "client-cosine": (
         "Agreement of the sites",
@@ -41,6 +50,10 @@ _MEANINGS = {
     "aggregation-error": (
         "Aggregation error",
         "distance of the product of averages from the average of products, relative; 0: exact",
+    ),
+    "residual": (
+        "Residual",
+        "what the averages of A and B lose and the base weights take, relative to the average of products",
     ),
     "clip-factor": ("Norm clipping", "what a site's change was multiplied by; 1: not clipped"),
     "clipped": ("Sites clipped", "sites whose change was longer than clip_norm medians"),

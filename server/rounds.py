@@ -70,11 +70,11 @@ class RoundLoop:
         Raises:
             FederationError: a round, or the start, had too few valid sites, or the disk is full.
         """
-        done, versions = 0, None
+        done, versions, moments = 0, None, None
         if resumed is not None:
-            done, versions, state = resumed.round, resumed.versions, resumed.state
+            done, versions, moments, state = resumed.round, resumed.versions, resumed.moments, resumed.state
             self._refusals.counts = dict(resumed.refusals)
-        self._strategy.begin(state, versions)
+        self._strategy.begin(state, versions, moments)
         self._roster.gather(self._config.cohort)
         for number in range(done + 1, self._config.rounds + 1):
             state = self._train(number, state)
@@ -100,8 +100,9 @@ class RoundLoop:
         return outcome.state
 
     def _save(self, number: int, state: Tensors) -> None:
-        bytes_ = self._folder.metrics_bytes()
-        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._refusals.counts)
+        bytes_, optimizer = self._folder.metrics_bytes(), self._strategy.server_optimizer
+        moments = {} if optimizer is None else optimizer.moments
+        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._refusals.counts, moments)
         save(self._folder.path, checkpoint, self._config.checkpoint.keep)
 
     def _cohort(self, number: int) -> list[int]:

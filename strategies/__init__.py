@@ -1,15 +1,15 @@
 """Federated strategies: one file each says what is sent, how replies are combined, what is reported.
 
-``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA, FedIT`` gives them as Flower strategies. They are imported
-when asked for, so that the rules themselves need no Flower.
+``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA, FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower
+strategies. They are imported when asked for, so that the rules themselves need no Flower.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from strategies.named import FedFTG, FedIT, FFALoRA, FlexLoRA, RoLoRA
+    from strategies.named import FedExLoRA, FedFTG, FedIT, FedSALoRA, FFALoRA, FlexLoRA, FLoRA, RoLoRA
 
-__all__ = ["FFALoRA", "FedFTG", "FedIT", "FlexLoRA", "RoLoRA"]
+__all__ = ["FFALoRA", "FLoRA", "FedExLoRA", "FedFTG", "FedIT", "FedSALoRA", "FlexLoRA", "RoLoRA"]
 
 
 def __getattr__(name: str) -> object:

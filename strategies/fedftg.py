@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from common.config import AggregationConfig
-from common.factors import Exchange, Factors, Precision, pack, rounding_error
+from common.factors import Exchange, Factors, Precision, rounding_error
 from common.versions import Step
 from strategies.rule import Averaging, Outcome
 from strategies.running import Means
@@ -26,6 +26,7 @@ class FedFTGRule(Averaging):
         precision: of factors on the wire, both ways.
         shared: seed and rank of the basis that all clients share in a round; None: every client has its own.
         aggregation: how updates are combined; None: by their plain mean.
+        whole: the mean goes on to a server optimizer: it is not rounded, and no step is made of it.
     """
 
     trains: ClassVar[Literal["weights", "lora"]] = "weights"
@@ -35,9 +36,11 @@ class FedFTGRule(Averaging):
         precision: Precision = "float32",
         shared: tuple[int, int] | None = None,
         aggregation: AggregationConfig | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__(None, aggregation)
-        self._precision, self._shared = precision, shared
+        self._precision, self._shared, self._whole = precision, shared, whole
 
     def exchange(self, server_round: int) -> Exchange:
         """See ``Rule.exchange``."""
@@ -47,16 +50,12 @@ class FedFTGRule(Averaging):
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
     ) -> Outcome:
         """The next state is made of what travels, so that whoever receives the step makes the same of it."""
-        exchange, tensors = self.exchange(server_round), {}
-        factored: dict[str, Factors] = {}
-        for name, value in means.items():
-            if isinstance(value, Factors):
-                factored[name] = value
-                tensors.update(pack(name, value, state[name], exchange))
-            else:
-                tensors[name] = value
+        if self._whole:
+            return super().settle(server_round, state, means, diagnostics)
+        exchange = self.exchange(server_round)
+        factored = {name: value for name, value in means.items() if isinstance(value, Factors)}
         if exchange.precision != "float32" and factored:
             shapes = {name: tuple(state[name].shape) for name in factored}
             diagnostics = {**diagnostics, "wire-error/mean": rounding_error(factored, shapes, exchange)}
-        step = Step(server_round, tensors)
+        step = Step.of(server_round, means, state, exchange)
         return Outcome(step.apply(state, exchange), diagnostics, step)

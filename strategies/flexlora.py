@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from common.adapters import scaling
 from common.errors import AggregationError
 from common.lowrank import Term, TruncatedSVD, truncated_svd
 from strategies.lora_names import LORA_A, LORA_B, pairs
@@ -30,6 +31,7 @@ class FlexLoRARule(Rule):
 
     trains: ClassVar[Literal["weights", "lora"]] = "lora"
     mixed_ranks: ClassVar[bool] = True
+    takes_server_optimizer: ClassVar[bool] = False  # the factors turn when dW is split anew
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class FlexLoRARule(Rule):
     def _scaling(self, lora_alpha: float | None, rank: int) -> float:
         if lora_alpha is None:
             return 1.0
-        return lora_alpha / (rank**0.5 if self._rslora else rank)
+        return scaling(lora_alpha, rank, rslora=self._rslora)
 
 
 class _Group:

@@ -39,6 +39,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from common import wire
+from common.config import ServerOptimizerConfig
 from common.digest import tensor_digest, tensors_digest
 from common.errors import AggregationError, RefusedUpdate, WireError
 from common.factors import Factors, unpack
@@ -47,6 +48,7 @@ from common.versions import Step
 from strategies.admission import admit, admit_factors
 from strategies.lora_names import rank_of
 from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.server_optimizer import ServerOptimizer
 from strategies.streaming import StreamingGrid
 from strategies.versions import Versions
 
@@ -81,10 +83,11 @@ class FedAvgOptions(TypedDict, total=False):
 
 
 class FlowerOptions(FedAvgOptions, total=False):
-    """The same, with the two options of ``FlowerStrategy`` itself."""
+    """The same, with the options of ``FlowerStrategy`` itself."""
 
     seed: int
     join_timeout: float
+    server_optimizer: ServerOptimizerConfig | None
 
 
 class FlowerStrategy(FedAvg):
@@ -95,7 +98,13 @@ class FlowerStrategy(FedAvg):
     """
 
     def __init__(
-        self, rule: Rule, *, seed: int = 0, join_timeout: float = 300.0, **options: Unpack[FedAvgOptions]
+        self,
+        rule: Rule,
+        *,
+        seed: int = 0,
+        join_timeout: float = 300.0,
+        server_optimizer: ServerOptimizerConfig | None = None,
+        **options: Unpack[FedAvgOptions],
     ) -> None:
         """Make a strategy of ``rule``.
 
@@ -103,13 +112,21 @@ class FlowerStrategy(FedAvg):
             rule: what is trained and how replies are combined.
             seed: of the sampling of clients; the same seed and nodes give the same cohorts.
             join_timeout: seconds that ``configure_train`` waits for ``min_available_nodes``.
+            server_optimizer: how the server goes along the averaged change; None: as far as it goes.
             options: FedAvg's own. Metrics are by default averaged by ``weighted_mean``.
+
+        Raises:
+            ValueError: the rule takes no server optimizer.
         """
+        if server_optimizer is not None and not rule.takes_server_optimizer:
+            name = type(rule).__name__
+            raise ValueError(f"{name}: the change of its state is no mean of changes; it takes no server_optimizer")
         options.setdefault("train_metrics_aggr_fn", weighted_mean)
         options.setdefault("evaluate_metrics_aggr_fn", weighted_mean)
         super().__init__(**options)
         self.rule = rule
         self.clients: dict[int, Client] = {}
+        self.server_optimizer = None if server_optimizer is None else ServerOptimizer(server_optimizer)
         self._seed = seed
         self._join_timeout = join_timeout
         self._state: Tensors = {}
@@ -119,19 +136,24 @@ class FlowerStrategy(FedAvg):
 
     # What a round sends and believes
 
-    def begin(self, state: Tensors, versions: Versions | None = None) -> None:
+    def begin(self, state: Tensors, versions: Versions | None = None, moments: Tensors | None = None) -> None:
         """Let clients be sent only what they lack.
 
         Args:
             state: what the first round, or the next one, starts from.
             versions: how it came about; None: it is the base model's, which the clients have.
+            moments: of the server optimizer after the last round; None: there was none.
         """
+        if self.server_optimizer is not None:
+            self.server_optimizer.moments = dict(moments or {})
         if self.rule.exchange(1) is not None:
             self.versions = versions or Versions(state)
 
     def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
         """The outcome of a round; see ``Rule.aggregate``."""
         outcome = self.rule.aggregate(server_round, state, updates)
+        if self.server_optimizer is not None:
+            outcome = self.server_optimizer.step(self.rule.active(server_round, state), state, outcome)
         if self.versions is not None:
             self.versions.advance(outcome)
         return outcome
@@ -193,7 +215,7 @@ class FlowerStrategy(FedAvg):
                 if key not in records:
                     records[key] = wire.encode({name: fitted[name] for name in need})
                 arrays = {self.arrayrecord_key: records[key]}
-                if frozen and kind == MessageType.TRAIN:
+                if frozen and kind == MessageType.TRAIN and self.versions is None:
                     content["frozen-digest"] = tensors_digest(frozen)
             if self.versions is not None:
                 content["version"] = self.versions.latest
@@ -248,7 +270,7 @@ class FlowerStrategy(FedAvg):
         )
         admit_factors(client.name, changes)
         frozen = {name: expected[name] for name in expected if name not in self._active}
-        if frozen and not frozen.keys() <= tensors.keys():
+        if self.versions is None and not frozen.keys() <= tensors.keys():
             _check_acknowledged(client.name, told.get("frozen-digest"), frozen)
             client.held = {name: tensor_digest(t) for name, t in frozen.items()}
         alpha = metrics.get("lora-alpha")
@@ -274,7 +296,8 @@ class FlowerStrategy(FedAvg):
             tensors = wire.decode(arrays)
             if exchange is None:
                 return tensors, {}
-            return unpack(tensors, {name: tuple(expected[name].shape) for name in self._active}, exchange)
+            weights = self._active if self.rule.trains == "weights" else []  # a LoRA factor comes whole
+            return unpack(tensors, {name: tuple(expected[name].shape) for name in weights}, exchange)
         except WireError as error:
             raise RefusedUpdate(f"{client.name}: {error}") from None
 
@@ -333,7 +356,7 @@ class FlowerStrategy(FedAvg):
                     f"round {server_round}: {len(contents)} admitted updates, {self.min_train_nodes} needed; {reasons}"
                 )
 
-        outcome = self.rule.aggregate(server_round, self._state, updates())
+        outcome = self.combine(server_round, self._state, updates())
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
         return wire.encode(outcome.state), MetricRecord({**metrics, **outcome.diagnostics})
 

@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from common.adapters import BASE_WEIGHT, LORA_A as LORA_A, LORA_B as LORA_B
 from common.errors import AggregationError
-
-LORA_A = ".lora_A.weight"  # (rank, in)
-LORA_B = ".lora_B.weight"  # (out, rank)
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
@@ -42,4 +40,18 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
         raise AggregationError(
             f"no LoRA factor among {len(all_)} tensors; allowed: names that end in {LORA_A}, {LORA_B}"
         )
+    return found
+
+
+def layers(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """The names (A, B, base weight) of every adapted layer.
+
+    Raises:
+        AggregationError: there is no LoRA factor, or one lacks its partner or its base weight.
+    """
+    all_ = set(names)
+    found = [(a, b, a.removesuffix(LORA_A) + BASE_WEIGHT) for a, b in pairs(sorted(all_))]
+    for a, _, weight in found:
+        if weight not in all_:
+            raise AggregationError(f"{a} has no base weight {weight}, which the strategy changes")
     return found

@@ -1,6 +1,6 @@
-"""The five strategies by name: as Flower strategies for any Flower app, and as a federation file selects them.
+"""All strategies by name: as Flower strategies for any Flower app, and as a federation file selects them.
 
-All but FlexLoRA, which averages products, take ``aggregation``: a section of ``common.config`` such as
+All but FlexLoRA and FedEx-LoRA take ``aggregation``: a section of ``common.config`` such as
 ``MedianConfig()``; None is the plain mean.
 """
 
@@ -8,18 +8,25 @@ from typing import Literal, Unpack
 
 from common.config import (
     AggregationConfig,
+    FedExLoRAConfig,
     FedFTGConfig,
     FedITConfig,
+    FedSALoRAConfig,
     FFALoRAConfig,
     FlexLoRAConfig,
+    FLoRAConfig,
     MeanConfig,
     RoLoRAConfig,
+    ServerOptimizerConfig,
     StrategyConfig,
 )
+from strategies.fedex_lora import FedExLoRARule
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
+from strategies.fedsa_lora import FedSALoRARule
 from strategies.ffa_lora import FFALoRARule
 from strategies.flexlora import FlexLoRARule
+from strategies.flora import FLoRARule
 from strategies.flower import FlowerOptions, FlowerStrategy
 from strategies.rolora import RoLoRARule
 from strategies.rule import Rule
@@ -85,19 +92,61 @@ class FedIT(FlowerStrategy):
         super().__init__(FedITRule(lora_alpha, aggregation), **options)
 
 
-def make_rule(config: StrategyConfig, *, seed: int, aggregation: AggregationConfig | None = None) -> Rule:
-    """The rule that a federation file names; ``aggregation`` None: the plain mean, the only one for FlexLoRA.
+class FedSALoRA(FlowerStrategy):
+    """A is averaged, B stays at the clients (arXiv 2410.01463); see ``strategies.fedsa_lora``."""
+
+    def __init__(
+        self,
+        lora_alpha: float | None = None,
+        *,
+        aggregation: AggregationConfig | None = None,
+        **options: Unpack[FlowerOptions],
+    ) -> None:
+        super().__init__(FedSALoRARule(lora_alpha, aggregation), **options)
+
+
+class FedExLoRA(FlowerStrategy):
+    """A and B are averaged, the base weights take what that loses (arXiv 2410.09432); see ``strategies.fedex_lora``."""
+
+    def __init__(self, lora_alpha: float, *, rslora: bool = False, **options: Unpack[FlowerOptions]) -> None:
+        super().__init__(FedExLoRARule(lora_alpha, rslora=rslora), **options)
+
+
+class FLoRA(FlowerStrategy):
+    """All clients' B A go into the base weights (arXiv 2409.05976); see ``strategies.flora``."""
+
+    def __init__(
+        self,
+        lora_alpha: float,
+        *,
+        rslora: bool = False,
+        aggregation: AggregationConfig | None = None,
+        **options: Unpack[FlowerOptions],
+    ) -> None:
+        super().__init__(FLoRARule(lora_alpha, aggregation, rslora=rslora, seed=options.get("seed", 0)), **options)
+
+
+def make_rule(
+    config: StrategyConfig, *, seed: int, aggregation: AggregationConfig | None = None, whole: bool = False
+) -> Rule:
+    """The rule that a federation file names.
+
+    Args:
+        config: the file's strategy section.
+        seed: of the federation.
+        aggregation: None: the plain mean, the only one for FlexLoRA and FedEx-LoRA.
+        whole: whether a server optimizer goes on with the average.
 
     Raises:
-        ValueError: FlexLoRA and another aggregation.
+        ValueError: FlexLoRA or FedEx-LoRA, and another aggregation.
     """
+    if isinstance(config, FlexLoRAConfig | FedExLoRAConfig) and aggregation not in (None, MeanConfig()):
+        raise ValueError(f"{config.name}: aggregation is {aggregation!r}; allowed: the plain mean")
     match config:
         case FedFTGConfig():
             shared = (seed, config.rank) if config.subspace == "shared" else None
-            return FedFTGRule(config.wire_precision, shared, aggregation)
+            return FedFTGRule(config.wire_precision, shared, aggregation, whole=whole)
         case FlexLoRAConfig():
-            if aggregation not in (None, MeanConfig()):
-                raise ValueError(f"flexlora averages products; aggregation is {aggregation!r}, allowed: the plain mean")
             return FlexLoRARule(config.lora_alpha, rslora=config.rslora, split=config.split, max_rank=config.rank)
         case FFALoRAConfig():
             return FFALoRARule(config.lora_alpha, aggregation)
@@ -105,8 +154,22 @@ def make_rule(config: StrategyConfig, *, seed: int, aggregation: AggregationConf
             return RoLoRARule(config.lora_alpha, aggregation)
         case FedITConfig():
             return FedITRule(config.lora_alpha, aggregation)
+        case FedSALoRAConfig():
+            return FedSALoRARule(config.lora_alpha, aggregation)
+        case FedExLoRAConfig():
+            return FedExLoRARule(config.lora_alpha, rslora=config.rslora)
+        case FLoRAConfig():
+            rslora, rank = config.rslora, config.rank
+            return FLoRARule(config.lora_alpha, aggregation, rslora=rslora, max_rank=rank, seed=seed)
 
 
-def make_strategy(config: StrategyConfig, *, seed: int, aggregation: AggregationConfig | None = None) -> FlowerStrategy:
+def make_strategy(
+    config: StrategyConfig,
+    *,
+    seed: int,
+    aggregation: AggregationConfig | None = None,
+    server_optimizer: ServerOptimizerConfig | None = None,
+) -> FlowerStrategy:
     """The strategy that a federation file names, ready for FedSpan's round loop; see ``make_rule``."""
-    return FlowerStrategy(make_rule(config, seed=seed, aggregation=aggregation), seed=seed)
+    rule = make_rule(config, seed=seed, aggregation=aggregation, whole=server_optimizer is not None)
+    return FlowerStrategy(rule, seed=seed, server_optimizer=server_optimizer)

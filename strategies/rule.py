@@ -63,6 +63,8 @@ class Rule(ABC):
     trains: ClassVar[Literal["weights", "lora"]]
     #: whether LoRA ranks and alphas may differ between clients.
     mixed_ranks: ClassVar[bool] = False
+    #: whether the state's change in a round is a mean of changes, which a server optimizer can go on with.
+    takes_server_optimizer: ClassVar[bool] = True
     #: the federation's LoRA alpha, when it has one.
     lora_alpha: float | None = None
     #: the largest LoRA rank a client may have where ranks are mixed; None: what its layers allow.
@@ -116,7 +118,7 @@ class Averaging(Rule):
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
         """See ``Rule.aggregate``."""
-        active, drift = self.active(server_round, state), Drift(state)
+        averaged, drift = self.averaged(server_round, state), Drift(state)
 
         def contributions() -> Iterator[Contribution]:
             first: Update | None = None
@@ -127,12 +129,16 @@ class Averaging(Rule):
                         f"lora-alpha is {first.lora_alpha} at {first.client} and {update.lora_alpha} at "
                         f"{update.client}; factors can be averaged only when all clients have the same"
                     )
-                tensors = {name: update.factors.get(name) or update.tensors[name] for name in active}
+                tensors = {name: update.factors.get(name) or update.tensors[name] for name in averaged}
                 drift.fold(tensors)
                 yield Contribution(update.client, update.num_examples, tensors)
 
         means, told = combine(self.aggregation, state, contributions())
         return self.settle(server_round, state, means, {**drift.diagnostics(), **told})
+
+    def averaged(self, server_round: int, names: Iterable[str]) -> list[str]:
+        """Names of the tensors that are averaged. Default: those that the round trains."""
+        return self.active(server_round, names)
 
     def settle(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]

@@ -24,6 +24,10 @@ def _text(section: type[Section]) -> str:
     for key, value in schema["properties"].items():
         if "discriminator" in value:
             schema["properties"][key] = _one_word_or_mapping(value, schema["$defs"])
+        for option in value.get("anyOf", []):
+            if "discriminator" in option:  # beside null, for which `none` is another word
+                choices = _one_word_or_mapping(option, schema["$defs"])["anyOf"]
+                schema["properties"][key] = {**value, "anyOf": [*choices, {"enum": ["none", None]}]}
     return json.dumps(schema, indent=2) + "\n"
 
 

@@ -22,6 +22,7 @@ LORA = {"name": "ffa-lora", "rank": 2, "blocks": "lower half", "modules": "mlp"}
 
 def session(tmp_path: Path, site: dict[str, Any] | None = None, **changes: Any) -> Session:
     strategy = changes.pop("strategy", None)
+    tmp_path.mkdir(exist_ok=True)
     file = make_federation(tmp_path, {"site-a": 12}, **changes)
     if strategy is not None:
         data = yaml.safe_load(file.read_text())

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from common.config import (
+    FedAdamConfig,
+    FedAvgMConfig,
     FederationConfig,
     FedFTGConfig,
     KrumConfig,
@@ -47,6 +49,16 @@ def test_aggregation_may_be_one_word_and_is_the_plain_mean_when_not_given(tmp_pa
     assert federation(tmp_path, FEDERATION + "aggregation: median\n").aggregation == MedianConfig()
     text = FEDERATION + "aggregation: {method: krum, byzantine: 1}\ncohort: {min_clients: 5}\n"
     assert federation(tmp_path, text).aggregation == KrumConfig(byzantine=1)
+
+
+def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
+    assert federation(tmp_path, FEDERATION).server_optimizer is None
+    assert federation(tmp_path, FEDERATION + "server_optimizer: none\n").server_optimizer is None
+    assert federation(tmp_path, FEDERATION + "server_optimizer: fedavgm\n").server_optimizer == FedAvgMConfig()
+    config = federation(tmp_path, FEDERATION + "server_optimizer: {method: fedadam, learning_rate: 0.01}\n")
+    assert config.server_optimizer == FedAdamConfig(learning_rate=0.01)
+    assert resolved(config, tmp_path / "federation.yaml").server_optimizer == config.server_optimizer
+    assert "server_optimizer" not in settings_for_sites(config)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,31 @@ def test_aggregation_may_be_one_word_and_is_the_plain_mean_when_not_given(tmp_pa
             "rounds: 3",
             "rounds: 3\naggregation: {method: mean, clip_norm: 0.0}",
             "`aggregation.clip_norm` is 0.0: input should be greater than 0",
+        ),
+        ("rounds: 3", "rounds: 3\nserver_optimizer: fedadam", "missing key `server_optimizer.learning_rate` (Of the"),
+        (
+            "rounds: 3",
+            "rounds: 3\nserver_optimizer: adam",
+            "`server_optimizer.method` is 'adam'; allowed: 'fedavgm', 'fedadam'",
+        ),
+        (
+            "rounds: 3",
+            "rounds: 3\nserver_optimizer: {method: fedavgm, momentum: 1.0}",
+            "`server_optimizer.momentum` is 1.0: input should be less than 1",
+        ),
+        ("fedftg", "flexlora\nserver_optimizer: fedavgm", "`strategy` flexlora does not average what it trains"),
+        ("fedftg", "fedex-lora\nserver_optimizer: fedavgm", "`strategy` fedex-lora does not average what it trains"),
+        (
+            "fedftg",
+            "flora\nserver_optimizer: fedavgm",
+            "so that `server_optimizer` fedavgm has no change to go on with",
+        ),
+        ("fedftg", "fedex-lora\naggregation: median", "`strategy` fedex-lora adds to the base weights what the means"),
+        ("fedftg", "{name: flora, merge: false}", "`strategy.merge` is False: input should be True"),
+        (
+            "fedftg",
+            "fedsa-lora\nevaluation: {server: {path: x.jsonl, prompt: p, answer: a}}",
+            "fedsa-lora keeps every B at its site, so that the server has no model of its own to evaluate",
         ),
         ("fedftg", "flexlora\naggregation: median", "`strategy` flexlora averages products; allowed with it: "),
         ("fedftg", "flexlora\naggregation: {method: mean, clip_norm: 1.0}", "flexlora averages products"),

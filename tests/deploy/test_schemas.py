@@ -35,7 +35,9 @@ def test_examples_follow_schema_and_code_and_explain_themselves(name: str, secti
     assert f"../schemas/{name.partition('-')[0]}.schema.json" in file.read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("strategy", ["fedftg", "flexlora", "ffa-lora", "rolora", "fedit"])
+@pytest.mark.parametrize(
+    "strategy", ["fedftg", "flexlora", "ffa-lora", "rolora", "fedit", "fedsa-lora", "fedex-lora", "flora"]
+)
 def test_schema_takes_a_strategy_as_one_word_or_as_a_section(strategy: str) -> None:
     data = yaml.safe_load((DEMO / "federation.yaml").read_text())
     for value in (strategy, {"name": strategy, "rank": 4}):
@@ -48,6 +50,12 @@ def test_schema_takes_an_aggregation_as_one_word_or_as_a_section(value: object) 
     jsonschema.validate({**data, "aggregation": value}, schema("federation"))
 
 
+@pytest.mark.parametrize("value", ["none", "fedavgm", {"method": "fedadam", "learning_rate": 0.01}, None])
+def test_schema_takes_a_server_optimizer_as_one_word_or_as_a_section(value: object) -> None:
+    data = yaml.safe_load((DEMO / "federation.yaml").read_text())
+    jsonschema.validate({**data, "server_optimizer": value}, schema("federation"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -56,6 +64,8 @@ def test_schema_takes_an_aggregation_as_one_word_or_as_a_section(value: object) 
         {"strategy": "fedfgt"},
         {"strategy": {"rank": 4}},
         {"aggregation": "krum"},
+        {"server_optimizer": "fedadam"},
+        {"server_optimizer": {"momentum": 0.9}},
         {"aggregation": {"method": "median", "trim": 0.2}},
     ],
 )

@@ -53,10 +53,8 @@ class Site:
         self.sent.append((int(config["server-round"]), [step.server_round for step in steps]))
         if (instead := self.before_reply(message)) is not None:
             return instead
-        if config["since"] == self.weights.first and self.weights.version not in (config["since"], config["version"]):
-            self.forget()
         try:
-            self.weights.follow(steps, str(config["since"]), str(config["version"]))
+            self._take(message, config, steps)
         except StaleStateError as error:
             return Message(Error(error.code, str(error)), reply_to=message)
         if message.metadata.message_type == MessageType.EVALUATE:
@@ -67,6 +65,14 @@ class Site:
         metrics = MetricRecord({"num-examples": self.number, "train.loss": 1.0})
         told = ConfigRecord({"version": self.weights.version})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics, "config": told}), reply_to=message)
+
+    def _take(self, message: Message, config: Any, steps: list[Step]) -> None:
+        if "since" not in config:
+            self.weights.replace(wire.decode(message.content.array_records["arrays"]), str(config["version"]))
+            return
+        if config["since"] == self.weights.first and self.weights.version not in (config["since"], config["version"]):
+            self.forget()
+        self.weights.follow(steps, str(config["since"]), str(config["version"]))
 
     def _hello(self, message: Message) -> Message:
         facts = {
@@ -151,7 +157,9 @@ def run(
         folder = RunFolder.create(tmp_path / "run", config, source)
     grid: Any = Grid(dict(enumerate(sites, start=1)), late)
     evaluator: Any = Evaluator()
-    strategy = make_strategy(config.strategy, seed=0, aggregation=config.aggregation)
+    strategy = make_strategy(
+        config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
+    )
     told: Any = {"federation": settings_for_sites(config)}
     try:
         return RoundLoop(grid, config, told, strategy, evaluator, folder).run(base(), checkpoint)

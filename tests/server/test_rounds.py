@@ -23,6 +23,27 @@ def test_sites_are_sent_what_they_lack_and_end_where_the_server_ends(tmp_path: P
     assert len(set(down[2:])) == 1
 
 
+@pytest.mark.parametrize("optimizer", ["fedavgm", {"method": "fedadam", "learning_rate": 0.1}])
+def test_server_optimizer_goes_on_where_it_stopped(tmp_path: Path, optimizer: object) -> None:
+    straight = run(tmp_path / "straight", [Site(1), Site(2)], 4, server_optimizer=optimizer)
+    plain = run(tmp_path / "plain", [Site(1), Site(2)], 4)
+    assert not torch.allclose(straight[NAME], plain[NAME])
+    one, two = Site(1), Site(2)
+
+    def fail(message: Message) -> Message | None:
+        return Message(Error(2, "power cut"), reply_to=message) if two.sent[-1][0] == 3 else None
+
+    two.before_reply = fail
+    with pytest.raises(FederationError, match=r"round 3: .*power cut"):
+        run(tmp_path, [one, two], 4, server_optimizer=optimizer)
+    sites = [Site(1), Site(2)]
+    resumed = run(tmp_path, sites, 4, resume=True, server_optimizer=optimizer)
+    assert torch.equal(resumed[NAME], straight[NAME])
+    for site in sites:  # whole weights go down
+        assert site.sent == [(3, []), (4, []), (4, [])]
+        assert torch.equal(site.weights.tensors[NAME], resumed[NAME])
+
+
 def test_site_that_has_lost_its_weights_is_sent_the_steps_from_the_base_model_in_the_same_round(tmp_path: Path) -> None:
     one, two = Site(1), Site(2)
 

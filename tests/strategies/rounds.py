@@ -30,6 +30,12 @@ def lora(rank: int, seed: int, *, head: bool = True, dtype: torch.dtype = torch.
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+def base_weights(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    """Of every layer, as the strategies that change them name them."""
+    g = torch.Generator().manual_seed(seed)
+    return {f"{layer}.base_layer.weight": normal(g, *shape).to(dtype) for layer, shape in LAYERS.items()}
+
+
 def weights(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
     """Base weights, as FedFTG trains them."""
     g = torch.Generator().manual_seed(seed)
@@ -63,6 +69,11 @@ def close(got: np.ndarray, want: np.ndarray, tolerance: float = 1e-6) -> bool:
 def product(tensors: Tensors, layer: str, scaling: float = 1.0) -> np.ndarray:
     factors = doubles(tensors)
     return scaling * factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]  # type: ignore[no-any-return]
+
+
+def effective(tensors: Tensors, layer: str, scaling: float) -> np.ndarray:
+    """W + s B A."""
+    return doubles(tensors)[f"{layer}.base_layer.weight"] + product(tensors, layer, scaling)  # type: ignore[no-any-return]
 
 
 def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:

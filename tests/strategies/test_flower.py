@@ -24,7 +24,18 @@ from strategies.rule import Tensors
 from tests.strategies.rounds import lora, trained
 
 A, B = "model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight"
-NAMES = ("FedFTG", "FlexLoRA", "FFALoRA", "RoLoRA", "FedIT")
+WORDS = {
+    "fedftg": "FedFTG",
+    "flexlora": "FlexLoRA",
+    "ffa-lora": "FFALoRA",
+    "rolora": "RoLoRA",
+    "fedit": "FedIT",
+    "fedsa-lora": "FedSALoRA",
+    "fedex-lora": "FedExLoRA",
+    "flora": "FLoRA",
+}
+NAMES = tuple(WORDS.values())
+NEEDS_ALPHA: dict[str, dict[str, float]] = {"FedExLoRA": {"lora_alpha": 16.0}, "FLoRA": {"lora_alpha": 16.0}}
 
 
 @pytest.fixture(autouse=True)
@@ -87,15 +98,17 @@ def test_every_strategy_is_flowers_and_takes_fedavgs_options(name: str) -> None:
         configrecord_key="settings",
         train_metrics_aggr_fn=count,
         evaluate_metrics_aggr_fn=count,
+        **NEEDS_ALPHA.get(name, {}),
     )
     assert isinstance(strategy, Strategy)
     assert isinstance(strategy, FedAvg)
-    (first, *_) = ask(strategy, lora(2, 0), nodes=(1, 2, 3, 4))
+    state = {n: t for n, t in lora(2, 0).items() if name != "FedSALoRA" or ".lora_B." not in n}
+    (first, *_) = ask(strategy, state, nodes=(1, 2, 3, 4))
     assert set(first.content) == {"tensors", "settings"}
 
 
 def test_federation_file_names_each_strategy_by_one_word() -> None:
-    for word, name in zip(("fedftg", "flexlora", "ffa-lora", "rolora", "fedit"), NAMES, strict=True):
+    for word, name in WORDS.items():
         data = {
             "name": "x",
             "model": {"path": "m"},
@@ -104,7 +117,7 @@ def test_federation_file_names_each_strategy_by_one_word() -> None:
             "training": {"learning_rate": 0.1, "local_steps": 1},
         }
         made = make_strategy(parse(data, FederationConfig, "x").strategy, seed=0)
-        assert type(made.rule) is type(getattr(strategies, name)().rule)
+        assert type(made.rule) is type(getattr(strategies, name)(**NEEDS_ALPHA.get(name, {})).rule)
 
 
 def test_messages_hold_round_active_names_and_the_callers_config_which_stays_as_it_was() -> None:

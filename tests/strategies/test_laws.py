@@ -6,21 +6,40 @@ from functools import partial
 import pytest
 import torch
 
+from common.adapters import BASE_WEIGHT, LORA_B
 from common.config import AggregationConfig, KrumConfig, MeanConfig, MedianConfig, MultiKrumConfig, TrimmedMeanConfig
 from common.errors import AggregationError
+from strategies.fedex_lora import FedExLoRARule
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
+from strategies.fedsa_lora import FedSALoRARule
 from strategies.ffa_lora import FFALoRARule
 from strategies.flexlora import FlexLoRARule
+from strategies.flora import FLoRARule
 from strategies.rolora import RoLoRARule
 from strategies.rule import Rule, Tensors, Update
-from tests.strategies.rounds import ALPHA, LAYERS, aggregate, close, doubles, lora, product, trained, weights
+from tests.strategies.rounds import (
+    ALPHA,
+    LAYERS,
+    aggregate,
+    base_weights,
+    close,
+    doubles,
+    effective,
+    lora,
+    product,
+    trained,
+    weights,
+)
 
 RULES: dict[str, Callable[[], Rule]] = {
     "fedftg": FedFTGRule,
     "fedit": lambda: FedITRule(ALPHA),
     "ffa-lora": lambda: FFALoRARule(ALPHA),
     "rolora": lambda: RoLoRARule(ALPHA),
+    "fedsa-lora": lambda: FedSALoRARule(ALPHA),
+    "fedex-lora": lambda: FedExLoRARule(ALPHA),
+    "flora": lambda: FLoRARule(ALPHA),
     "flexlora": lambda: FlexLoRARule(ALPHA),
     "flexlora, sqrt": lambda: FlexLoRARule(ALPHA, split="sqrt"),
 }
@@ -34,9 +53,14 @@ ROBUST: dict[str, AggregationConfig] = {
 ROBUST_RULES: dict[str, Callable[[], Rule]] = {
     **{f"fedftg, {name}": partial(FedFTGRule, aggregation=method) for name, method in ROBUST.items()},
     **{f"fedit, {name}": partial(FedITRule, ALPHA, method) for name, method in ROBUST.items()},
+    **{f"flora, {name}": partial(FLoRARule, ALPHA, method) for name, method in ROBUST.items()},
+    "fedsa-lora, median": lambda: FedSALoRARule(ALPHA, MedianConfig()),
     "rolora, median": lambda: RoLoRARule(ALPHA, MedianConfig()),
     "ffa-lora, krum": lambda: FFALoRARule(ALPHA, KrumConfig(byzantine=0)),
 }
+
+
+CHANGE_BASE = (FedExLoRARule, FLoRARule)
 
 
 def each(rules: dict[str, Callable[[], Rule]]) -> pytest.MarkDecorator:
@@ -49,7 +73,12 @@ either_phase = pytest.mark.parametrize("server_round", [1, 2])
 
 
 def start(rule: Rule, dtype: torch.dtype = torch.float32) -> Tensors:
-    return weights(0, dtype) if rule.trains == "weights" else lora(4, 0, dtype=dtype)
+    if rule.trains == "weights":
+        return weights(0, dtype)
+    state = lora(4, 0, dtype=dtype)
+    if isinstance(rule, FedSALoRARule):
+        return {name: tensor for name, tensor in state.items() if not name.endswith(LORA_B)}
+    return state | base_weights(1, dtype) if isinstance(rule, CHANGE_BASE) else state
 
 
 def some_updates(rule: Rule, server_round: int, state: Tensors) -> list[Update]:
@@ -57,13 +86,14 @@ def some_updates(rule: Rule, server_round: int, state: Tensors) -> list[Update]:
 
 
 def same(rule: Rule, a: Tensors, b: Tensors, tolerance: float = 2e-6) -> bool:
-    """Equal states; for FlexLoRA, whose factors may turn, equal products and equal other tensors."""
+    """Equal states; of factors that may turn, or start anew, equal products; with base weights, equal sums of both."""
     assert a.keys() == b.keys()
     x, y = doubles(a), doubles(b)
-    names = [name for name in a if not (isinstance(rule, FlexLoRARule) and ".lora_" in name)]
-    products = [] if len(names) == len(a) else list(LAYERS)
+    turn = (".lora_", BASE_WEIGHT) if isinstance(rule, FlexLoRARule | FLoRARule) else (BASE_WEIGHT,)
+    names = [name for name in a if not any(part in name for part in turn)]
+    whole = partial(effective, scaling=ALPHA / 4) if isinstance(rule, CHANGE_BASE) else product
     return all(close(x[n], y[n], tolerance) for n in names) and all(
-        close(product(a, layer), product(b, layer), tolerance) for layer in products
+        close(whole(a, layer), whole(b, layer), tolerance) for layer in (LAYERS if len(names) < len(a) else ())
     )
 
 
@@ -119,7 +149,7 @@ def test_arguments_are_not_touched(rule: Rule, server_round: int) -> None:
 def test_frozen_tensors_are_carried_over_bit_for_bit(rule: Rule, server_round: int) -> None:
     state = start(rule)
     after = aggregate(rule, server_round, state, some_updates(rule, server_round, state)).state
-    frozen = set(state) - set(rule.active(server_round, state))
+    frozen = {name for name in state if not name.endswith(BASE_WEIGHT)} - set(rule.active(server_round, state))
     assert all(torch.equal(after[name], state[name]) for name in frozen)
 
 

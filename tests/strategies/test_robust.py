@@ -344,9 +344,10 @@ def test_drift_is_that_of_all_updates_as_they_came(method: AggregationConfig) ->
 
 @every_method
 def test_any_flower_app_and_the_federation_file_reach_every_method(method: AggregationConfig) -> None:
-    for name in ("FedFTG", "FFALoRA", "RoLoRA", "FedIT"):
-        assert getattr(strategies, name)(aggregation=method).rule.aggregation == method
+    for name in ("FedFTG", "FFALoRA", "RoLoRA", "FedIT", "FedSALoRA", "FLoRA"):
+        alpha = {"lora_alpha": 16.0} if name == "FLoRA" else {}
+        assert getattr(strategies, name)(aggregation=method, **alpha).rule.aggregation == method
     made = make_strategy(FedITConfig(), seed=0, aggregation=method).rule
     assert made.aggregation == method  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"flexlora averages products; aggregation is .*, allowed: the plain mean"):
+    with pytest.raises(ValueError, match=r"flexlora: aggregation is .*; allowed: the plain mean"):
         make_rule(FlexLoRAConfig(), seed=0, aggregation=method)

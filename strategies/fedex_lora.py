@@ -1,0 +1,81 @@
+"""FedEx-LoRA: the server averages A and B separately, and adds what that loses to the base weights.
+
+Source: arXiv 2410.09432. With means A and B, W <- W + sum_k p_k s B_k A_k - s B A: W + s B A is then exactly the mean
+of the clients' W + s B_k A_k. What is added has rank (K + 1) r at most and goes down as factors, as long as these are
+smaller than the weight.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from common.adapters import BASE_WEIGHT, scaling
+from common.factors import Exchange, Factors
+from common.versions import Step
+from strategies.lora_names import layers
+from strategies.rule import Averaging, Outcome, Tensors, Update
+from strategies.running import WeightedMean, change_square, layer_group
+
+
+class FedExLoRARule(Averaging):
+    """A, B and a trained classification head are averaged, each by itself; the state holds the base weights as well.
+
+    Adds the diagnostic ``residual/<group>``: ``|added to the base weights|_F / |sum_k p_k s B_k A_k|_F`` over a group's
+    layers, FedIT's error of aggregation.
+
+    Args:
+        lora_alpha: of all clients.
+        rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
+    """
+
+    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    takes_server_optimizer: ClassVar[bool] = False  # what is added to W belongs to the means of A and B themselves
+
+    def __init__(self, lora_alpha: float, *, rslora: bool = False) -> None:
+        super().__init__(lora_alpha)
+        self._alpha, self._rslora = lora_alpha, rslora
+
+    def active(self, server_round: int, names: Iterable[str]) -> list[str]:
+        """All but the base weights."""
+        del server_round
+        return [name for name in names if not name.endswith(BASE_WEIGHT)]
+
+    def exchange(self, server_round: int) -> Exchange:
+        """See ``Rule.exchange``."""
+        del server_round
+        return Exchange()
+
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+        """See ``Rule.aggregate``."""
+        found, mean = layers(state), WeightedMean(state)
+
+        def folding() -> Iterator[Update]:
+            for update in updates:
+                products = {weight: self._product(update.tensors[a], update.tensors[b]) for a, b, weight in found}
+                mean.fold(products, update.num_examples)
+                yield update
+
+        averaged = super().aggregate(server_round, state, folding())
+        exact = mean.means()
+        added: dict[str, Tensor | Factors] = {}
+        squares: dict[str, list[float]] = {}
+        for a, b, weight in found:
+            whole, start = exact[weight], state[weight]
+            ((left, right),) = self._product(averaged.state[a], averaged.state[b]).terms
+            if isinstance(whole, Factors):
+                added[weight] = Factors(1.0, [*whole.terms, (-left, right)])
+            else:
+                added[weight] = whole.to(left.dtype).addmm(left, right, alpha=-1.0).to(start.dtype)
+            sums = squares.setdefault(layer_group(a), [0.0, 0.0])
+            sums[0] += change_square(added[weight], start)
+            sums[1] += change_square(whole, start)
+        told = {f"residual/{group}": (lost / all_) ** 0.5 for group, (lost, all_) in squares.items() if all_ > 0}
+        exchange = self.exchange(server_round)
+        means: Tensors = {name: averaged.state[name] for name in self.active(server_round, state)}
+        step = Step.of(server_round, {**means, **added}, state, exchange)
+        return Outcome(step.apply(state, exchange), {**averaged.diagnostics, **told}, step)
+
+    def _product(self, a: Tensor, b: Tensor) -> Factors:
+        """The product s B A as a change of the base weight."""
+        return Factors(1.0, [(b.float() * scaling(self._alpha, len(a), rslora=self._rslora), a.float())])

@@ -1,0 +1,100 @@
+"""FLoRA: the server stacks the clients' factors and adds their product to the base weights; the next round starts anew.
+
+Source: arXiv 2409.05976. W <- W + sum_k p_k s_k B_k A_k, exactly, for clients of any rank: the sum is the product of
+[p_1 s_1 B_1, p_2 s_2 B_2, ...] and [A_1; A_2; ...], which go down as they are, as long as they are smaller than the
+weight. Then every client has B = 0 and a new random A, drawn at the server; a client of rank r takes its first r rows.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from common.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a, scaling
+from common.config import AggregationConfig
+from common.factors import Exchange, Factors
+from common.versions import Step
+from strategies.lora_names import layers
+from strategies.rule import Averaging, Outcome, Tensors, Update
+from strategies.running import Means
+
+
+class FLoRARule(Averaging):
+    """Products are averaged into the base weights, which the state holds as well; a trained head is averaged.
+
+    ``client-norm`` and ``client-cosine`` are those of the products s_k B_k A_k.
+    """
+
+    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    mixed_ranks: ClassVar[bool] = True
+    takes_server_optimizer: ClassVar[bool] = False  # the factors start anew
+
+    def __init__(
+        self,
+        lora_alpha: float,
+        aggregation: AggregationConfig | None = None,
+        *,
+        rslora: bool = False,
+        max_rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Make the rule.
+
+        Args:
+            lora_alpha: of clients that do not report their own.
+            aggregation: how the products are combined; None: by their plain mean.
+            rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
+            max_rank: the largest rank of a client; None: what its layers allow.
+            seed: of every round's new A.
+        """
+        super().__init__(lora_alpha, aggregation)
+        self.max_rank = max_rank
+        self._alpha, self._rslora, self._seed = lora_alpha, rslora, seed
+
+    def active(self, server_round: int, names: Iterable[str]) -> list[str]:
+        """All but the base weights."""
+        del server_round
+        return [name for name in names if not name.endswith(BASE_WEIGHT)]
+
+    def averaged(self, server_round: int, names: Iterable[str]) -> list[str]:
+        """All but the factors."""
+        del server_round
+        return [name for name in names if not name.endswith((LORA_A, LORA_B))]
+
+    def exchange(self, server_round: int) -> Exchange:
+        """See ``Rule.exchange``."""
+        del server_round
+        return Exchange()
+
+    def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
+        """The same with factors of the client's rank."""
+        del lora_alpha
+        return dict(state) if rank is None else cut(state, rank)
+
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+        """See ``Rule.aggregate``."""
+        found = layers(state)
+        return super().aggregate(server_round, state, (self._merged(update, found) for update in updates))
+
+    def settle(
+        self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
+    ) -> Outcome:
+        """The next state, with a fresh A and B = 0."""
+        exchange, fresh = self.exchange(server_round), {}
+        for a, b, _ in layers(state):
+            fresh[a] = fresh_a(self._seed, server_round + 1, a, state[a].shape).to(state[a].dtype)
+            if state[b].any():
+                fresh[b] = torch.zeros_like(state[b])
+        step = Step.of(server_round, {**means, **fresh}, state, exchange)
+        return Outcome(step.apply(state, exchange), diagnostics, step)
+
+    def _merged(self, update: Update, found: list[tuple[str, str, str]]) -> Update:
+        """The update with its products s_k B_k A_k, as changes of the base weights, in place of the factors."""
+        alpha, tensors = update.lora_alpha or self._alpha, dict(update.tensors)
+        products = {}
+        for name_a, name_b, weight in found:
+            a, b = tensors.pop(name_a).float(), tensors.pop(name_b).float()
+            products[weight] = Factors(1.0, [(b * scaling(alpha, len(a), rslora=self._rslora), a)])
+        return replace(update, tensors=tensors, factors=products, lora_alpha=None)

@@ -1,0 +1,109 @@
+"""A site under the strategies that change base weights or leave B to it, against the server's rule, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.session import Session, Tensors
+from common import tuning
+from common.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from common.errors import ModelError
+from server.evaluation import Evaluator
+from strategies.named import make_rule
+from strategies.rule import Update
+from strategies.versions import Versions
+from tests.client.test_session import session
+
+LORA = {"rank": 4, "modules": "linear", "blocks": "lower half", "lora_alpha": 8.0}
+
+
+def logits(own: Session) -> torch.Tensor:
+    own._tuned.model.eval()
+    with torch.no_grad():
+        found: torch.Tensor = own._tuned.model(input_ids=torch.arange(5, 13)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["fedex-lora", "flora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
+    tmp_path: Path, strategy: str, dtype: str
+) -> None:
+    """One site with the federation's rank, one capped where the strategy allows it."""
+    changes: dict[str, Any] = {"strategy": {"name": strategy, **LORA}, "model": {"path": "model", "dtype": dtype}}
+    other: dict[str, Any] = {"name": "site-b"} | ({"max_rank": 2} if strategy == "flora" else {})
+    sites = [session(tmp_path / "a", **changes), session(tmp_path / "b", other, **changes)]
+    before = logits(sites[0])
+    config = sites[0].federation
+    evaluator = Evaluator(config, tmp_path / "a" / "federation.yaml")
+    rule, versions = make_rule(config.strategy, seed=config.training.seed), Versions(evaluator.initial_state())
+    base = {name: tensor for name, tensor in versions.state.items() if name.endswith(BASE_WEIGHT)}
+    assert base
+    for server_round in (1, 2, 3):
+        state, updates = versions.state, []
+        active = rule.active(server_round, state)
+        for own in sites:
+            weights = own.weights
+            assert weights is not None
+            steps = versions.since(weights.version)
+            assert steps is not None
+            own.follow(steps, weights.version, versions.latest)
+            assert all(torch.equal(tensor, weights.tensors[name]) for name, tensor in state.items())
+            trained, metrics = own.train(server_round, active)
+            assert trained.keys() == set(active)
+            assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+            held = own._tuned.get()
+            assert all(torch.equal(held[n], state[n].to(held[n].dtype)) for n in base)  # frozen while A and B train
+            updates.append(Update(own.site.name, 3, trained, metrics["lora-alpha"]))
+        versions.advance(rule.aggregate(server_round, state, iter(updates)))
+    assert all(not torch.equal(versions.state[name], tensor) for name, tensor in base.items())
+    first, weights, late = sites[0], sites[0].weights, session(tmp_path / "a", **changes)
+    assert weights is not None
+    first.follow(versions.since(weights.version) or [], weights.version, versions.latest)
+    late.set_state(rule.state_for(versions.state, 4, 8.0), None, [], versions.latest)  # all at once
+    assert torch.equal(logits(late), logits(sites[0]))
+    assert not torch.allclose(before, logits(late))
+    evaluator.export(versions.state, tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    exported = model(input_ids=torch.arange(5, 13)[None]).logits.detach()
+    torch.testing.assert_close(exported, logits(late).float(), rtol=tolerance, atol=tolerance)
+
+
+def test_sites_of_smaller_rank_are_refused_where_ranks_must_be_equal(tmp_path: Path) -> None:
+    own = session(tmp_path, {"max_rank": 2}, strategy={"name": "fedex-lora", **LORA})
+    with pytest.raises(ModelError, match="only flexlora and flora allow mixed ones"):
+        own.hello()
+
+
+def test_weights_that_are_kept_transposed_are_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2))
+    config = session(tmp_path, strategy={"name": "flora", **LORA}).federation.strategy
+    with pytest.raises(ModelError, match=r"c_attn.weight is kept as \(in, out\)"):
+        tuning.tune(model, config, "CAUSAL_LM")
+
+
+def test_fedsas_b_stays_at_the_site_and_is_trained_on(tmp_path: Path) -> None:
+    own = session(tmp_path, strategy={"name": "fedsa-lora", **LORA}, evaluation={"server": None})
+    state = own._tuned.get()
+    assert state
+    assert all(name.endswith(LORA_A) for name in state)
+    own.set_state(state, None, list(state))
+    plain = logits(own)
+    trained, _ = own.train(1, list(state))
+    assert trained.keys() == state.keys()
+    kept: Tensors = own.kept
+    assert {name for name in kept if name.endswith(LORA_B)} == {n.removesuffix(LORA_A) + LORA_B for n in state}
+    assert all(tensor.any() for tensor in kept.values())
+    after = logits(own)
+    assert not torch.allclose(after, plain)
+    other = session(tmp_path, strategy={"name": "fedsa-lora", **LORA}, evaluation={"server": None})
+    other.kept = kept  # as the caller carries it over to a new process
+    other.set_state(trained, None, list(state))
+    assert torch.equal(logits(other), after)
