@@ -4,6 +4,7 @@ Heavy modules are imported only when a message is there. A ``FedSpanError`` is a
 exception only type and place leave the site, because its text might quote a row.
 """
 
+import logging
 import os
 import time
 import traceback
@@ -25,6 +26,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
+from common import logs
 from common.config import FederationConfig, SiteConfig
 from common.errors import ConfigError, FedSpanError, StaleStateError, WireError
 from common.records import get_record, get_records
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from common.versions import Step
 
 app = ClientApp()
+log = logging.getLogger("site")
 
 SITE_KEY = "site"  # node-config key: path of the site file
 _FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -59,22 +62,35 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
     def answer(message: Message, context: Context) -> Message:
         started = time.time()
         try:
+            logs.configure("site")
             content = handler(message, context)
         except StaleStateError as error:
+            log.info("%s", error, extra=_known(message, context))  # the server sends everything then
             return Message(Error(error.code, str(error)), reply_to=message)
         except FedSpanError as error:
+            log.error("%s", error, extra=_known(message, context))
             return Message(Error(_FAILED, str(error)), reply_to=message)
-        except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
-            traceback.print_exc()  # into the site's own log
+        except Exception as error:
+            log.exception("unexpected error", extra=_known(message, context))
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
             reason = f"{type(error).__name__} at {where}; the site's log says more"
             return Message(Error(_FAILED, reason), reply_to=message)
         metrics = content["metrics"] = get_record(content, "metrics", MetricRecord)
         metrics["clock.started"], metrics["clock.finished"] = started, time.time()
+        known = _known(message, context)
+        log.info("%s done in %.1f s", known["event"], time.time() - started, extra=known)
         return Message(content, reply_to=message)
 
     return answer
+
+
+def _known(message: Message, context: Context) -> dict[str, object]:
+    """What a line of the log says of the message it is about."""
+    request = get_record(message.content, "config", ConfigRecord)
+    site = next((session.site.name for session in _sessions.values()), None)
+    kind = message.metadata.message_type
+    return {"run": str(context.run_id), "site": site, "round": request.get("server-round"), "event": kind}
 
 
 @app.query()

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that it
 BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
 _PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
+_LOGS = str(Path(__file__).resolve().parents[1] / "common" / "logs.py")  # run as a file, it stands in for no module
 log = logging.getLogger("worker")
 
 
@@ -169,15 +171,9 @@ def main() -> None:
     parser.add_argument("--root-certificates", type=Path)
     parser.add_argument("--tell", type=int, required=True)
     options = parser.parse_args()
-    set_up_logging()
+    runpy.run_path(_LOGS)["configure"]("worker")
     with os.fdopen(options.tell, "w") as tell:
         work(RuntimeApi(options.runtime_api, options.root_certificates), tell)
-
-
-def set_up_logging() -> None:
-    """One line for each thing that happens; nothing of single requests."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

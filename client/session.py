@@ -34,6 +34,7 @@ from common.config import (
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, StaleStateError
 from common.factors import Exchange, pack, rounding_error
+from common.packages import installed
 from common.rows import Row, load_rows, split_held_out
 from common.tasks import Place, make_task
 from common.versions import Step
@@ -52,6 +53,7 @@ class Hello:
     rank: int
     base_digest: str
     tokenizer_digest: str
+    version: str  # of the FedSpan that is installed at the site; the code that it runs came with the message
 
 
 class Session:
@@ -93,6 +95,7 @@ class Session:
             rank=self._rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
+            version=installed("fedspan"),
         )
 
     def follow(self, steps: list[Step], since: str, version: str) -> None:

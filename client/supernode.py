@@ -39,6 +39,7 @@ from client.link import probe
 from common.config import SiteConfig
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
 from common.keys import fingerprint, read_private
+from common.logs import configure as configure_logs
 from common.yaml_file import load
 
 CONNECT_DEADLINE = 120.0  # seconds; Flower takes 60 to notice that an earlier SuperNode with the same key is gone
@@ -221,6 +222,10 @@ def main() -> None:
         parser.error(f"--poll is {options.poll:g}; allowed: 0.05 to 60 seconds")
     if not 0.0 <= options.connect_deadline < float("inf"):
         parser.error(f"--connect-deadline is {options.connect_deadline:g}; allowed: 0 seconds and more")
+    try:
+        configure_logs("supernode")
+    except ValueError as error:
+        parser.error(str(error))
     sys.argv = ["flower-supernode", *rest]
     if {"-h", "--help", "-V", "--version"} & set(rest):
         flower_supernode()

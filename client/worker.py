@@ -52,10 +52,11 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from client.bench import LONG_LIVED, RuntimeApi, announced, set_up_logging
+from client.bench import LONG_LIVED, RuntimeApi, announced
 from client.trust import read_trust
 from client.vetting import Trust
 from common.errors import ConfigError
+from common.logs import configure as configure_logs
 
 HEARTBEAT_SECONDS = 10.0
 _DIED = 1002  # code of the reply when the bench has died; the server then asks once more
@@ -318,10 +319,10 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"{name} is {value:g}; allowed: {least:g} seconds and more")
     if options.status is not None and not options.status.parent.is_dir():
         parser.error(f"--status: folder {options.status.parent} does not exist")
-    set_up_logging()
     try:
+        configure_logs("worker")
         trust = read_trust(options.site) if options.site is not None else None
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:
         parser.error(str(error))
     if trust is None:
         log.warning("no `trust` in %s: every bundle that the operator sends is run", options.site or "a site file")

@@ -9,6 +9,7 @@ Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong,
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from rich.console import Console
 
 from common.config import FederationConfig, SiteConfig, resolve, resolved
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError, ModelError
+from common.logs import configure as configure_logs
 from common.processes import ProcessGroup, Started, free_ports, last_lines, port_in_use
 from common.yaml_file import load
+from server.progress import teller
 from server.run_folder import check_resumable, read_lines, refuse_existing
 from server.superlink import OwnSuperLink, environment
 from server.supervise import ROOT, Supervised, add_run_options, follow, to_the_end
@@ -85,7 +88,7 @@ def run(plan: Plan, console: Console, tries: int) -> None:
     Raises:
         FedSpanError: with the reason of the site or the server that failed.
     """
-    logs = plan.run_dir / "logs"
+    logs, tell = plan.run_dir / "logs", teller(console.print, plan.run_dir.name)
     local = plan.federation.local
     assert local is not None  # noqa: S101 - make_plan has checked it
     env = environment(plan.run_dir / "flwr", plan.federation, share=len(plan.sites))
@@ -93,7 +96,7 @@ def run(plan: Plan, console: Console, tries: int) -> None:
         with ProcessGroup(logs) as group:
             control, fleet, *runtime = free_ports(2 + len(plan.sites))
             superlink = OwnSuperLink(local.port or control, f"127.0.0.1:{local.fleet_port or fleet}")
-            server = Supervised(plan.source, plan.run_dir, group, superlink, env, console.print, tries=tries)
+            server = Supervised(plan.source, plan.run_dir, group, superlink, env, tell, tries=tries)
             if not server.start_superlink():
                 if attempt < _ATTEMPTS and None in (local.port, local.fleet_port):
                     continue  # somebody took a port between our choice and the SuperLink's start
@@ -106,15 +109,15 @@ def run(plan: Plan, console: Console, tries: int) -> None:
                     worker = _worker(port, file, logs / f"{name}-worker.json")
                     sites.append(group.start(f"{name}-worker", worker, env))
             server.submit(resume=plan.resume)
-            follow(server, plan.run_dir, console, plan.events, _Reviver(group, sites, console, tries))
+            follow(server, plan.run_dir, console, plan.events, _Reviver(group, sites, tell, tries))
             return
 
 
 class _Reviver:
     """Starts a site's processes again when they die, as the service manager of a real site does."""
 
-    def __init__(self, group: ProcessGroup, sites: list[Started], console: Console, tries: int) -> None:
-        self._group, self._sites, self._console, self._tries = group, sites, console, tries
+    def __init__(self, group: ProcessGroup, sites: list[Started], tell: Callable[[str], None], tries: int) -> None:
+        self._group, self._sites, self._tell, self._tries = group, sites, tell, tries
         self._deaths: dict[str, int] = {}
 
     def __call__(self) -> None:
@@ -129,7 +132,7 @@ class _Reviver:
             count = self._deaths[site.name] = self._deaths.get(site.name, 0) + 1
             if count > self._tries:
                 raise LaunchError(f"{site.name} ended {count} times by itself; {site.log} ends: {last_lines(site.log)}")
-            self._console.print(f"{site.name} ended by itself and is started again ({count} of {self._tries})")
+            self._tell(f"{site.name} ended by itself and is started again ({count} of {self._tries})")
             self._group.forget(site)
             self._sites[number] = self._group.start(site.name, site.command, site.env)
 
@@ -156,16 +159,13 @@ def main(arguments: list[str] | None = None) -> int:
     add_run_options(parser)
     options = parser.parse_args(arguments)
     try:
+        configure_logs("supervisor")
         plan = make_plan(options.federation, options.runs, options.name, resume=options.resume)
-    except FedSpanError as error:
+    except (FedSpanError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
 
-    def work() -> Path:
-        run(plan, Console(), options.tries)
-        return plan.run_dir
-
-    return to_the_end(work)
+    return to_the_end(plan.run_dir, options, lambda: run(plan, Console(), options.tries))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from flwr.app import ConfigRecordValues, Context
 from flwr.serverapp import Grid, ServerApp
 
+from common import logs
 from common.adapters import BASE_WEIGHT
 from common.config import FederationConfig, FedSALoRAConfig, LoraConfig, resolved, settings_for_sites
 from common.errors import ConfigError, FedSpanError
@@ -22,6 +23,7 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         FedSpanError: with the reason, after it was written to the run folder; Flower then marks the run failed.
     """
+    logs.configure("server")
     source, run_dir = (Path(str(context.run_config.get(key, ""))) for key in ("federation", "run-dir"))
     if not source.is_absolute() or not run_dir.is_absolute():
         raise ConfigError("--run-config must give federation='/path/FEDERATION.yaml' and run-dir='/path/runs/NAME'")
@@ -33,6 +35,9 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, config, source, folder, resume=resume)
     except FedSpanError as error:
         folder.fail(str(error))
+        raise
+    except (SystemExit, KeyboardInterrupt):  # so Flower ends a ServerApp after `flwr stop`, or with its SuperLink
+        folder.interrupt()
         raise
     except BaseException as error:
         folder.fail(f"the server stopped on {type(error).__name__}: {error}")

@@ -1,7 +1,10 @@
 """A run's events as a live display on a terminal, or as one line each in a log."""
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,8 +13,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from common import logs
 from common.units import size
 
+log = logging.getLogger("fedspan")
 Event = dict[str, Any]
 
 
@@ -78,16 +83,19 @@ _STATES = {
     "update_refused": "update refused",
     "client_excluded": "left out",
     "client_readmitted": "joined",
+    "client_disconnected": "not connected",
+    "client_connected": "connected",
 }
 
 
 class Display:
     """Shows events as they come: live on a terminal, else one line per event."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, run: str) -> None:
+        self._console, self._run = console, run
         self.picture = Picture()
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        live = console.is_terminal and not logs.as_json()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
         if self._live is not None:
             self._live.start()
 
@@ -96,7 +104,9 @@ class Display:
         for event in events:
             self.picture.take(event)
             line = describe(event)
-            if line and (self._live is None or event["event"] in _ALWAYS):
+            if logs.as_json():
+                log_event(self._run, event)
+            elif line and (self._live is None or event["event"] in _ALWAYS):
                 self._console.print(Text(f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}  {line}"))
         if self._live is not None:
             self._live.update(render(self.picture, time.time()), refresh=True)
@@ -109,7 +119,9 @@ class Display:
 
 _PROBLEMS = {"client_refused", "client_failed", "update_refused", "client_excluded", "client_readmitted", "late_reply"}
 _PROBLEMS |= {"checkpoint_damaged"}
-_ALWAYS = {*_PROBLEMS, "resumed", "round_finished"}
+_ENDS = {"failed", "interrupted"}
+_LINKS = {"client_disconnected": "is not connected any more", "client_connected": "is connected again"}
+_ALWAYS = {*_PROBLEMS, *_LINKS, "resumed", "round_finished"}
 
 
 def describe(event: Event) -> str:
@@ -142,7 +154,21 @@ def describe(event: Event) -> str:
     if kind == "round_finished":
         moved = f"{size(event['bytes_down'])} down, {size(event['bytes_up'])} up"
         return f"round {event['round']} done in {event['seconds']:.1f} s, {moved}"
-    return ""
+    return f"{event['client']} {_LINKS[kind]}" if kind in _LINKS else ""
+
+
+def log_event(run: str, event: Event) -> None:
+    """Log an event of a run."""
+    kind = event["event"]
+    level = logging.ERROR if kind in _ENDS else logging.WARNING if kind in _PROBLEMS else logging.INFO
+    site = event.get("client") if event.get("client") != "server" else None
+    known = {"run": run, "site": site, "round": event.get("round"), "event": kind}
+    log.log(level, "%s", describe(event) or event.get("reason") or kind, extra=known)
+
+
+def teller(text: Callable[[str], None], run: str, level: int = logging.WARNING) -> Callable[[str], None]:
+    """What says a line about a run: ``text``, or a JSON log."""
+    return partial(log.log, level, extra={"run": run}) if logs.as_json() else text
 
 
 def render(picture: Picture, now: float) -> Group:

@@ -30,6 +30,7 @@ class Member:
     held_out_rows: int
     device: str
     rank: int
+    version: str
 
 
 class Roster:
@@ -66,6 +67,7 @@ class Roster:
         self._expected = expected
         self._greeted: set[int] = set()
         self._lost = Counter[int]()  # hellos by node
+        self._up: set[str] = set()  # admitted sites that are connected, as far as it has been noted
         self._namesakes: dict[int, Message] = {}  # hellos of nodes whose name another connected node has
 
     def greet(self) -> None:
@@ -77,6 +79,7 @@ class Roster:
         for site in self._refusals.readmitted():
             self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
         online = set(self._grid.get_node_ids())
+        self._note_connections(online)
         new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
             content = RecordDict({"config": ConfigRecord({**self._settings})})
@@ -90,6 +93,13 @@ class Roster:
             elif not self._connected_as(str(_told(reply)["site"])):
                 del self._namesakes[node_id], self.refused[node_id]
                 self._take_in(node_id, reply)
+
+    def _note_connections(self, online: set[int]) -> None:
+        """Note which admitted sites have gone or come back since the last look."""
+        up = {self.members[node_id].site for node_id in online & self.members.keys()}
+        for site in sorted(up ^ self._up):
+            self._folder.event("client_connected" if site in up else "client_disconnected", client=site)
+        self._up = up
 
     def connected(self) -> list[int]:
         """Admitted nodes that are connected now and not left out, in a fixed order (by site name)."""
@@ -172,14 +182,17 @@ class Roster:
             int(numbers[1]),  # type: ignore[arg-type]
             str(hello.get("device", "")),
             int(numbers[2]),  # type: ignore[arg-type]
+            str(hello.get("version", "")),
         )
         self.members[node_id] = member
+        self._up.add(site)
         self._folder.event(
             "client_joined",
             client=site,
             num_examples=member.train_rows,
             held_out=member.held_out_rows,
             device=member.device,
+            version=member.version,
         )
 
     def _connected_as(self, site: str) -> bool:

@@ -11,14 +11,13 @@
     tensorboard/      the same numbers for TensorBoard
     model/            the fine-tuned result
     report.html       all of it on one page
+    supervisor.json   who looks after the run (``server.attendance``)
 
-The supervisor writes signatures.json and nodes.json, the ServerApp all else. A whole file appears at once or not at
-all; a line is flushed as soon as it is written.
+The supervisor writes supervisor.json, signatures.json and nodes.json, the ServerApp all else. A whole file appears at
+once or not at all; a line is flushed as soon as it is written.
 """
 
-import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -33,6 +32,9 @@ import yaml
 
 from common.config import FederationConfig, resolved
 from common.errors import LaunchError
+from common.packages import installed
+from server.lock import hold, is_held
+from server.progress import log_event
 
 #: Any of these is a run, or what is left of one.
 _RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", "checkpoints")
@@ -47,13 +49,10 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = path
-        self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        deadline = time.monotonic() + 1.0
-        while not (ours := _take(self._lock)) and time.monotonic() < deadline:
-            time.sleep(0.05)  # whoever asks whether it is in use holds it for a moment
-        if not ours:
-            os.close(self._lock)
+        lock = hold(path / _LOCK)
+        if lock is None:
             raise LaunchError(f"{path}: another server is at work on this run")
+        self._lock = lock
         self._started = time.time()
         self._run: dict[str, Any] = {}
         self._board = SummaryWriter(str(path / "tensorboard"))
@@ -86,7 +85,10 @@ class RunFolder:
                 "name": federation.name,
                 "started": folder._started,
                 "federation_digest": hashlib.sha256(settings.encode()).hexdigest(),
-                "versions": {"python": platform.python_version(), **_versions()},
+                "versions": {
+                    "python": platform.python_version(),
+                    **{package: installed(package) for package in _PACKAGES},
+                },
                 "machine": _machine(),
             }
         )
@@ -142,8 +144,10 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
 
     def event(self, kind: str, **fields: object) -> None:
-        """Note that something happened."""
-        self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, **fields})
+        """Note that something happened, and log it."""
+        event = {"time": round(time.time(), 3), "event": kind, **fields}
+        self._append("events.jsonl", event)
+        log_event(self.path.name, event)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Note numbers of one round, client and phase (train, evaluate or aggregate), here and for TensorBoard."""
@@ -166,12 +170,16 @@ class RunFolder:
         """The run ended with a reason."""
         self._end("failed", reason)
 
+    def interrupt(self) -> None:
+        """The run was stopped, and can go on later."""
+        self._end("interrupted", "the server was stopped, by Flower or a signal")
+
     def _end(self, status: str, reason: str | None) -> None:
         seconds = round(time.time() - self._started, 3)
         if reason is None:
             self.event("finished", seconds=seconds)
         else:
-            self.event("failed", reason=reason)
+            self.event(status, reason=reason)
         self.model_info({"status": status, "reason": reason, "finished": time.time(), "seconds": seconds})
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:
@@ -179,28 +187,9 @@ class RunFolder:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
 
-def read_outcome(path: Path) -> dict[str, Any]:
-    """The run.json of the folder ``path``; empty when there is none."""
-    file = path / "run.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-
-
 def in_use(path: Path) -> bool:
-    """Whether a living server writes to the folder ``path``; the kernel frees it when that one dies."""
-    try:
-        with (path / _LOCK).open("a") as lock:
-            return not _take(lock.fileno())
-    except FileNotFoundError:
-        return False
-
-
-def _take(descriptor: int) -> bool:
-    """Lock a file for as long as it is open."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    """Whether a living server writes to the folder ``path``."""
+    return is_held(path / _LOCK)
 
 
 def refuse_existing(path: Path) -> None:
@@ -252,6 +241,19 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """The run.json of the folder ``path``; empty when there is none.
+
+    Raises:
+        LaunchError: it cannot be read.
+    """
+    file = path / "run.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{file} cannot be read: {error}") from None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file, without a last line that is still being written; none when there is no file.
 
@@ -277,16 +279,6 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _machine() -> dict[str, object]:

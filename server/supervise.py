@@ -9,12 +9,14 @@ Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong,
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,13 +25,16 @@ from rich.console import Console
 
 from common.config import FederationConfig, resolved
 from common.errors import FedSpanError, LaunchError
+from common.logs import configure as configure_logs
 from common.processes import ProcessGroup, Started, last_lines, listens
 from common.yaml_file import load
 from server import nodes, registry, signatures
+from server.attendance import Interrupted, looking_after
 from server.checkpoint import FOLDER
-from server.progress import Display
+from server.progress import Display, teller
+from server.prometheus import exposed
 from server.report import write_report
-from server.run_folder import check_resumable, in_use, read_lines, read_outcome, refuse_existing
+from server.run_folder import check_resumable, in_use, read_lines, read_run, refuse_existing
 from server.superlink import MALLOC, OwnSuperLink, Tls, environment, flwr
 
 ROOT = Path(__file__).resolve().parents[1]  # holds pyproject.toml, from which Flower bundles the app
@@ -38,10 +43,6 @@ TRIES = 3
 START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
 _LEAST_SPACE = 2**20  # bytes
 _ASK_SECONDS = 10.0  # between two questions to the SuperLink for the state of a run that shows no life
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The user, or the machine, asked to stop."""
 
 
 class Supervised:
@@ -119,23 +120,32 @@ class Supervised:
 
         Raises:
             LaunchError: the run has failed, with its reason; or its server died too often.
+            Interrupted: the run was stopped, but not here.
         """
         if self._nodes is not None:
             self._nodes.look()
-        begun = self._is_ours(read_outcome(self._run_dir))
+        begun = self._is_ours(read_run(self._run_dir))
         at_work = in_use(self._run_dir)
-        outcome = read_outcome(self._run_dir)  # once more: a server that has ended wrote it before it let go
+        outcome = read_run(self._run_dir)  # once more: a server that has ended wrote it before it let go
         if self._is_ours(outcome) and outcome["status"] == "failed":
             raise LaunchError(str(outcome["reason"]))
+        link_died = self._process is not None and self._process.process.poll() is not None
+        if self._is_ours(outcome) and outcome["status"] == "interrupted" and not link_died:
+            raise Interrupted("Flower, or a signal to the server")
         if begun and outcome["status"] == "completed" and not at_work:
             if not (self._run_dir / "report.html").exists():  # it died after its last round
                 write_report(self._run_dir)
             return True
-        if self._process is not None and self._process.process.poll() is not None:
+        if link_died:
             self._again("the SuperLink died")
         elif (begun and not at_work) or (not begun and self._has_ended()):
             self._again("the server died")
         return False
+
+    def end(self) -> None:
+        """End the run on a SuperLink that is not ours; ours ends with the group."""
+        if self._own is None and self._run_id:
+            flwr(self._env, "stop", self._run_id, self._connection)
 
     def _is_ours(self, outcome: dict[str, Any]) -> bool:
         return str(outcome.get("flower_run")) == self._run_id
@@ -189,7 +199,7 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
     Raises:
         LaunchError: the run failed.
     """
-    display = Display(console)
+    display = Display(console, run_dir.name)
     try:
         over = False
         while not over:
@@ -201,23 +211,28 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
                 display.show(events[seen:])
                 seen = len(events)
             watch()
+    except Interrupted:
+        supervised.end()
+        raise
     finally:
         display.close()
 
 
-def to_the_end(work: Callable[[], Path]) -> int:
-    """Do ``work``, which makes a run's folder, and say how it ended; the exit code."""
+def to_the_end(run_dir: Path, options: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Look after a run while ``work`` does it, and say how it ended; the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    say = teller(partial(print, file=sys.stderr), run_dir.name, logging.ERROR)
     try:
-        run_dir = work()
+        with exposed(run_dir, options.metrics_address, options.metrics_port), looking_after(run_dir):
+            work()
     except Interrupted as interruption:
-        print(f"stopped by {interruption}", file=sys.stderr)  # noqa: T201
+        say(f"stopped by {interruption}")
         return 130
     except FedSpanError as error:
-        print(f"run failed: {error}", file=sys.stderr)  # noqa: T201
+        say(f"run failed: {error}")
         return 1
-    print(f"report: {run_dir / 'report.html'}\nmodel:  {run_dir / 'model'}")  # noqa: T201
+    teller(print, run_dir.name, logging.INFO)(f"report: {run_dir / 'report.html'}\nmodel:  {run_dir / 'model'}")
     return 0
 
 
@@ -257,6 +272,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
     )
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus's metrics there")
+    parser.add_argument("--metrics-address", default="127.0.0.1", metavar="HOST", help="where (default: 127.0.0.1)")
     parser.add_argument(
         "--tries", type=_count, default=TRIES, help=f"restarts in a row without a finished round (default: {TRIES})"
     )
@@ -278,6 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.port, options.fleet_api_address, Tls(*files) if all(files) else None, options.registry
     )
     try:
+        configure_logs("supervisor")
         signed = signatures.read_signatures(options.signature, ROOT)
         if options.registry is not None:
             registry.read(options.registry)
@@ -285,26 +303,27 @@ def main(arguments: list[str] | None = None) -> int:
         federation = resolved(load(source, FederationConfig), source)
         run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
         check_resumable(run_dir, federation) if options.resume else refuse_existing(run_dir)
-    except FedSpanError as error:
+    except (FedSpanError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
 
-    def work() -> Path:
+    def work() -> None:
         console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
         env = environment(run_dir / "flwr", federation)
         if isinstance(superlink, str):
             env = {**env, **{k: v for k, v in os.environ.items() if k == "FLWR_HOME"}}
         signatures.keep(run_dir, signed)
         with ProcessGroup(run_dir / "logs") as group:
-            run = Supervised(source, run_dir, group, superlink, env, console.print, tries=options.tries)
+            run = Supervised(
+                source, run_dir, group, superlink, env, teller(console.print, run_dir.name), tries=options.tries
+            )
             if not run.start_superlink():
                 log = run_dir / "logs" / "superlink.log"
                 raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
             run.submit(resume=options.resume)
             follow(run, run_dir, console, seen, lambda: None)
-        return run_dir
 
-    return to_the_end(work)
+    return to_the_end(run_dir, options, work)
 
 
 if __name__ == "__main__":

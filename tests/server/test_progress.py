@@ -21,7 +21,7 @@ def shown(picture: Picture, now: float) -> str:
 def test_every_event_of_a_run_has_its_line(tmp_path: Path) -> None:
     events = read_lines(completed(tmp_path / "run") / "events.jsonl")
     console = Console(file=io.StringIO(), width=200)
-    Display(console).show(events)
+    Display(console, "run").show(events)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "fedftg: 4 rounds, training 30 tensors, 26,542,080 parameters (19.7%)" in text
     assert "site-a joined: 2210 rows, 245 held out, cpu" in text
@@ -50,7 +50,7 @@ def test_picture_shows_round_sites_loss_and_time_to_go() -> None:
 
 def test_terminal_gets_a_live_display_and_is_left_as_it_was() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    display = Display(console)
+    display = Display(console, "run")
     display.show([{"event": "started", "rounds": 2, "time": 0.0, "strategy": "fedftg", "trained_tensors": 1,
                    "trained_parameters": 1, "model_parameters": 2}])  # fmt: skip
     display.close()

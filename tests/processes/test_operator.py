@@ -1,0 +1,91 @@
+"""The operator's commands on a real federation: look at it, scrape it, list it with Flower's own, stop it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import FederationConfig, resolved
+from common.processes import ProcessGroup, free_ports, listens
+from common.yaml_file import load
+from server.overview import overview
+from server.run_folder import check_resumable, in_use
+from server.superlink import environment as superlink_environment, flwr
+from tests.processes.flower_app import Flower, wait_for
+from tests.processes.launcher import command, environment, survivors
+from tests.processes.test_supervise import supervise
+from tests.server.test_metrics import scrape
+from tests.tiny import make_federation
+
+
+def told(file: Path, module: str, *arguments: str) -> str:
+    program = [sys.executable, "-m", module, "--runs", str(file.parent / "runs"), *arguments]
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(500)
+def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
+    settings = {"evaluation": {"every": 999, "max_examples": 1, "samples": 0}, "rounds": 900}
+    file = make_federation(tmp_path, {"site-a": 9, "site-b": 17}, **settings)
+    (port,) = free_ports(1)
+    run_dir, log = tmp_path / "runs" / "tiny", tmp_path / "launcher.log"
+    with log.open("w") as out:
+        launcher = subprocess.Popen(
+            command(file, "--metrics-port", str(port)),
+            env={**environment(), "FEDSPAN_LOG": "json"},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        wait_for(lambda: (run_dir / "supervisor.json").exists(), 60)
+        wait_for(lambda: overview(run_dir).finished_rounds, 240)
+        seen = json.loads(told(file, "server.status", "tiny", "--json"))
+        assert seen["state"] == "running"
+        assert {s["site"]: (s["connection"], s["device"], s["rounds"] > 0) for s in seen["sites"]} == {
+            "site-a": ("up", "cpu", True),
+            "site-b": ("up", "cpu", True),
+        }
+        samples = {name: value for (name, _), value in scrape(port).items()}
+        assert samples["fedspan_rounds"] == 900
+        assert samples["fedspan_round"] >= seen["round"]
+        assert samples["fedspan_sites_connected"] == 2
+        federation = resolved(load(file, FederationConfig), file)
+        env = superlink_environment(run_dir / "flwr", federation)
+        (listed,) = flwr(env, "list", "local", "--run-id", seen["flower_run"])["runs"]
+        assert listed["status"] == "running"
+
+        assert "tiny is stopped after round" in told(file, "server.stop", "tiny")
+        assert launcher.wait(60) == 130, log.read_text()
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert survivors(file) == []
+    check_resumable(run_dir, federation)
+    ended = overview(run_dir)
+    assert ended.state == "interrupted"
+    assert str(ended.to_go_on).endswith("--resume")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(line["component"], line["run"]) for line in lines} == {("supervisor", "tiny")}
+    assert {"client_joined", "round_finished"} <= {line.get("event") for line in lines}
+    worker = [line for line in (run_dir / "logs" / "site-a-worker.log").read_text().splitlines() if line[:1] != "$"]
+    assert {"site-a"} == {site for line in worker if (site := json.loads(line).get("site"))}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_stop_ends_the_run_on_a_superlink_that_goes_on(tmp_path: Path) -> None:
+    file = make_federation(tmp_path, {"site-a": 9}, local=None)
+    run_dir = tmp_path / "runs" / "tiny"
+    with Flower(tmp_path) as flower, ProcessGroup(tmp_path / "logs") as group:
+        env = {**environment(), "FLWR_HOME": str(tmp_path / "flwr")}
+        supervisor = group.start("supervisor", supervise(file, "--superlink", "local"), env).process
+        wait_for(lambda: overview(run_dir).state == "running" if (run_dir / "supervisor.json").exists() else None, 120)
+        told(file, "server.stop", "tiny")
+        assert supervisor.wait(60) == 130
+        wait_for(lambda: not in_use(run_dir), 60)  # no site ever came: the server ends because it is told to
+        assert listens(flower.fleet)
+    assert overview(run_dir).state == "interrupted"
