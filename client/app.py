@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -29,12 +29,14 @@ from flwr.clientapp import ClientApp
 from common import logs
 from common.config import FederationConfig, SiteConfig
 from common.errors import ConfigError, FedSpanError, StaleStateError, WireError
+from common.privacy import Declared
 from common.records import get_record, get_records
 from common.yaml_file import load, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.policy import Gate
     from client.session import Session
     from client.weights import Weights
     from common.versions import Step
@@ -51,8 +53,8 @@ _STEP = "step-"  # prefix of records of steps, in messages and in the context, b
 _HELD = "held"  # the context's record that names the version of the weights that its steps lead to
 _KEPT = "kept"  # the context's record of what never leaves the site: a local head, optimizer moments
 
-_sessions: dict[tuple[int, str, str], "Session"] = {}  # by run, because files may change between runs
-Handler = Callable[[Message, Context], RecordDict]
+_sessions: dict[tuple[int, str, str, str], "Session"] = {}  # by run, because files may change between runs
+Handler = Callable[["Session", Message, Context], RecordDict]
 
 
 def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -60,26 +62,24 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
-        started = time.time()
+        gate: Gate | None = None
         try:
             logs.configure("site")
-            content = handler(message, context)
-        except StaleStateError as error:
-            log.info("%s", error, extra=_known(message, context))  # the server sends everything then
-            return Message(Error(error.code, str(error)), reply_to=message)
-        except FedSpanError as error:
-            log.error("%s", error, extra=_known(message, context))
-            return Message(Error(_FAILED, str(error)), reply_to=message)
-        except Exception as error:
-            log.exception("unexpected error", extra=_known(message, context))
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            reason = f"{type(error).__name__} at {where}; the site's log says more"
-            return Message(Error(_FAILED, reason), reply_to=message)
-        metrics = content["metrics"] = get_record(content, "metrics", MetricRecord)
-        metrics["clock.started"], metrics["clock.finished"] = started, time.time()
-        known = _known(message, context)
-        log.info("%s done in %.1f s", known["event"], time.time() - started, extra=known)
+            started = time.time()
+            gate = _gate(handler.__name__, context)
+            session = _session(gate.site, message, context)
+            request = get_record(message.content, "config", ConfigRecord)
+            gate.check(session.federation, _number(request), _names(request))
+            gate.check_rows(session.train_rows)
+            content = handler(session, message, context)
+            clock = {"clock.started": started, "clock.finished": time.time()}
+            shared = gate.shared({**get_record(content, "metrics", MetricRecord), **clock})
+            content["metrics"] = MetricRecord(shared)
+            told = sorted({*shared, *(name for facts in get_records(content, ConfigRecord).values() for name in facts)})
+            gate.admit(_each(message.content), _each(content), told, session.train_rows, session.update_norm)
+            log.info("%s done in %.1f s", handler.__name__, time.time() - started, extra=_known(message, context))
+        except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
+            return Message(_error(error, gate, _known(message, context)), reply_to=message)
         return Message(content, reply_to=message)
 
     return answer
@@ -93,27 +93,39 @@ def _known(message: Message, context: Context) -> dict[str, object]:
     return {"run": str(context.run_id), "site": site, "round": request.get("server-round"), "event": kind}
 
 
+def _error(error: Exception, gate: "Gate | None", known: dict[str, object]) -> Error:
+    """What the operator hears of an error; of one that is not FedSpan's own, type and place only."""
+    reason = str(error)
+    if not isinstance(error, FedSpanError):
+        log.error("unexpected error", exc_info=error, extra=known)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        reason = f"{type(error).__name__} at {where}; the site's log says more"
+    elif gate is None:
+        log.error("%s", error, extra=known)
+    code = error.code if isinstance(error, StaleStateError) else _FAILED
+    return Error(code, reason if gate is None else gate.refuse(error, reason))
+
+
 @app.query()
 @_answering
-def hello(message: Message, context: Context) -> RecordDict:
-    """Tell who this is and which base model it holds."""
-    session = _session(message, context)
-    try:
-        facts = ConfigRecord(asdict(session.hello()))
-    except FedSpanError as error:  # the server does not know yet who speaks
-        raise type(error)(f"{session.site.name}: {error}") from None
-    return RecordDict({"config": facts, "metrics": MetricRecord({**session.seconds()})})
+def hello(session: "Session", message: Message, context: Context) -> RecordDict:
+    """Tell who this is, which base model it holds and what noise it adds."""
+    del message, context
+    told = RecordDict({"config": ConfigRecord(asdict(session.hello())), "metrics": MetricRecord({**session.seconds()})})
+    if session.site.privacy is not None:
+        told["privacy"] = ConfigRecord(asdict(Declared.of(session.site.privacy)))
+    return told
 
 
 @app.train()
 @_answering
-def train(message: Message, context: Context) -> RecordDict:
+def train(session: "Session", message: Message, context: Context) -> RecordDict:
     """Evaluate the state that came in, when asked to; train; send back the active tensors."""
     from common import wire
 
-    session = _session(message, context)
     request = get_record(message.content, "config", ConfigRecord)
-    active = [str(name) for name in request["active"]]  # type: ignore[union-attr]
+    active = _names(request)
     holds = _receive(session, message, context, active)
     measured = session.evaluate() if request.get("evaluate") else {}
     number = int(request["server-round"])  # type: ignore[arg-type]
@@ -130,9 +142,8 @@ def train(message: Message, context: Context) -> RecordDict:
 
 @app.evaluate()
 @_answering
-def evaluate(message: Message, context: Context) -> RecordDict:
+def evaluate(session: "Session", message: Message, context: Context) -> RecordDict:
     """Evaluate the state that came in."""
-    session = _session(message, context)
     _receive(session, message, context, [])
     measured = session.evaluate()
     return RecordDict({"metrics": MetricRecord({**measured, **session.seconds()})})
@@ -190,23 +201,38 @@ def _steps(content: RecordDict) -> "list[Step]":
     return [Step(number, wire.decode(found[number])) for number in sorted(found)]
 
 
-def _session(message: Message, context: Context) -> "Session":
-    """The session of this site in this run; made once per process.
+def _gate(kind: str, context: Context) -> "Gate":
+    """The gate for one message; the site file is read anew, so that a changed policy holds at once.
 
     Raises:
-        ConfigError: the site file, or what the server sent, is wrong.
+        ConfigError: the site file is wrong.
+    """
+    from client.policy import Gate
+
+    site_file = _site_file(context)
+    if not site_file.is_file():
+        raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
+    return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id)
+
+
+def _site_file(context: Context) -> Path:
+    return Path(str(context.node_config.get(SITE_KEY, "")))
+
+
+def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
+    """The session of this site in this run; made once per process, and when the site file has changed.
+
+    Raises:
+        ConfigError: what the server sent is wrong.
     """
     from client.session import Session
 
-    site_file = Path(str(context.node_config.get(SITE_KEY, "")))
-    if not site_file.is_file():
-        raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
+    site_file = _site_file(context)
     sent = _text(get_record(message.content, "config", ConfigRecord), "federation")
-    key = (context.run_id, str(site_file), sent or "")
+    key = (context.run_id, str(site_file), site.model_dump_json(), sent or "")
     if key not in _sessions:
         federation = _federation(sent)
         _sessions.clear()
-        site = load(site_file, SiteConfig)
         if site.trust is not None and VETTED not in os.environ:
             raise ConfigError(
                 f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
@@ -235,6 +261,27 @@ def _tensors(message: Message, context: Context) -> "dict[str, Tensor]":
     if not isinstance(sent, ArrayRecord):
         raise WireError("the message has no 'arrays' record")
     return {**wire.decode(kept), **wire.decode(sent)}
+
+
+def _each(content: RecordDict) -> "Iterator[tuple[str, Tensor]]":
+    """Every tensor of a message, one at a time."""
+    from common import wire
+
+    for key, record in get_records(content, ArrayRecord).items():
+        for name, array in record.items():
+            (tensor,) = wire.decode({name: array}).values()
+            yield name if key == "arrays" else f"{key}/{name}", tensor
+
+
+def _names(request: ConfigRecord) -> list[str]:
+    """The tensors that a message wants trained."""
+    names = request.get("active", [])
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _number(request: ConfigRecord) -> int | None:
+    number = request.get("server-round")
+    return number if isinstance(number, int) else None
 
 
 def _text(record: ConfigRecord, key: str) -> str | None:

@@ -43,9 +43,8 @@ def range_finder(matrix: Tensor, rank: int, warm: Tensor | None, generator: torc
         if basis.shape[1] + width > min(n, _BLOCKS * width):
             basis, image = basis @ rotation[:, :width], image @ rotation[:, :width]
         block = matrix.T @ image[:, -width:]
-        for _ in range(2):  # once leaves what rounding hides
-            block = block - basis @ (basis.T @ block)
-        block = torch.linalg.qr(block).Q
+        for _ in range(3):  # where there is nothing new, the first leaves rounding errors alone, which start anew
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
         basis, image = torch.cat([basis, block], dim=1), torch.cat([image, matrix @ block], dim=1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)

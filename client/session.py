@@ -5,7 +5,7 @@ than one message makes it once.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from client.device import pick_autocast, pick_device
 from client.galore import GaLore
 from client.optimizer_state import capture, restore
+from client.outgoing import factored_weights, trained_tensors
 from client.trainer import train
 from client.weights import Weights
 from common import tuning
@@ -33,7 +34,7 @@ from common.config import (
 )
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, StaleStateError
-from common.factors import Exchange, pack, rounding_error
+from common.factors import Exchange
 from common.packages import installed
 from common.rows import Row, load_rows, split_held_out
 from common.tasks import Place, make_task
@@ -67,6 +68,7 @@ class Session:
     Attributes:
         kept: what the site keeps for its next round besides the federation's tensors: a local head, optimizer moments.
             A caller that makes a new session for every round carries it over.
+        update_norm: L2 norm of the last update, as it is to leave.
     """
 
     def __init__(self, site: SiteConfig, site_file: Path, federation: FederationConfig) -> None:
@@ -77,6 +79,7 @@ class Session:
         self._seconds: dict[str, float] = {}
         self._max_batch_size = site.max_batch_size  # less once memory has run out
         self.kept: Tensors = {}
+        self.update_norm: float | None = None
 
     def hello(self) -> Hello:
         """Load everything once and tell what is there.
@@ -90,7 +93,7 @@ class Session:
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
-            held_out_rows=len(held_out),
+            held_out_rows=len(held_out) if self.site.shares_metrics else 0,  # none of which the server hears
             device=_describe(pick_device(self.site.device)),
             rank=self._rank,
             base_digest=model,
@@ -157,7 +160,7 @@ class Session:
 
         Returns:
             What is to be sent: the active tensors after training, with FedFTG in factors where these are smaller (see
-            ``common.factors``); and metrics with "num-examples".
+            ``common.factors``), clipped and noised as the site file says; and metrics with "num-examples".
 
         Raises:
             TrainingError: training cannot start or go on.
@@ -170,6 +173,7 @@ class Session:
         if training.gradient_checkpointing:
             self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoded = self._encoded
+        received = {} if isinstance(federation.strategy, FedFTGConfig) else _copy(parameters)
         seed = f"{training.seed}/{self.site.name}/{server_round}"
         torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)  # dropout
         mine = parameters | self._tuned.local
@@ -194,29 +198,29 @@ class Session:
         self._max_batch_size = result.micro_batch
         metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         if isinstance(optimizer, GaLore):
-            start, exchange = self._weights.tensors, self._exchange(server_round)
             changes = {name: optimizer.factors(name) for name in parameters}
-            trained = {k: t for n, change in changes.items() for k, t in pack(n, change, start[n], exchange).items()}
-            if exchange.precision != "float32":
-                shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
-                metrics["train.wire_error"] = rounding_error(changes, shapes, exchange)
+            start, exchange = self._weights.tensors, self._exchange(server_round)
+            update = factored_weights(changes, start, exchange, self.site.privacy)
         else:
-            trained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+            update = trained_tensors(parameters, received, self.site.privacy)
             if self.weights is not None:  # which are federated in float32
-                trained = {name: tensor.float() for name, tensor in trained.items()}
-        self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}
+                update = replace(update, tensors={name: tensor.float() for name, tensor in update.tensors.items()})
+        self.update_norm = update.norm
+        if update.wire_error is not None:
+            metrics["train.wire_error"] = update.wire_error
+        self.kept = _copy(self._tuned.local)
         if keep:
             self.kept |= capture(optimizer, mine)
         metrics["num-examples"] = len(encoded)
         if isinstance(federation.strategy, LoraConfig):
             metrics["lora-alpha"] = federation.strategy.lora_alpha
         self._seconds["train"] = time.monotonic() - started
-        return trained, metrics
+        return update.tensors, metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the state set before; empty when the site holds nothing out."""
+        """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself."""
         held_out = self._rows[1]
-        if not held_out:
+        if not held_out or not self.site.shares_metrics:
             return {}
         started = time.monotonic()
         metrics = self._task.evaluate(
@@ -230,6 +234,11 @@ class Session:
         )
         self._seconds["evaluate"] = time.monotonic() - started
         return {f"evaluate.{key}": value for key, value in metrics.items()}
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of the shard that are trained on."""
+        return len(self._rows[0])
 
     def seconds(self) -> dict[str, float]:
         """Time spent since the last call, by what it was spent on."""
@@ -333,6 +342,10 @@ class Session:
         if training.optimizer == "sgd":
             return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
+    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
 def _describe(device: torch.device) -> str:

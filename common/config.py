@@ -33,6 +33,7 @@ from common.method_config import (
     StrategyConfig as StrategyConfig,
     TrimmedMeanConfig as TrimmedMeanConfig,
 )
+from common.policy_config import PolicyConfig as PolicyConfig, PrivacyConfig as PrivacyConfig, check_site
 from common.trust_config import TrustConfig as TrustConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -79,6 +80,12 @@ class AdmissionConfig(Section):
         gt=1,
         description="An update may move this many times as far as the median one of its round, of three or more. "
         "null: no such bound; updates are then combined as they arrive, without a stop on disk.",
+    )
+    max_noise: float = Field(
+        0.0,
+        ge=0,
+        description="Largest noise that a site may add for differential privacy, standard deviation per number; what "
+        "its update may move grows by it. 0: a site that adds noise is not admitted.",
     )
     max_refusals: int = Field(3, ge=1, description="A site refused so often in a row is left out until readmitted.")
 
@@ -281,6 +288,21 @@ class SiteConfig(Section):
     )
     max_rank: int | None = Field(None, ge=1, description="Cap on the LoRA rank, where the strategy allows mixed ranks.")
     trust: TrustConfig | None = Field(None, description="Whose code may run here; null: any that the operator sends.")
+    policy: PolicyConfig = PolicyConfig()
+    privacy: PrivacyConfig | None = None
+    ledger: str | None = Field(
+        None, description="Record of all that leaves, relative to this file; default: <name>-ledger.jsonl beside it."
+    )
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        check_site(self.policy, self.privacy, self.precision)
+        return self
+
+    @property
+    def shares_metrics(self) -> bool:
+        """Whether losses and held-out scores leave."""
+        return self.privacy is None and self.policy.share_metrics is not False
 
 
 def resolve(path: str, beside: Path) -> Path:

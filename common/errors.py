@@ -8,6 +8,8 @@
     ├── TrainingError        local training cannot start or cannot go on
     │   └── StaleStateError  a site lacks what a message builds on; it is then sent everything
     ├── WireError            a message holds a tensor that cannot be read or is not what was asked for
+    ├── PolicyError          a site's policy does not allow what was asked, or what would leave
+    ├── LedgerError          a site's ledger is damaged or cannot be written; nothing leaves then
     ├── RefusedUpdate        one client's reply was not admitted to the average (names client and tensor)
     ├── AggregationError     the admitted replies cannot be combined
     ├── FederationError      the run as a whole cannot go on (names who is missing and why)
@@ -57,6 +59,14 @@ class StaleStateError(TrainingError):
 
 class WireError(FedSpanError):
     """A message holds a tensor that cannot be read or is not what was asked for."""
+
+
+class PolicyError(FedSpanError):
+    """A site's policy does not allow what was asked, or what would leave."""
+
+
+class LedgerError(FedSpanError):
+    """A site's ledger is damaged or cannot be written; nothing leaves then."""
 
 
 class RefusedUpdate(FedSpanError):  # noqa: N818 - a refusal is an outcome of admission, not a fault of the program

@@ -95,6 +95,7 @@ class Site:
 
     Attributes:
         rows: training rows; ``held_out``: held-out rows; None for a site that never joined.
+        privacy: the noise that it adds, in words; empty when none.
         rounds: per round "trained", "refused", "failed", "asked" (no answer yet) or "absent".
     """
 
@@ -102,6 +103,7 @@ class Site:
     rows: int | None
     held_out: int | None
     device: str
+    privacy: str
     rounds: dict[int, str]
 
 
@@ -239,10 +241,18 @@ def sites(events: list[Record], rounds: list[int]) -> list[Site]:
             joined.get(who, {}).get("num_examples"),
             joined.get(who, {}).get("held_out"),
             joined.get(who, {}).get("device", ""),
+            _noise(joined.get(who, {}).get("privacy")),
             {number: outcome.get((who, number), "absent") for number in rounds},
         )
         for who in order([*joined, *(who for who, _ in outcome)])
     ]
+
+
+def _noise(privacy: Mapping[str, float] | None) -> str:
+    """A site's declared differential privacy."""
+    if not privacy:
+        return ""
+    return "clip {clip:.3g}, noise {noise:.3g}, stops at ε {max_epsilon:.3g} (δ {delta:.3g})".format(**privacy)
 
 
 def rounds_begun(events: list[Record]) -> list[int]:

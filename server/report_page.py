@@ -312,15 +312,18 @@ table.</p>
 <section>
 <h2 id="sites">Sites</h2>
 {% if sites %}
+{% set noised = sites|selectattr("privacy")|list %}
 <div class="scroll" tabindex="0" role="region" aria-label="Sites and rounds"><table>
 <caption>Who took part in which round. ✓ trained and counted; “–” not asked.</caption>
 <thead><tr><th scope="col">Site</th><th scope="col">Training rows</th><th scope="col">Held-out rows</th>
 <th scope="col" class="left">Device</th>
+{% if noised %}<th scope="col" class="left">Differential privacy</th>{% endif %}
 {% for n in rounds %}<th scope="col">Round {{ n }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for site in sites %}
 <tr><th scope="row">{{ site.who }}</th><td>{{ site.rows|whole }}</td><td>{{ site.held_out|whole }}</td>
 <td class="left">{{ site.device }}</td>
+{% if noised %}<td class="left">{{ site.privacy or "no noise" }}</td>{% endif %}
 {% for n in rounds %}
 {% set state = site.rounds[n] %}
 <td{% if state in ("failed", "refused") %} class="worse"{% endif %}>

@@ -3,13 +3,14 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common.config import CohortConfig
+from common.config import AdmissionConfig, CohortConfig
 from common.errors import FederationError
+from common.privacy import Declared
 from common.records import get_record
 from server import nodes
 from server.mailbox import LOST, POLL_SECONDS, Mailbox
@@ -23,7 +24,7 @@ _HELLOS = 3  # so often a node is asked whose hello was lost with a process of i
 
 @dataclass(frozen=True)
 class Member:
-    """An admitted site."""
+    """An admitted site; ``privacy`` when it adds noise to its updates."""
 
     site: str
     train_rows: int
@@ -31,6 +32,7 @@ class Member:
     device: str
     rank: int
     version: str
+    privacy: Declared | None = None
 
 
 class Roster:
@@ -42,6 +44,7 @@ class Roster:
         folder: where joins and refusals are noted.
         settings: what every message's "config" record holds.
         refusals: which sites are left out.
+        admission: how much noise a site may add.
         base_digest: of the server's base model.
         tokenizer_digest: of the server's tokenizer.
         expected: how many sites there are at most; once so many have answered, nobody is waited for. None: unknown.
@@ -54,6 +57,7 @@ class Roster:
         folder: RunFolder,
         settings: Mapping[str, ConfigRecordValues],
         refusals: Refusals,
+        admission: AdmissionConfig,
         *,
         base_digest: str,
         tokenizer_digest: str,
@@ -62,7 +66,7 @@ class Roster:
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         self._grid, self._mailbox, self._folder = grid, mailbox, folder
-        self._settings, self._refusals = settings, refusals
+        self._settings, self._refusals, self._max_noise = settings, refusals, admission.max_noise
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
         self._greeted: set[int] = set()
@@ -172,6 +176,11 @@ class Roster:
                 node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers"
             )
             return
+        try:
+            privacy = self._privacy(reply)
+        except ValueError as reason:
+            self._refuse(node_id, site, f"{site}: {reason}")
+            return
         if self._connected_as(site):
             self._namesakes[node_id] = reply
             self._refuse(node_id, site, f"{site}: a site of this name has already joined, and is still connected")
@@ -183,6 +192,7 @@ class Roster:
             str(hello.get("device", "")),
             int(numbers[2]),  # type: ignore[arg-type]
             str(hello.get("version", "")),
+            privacy,
         )
         self.members[node_id] = member
         self._up.add(site)
@@ -193,7 +203,22 @@ class Roster:
             held_out=member.held_out_rows,
             device=member.device,
             version=member.version,
+            privacy=None if privacy is None else asdict(privacy),
         )
+
+    def _privacy(self, reply: Message) -> Declared | None:
+        """What noise a site adds.
+
+        Raises:
+            ValueError: what it says cannot be, or is more than is allowed.
+        """
+        privacy = Declared.read(get_record(reply.content, "privacy", ConfigRecord))
+        if privacy is not None and privacy.noise > self._max_noise:
+            raise ValueError(
+                f"it adds noise of standard deviation {privacy.noise:g} to every number (differential privacy); "
+                f"allowed by `admission.max_noise`: {self._max_noise:g}"
+            )
+        return privacy
 
     def _connected_as(self, site: str) -> bool:
         return any(self.members[node_id].site == site for node_id in self._online())

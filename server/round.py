@@ -16,7 +16,7 @@ from server.roster import Roster
 from server.run_folder import RunFolder
 from server.spool import Spool
 from strategies.flower import FlowerStrategy
-from strategies.norms import change_norms, check_possible, cohort_bound, total
+from strategies.norms import Moved, change_norms, check_possible, cohort_bound, moved
 from strategies.rule import Outcome, Tensors, Update
 
 #: A site of which this is heard is asked once more in the round: it lacks what it held, or one of its processes died.
@@ -94,23 +94,24 @@ class Round:
                 refusals.note(update.client, refused=False)
                 yield update
             return
-        norms: dict[str, float] = {}
+        moves: dict[str, Moved] = {}
         with Spool(self._parts.folder.path / "incoming") as spool:
-            for update, norm in self._updates():
-                norms[update.client] = norm
+            for update, how_far in self._updates():
+                moves[update.client] = how_far
                 spool.put(update)
                 del update
-            bound = cohort_bound(norms, ratio)
+            bound = cohort_bound({client: how_far.signal for client, how_far in moves.items()}, ratio)
             for update in spool.updates():
-                norm = norms[update.client]
-                if norm <= bound:
+                norm, noise = moves[update.client].norm, moves[update.client].noise
+                if norm <= bound + noise:
                     refusals.note(update.client, refused=False)
                     yield update
                 else:
                     limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
+                    limit += f", and {noise:.3g} for the declared noise" if noise else ""
                     self._refuse(update.client, f"{update.client}: its update moved by {norm:.3g}; {limit}")
 
-    def _updates(self) -> Iterator[tuple[Update, float]]:
+    def _updates(self) -> Iterator[tuple[Update, Moved]]:
         """Well-formed updates with their norms as they arrive; what is refused, fails or stays away is noted."""
         mailbox, since = self._parts.mailbox, time.monotonic()
         for sent, reply in mailbox.replies(self._group, self._deadline, self._look_after_lost):
@@ -127,11 +128,11 @@ class Round:
         for name, reason in self._lost.items():
             self.notes.problem(name, "client_failed", reason)
 
-    def _take(self, sent: Sent, reply: Message) -> tuple[Update, float] | None:
-        """The update in a reply and its norm; None when there is none that is well formed."""
+    def _take(self, sent: Sent, reply: Message) -> tuple[Update, Moved] | None:
+        """The update in a reply and how far it moves; None when there is none that is well formed."""
         name, code = self._parts.strategy.client(sent.node_id).name, reply.error.code if reply.has_error() else None
         try:
-            update, norm = self._read(reply, sent.node_id)
+            update, how_far = self._read(reply, sent.node_id)
         except RefusedUpdate as refusal:
             if code == ErrorCode.NODE_UNAVAILABLE or (code in _ONCE_MORE and name not in self._again):
                 self._again |= {name} if code in _ONCE_MORE else set()
@@ -144,23 +145,24 @@ class Round:
         metrics = self.notes.update(sent, reply, update)
         if self._evaluate:
             record_evaluation(self._parts.folder, self._number - 1, name, under("evaluate.", metrics))
-        return update, norm
+        return update, how_far
 
-    def _read(self, reply: Message, node_id: int) -> tuple[Update, float]:
-        """The update in a reply, and the norm of its change.
+    def _read(self, reply: Message, node_id: int) -> tuple[Update, Moved]:
+        """The update in a reply, and how far it moves.
 
         Raises:
             RefusedUpdate: with the reason.
         """
         strategy, config = self._parts.strategy, self._parts.config
         update = strategy.read_update(reply, node_id)
-        declared = self._parts.roster.members[node_id].train_rows
-        if update.num_examples != declared:
-            raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {declared} rows")
+        member = self._parts.roster.members[node_id]
+        rows = member.train_rows
+        if update.num_examples != rows:
+            raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {rows} rows")
         base = strategy.base_of(node_id)
         norms = change_norms(update, base)
-        check_possible(update, norms, base, config.training, config.strategy)
-        return update, total(norms)
+        check_possible(update, norms, base, config.training, config.strategy, member.privacy)
+        return update, moved(norms, rows, base, config.training, config.strategy, member.privacy)
 
     def _look_after_lost(self) -> bool:
         """Give work that was lost to sites that are back; whether to wait for those that are not."""

@@ -53,6 +53,7 @@ class RoundLoop:
             folder,
             settings,
             self._refusals,
+            config.admission,
             base_digest=evaluator.base_digest,
             tokenizer_digest=evaluator.tokenizer_digest,
             expected=None if config.local is None else len(config.local.sites),

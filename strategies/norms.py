@@ -7,12 +7,14 @@ one from the cohort, for the whole update, which needs all updates of a round.
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from common.config import FedFTGConfig, StrategyConfig, TrainingConfig
 from common.errors import RefusedUpdate
 from common.factors import Factors
+from common.privacy import Declared, longest_noise
 from strategies.rule import Update
 from strategies.running import change_square
 
@@ -21,6 +23,7 @@ _BETA1, _BETA2 = 0.9, 0.999  # of Adam, at all clients
 #: The correction of the bias, sqrt(1 - b2^t) / (1 - b1^t), is never above 1.
 ADAM_STEP = (1 - _BETA1) / math.sqrt((1 - _BETA2) * (1 - _BETA1**2 / _BETA2))
 _TOLERANCE = 2.0  # rounding: of 8-bit moments, of bfloat16 weights and factors
+_WIRE = 1.05  # rounding of noise on the wire
 _COHORT = 3  # a median of fewer norms says nothing about one of them
 
 
@@ -44,8 +47,6 @@ def largest_change(base: Tensor, rows: int, training: TrainingConfig, strategy: 
         training: the federation's training section.
         strategy: its strategy section.
     """
-    rows_per_step = training.batch_size * training.gradient_accumulation
-    steps = training.local_steps or math.ceil(rows / rows_per_step) * (training.local_epochs or 1)
     entries, scale = base.numel(), 1.0
     if isinstance(
         strategy, FedFTGConfig
@@ -56,7 +57,13 @@ def largest_change(base: Tensor, rows: int, training: TrainingConfig, strategy: 
     else:
         step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
     shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
-    return _TOLERANCE * steps * training.learning_rate * (step + shrinking)
+    return _TOLERANCE * _steps(rows, training) * training.learning_rate * (step + shrinking)
+
+
+def _steps(rows: int, training: TrainingConfig) -> int:
+    """Of a round, at a client with so many rows."""
+    rows_per_step = training.batch_size * training.gradient_accumulation
+    return training.local_steps or math.ceil(rows / rows_per_step) * (training.local_epochs or 1)
 
 
 def check_possible(
@@ -65,25 +72,81 @@ def check_possible(
     base: Mapping[str, Tensor],
     training: TrainingConfig,
     strategy: StrategyConfig,
+    privacy: Declared | None = None,
 ) -> None:
-    """Refuse an update that the federation's training cannot have made.
+    """Refuse an update that the federation's training, and the noise that the site declared, cannot have made.
 
     Raises:
         RefusedUpdate: names client, tensor, norm and bound.
     """
     for name, norm in norms.items():
         bound = largest_change(base[name], update.num_examples, training, strategy)
-        if not norm <= bound:
+        noise = noise_in({name: base[name]}, strategy, privacy)
+        if not norm <= bound + noise:
+            what = "a round's steps" if privacy is None else f"a round's steps and the declared noise ({noise:.3g})"
             raise RefusedUpdate(
-                f"{update.client}: {name} moved by {norm:.3g}; allowed: {bound:.3g}, all that a round's steps can do"
+                f"{update.client}: {name} moved by {norm:.3g}; allowed: {bound + noise:.3g}, all that {what} can do"
             )
+
+
+def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Declared | None) -> float:
+    """L2 norm that the noise on an update stays below but for one time in 10^12; 0 for a site that adds none.
+
+    Args:
+        base: the tensors that are noised, by name.
+        strategy: where all sites share a basis, noise is added beside it, to (rank, larger side) numbers.
+        privacy: what the site declared.
+    """
+    if privacy is None:
+        return 0.0
+    shared = isinstance(strategy, FedFTGConfig) and strategy.subspace == "shared"
+    rank = strategy.rank
+    return _WIRE * longest_noise(
+        sum(rank * max(t.shape) if shared else t.numel() for t in base.values()), privacy.noise
+    )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far a client's whole update moves.
+
+    Attributes:
+        norm: its L2 norm.
+        signal: what of that training can have done: of a noised update at most what it was clipped to, and the decay.
+        noise: the rest, see ``noise_in``.
+    """
+
+    norm: float
+    signal: float
+    noise: float
+
+
+def moved(
+    norms: Mapping[str, float],
+    rows: int,
+    base: Mapping[str, Tensor],
+    training: TrainingConfig,
+    strategy: StrategyConfig,
+    privacy: Declared | None = None,
+) -> Moved:
+    """How far an update of a client with so many rows moves; ``norms`` are those of its tensors."""
+    norm = total(norms)
+    if privacy is None:
+        return Moved(norm, norm, 0.0)
+    decay = 0.0
+    if training.weight_decay and isinstance(strategy, FedFTGConfig):  # it follows from the file, and is not clipped
+        start = total({name: float(base[name].float().norm()) for name in norms})
+        decay = _steps(rows, training) * training.learning_rate * training.weight_decay * start
+    return Moved(
+        norm, min(norm, privacy.clip + decay), noise_in({name: base[name] for name in norms}, strategy, privacy)
+    )
 
 
 def cohort_bound(norms: Mapping[str, float], ratio: float) -> float:
     """``ratio`` times the median norm of a round's updates; infinite for fewer than three of them.
 
     Args:
-        norms: of the whole update, by client.
+        norms: of the whole update, by client; of a noised one its ``signal``.
         ratio: how many times as far as the median client one may move.
     """
     median = statistics.median_low(norms.values()) if len(norms) >= _COHORT else 0.0

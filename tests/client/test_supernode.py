@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.supernode import _Clock, main
-from common.config import FederationConfig, resolved, settings_for_sites
+from common.config import FederationConfig, SiteConfig, resolved, settings_for_sites
 from common.errors import ConfigError
 from common.yaml_file import load
 from deploy import certs
@@ -91,6 +91,6 @@ def test_app_refuses_to_work_unchecked_where_the_site_trusts_only_some(
     context = Context(1, 1, {"site": str(site)}, RecordDict(), {})
     monkeypatch.delenv("FEDSPAN_VETTED", raising=False)
     with pytest.raises(ConfigError, match="site-a: its site file has `trust`, but nobody has checked this bundle"):
-        _session(message, context)
+        _session(load(site, SiteConfig), message, context)
     monkeypatch.setenv("FEDSPAN_VETTED", "1")
-    assert _session(message, context).site.name == "site-a"
+    assert _session(load(site, SiteConfig), message, context).site.name == "site-a"

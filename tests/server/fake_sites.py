@@ -36,6 +36,7 @@ class Site:
         self.number = number
         self.weights = Weights(base(), RULE.exchange)
         self.sent: list[tuple[int, list[int]]] = []  # (round, rounds of the steps that came)
+        self.privacy: dict[str, float] = {}
         self.before_reply: Callable[[Message], Message | None] = lambda message: None
 
     def forget(self) -> None:
@@ -83,7 +84,10 @@ class Site:
             "rank": 2,
         }
         facts |= {"base_digest": "base", "tokenizer_digest": "tokenizer"}
-        return Message(RecordDict({"config": ConfigRecord(facts)}), reply_to=message)
+        told = RecordDict({"config": ConfigRecord(facts)})
+        if self.privacy:
+            told["privacy"] = ConfigRecord({**self.privacy})
+        return Message(told, reply_to=message)
 
 
 #: How often a reply of this site to this message is not there yet when it is asked for.

@@ -249,3 +249,64 @@ def test_adaptive_deadline_closes_a_round_that_has_enough(tmp_path: Path, monkey
     assert deadlines[0] == 100.0
     assert deadlines[1] < 100.0
     assert [e["client"] for e in events(tmp_path, "client_failed")] == ["site-3"]
+
+
+class Noisy(Site):
+    """A site that sends its weights whole, with noise."""
+
+    def __init__(self, number: int, noise: float) -> None:
+        super().__init__(number)
+        self._noise = noise
+
+    def reply(self, message: Message) -> Message:
+        reply = super().reply(message)
+        if message.metadata.message_type == MessageType.TRAIN:
+            g = torch.Generator().manual_seed(9)
+            noised = self.weights.tensors[NAME] + self._noise * torch.randn((60, 40), generator=g)
+            reply.content["arrays"] = wire.encode({NAME: noised})
+        return reply
+
+
+def unevaluated(message: Message) -> Message | None:
+    """These sites read steps alone; a state that noise has filled goes down whole."""
+    if message.metadata.message_type != MessageType.EVALUATE:
+        return None
+    return Message(RecordDict(), reply_to=message)
+
+
+DECLARED = {"clip": 100.0, "noise": 100.0, "delta": 1e-5, "max_epsilon": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("declared", "reason"),
+    [
+        (DECLARED, r"adds noise of standard deviation 100 .*allowed by `admission.max_noise`: 0"),
+        ({**DECLARED, "noise": float("nan")}, "its privacy's noise is nan; allowed: a positive number"),
+        ({"clip": 1.0}, "its privacy's noise is None"),
+    ],
+)
+def test_site_that_adds_noise_is_not_admitted_unless_the_federation_says_so(
+    tmp_path: Path, declared: dict[str, float], reason: str
+) -> None:
+    sites = [Site(1), Site(2), Site(3)]
+    sites[2].privacy = declared
+    run(tmp_path, sites, 1, cohort=cohort(2))
+    (refused,) = events(tmp_path, "client_refused")
+    assert refused["client"] == "site-3"
+    assert re.search(reason, refused["reason"])
+
+
+@pytest.mark.parametrize(
+    ("declared", "actual", "refused"), [(100.0, 100.0, False), (10.0, 100.0, True), (0, 100.0, True)]
+)
+def test_noise_is_admitted_as_far_as_it_was_declared(
+    tmp_path: Path, declared: float, actual: float, refused: bool
+) -> None:
+    sites = [Site(1), Site(2), Site(3), Noisy(4, actual)]
+    sites[3].privacy = {**DECLARED, "noise": declared} if declared else {}
+    for site in sites:
+        site.before_reply = unevaluated
+    run(tmp_path, sites, 1, cohort=cohort(3), admission={"max_noise": 200.0})
+    assert bool(events(tmp_path, "update_refused")) == refused
+    (joined,) = [e for e in events(tmp_path, "client_joined") if e["client"] == "site-4"]
+    assert (joined["privacy"] is None) == (declared == 0)

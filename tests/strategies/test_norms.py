@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from client.galore import GaLore
 from common.config import FederationConfig
 from common.errors import RefusedUpdate
+from common.privacy import Declared
 from common.yaml_file import parse
-from strategies.norms import ADAM_STEP, change_norms, check_possible, cohort_bound, largest_change, total
+from strategies.norms import ADAM_STEP, change_norms, check_possible, cohort_bound, largest_change, moved, total
 from strategies.rule import Update
 
 NAME = "model.layers.0.up.weight"
@@ -115,3 +116,43 @@ def test_two_clients_and_clients_that_stood_still_are_no_cohort() -> None:
     assert math.isinf(cohort_bound({"a": 1.0, "b": 1e9}, 10.0))
     assert math.isinf(cohort_bound({"a": 0.0, "b": 0.0, "c": 1.0}, 10.0))
     assert total({"x": 3.0, "y": 4.0}) == 5.0
+
+
+SHARED = {"name": "fedftg", "rank": 3, "scale": 0.5, "subspace": "shared"}
+PRIVACY = Declared(clip=0.5, noise=0.2, delta=1e-5, max_epsilon=8.0)
+
+
+@pytest.mark.parametrize(("strategy", "entries"), [(FEDFTG, 120 * 90), (ROLORA, 120 * 90), (SHARED, 120 * 3)])
+def test_declared_noise_widens_the_bound_by_its_own_length_and_no_more(
+    strategy: dict[str, object], entries: int
+) -> None:
+    config, base = federation(strategy), {NAME: torch.zeros(120, 90)}
+    bound = largest_change(base[NAME], 10, config.training, config.strategy)
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(entries, generator=g, dtype=torch.float64).mul_(0.2)
+    honest = {NAME: bound + float(noise.norm())}
+    update = Update("site-b", 10, {})
+    check_possible(update, honest, base, config.training, config.strategy, PRIVACY)
+    with pytest.raises(RefusedUpdate, match="moved by"):
+        check_possible(update, honest, base, config.training, config.strategy)
+    beyond = {NAME: bound + 1.6 * float(noise.norm())}
+    with pytest.raises(RefusedUpdate, match="steps and the declared noise"):
+        check_possible(update, beyond, base, config.training, config.strategy, PRIVACY)
+
+
+def test_noised_updates_neither_fail_the_cohort_nor_hide_a_wild_one() -> None:
+    """Two that add noise a hundred times as long as what they learned, three that add none, one of them wild."""
+    config, base = federation(ROLORA), {NAME: torch.zeros(500, 100)}
+    privacy = Declared(clip=1.0, noise=0.5, delta=1e-5, max_epsilon=8.0)
+    noised = math.hypot(0.8, 0.5 * math.sqrt(500 * 100))
+    norms = {"a": 0.9, "b": 1.1, "wild": 50.0, "n1": noised, "n2": noised}
+    declared = {"n1": privacy, "n2": privacy}
+    moves = {k: moved({NAME: n}, 10, base, config.training, config.strategy, declared.get(k)) for k, n in norms.items()}
+    bound = cohort_bound({k: m.signal for k, m in moves.items()}, 10.0)
+    assert {k for k, m in moves.items() if m.norm > bound + m.noise} == {"wild"}
+
+
+def test_decay_is_not_clipped_so_it_counts_as_signal() -> None:
+    config, base = federation(FEDFTG, weight_decay=0.5), {NAME: torch.ones(12, 9)}
+    how_far = moved({NAME: 100.0}, 10, base, config.training, config.strategy, PRIVACY)
+    assert how_far.signal == pytest.approx(0.5 + 7 * 0.1 * 0.5 * math.sqrt(108))
