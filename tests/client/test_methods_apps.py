@@ -1,0 +1,115 @@
+"""Both Flower apps under the newer methods, on real messages in one process; a site's session is new for every message.
+
+So all that a site holds must have come with the message, from the base model, or from what it keeps in its Flower
+context, as under ``--isolation subprocess``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import app as site_app
+from common.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from common.config import FederationConfig, resolved, settings_for_sites
+from common.yaml_file import load
+from server.evaluation import Evaluator
+from server.rounds import RoundLoop
+from server.run_folder import RunFolder, read_lines
+from strategies.named import make_strategy
+from strategies.rule import Tensors
+from tests.server.fake_sites import Grid
+from tests.tiny import make_federation
+
+LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
+
+
+class NewSite:
+    """A site of which only its Flower context lives on between two messages."""
+
+    def __init__(self, number: int, file: Path) -> None:
+        self.context = Context(1, number, {"site": str(file)}, RecordDict(), {})
+
+    def reply(self, message: Message) -> Message:
+        site_app._sessions.clear()
+        return site_app.app(message, self.context)
+
+
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, max_rank: int | None = None, **changes: Any
+) -> tuple[Tensors, list[Any], dict[int, Any]]:
+    """State after all rounds, the records of metrics.jsonl, and the sites."""
+    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_node_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_task_id", 1)
+    file = make_federation(folder, {"site-a": 9, "site-b": 17}, **changes)
+    if max_rank is not None:
+        site = yaml.safe_load((folder / "site-b.yaml").read_text())
+        (folder / "site-b.yaml").write_text(yaml.safe_dump({**site, "max_rank": max_rank}))
+    config = resolved(load(file, FederationConfig), file)
+    sites: dict[int, Any] = {k: NewSite(k, folder / f"site-{x}.yaml") for k, x in ((1, "a"), (2, "b"))}
+    grid: Any = Grid(sites)
+    record, evaluator = RunFolder.create(folder / "run", config, file), Evaluator(config, file)
+    strategy = make_strategy(
+        config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
+    )
+    try:
+        loop = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, record)
+        state = loop.run(evaluator.initial_state())
+    finally:
+        record.close()
+    events = read_lines(folder / "run" / "events.jsonl")
+    assert not [e for e in events if e["event"] in ("client_failed", "update_refused", "client_refused")], events
+    return state, read_lines(folder / "run" / "metrics.jsonl"), sites
+
+
+def of(records: list[Any], phase: str) -> dict[tuple[str, int], Any]:
+    return {(r["client"], r["round"]): r for r in records if r["phase"] == phase and r.get("client") != "server"}
+
+
+@pytest.mark.parametrize(("strategy", "max_rank"), [("fedex-lora", None), ("flora", 2)])
+def test_base_weights_follow_by_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, max_rank: int | None
+) -> None:
+    state, records, _ = run(tmp_path, monkeypatch, max_rank, strategy={"name": strategy, **LORA}, rounds=3)
+    losses, bytes_ = of(records, "evaluate"), of(records, "train")
+    whole = sum(4 * tensor.numel() for tensor in state.values())
+    for site in ("site-a", "site-b"):
+        assert losses[site, 3]["evaluate"]["loss"] < losses[site, 0]["evaluate"]["loss"]
+        assert bytes_[site, 1]["bytes"]["down"] == 0
+        assert 0 < bytes_[site, 2]["bytes"]["down"] < whole
+        adapters = sum(4 * t.numel() for n, t in state.items() if not n.endswith(BASE_WEIGHT))
+        assert bytes_[site, 1]["bytes"]["up"] < 2 * adapters
+    ups = [bytes_[site, 1]["bytes"]["up"] for site in ("site-a", "site-b")]
+    assert (ups[0] == ups[1]) == (max_rank is None)
+
+
+def test_fedsas_b_never_travels_and_outlives_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"strategy": {"name": "fedsa-lora", **LORA}, "evaluation": {"server": None}}
+    state, records, sites = run(tmp_path, monkeypatch, rounds=3, **changes)
+    assert all(name.endswith(LORA_A) for name in state)
+    kept = [site.context.state.array_records["kept"] for site in sites.values()]
+    for own in kept:
+        assert {name for name in own if name.endswith(LORA_B)} == {n.removesuffix(LORA_A) + LORA_B for n in state}
+    assert any(kept[0][name].data != kept[1][name].data for name in kept[0])
+    losses = of(records, "evaluate")
+    for site in ("site-a", "site-b"):  # with its own B, without which the model is the base model
+        assert losses[site, 3]["evaluate"]["loss"] < losses[site, 1]["evaluate"]["loss"]
+        assert losses[site, 1]["evaluate"]["loss"] < losses[site, 0]["evaluate"]["loss"]
+
+
+@pytest.mark.parametrize("strategy", [{"name": "rolora", **LORA}, None], ids=["rolora", "fedftg"])
+def test_server_optimizer_runs_with_true_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: dict[str, Any] | None
+) -> None:
+    changes: dict[str, Any] = {"server_optimizer": {"method": "fedavgm", "momentum": 0.5}, "rounds": 3}
+    state, records, _ = run(tmp_path, monkeypatch, **changes, **({"strategy": strategy} if strategy else {}))
+    losses, bytes_ = of(records, "evaluate"), of(records, "train")
+    for site in ("site-a", "site-b"):
+        assert losses[site, 3]["evaluate"]["loss"] < losses[site, 0]["evaluate"]["loss"]
+        if strategy is None:  # whole weights down, factors up
+            assert bytes_[site, 3]["bytes"]["down"] >= sum(4 * tensor.numel() for tensor in state.values())
+            assert bytes_[site, 3]["bytes"]["up"] < bytes_[site, 3]["bytes"]["down"]
