@@ -72,6 +72,11 @@ class Totals:
             self.mu_squared += cost(entry["privacy"]["noise_multiplier"])
 
 
+def ledger_of(site: SiteConfig, site_file: Path) -> Path:
+    """Where a site's ledger lies."""
+    return resolve(site.ledger or f"{site.name}-ledger.jsonl", site_file)
+
+
 _books: dict[Path, tuple[Ledger, Totals]] = {}  # by file, so that a process reads a ledger once
 
 
@@ -87,7 +92,7 @@ class Gate:
 
     def __init__(self, site: SiteConfig, site_file: Path, message: str, run: int) -> None:
         self.site = site
-        path = resolve(site.ledger or f"{site.name}-ledger.jsonl", site_file)
+        path = ledger_of(site, site_file)
         if path not in _books:
             totals = Totals()
             _books[path] = Ledger(path, totals.add), totals

@@ -29,7 +29,9 @@ from common.config import (
     FLoRAConfig,
     LoraConfig,
     MergingLoraConfig,
+    ModelConfig,
     SiteConfig,
+    StrategyConfig,
     resolve,
 )
 from common.digest import base_digest, tensors_digest, tokenizer_digest
@@ -118,6 +120,11 @@ class Session:
     def weights(self) -> Weights | None:
         """The federation's tensors, and which version they are; None where no base weight changes."""
         return self._weights if isinstance(self.federation.strategy, FedFTGConfig | MergingLoraConfig) else None
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are trained and exchanged."""
+        return list(self._tuned.parameters)
 
     def set_state(
         self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown"
@@ -271,14 +278,8 @@ class Session:
     @cached_property
     def _base(self) -> Base:
         started = time.monotonic()
-        model = self.federation.model
-        if self.site.model is not None:
-            source, revision = str(resolve(self.site.model, self._site_file)), None
-        elif model.path is not None:
-            source, revision = model.path, None
-        else:
-            source, revision = str(model.hub), model.revision
-        base = self._task.load(source, revision, model.dtype, self.federation.training.seed)
+        source, revision = model_source(self.site, self._site_file, self.federation.model)
+        base = self._task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
         self._seconds["load"] = time.monotonic() - started
         return base
 
@@ -312,15 +313,7 @@ class Session:
 
     @property
     def _rank(self) -> int:
-        wanted, cap = self.federation.strategy.rank, self.site.max_rank
-        if cap is None or cap >= wanted or isinstance(self.federation.strategy, FedFTGConfig):
-            return wanted
-        if not isinstance(self.federation.strategy, FlexLoRAConfig | FLoRAConfig):
-            raise ModelError(
-                f"max_rank {cap} is below the federation's rank {wanted}, and {self.federation.strategy.name} needs "
-                "equal ranks; only flexlora and flora allow mixed ones"
-            )
-        return cap
+        return lora_rank(self.site, self.federation.strategy)
 
     def _optimizer(self, parameters: dict[str, torch.nn.Parameter], server_round: int) -> torch.optim.Optimizer:
         training, strategy = self.federation.training, self.federation.strategy
@@ -346,6 +339,32 @@ class Session:
 
 def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+
+
+def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple[str, str | None]:
+    """Folder, or hub id and revision, of the base model: the site's own copy, else as the federation file says."""
+    if site.model is not None:
+        return str(resolve(site.model, site_file)), None
+    if model.path is not None:
+        return model.path, None
+    return str(model.hub), model.revision
+
+
+def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:
+    """The rank that a site trains with.
+
+    Raises:
+        ModelError: the site caps the rank, and the strategy needs equal ones.
+    """
+    wanted, cap = strategy.rank, site.max_rank
+    if cap is None or cap >= wanted or isinstance(strategy, FedFTGConfig):
+        return wanted
+    if not isinstance(strategy, FlexLoRAConfig | FLoRAConfig):
+        raise ModelError(
+            f"max_rank {cap} is below the federation's rank {wanted}, and {strategy.name} needs equal ranks; only "
+            "flexlora and flora allow mixed ones"
+        )
+    return cap
 
 
 def _describe(device: torch.device) -> str:

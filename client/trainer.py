@@ -88,7 +88,7 @@ def train(
     """
     rows_per_step = config.batch_size * config.gradient_accumulation
     micro = min(config.batch_size, max_batch_size or config.batch_size)
-    steps = config.local_steps or math.ceil(len(examples) / rows_per_step) * (config.local_epochs or 1)
+    steps = steps_per_round(config, len(examples))
     order = _shuffled(len(examples), rows_per_step, seed, carry_over=config.local_steps is not None)
     peak = _base_rates(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
@@ -195,6 +195,12 @@ class _Passes(Generic[E]):
                 self._scaler.scale(summed / counted).backward()
                 tokens += int(part["attention_mask"].sum())
         return loss, tokens
+
+
+def steps_per_round(config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps of a round on so many training rows."""
+    each = config.batch_size * config.gradient_accumulation
+    return config.local_steps or math.ceil(rows / each) * (config.local_epochs or 1)
 
 
 def schedule_factor(config: TrainingConfig, progress: float) -> float:

@@ -16,6 +16,7 @@ FORBIDDEN = {
 FLOWER = {
     "client/app.py",
     "client/bench.py",
+    "client/checks/superlink.py",
     "client/supernode.py",
     "client/worker.py",
     "common/records.py",
