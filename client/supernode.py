@@ -140,6 +140,8 @@ class Link:
             return False
         if told is not None and told.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
             _end(LinkError(f"{self._address} wants a registered key: give --auth-supernode-private-key"))
+        if code == grpc.StatusCode.CANCELLED:  # the SuperLink was stopped in the middle of its answer
+            return False
         if code == grpc.StatusCode.UNAVAILABLE and "handshake" in details.lower():
             try:
                 probe(self._address, self._root_certificates, _PROBE_SECONDS)
@@ -254,6 +256,8 @@ def main() -> None:
     start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
     start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
     flower_supernode()
+    # Its loop has ended by an error; its Runtime API would keep the process, and the worker, waiting for ever.
+    _end(LinkError(f"the link to {flowers.superlink} ended; the lines above say why"))
 
 
 if __name__ == "__main__":

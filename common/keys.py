@@ -36,8 +36,10 @@ def read_private(path: Path) -> PrivateKey:
         ConfigError: the file cannot be read, is no such key, or others on this machine can read it.
     """
     content = read_bytes(path)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    about = path.stat()
+    mode = stat.S_IMODE(about.st_mode)
+    # A file of somebody else's that we can read is mounted for our group, as Kubernetes does with secrets.
+    if mode & (0o077 if about.st_uid == os.geteuid() else 0o007):
         raise ConfigError(f"{path}: this private key can be read by others (mode {mode:04o}); run: chmod 600 {path}")
     try:
         load = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key

@@ -121,7 +121,11 @@ class Mailbox:
 
     def waiting(self, group: str) -> list[int]:
         """Nodes that have not answered the messages of a group."""
-        return [sent.node_id for sent in self._open.values() if sent.group == group]
+        return [sent.node_id for sent in self.open(group)]
+
+    def open(self, group: str) -> list[Sent]:
+        """Messages of a group that are not answered."""
+        return [sent for sent in self._open.values() if sent.group == group]
 
     def forget(self, group: str, node_id: int | None = None) -> list[int]:
         """Give up on the open messages of a group, or of one node; the nodes that did not answer. See `late`."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
 
 _FILE = "nodes.json"  # in the run folder: whose key a node has
-_LOOK_SECONDS = 2.0
+_LOOK_SECONDS = 5.0
 _GONE = "unregistered"
 
 
@@ -41,8 +41,8 @@ class Nodes:
         self._file, self._superlink, self._run_dir, self._tell = file, superlink, run_dir, tell
         self._seen, self._looked = 0, 0.0
         self._registry = registry.Registry()
-        self._active: set[str] = set()
-        self._told = ""
+        self._whose: dict[str, dict[str, str | float]] = {}
+        self._told: set[str] = set()
 
     def begin(self) -> None:
         """Bring a SuperLink that has just started to what the file says.
@@ -58,16 +58,14 @@ class Nodes:
             raise LaunchError(f"the SuperLink does not take the register of sites ({error})") from None
 
     def look(self) -> None:
-        """Follow a changed file, and keys that expire. To be called again and again."""
+        """Follow a changed file, keys that expire, and sites that return. To be called again and again."""
         if time.monotonic() < self._looked + _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         try:
-            changed = self._file.stat().st_mtime_ns != self._seen
-            if changed:
+            if self._file.stat().st_mtime_ns != self._seen:
                 self._read()
-            if changed or self._registry.active(datetime.now(UTC)).keys() != self._active:
-                self._follow()
+            self._follow()
         except httpx.HTTPError as error:  # a SuperLink that has just died: it is started again
             self._once(f"the SuperLink does not take the register of sites ({type(error).__name__}); trying on")
             self._seen = 0
@@ -84,7 +82,7 @@ class Nodes:
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
         active = self._registry.active(datetime.now(UTC))
-        whose: dict[str, dict[str, str]] = {}
+        whose: dict[str, dict[str, str | float]] = {}
         with _control(self._superlink) as client:
             nodes = {node.public_key.decode(): node for node in client.ListNodes(ListNodesRequest()).nodes_info}
             for key, node in nodes.items():
@@ -103,16 +101,20 @@ class Nodes:
                     )
                     continue
                 whose[str(node_id)] = {"site": site.name, "key": site.fingerprint}
-        write_atomically(self._run_dir / _FILE, json.dumps(whose, indent=2) + "\n")
-        self._active = set(active)
+                if key in nodes and nodes[key].last_activated_at:
+                    came = datetime.fromisoformat(nodes[key].last_activated_at)
+                    whose[str(node_id)]["activated"] = came.timestamp()
+        if whose != self._whose:
+            write_atomically(self._run_dir / _FILE, json.dumps(whose, indent=2) + "\n")
+            self._whose = whose
 
     def _named(self, key: str) -> str:
         return next((f"{s.name} ({s.fingerprint})" for s in self._registry.sites if s.key == key), "an unknown key")
 
     def _once(self, text: str) -> None:
-        if text != self._told:
+        if text not in self._told:
             self._tell(text)
-            self._told = text
+            self._told.add(text)
 
 
 def site_of(run_dir: Path, node_id: int) -> str | None:
@@ -121,6 +123,17 @@ def site_of(run_dir: Path, node_id: int) -> str | None:
     if not file.exists():
         return None
     return str(json.loads(file.read_text(encoding="utf-8")).get(str(node_id), {}).get("site", ""))
+
+
+def activated(run_dir: Path, node_id: int) -> float:
+    """Unix time at which the SuperNode with a registered key connected last; 0 when that is not known.
+
+    A SuperNode that was killed comes back as the same node, but without the messages that it had received.
+    """
+    file = run_dir / _FILE
+    if not file.exists():
+        return 0.0
+    return float(json.loads(file.read_text(encoding="utf-8")).get(str(node_id), {}).get("activated", 0.0))
 
 
 def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str], None]) -> Nodes | None:

@@ -84,6 +84,9 @@ class Roster:
             self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
         online = set(self._grid.get_node_ids())
         self._note_connections(online)
+        for node_id in self.returned(_GROUP):
+            self._mailbox.forget(_GROUP, node_id)
+            self._greeted.remove(node_id)
         new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
             content = RecordDict({"config": ConfigRecord({**self._settings})})
@@ -97,6 +100,11 @@ class Roster:
             elif not self._connected_as(str(_told(reply)["site"])):
                 del self._namesakes[node_id], self.refused[node_id]
                 self._take_in(node_id, reply)
+
+    def returned(self, group: str) -> list[int]:
+        """Nodes that connected anew, with the same key, after they had been sent a message that is not answered."""
+        waiting = self._mailbox.open(group)
+        return [sent.node_id for sent in waiting if nodes.activated(self._folder.path, sent.node_id) > sent.at]
 
     def _note_connections(self, online: set[int]) -> None:
         """Note which admitted sites have gone or come back since the last look."""

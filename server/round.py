@@ -168,9 +168,10 @@ class Round:
         """Give work that was lost to sites that are back; whether to wait for those that are not."""
         mailbox, roster, strategy = self._parts.mailbox, self._parts.roster, self._parts.strategy
         roster.greet()  # who comes late joins the next round
+        returned = roster.returned(self._group)
         for node_id in mailbox.waiting(self._group):
             name = strategy.client(node_id).name
-            if roster.node_of(name) not in (node_id, None):  # it came back as a new node
+            if node_id in returned or roster.node_of(name) not in (node_id, None):  # it came back, maybe as a new node
                 mailbox.forget(self._group, node_id)
                 self._lost[name] = f"{name}: its connection was lost"
         for name in list(self._lost):

@@ -154,8 +154,12 @@ class Supervised:
         """Whether the SuperLink says that the run is over, although it has not begun to write its folder."""
         if time.monotonic() < self._asked + _ASK_SECONDS:
             return False
-        runs = flwr(self._env, "list", self._connection, "--run-id", self._run_id).get("runs") or [{}]
-        self._asked = time.monotonic()
+        try:
+            runs = flwr(self._env, "list", self._connection, "--run-id", self._run_id).get("runs") or [{}]
+        except LaunchError:  # a machine that is busy, or a SuperLink that has just died
+            return False
+        finally:
+            self._asked = time.monotonic()
         return str(runs[0].get("status", "")).startswith("finished")
 
     def _again(self, what: str) -> None:
@@ -246,6 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml")
     add_run_options(parser)
+    parser.add_argument(
+        "--resume-if-begun", action="store_true", help="for service managers: start the run, go on with it, or end well"
+    )
     parser.add_argument("--superlink", metavar="NAME", help="use the running SuperLink of this name in Flower's config")
     parser.add_argument("--port", type=int, default=8000, help="control port of the SuperLink that is started")
     parser.add_argument("--fleet-api-address", default="127.0.0.1:9092", metavar="HOST:PORT", help="for SuperNodes")
@@ -279,10 +286,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"run folder {path.parent} cannot be written: {error.strerror}") from None
+
+
+def _superlink(parser: argparse.ArgumentParser, options: argparse.Namespace) -> OwnSuperLink | str:
+    """Which SuperLink the options ask for; ends the program when they do not fit each other."""
     files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
     if options.superlink is None and options.insecure == all(files):
         parser.error("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink")
@@ -291,9 +303,17 @@ def main(arguments: list[str] | None = None) -> int:
     for file in filter(None, files):
         if not file.is_file():
             parser.error(f"{file} does not exist")
-    superlink: OwnSuperLink | str = options.superlink or OwnSuperLink(
-        options.port, options.fleet_api_address, Tls(*files) if all(files) else None, options.registry
-    )
+    if options.superlink is not None:
+        return str(options.superlink)
+    tls = Tls(*files) if all(files) else None
+    return OwnSuperLink(options.port, options.fleet_api_address, tls, options.registry)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    superlink = _superlink(parser, options)
     try:
         configure_logs("supervisor")
         signed = signatures.read_signatures(options.signature, ROOT)
@@ -302,7 +322,13 @@ def main(arguments: list[str] | None = None) -> int:
         source = options.federation.resolve()
         federation = resolved(load(source, FederationConfig), source)
         run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
-        check_resumable(run_dir, federation) if options.resume else refuse_existing(run_dir)
+        begun = read_run(run_dir) if options.resume_if_begun else {}
+        if begun.get("status") == "completed":
+            print(f"{run_dir}: the run has ended well, nothing is left to do")  # noqa: T201
+            return 0
+        resume = options.resume or bool(begun)
+        check_resumable(run_dir, federation) if resume else refuse_existing(run_dir)
+        _make_folder(run_dir / "logs")
     except (FedSpanError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -320,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not run.start_superlink():
                 log = run_dir / "logs" / "superlink.log"
                 raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
-            run.submit(resume=options.resume)
+            run.submit(resume=resume)
             follow(run, run_dir, console, seen, lambda: None)
 
     return to_the_end(run_dir, options, work)

@@ -134,3 +134,17 @@ def test_mistakes_are_told_before_anything_starts(
     assert code == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_service_manager_may_start_a_run_again_that_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = make_federation(tmp_path, SIZES, **SETTINGS)
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"status": "completed"}))
+    again = [str(file), "--runs", str(tmp_path / "runs"), "--insecure"]
+    assert main([*again, "--resume-if-begun"]) == 0
+    assert "the run has ended well" in capsys.readouterr().out
+    assert main(again) == 2
+    assert "already holds a run" in capsys.readouterr().err

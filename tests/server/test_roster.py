@@ -1,5 +1,7 @@
 """Who is waited for at the start of a run."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,25 @@ def test_node_of_before_that_is_gone_is_not_counted_among_those_that_answered(tm
 def test_node_that_loses_every_hello_is_refused_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(FederationError, match=f"1 of 2 sites joined.*{GONE}"):
         run(tmp_path, [Site(1), Lost(2, WORKER_DIED, 99)], 1, local={"sites": ["a.yaml", "b.yaml"]})
+
+
+@pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
+def test_site_that_returns_under_its_key_is_given_again_what_it_had_received(tmp_path: Path, kind: str) -> None:
+    """It is the same node to Flower, which says nothing of the messages that are gone."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    register = {str(number): {"site": f"site-{number}", "activated": 1.0} for number in (1, 2)}
+    (folder / "nodes.json").write_text(json.dumps(register))
+    lost: list[Message] = []
+
+    def late(number: int, message: Message) -> int:
+        if number == 2 and message.metadata.message_type == kind and not lost:
+            lost.append(message)
+            register["2"]["activated"] = time.time() + 0.2  # after the message was sent
+            (folder / "nodes.json").write_text(json.dumps(register))
+        return 10**9 * any(message is gone for gone in lost)
+
+    site = Site(2)
+    run(tmp_path, [Site(1), site], 1, late=late, cohort={"min_clients": 2, "round_deadline": 60, "join_deadline": 60})
+    assert newest(folder, pytest.fail) is not None
+    assert site.sent.count((1, [])) == (2 if kind == MessageType.TRAIN else 1)  # to train; then evaluate

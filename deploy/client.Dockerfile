@@ -1,0 +1,50 @@
+# A site's client: the link to the server (SuperNode), and the worker that keeps model and data in memory.
+#
+#   docker build -f deploy/client.Dockerfile -t fedspan-client .
+#
+# Build arguments: see server.Dockerfile; without any, PyTorch is the build for CUDA (on Linux x86-64).
+#
+# It runs as any user id with a read-only root, opens outbound connections only and listens on its own loopback alone.
+# Places: /etc/fedspan the site file, /certs ca.crt and the site's key, /model the base model, /data the rows (all
+# read-only); /var/lib/fedspan, where status.json tells what it does, and /tmp are written to.
+ARG BASE=python:3.11-slim-bookworm
+
+# Everything that constraints.txt pins, in /opt/venv. This stage is the same in both Dockerfiles, so it is built once.
+FROM ${BASE} AS build
+ARG TORCH_INDEX=""
+WORKDIR /build
+COPY pyproject.toml constraints.txt ./
+RUN python -m venv /opt/venv \
+ && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+ && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
+      ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
+
+# The same without PyTorch's headers and tests, and without pip: nothing can be installed in a container that runs.
+FROM build AS lean
+RUN rm -rf /opt/venv/lib/python3.*/site-packages/torch/include /opt/venv/lib/python3.*/site-packages/torch/test \
+ && /opt/venv/bin/pip uninstall --quiet --yes pip
+
+FROM ${BASE}
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends tini=0.19.* \
+ && rm -rf /var/lib/apt/lists/*
+COPY --from=lean /opt/venv /opt/venv
+# HOME and USER, because an arbitrary user id has neither; nothing is installed and nobody is called while it runs.
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+WORKDIR /app
+COPY LICENSE pyproject.toml ./
+COPY common common
+COPY strategies strategies
+COPY client client
+COPY deploy/__init__.py deploy/health.py deploy/
+RUN python -m compileall -q . && install -d -m 1777 /var/lib/fedspan
+LABEL org.opencontainers.image.title="FedSpan client" \
+      org.opencontainers.image.description="Federated fine-tuning in gradient subspaces: one site's link and worker" \
+      org.opencontainers.image.licenses="Apache-2.0"
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:0
+HEALTHCHECK --interval=15s --timeout=20s --start-period=120s --retries=4 \
+  CMD ["python", "-m", "deploy.health", "site", "/var/lib/fedspan/status.json", "--linked"]
+ENTRYPOINT ["tini", "--", "python", "-m"]
+CMD ["client.join", "--help"]

@@ -1,0 +1,1 @@
+"""What docker-compose.yml needs: the federation of three containers on one machine."""
