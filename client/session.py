@@ -37,8 +37,9 @@ from common.config import (
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, StaleStateError
 from common.factors import Exchange
+from common.metrics import COUNTS
 from common.packages import installed
-from common.rows import Row, load_rows, split_held_out
+from common.rows import Row, split_held_out
 from common.tasks import Place, make_task
 from common.versions import Step
 
@@ -80,6 +81,7 @@ class Session:
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
         self._max_batch_size = site.max_batch_size  # less once memory has run out
+        self._left_out = 0  # rows
         self.kept: Tensors = {}
         self.update_norm: float | None = None
 
@@ -219,13 +221,18 @@ class Session:
         if keep:
             self.kept |= capture(optimizer, mine)
         metrics["num-examples"] = len(encoded)
+        if self._left_out:
+            metrics["train.rows_left_out"] = self._left_out
         if isinstance(federation.strategy, LoraConfig):
             metrics["lora-alpha"] = federation.strategy.lora_alpha
         self._seconds["train"] = time.monotonic() - started
         return update.tensors, metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself."""
+        """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself.
+
+        Counts by label stay here: they tell how many patients of a site have what.
+        """
         held_out = self._rows[1]
         if not held_out or not self.site.shares_metrics:
             return {}
@@ -240,7 +247,7 @@ class Session:
             Place(self._device, pick_autocast(self.site.precision, self._device)),
         )
         self._seconds["evaluate"] = time.monotonic() - started
-        return {f"evaluate.{key}": value for key, value in metrics.items()}
+        return {f"evaluate.{key}": value for key, value in metrics.items() if not key.startswith(COUNTS)}
 
     @property
     def train_rows(self) -> int:
@@ -254,7 +261,7 @@ class Session:
 
     @cached_property
     def _rows(self) -> tuple[list[Row], list[Row]]:
-        rows = load_rows(self.site.data, self._site_file)
+        rows, self._left_out = self._task.rows(self.site.data, self._site_file)
         return split_held_out(rows, self.site.data.held_out)
 
     @cached_property

@@ -31,7 +31,7 @@ class TrainResult:
         loss_first: of the first step.
         loss_last: of the last step.
         steps: optimizer steps.
-        tokens: input tokens that went through the model, padding not counted.
+        tokens: input tokens that went through the model, padding not counted; of images, how many images.
         seconds: wall-clock time of the loop.
         learning_rate: of the last step.
         peak_memory_bytes: of the CUDA device; 0 on a CPU.
@@ -193,7 +193,7 @@ class _Passes(Generic[E]):
                 if not math.isfinite(loss):
                     raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
                 self._scaler.scale(summed / counted).backward()
-                tokens += int(part["attention_mask"].sum())
+                tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
         return loss, tokens
 
 

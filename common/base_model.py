@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,16 +17,30 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
 }
 
 
+Kind = Literal["causal-lm", "sequence-classification", "image-classification"]
+_AUTO: dict[Kind, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
 @dataclass(frozen=True)
 class Base:
-    """A base model in memory, with its tokenizer."""
+    """A base model in memory, with its tokenizer; a vision model's ``tokenizer`` is its image processor."""
 
     model: nn.Module
     tokenizer: Any
 
 
 def load_base(
-    source: str, revision: str | None, dtype: Dtype, *, labels: list[str] | None = None, seed: int = 0
+    source: str,
+    revision: str | None,
+    dtype: Dtype,
+    *,
+    kind: Kind = "causal-lm",
+    labels: list[str] | None = None,
+    seed: int = 0,
 ) -> Base:
     """The model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
 
@@ -34,13 +48,14 @@ def load_base(
         source: a local folder, or a hub id when ``revision`` is given.
         revision: commit of the hub model; None for a folder.
         dtype: type of the weights in memory.
-        labels: for a classifier over these labels; None for a causal language model.
+        kind: of the model, by its task.
+        labels: of a classifier.
         seed: of weights that ``source`` does not hold, such as a classifier's new head.
 
     Raises:
         ModelError: the folder is absent, or holds no model that transformers can read.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    import transformers as hf
     from transformers.utils import logging
 
     if revision is None and not (Path(source) / "config.json").is_file():
@@ -49,19 +64,19 @@ def load_base(
     logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        if labels is None:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
+        if kind == "image-classification":  # with one library for the pixels, so that all sites see the same
+            tokenizer = hf.AutoImageProcessor.from_pretrained(source, backend="pil", **where)
         else:
+            tokenizer = hf.AutoTokenizer.from_pretrained(source, **where)
+        if labels is not None:
             names = dict(enumerate(labels))
             where |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    source, dtype=TORCH_DTYPES[dtype], ignore_mismatched_sizes=True, **where
-                )
-            if model.config.pad_token_id is None:  # decoder classifiers find the last token by it
-                model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+            where |= {"ignore_mismatched_sizes": True}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = getattr(hf, _AUTO[kind]).from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
+        if kind == "sequence-classification" and model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id  # finds a row's last token
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model.train(False)

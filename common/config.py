@@ -117,11 +117,25 @@ class TrainingConfig(Section):
 class DataConfig(Section):
     """Where rows are, and how a row becomes a prompt and an answer."""
 
-    path: str = Field(description="JSONL, CSV or Parquet file, or a folder saved by `datasets`; relative to this file.")
-    format: Literal["auto", "jsonl", "csv", "parquet", "dataset"] = Field("auto", description="auto: by the ending.")
-    prompt: str = Field(description="Column name, or a template with columns in braces: 'Term: {term}'.")
-    answer: str = Field(description="Column name or template of the answer, the only text the loss counts.")
+    path: str = Field(
+        description="JSONL, CSV or Parquet file, a folder saved by `datasets`, or one of images with a sub-folder per "
+        "label; relative to this file."
+    )
+    format: Literal["auto", "jsonl", "csv", "parquet", "dataset", "image-folder"] = Field(
+        "auto", description="auto: by the ending, or by what a folder holds."
+    )
+    prompt: str = Field(
+        description="Column name, or a template with columns in braces: 'Term: {term}'. Of images: the column with the "
+        "file's path, relative to the table; `image` in an image folder."
+    )
+    answer: str = Field(
+        description="Column name or template of the answer, the only text the loss counts. Of a classification: the "
+        "label's column; `label` in an image folder."
+    )
     system: str | None = Field(None, description="System message, where the chat template has one.")
+    skip_unreadable: bool = Field(
+        False, description="Images only: leave out, and count, those that cannot be read; false: refuse the shard."
+    )
 
 
 class SiteDataConfig(DataConfig):
@@ -171,9 +185,8 @@ class CausalLMTask(Section):
 
 
 class ClassificationTask(Section):
-    """A text in, one of ``labels`` out; the head is new. Needs a LoRA strategy."""
+    """What classifications share: one of ``labels`` comes out; a head that the base model lacks is new."""
 
-    type: Literal["sequence-classification"] = "sequence-classification"
     labels: list[str] = Field(min_length=2, description="All labels, the same at every site, in a fixed order.")
 
     @field_validator("labels")
@@ -184,7 +197,19 @@ class ClassificationTask(Section):
         return labels
 
 
-TaskConfig = Annotated[CausalLMTask | ClassificationTask, Field(discriminator="type")]
+class SequenceClassificationTask(ClassificationTask):
+    """A text in, a label out."""
+
+    type: Literal["sequence-classification"] = "sequence-classification"
+
+
+class ImageClassificationTask(ClassificationTask):
+    """An image in, a label out."""
+
+    type: Literal["image-classification"] = "image-classification"
+
+
+TaskConfig = Annotated[CausalLMTask | SequenceClassificationTask | ImageClassificationTask, Field(discriminator="type")]
 
 
 class FederationConfig(Section):
@@ -252,23 +277,17 @@ class FederationConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if isinstance(self.task, ClassificationTask) and isinstance(self.strategy, FedFTGConfig):
-            raise ValueError(
-                "`task` sequence-classification trains a new head, which `strategy` fedftg cannot; use LoRA"
-            )
         if isinstance(self.strategy, FedSALoRAConfig) and self.evaluation.server is not None:
             raise ValueError(
                 "`strategy` fedsa-lora keeps every B at its site, so that the server has no model of its own to "
                 "evaluate; leave `evaluation.server` out"
             )
-        if isinstance(self.strategy, LoraConfig):
-            classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
-            if classifies and head is None:
-                raise ValueError(
-                    "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local"
-                )
-            if head is not None and not classifies:
-                raise ValueError(f"`strategy.head` is {head!r}, but `task` {self.task.type} has no classification head")
+        classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
+        if classifies and head is None:
+            allowed = "train, freeze or local" if isinstance(self.strategy, LoraConfig) else "freeze"
+            raise ValueError(f"missing key `strategy.head`: what becomes of the classifier's head; {allowed}")
+        if head is not None and not classifies:
+            raise ValueError(f"`strategy.head` is {head!r}, but `task` {self.task.type} has no classification head")
         return self
 
 

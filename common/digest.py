@@ -1,6 +1,7 @@
 """SHA-256 digests by which two machines know that they hold the same tensors, base model and tokenizer."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,12 @@ def base_digest(model: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401 - transformers' tokenizers share no useful type
-    """Digest of everything that decides how text becomes tokens: pipeline, special tokens, chat template (hex)."""
+    """Digest of everything that decides how text becomes tokens: pipeline, special tokens, chat template (hex).
+
+    Of an image processor: of its settings.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        return hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = repr(sorted(tokenizer.special_tokens_map.items()))

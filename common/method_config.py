@@ -48,6 +48,11 @@ class FedFTGConfig(Selection):
         "float32", description="Of the factors on the wire; float32 is exact, the others' error is reported."
     )
     optimizer_state: Literal["reset"] = Field("reset", description="Every round takes new bases from new weights.")
+    head: Literal["freeze"] | None = Field(
+        None,
+        description="Classification head, to be given with such a task: `freeze`, as the base model has it, or as it "
+        "was drawn; what GaLore trains is below it.",
+    )
 
     @model_validator(mode="after")
     def _shared_is_never_refreshed(self) -> Self:

@@ -1,4 +1,4 @@
-"""Private rows: a shard in any of four formats becomes prompts and answers. Errors never quote a row."""
+"""Private rows: a shard in any of five formats becomes prompts and answers. Errors never quote a row."""
 
 import csv
 import difflib
@@ -15,20 +15,26 @@ from common.config import DataConfig, resolve
 from common.errors import DataError
 
 _ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # in a folder written by `datasets`
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
 Cells = dict[str, Any]
 
 
 @dataclass(frozen=True, repr=False)
 class Row:
-    """One example. It has no readable repr, so that it cannot slip into a log or an error message."""
+    """One example. It has no readable repr, so that it cannot slip into a log or an error message.
+
+    ``content`` is a digest of what ``prompt`` names, where that is a file.
+    """
 
     prompt: str
     answer: str
+    content: str | None = None
 
     def key(self) -> str:
         """A hash of the content, by which rows are split and ordered."""
-        return hashlib.sha256(f"{self.prompt}\x00{self.answer}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.content or self.prompt}\x00{self.answer}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +60,7 @@ def load_rows(config: DataConfig, beside: Path) -> list[Row]:
     """
     path = resolve(config.path, beside)
     prompt, answer = _Template(config.prompt, "prompt"), _Template(config.answer, "answer")
-    kind = _kind(path, config)
+    kind = _kind(path, config.format)
     wanted = [*prompt.columns, *answer.columns]
     rows: list[Row] = []
     try:
@@ -74,6 +80,25 @@ def load_rows(config: DataConfig, beside: Path) -> list[Row]:
     if not rows:
         raise DataError(f"shard {path} has no rows")
     return rows
+
+
+def load_cells(path: Path) -> tuple[list[str], list[Cells]]:
+    """A shard as it is: its columns, and its rows' cells by column.
+
+    Raises:
+        DataError: see ``load_rows``.
+    """
+    kind = _kind(path, "auto")
+    try:
+        table = _READERS[kind](path, None)
+        cells = [row for _, row in table.rows]
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - readers raise anything, and their text may quote a row
+        raise DataError(f"shard {path} is not readable as {kind} ({type(error).__name__})") from None
+    if not cells:
+        raise DataError(f"shard {path} has no rows")
+    return table.columns, cells
 
 
 def split_held_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -137,26 +162,26 @@ def _text(path: Path, number: int, column: str, value: object) -> str:
     raise DataError(f"shard {path}, row {number}: column {column!r} is {what}")
 
 
-def _kind(path: Path, config: DataConfig) -> str:
-    """The format to read ``path`` with."""
+def _kind(path: Path, kind: str) -> str:
+    """The format to read ``path`` with: ``kind``, or what ``auto`` comes to."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         raise DataError(f"shard {path} does not exist") from None
     except OSError as error:
         raise DataError(f"shard {path} cannot be read ({error.strerror})") from None
-    kind = config.format
     if kind == "auto":
-        found = "dataset" if path.is_dir() else _ENDINGS.get(path.suffix.lower())
+        folder = "dataset" if any((path / name).exists() for name in _SAVED) else "image-folder"
+        found = folder if path.is_dir() else _ENDINGS.get(path.suffix.lower())
         if found is None:
             raise DataError(f"shard {path}: ending {path.suffix!r} is unknown; name it in data.format")
         return found
-    if kind != "dataset" and size == 0:
+    if kind not in ("dataset", "image-folder") and size == 0:
         raise DataError(f"shard {path} is empty")
     return kind
 
 
-def _jsonl(path: Path, wanted: list[str]) -> _Table:
+def _jsonl(path: Path, wanted: list[str] | None) -> _Table:
     """One object per line; or a file that is one array of objects."""
     del wanted
     text = path.read_text(encoding="utf-8-sig")
@@ -178,7 +203,7 @@ def _json(path: Path, line: int, text: str) -> Any:  # noqa: ANN401
         raise DataError(f"shard {path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})") from None
 
 
-def _csv(path: Path, wanted: list[str]) -> _Table:
+def _csv(path: Path, wanted: list[str] | None) -> _Table:
     """Comma-separated, with a header; a row's number counts from the line after it."""
     del wanted
     rows: list[tuple[int, Cells]] = []
@@ -194,28 +219,37 @@ def _csv(path: Path, wanted: list[str]) -> _Table:
     return _Table(list(reader.fieldnames or []), rows)
 
 
-def _parquet(path: Path, wanted: list[str]) -> _Table:
+def _parquet(path: Path, wanted: list[str] | None) -> _Table:
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     columns = parquet.read_schema(path).names
-    table = parquet.read_table(path, columns=[column for column in columns if column in set(wanted)])
+    table = parquet.read_table(path, columns=[column for column in columns if wanted is None or column in wanted])
     return _Table(columns, enumerate(table.to_pylist(), start=1))
 
 
-def _dataset(path: Path, wanted: list[str]) -> _Table:
+def _dataset(path: Path, wanted: list[str] | None) -> _Table:
     """A folder written by ``Dataset.save_to_disk``."""
     import datasets
 
     dataset = datasets.load_from_disk(str(path))
     if isinstance(dataset, datasets.DatasetDict):
         raise DataError(f"shard {path} holds several splits ({', '.join(dataset)}); point data.path at one of them")
-    used = dataset.select_columns([column for column in dataset.column_names if column in set(wanted)])
+    used = dataset.select_columns([column for column in dataset.column_names if wanted is None or column in wanted])
     return _Table(dataset.column_names, enumerate(used, start=1))
 
 
-_READERS: dict[str, Callable[[Path, list[str]], _Table]] = {
+def _image_folder(path: Path, wanted: list[str] | None) -> _Table:
+    """One sub-folder per label, with images in it or below it; by name."""
+    del wanted
+    files = sorted(file for file in path.glob("*/**/*") if file.suffix.lower() in _IMAGES and file.is_file())
+    labelled = [{"image": str(file), "label": file.relative_to(path).parts[0]} for file in files]
+    return _Table(["image", "label"] if files else [], enumerate(labelled, start=1))
+
+
+_READERS: dict[str, Callable[[Path, list[str] | None], _Table]] = {
     "jsonl": _jsonl,
     "csv": _csv,
     "parquet": _parquet,
     "dataset": _dataset,
+    "image-folder": _image_folder,
 }

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,11 +13,21 @@ from torch.nn import functional
 
 from common import chat
 from common.base_model import Base, load_base
-from common.config import ClassificationTask, Dtype, EvaluationConfig, TaskConfig
+from common.config import (
+    ClassificationTask,
+    DataConfig,
+    Dtype,
+    EvaluationConfig,
+    ImageClassificationTask,
+    SequenceClassificationTask,
+    TaskConfig,
+)
 from common.errors import DataError
 from common.evaluation import evaluate_model, in_fixed_order
+from common.images import load_images, read_image
 from common.memory import halving
-from common.rows import Row
+from common.metrics import classified
+from common.rows import Row, load_rows
 
 Batch = dict[str, Tensor]
 E = TypeVar("E")
@@ -33,11 +44,22 @@ class Place:
 class Task(ABC, Generic[E]):
     """A task; ``E`` is its example type."""
 
-    peft_type: ClassVar[str]
+    #: PEFT's name of the task; None where it has none.
+    peft_type: ClassVar[str | None]
 
     @abstractmethod
     def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
         """The base model for this task; ``seed`` decides what the base model does not hold (a new head)."""
+
+    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        """All usable rows of a shard, and how many were left out.
+
+        Raises:
+            DataError: see ``load_rows``.
+        """
+        if config.skip_unreadable:
+            raise DataError("data.skip_unreadable is true; it is for images, and the federation's task has none")
+        return load_rows(config, beside), 0
 
     @abstractmethod
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[E]:  # noqa: ANN401
@@ -49,7 +71,7 @@ class Task(ABC, Generic[E]):
 
     @abstractmethod
     def collater(self, tokenizer: Any) -> Callable[[list[E]], Batch]:  # noqa: ANN401
-        """What makes a batch of examples: input_ids, attention_mask, labels (-100: not counted)."""
+        """What makes a batch of examples: what the model takes, and labels (-100: not counted)."""
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -115,50 +137,15 @@ class CausalLM(Task[chat.Example]):
         )
 
 
-@dataclass(frozen=True, repr=False)
-class Labelled:
-    """A text as tokens, and its class."""
+class Classification(Task[E]):
+    """One of a fixed set of labels out (the row's answer)."""
 
-    input_ids: list[int]
-    label: int
-
-
-class SequenceClassification(Task[Labelled]):
-    """A text in (the row's prompt), one of a fixed set of labels out (the row's answer)."""
-
-    peft_type = "SEQ_CLS"
-
-    def __init__(self, labels: list[str]) -> None:
-        self._labels = {label: number for number, label in enumerate(labels)}
-
-    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
-        """See ``Task.load``: the head is new, drawn from ``seed``, so that it is the same everywhere."""
-        return load_base(source, revision, dtype, labels=list(self._labels), seed=seed)
-
-    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[Labelled]:  # noqa: ANN401
-        """See ``Task.examples``."""
-        del system  # a classifier has no chat
-        unknown = sum(row.answer not in self._labels for row in rows)
-        if unknown:
-            raise DataError(
-                f"{unknown} of {len(rows)} rows have a label that is not in task.labels: {list(self._labels)}"
-            )
-        ids = tokenizer([row.prompt for row in rows], truncation=True, max_length=max_length)["input_ids"]
-        return [Labelled(list(i), self._labels[row.answer]) for i, row in zip(ids, rows, strict=True)]
-
-    def collater(self, tokenizer: Any) -> Callable[[list[Labelled]], Batch]:  # noqa: ANN401
-        """See ``Task.collater``."""
-        padding = chat.pad_id(tokenizer)
-
-        def collate(examples: list[Labelled]) -> Batch:
-            batch = chat.collate([chat.Example(e.input_ids, len(e.input_ids)) for e in examples], padding)
-            return {**batch, "labels": torch.tensor([e.label for e in examples])}
-
-        return collate
+    def __init__(self, config: ClassificationTask) -> None:
+        self._labels = {label: number for number, label in enumerate(config.labels)}
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See ``Task.loss_sum``."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(logits)
 
     @torch.no_grad()
@@ -172,26 +159,113 @@ class SequenceClassification(Task[Labelled]):
         max_length: int,
         place: Place,
     ) -> dict[str, float]:
-        """See ``Task.evaluate``: loss, perplexity (of the label) and accuracy."""
+        """See ``Task.evaluate``: loss, perplexity (of the label), and what ``common.metrics.classified`` gives."""
         model.train(False)
         examples = self.examples(tokenizer, in_fixed_order(rows)[: config.max_examples], system, max_length)
         collate = self.collater(tokenizer)
-        total, right = 0.0, 0
+        total, predicted, labels = 0.0, list[int](), list[int]()
 
-        def measure(some: list[Labelled]) -> tuple[float, int]:
-            batch = {k: v.to(place.device) for k, v in collate(some).items()}
+        def measure(some: list[E]) -> tuple[float, list[int], list[int]]:
+            batch = {key: value.to(place.device) for key, value in collate(some).items()}
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
             with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+                logits = model(**inputs).logits.float()
             loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            return loss, int((logits.argmax(-1) == batch["labels"]).sum())
+            return loss, logits.argmax(-1).tolist(), batch["labels"].tolist()
 
-        for loss, hits in halving(examples, config.batch_size, measure):
-            total, right = total + loss, right + hits
-        count = len(examples)
-        loss = total / count
-        return {"loss": loss, "perplexity": math.exp(loss), "examples": float(count), "accuracy": right / count}
+        for loss, chosen, right in halving(examples, config.batch_size, measure):
+            total, predicted, labels = total + loss, predicted + chosen, labels + right
+        loss = total / len(examples)
+        scores = classified(predicted, labels, len(self._labels))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "examples": float(len(examples)), **scores}
+
+    def _numbers(self, rows: list[Row]) -> list[int]:
+        """The rows' labels as numbers."""
+        unknown = sum(row.answer not in self._labels for row in rows)
+        if unknown:
+            raise DataError(
+                f"{unknown} of {len(rows)} rows have a label that is not in task.labels: {list(self._labels)}"
+            )
+        return [self._labels[row.answer] for row in rows]
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledText:
+    """A text as tokens, and its class."""
+
+    input_ids: list[int]
+    label: int
+
+
+class SequenceClassification(Classification[LabelledText]):
+    """A text in (the row's prompt), a label out."""
+
+    peft_type = "SEQ_CLS"
+
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+        """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
+        return load_base(source, revision, dtype, kind="sequence-classification", labels=list(self._labels), seed=seed)
+
+    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledText]:  # noqa: ANN401
+        """See ``Task.examples``."""
+        del system  # a classifier has no chat
+        labels = self._numbers(rows)
+        ids = tokenizer([row.prompt for row in rows], truncation=True, max_length=max_length)["input_ids"]
+        return [LabelledText(list(i), label) for i, label in zip(ids, labels, strict=True)]
+
+    def collater(self, tokenizer: Any) -> Callable[[list[LabelledText]], Batch]:  # noqa: ANN401
+        """See ``Task.collater``."""
+        padding = chat.pad_id(tokenizer)
+
+        def collate(examples: list[LabelledText]) -> Batch:
+            batch = chat.collate([chat.Example(e.input_ids, len(e.input_ids)) for e in examples], padding)
+            return {**batch, "labels": torch.tensor([e.label for e in examples])}
+
+        return collate
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledImage:
+    """An image's file, and its class."""
+
+    file: str
+    label: int
+
+
+class ImageClassification(Classification[LabelledImage]):
+    """An image in (the row's prompt is its file), a label out. Pixels are read anew for every batch."""
+
+    peft_type = None
+
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+        """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
+        return load_base(source, revision, dtype, kind="image-classification", labels=list(self._labels), seed=seed)
+
+    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        """See ``Task.rows`` and ``load_images``."""
+        return load_images(config, beside)
+
+    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledImage]:  # noqa: ANN401
+        """See ``Task.examples``."""
+        del tokenizer, system, max_length
+        return [LabelledImage(row.prompt, label) for row, label in zip(rows, self._numbers(rows), strict=True)]
+
+    def collater(self, tokenizer: Any) -> Callable[[list[LabelledImage]], Batch]:  # noqa: ANN401
+        """See ``Task.collater``; ``tokenizer`` is the model's image processor."""
+
+        def collate(examples: list[LabelledImage]) -> Batch:
+            pixels = tokenizer([read_image(e.file) for e in examples], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels, "labels": torch.tensor([e.label for e in examples])}
+
+        return collate
 
 
 def make_task(config: TaskConfig) -> Task[Any]:
     """The task that a federation file names."""
-    return SequenceClassification(config.labels) if isinstance(config, ClassificationTask) else CausalLM()
+    match config:
+        case SequenceClassificationTask():
+            return SequenceClassification(config)
+        case ImageClassificationTask():
+            return ImageClassification(config)
+        case _:
+            return CausalLM()

@@ -51,14 +51,19 @@ class Tuned:
 
 
 def tune(
-    model: nn.Module, config: FedFTGConfig | LoraConfig, peft_type: str, *, rank: int | None = None, seed: int = 0
+    model: nn.Module,
+    config: FedFTGConfig | LoraConfig,
+    peft_type: str | None,
+    *,
+    rank: int | None = None,
+    seed: int = 0,
 ) -> Tuned:
     """Prepare ``model`` for a strategy: freeze it but for the trained tensors.
 
     Args:
         model: a base model; it is changed.
         config: the federation's strategy section.
-        peft_type: PEFT's name of the task, "CAUSAL_LM" or "SEQ_CLS".
+        peft_type: PEFT's name of the task, "CAUSAL_LM" or "SEQ_CLS"; None for images.
         rank: LoRA rank of this client; None: the federation's.
         seed: of LoRA's A, which is the same at the server and at every site.
 
@@ -90,7 +95,12 @@ def first_state(tuned: Tuned, config: FedFTGConfig | LoraConfig, seed: int) -> d
 
 
 def _adapter(
-    model: nn.Module, layers: list[families.SelectedLayer], config: LoraConfig, peft_type: str, rank: int, seed: int
+    model: nn.Module,
+    layers: list[families.SelectedLayer],
+    config: LoraConfig,
+    peft_type: str | None,
+    rank: int,
+    seed: int,
 ) -> Tuned:
     import peft
 
@@ -111,6 +121,7 @@ def _adapter(
         target_modules=[layer.name for layer in layers],
         fan_in_fan_out=any(layer.transposed for layer in layers),
         task_type=peft_type,
+        modules_to_save=None if peft_type else ["classifier"],  # the head, which PEFT knows of its own tasks
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from common import tuning
 from common.config import CausalLMTask, FederationConfig, LoraConfig, MergingLoraConfig
 from common.digest import base_digest, tokenizer_digest
 from common.evaluation import generate_answers, in_fixed_order
-from common.rows import Row, load_rows
+from common.rows import Row
 from common.tasks import Place, make_task
 from strategies.rule import Tensors
 
@@ -31,9 +31,9 @@ class Evaluator:
     def __init__(self, config: FederationConfig, source: Path) -> None:
         self._config = config
         data = config.evaluation.server
-        self._rows: list[Row] = load_rows(data, source) if data is not None else []
         model = config.model
         self._task = make_task(config.task)
+        self._rows: list[Row] = self._task.rows(data, source)[0] if data is not None else []
         seed = config.training.seed
         self._base = self._task.load(str(model.path or model.hub), model.revision, model.dtype, seed)
         self.model_parameters = sum(p.numel() for p in self._base.model.parameters())

@@ -151,6 +151,7 @@ def render(run: Run) -> str:
         contents=contents,
         results=results,
         scores=facts.shown_scores(results),
+        confusion=facts.confusion(run.metrics, _labels(run)),
         any_trained=any(line.version for line in results),
         newest_version=max((line.version for line in results), default=0),
         fewest_answers=min(answers, default=0),
@@ -216,6 +217,11 @@ def _curve_figures(curves: list[tuple[facts.Score, dict[str, dict[int, float]]]]
                 scale = "" if zero else " The axis does not start at zero."
                 drawn.append((Markup(svg), f"{score_.title} on held-out rows. {better} is better.{scale}"))  # noqa: S704
     return drawn
+
+
+def _labels(run: Run) -> list[str]:
+    """Of a classification."""
+    return list(((yaml.safe_load(run.settings) or {}).get("task") or {}).get("labels", []))
 
 
 def _time_bars(run: Run) -> list[facts.Bar]:

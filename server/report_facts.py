@@ -25,6 +25,8 @@ SCORES = (
     Score("loss", "Loss", True, "mean cross-entropy of the expected answer, in nats per token"),
     Score("perplexity", "Perplexity", True, "e to the power of the loss; 1 is certainty"),
     Score("accuracy", "Accuracy", False, "share of rows whose label is right"),
+    Score("macro_f1", "Macro F1", False, "unweighted mean of the labels' F1 scores, 0 to 1"),
+    Score("mcc", "MCC", False, "Matthews correlation of chosen and right label, -1 to 1; 0 is chance"),
     Score("rouge_l", "ROUGE-L", False, "longest common word sequence of generated and expected answer, 0 to 1"),
     Score("bleu_4", "BLEU-4", False, "shared runs of one to four words, 0 to 1"),
     Score("exact_match", "Exact match", False, "share of generated answers equal to the expected one"),
@@ -161,6 +163,14 @@ def results(records: list[Record]) -> list[Result]:
 def shown_scores(lines: list[Result]) -> list[Score]:
     """The scores that occur in any line, in their fixed order."""
     return [score for score in SCORES if any(score.key in line.changes for line in lines)]
+
+
+def confusion(records: list[Record], labels: list[str]) -> dict[str, list[int]]:
+    """By right label, how many rows of the server's own set the newest model took for each label; {} without these."""
+    newest = next(reversed(evaluations(records).get(SERVER, {}).values()), {})
+    if "confusion/0/0" not in newest:
+        return {}
+    return {label: [int(newest[f"confusion/{i}/{j}"]) for j in range(len(labels))] for i, label in enumerate(labels)}
 
 
 def curve(records: list[Record], key: str) -> dict[str, dict[int, float]]:

@@ -175,6 +175,18 @@ better</span></th>
 of them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differences may be chance.</li>
 {% endif %}
 </ul>
+{% if confusion %}
+<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table>
+<caption>Rows of the server's own set by right label (lines) and by the label that the newest model chose
+(columns).</caption>
+<thead><tr><th scope="col">Right label</th>{% for label in confusion %}<th scope="col">{{ label }}</th>{% endfor %}</tr>
+</thead>
+<tbody>
+{% for label, counts in confusion.items() %}
+<tr><th scope="row">{{ label }}</th>{% for count in counts %}<td>{{ count|whole }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 {% else %}
 <p>Nothing was evaluated.</p>
 {% endif %}

@@ -1,4 +1,4 @@
-"""Scores of generated answers through ``evaluate``, with the metric modules in this folder and no hub."""
+"""Scores of generated answers and of labels through ``evaluate``, with the metric modules in this folder and no hub."""
 
 import atexit
 import shutil
@@ -7,7 +7,11 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-CLASSES = {"rouge_l": "RougeL", "bleu_4": "Bleu4", "exact_match": "ExactMatch"}
+ANSWERS = {"rouge_l": "RougeL", "bleu_4": "Bleu4", "exact_match": "ExactMatch"}
+LABELS = {"accuracy": "Accuracy", "macro_f1": "MacroF1", "mcc": "Mcc"}
+CLASSES = {**ANSWERS, **LABELS, "confusion": "Confusion"}
+#: How the names of counts by label begin.
+COUNTS = "confusion/"
 
 
 def score(predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -16,13 +20,29 @@ def score(predictions: list[str], references: list[str]) -> dict[str, float]:
     Raises:
         ValueError: the lists are empty or differ in length.
     """
+    return {name: float(_compute(name, predictions, references)) for name in ANSWERS}
+
+
+def classified(predictions: list[int], references: list[int], labels: int) -> dict[str, float]:
+    """Accuracy, macro F1, MCC, and ``confusion/i/j``: how many rows of label i were taken for label j.
+
+    Args:
+        predictions: numbers of labels.
+        references: the right ones.
+        labels: how many labels there are.
+
+    Raises:
+        ValueError: the lists are empty or differ in length.
+    """
+    scores = {name: float(_compute(name, predictions, references)) for name in LABELS}
+    matrix = _compute("confusion", predictions, references, labels=labels)
+    return scores | {f"{COUNTS}{i}/{j}": float(count) for i, line in enumerate(matrix) for j, count in enumerate(line)}
+
+
+def _compute(name: str, predictions: list[Any], references: list[Any], **options: int) -> Any:  # noqa: ANN401
     if not predictions or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give as many, at least one")
-    scores: dict[str, float] = {}
-    for name in CLASSES:
-        result = _metric(name).compute(predictions=predictions, references=references)
-        scores[name] = float(result[name])
-    return scores
+    return _metric(name).compute(predictions=predictions, references=references, **options)[name]
 
 
 @cache

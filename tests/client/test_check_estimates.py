@@ -47,7 +47,7 @@ def test_estimated_peak_is_the_measured_one(
     for limit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(limit, "65536")
     real = measured(files.site, files.federation, 2, 200.0)["host"]
-    assert peak.total > 0.3 * real
+    assert peak.total > 0.25 * real
     assert estimated == pytest.approx(real, rel=0.1)
 
 

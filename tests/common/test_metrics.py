@@ -1,13 +1,15 @@
 """Scores are those of their definitions, offline, and from many processes at once."""
 
+import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from common.metrics import score
+from common.metrics import classified, score
 from tests.processes.launcher import environment
 
 PREDICTIONS = ["acute pain of the left hand", "Unspecified fracture", "nothing"]
@@ -53,3 +55,35 @@ def test_processes_that_start_together_do_not_meet_in_a_cache() -> None:
     ]
     answers = [process.communicate(timeout=120)[0] for process in processes]
     assert [float(answer) for answer in answers] == pytest.approx([1.0, 1.0])
+
+
+CHOSEN = [0, 1, 1, 2, 0, 0, 1]
+RIGHT = [0, 1, 2, 2, 0, 1, 1]
+
+
+def test_scores_of_labels_equal_their_definitions() -> None:
+    found = classified(CHOSEN, RIGHT, 4)
+    pairs = list(zip(RIGHT, CHOSEN, strict=True))
+    counts = {(i, j): pairs.count((i, j)) for i in range(4) for j in range(4)}
+    assert {key: value for key, value in found.items() if key.startswith("confusion/")} == {
+        f"confusion/{i}/{j}": float(count) for (i, j), count in counts.items()
+    }
+    assert found["accuracy"] == pytest.approx(5 / 7)
+    scores = []
+    for label in range(3):  # label 3 does not occur
+        right = counts[label, label]
+        scores.append(2 * right / (CHOSEN.count(label) + RIGHT.count(label)))
+    assert found["macro_f1"] == pytest.approx(sum(scores) / 3)
+    # Gorodkin's R_K: the correlation of the two lists as one-hot vectors, all coordinates together
+    one_hot = [np.eye(4)[labels] - np.eye(4)[labels].mean(0) for labels in (CHOSEN, RIGHT)]
+    covariance = [float((a * b).sum()) for a, b in itertools.combinations_with_replacement(one_hot, 2)]
+    assert found["mcc"] == pytest.approx(covariance[1] / (covariance[0] * covariance[2]) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "right", "f1"), [([0, 0], [0, 0], 1.0), ([1, 1], [0, 0], 0.0), ([0, 1], [0, 0], 1 / 3)]
+)
+def test_site_with_one_label_has_scores_too(chosen: list[int], right: list[int], f1: float) -> None:
+    found = classified(chosen, right, 2)
+    assert found["mcc"] == 0.0
+    assert found["macro_f1"] == pytest.approx(f1)

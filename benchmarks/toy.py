@@ -1,0 +1,164 @@
+"""The toy of RoLoRA's section 4.2 (arXiv 2502.01755): ten clients of one digit each, and four ways to train together.
+
+f(x) = ReLU(x A B) W_out on MNIST digits, A (784, 16) and B (16, 784) trained, W_out (784, 10) random and fixed. What a
+client trains and how the server combines it is FedSpan's own: the rules of ``strategies``, over PEFT's names, in whose
+convention lora_A is A transposed, (16, 784), and lora_B is B transposed, (784, 16).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.table import Cell, Table
+from common.errors import AggregationError
+from deploy.recipes.mnist import digits
+from strategies.fedit import FedITRule
+from strategies.ffa_lora import FFALoRARule
+from strategies.rolora import RoLoRARule
+from strategies.rule import Averaging, Tensors, Update
+
+A, B = "toy.lora_A.weight", "toy.lora_B.weight"
+RANK, PIXELS = 16, 784
+EPOCHS, BATCH, ROUNDS, SEEDS = 5, 64, 100, 5
+SELECTION_ROUNDS = 40
+TRAIN, EVALUATED = 320, 200  # images of each digit: for training; for the choice of the rate, and for the test
+#: Rule, and the learning rates that it may choose from. FFA-LoRA wants larger ones than LoRA.
+METHODS: dict[str, tuple[type[Averaging], tuple[float, ...]]] = {
+    "LoRA (FedIT)": (FedITRule, (0.005, 0.01, 0.02)),
+    "FFA-LoRA": (FFALoRARule, (0.05, 0.1, 0.2)),
+    "RoLoRA": (RoLoRARule, (0.005, 0.01, 0.02)),
+    "centralised": (FedITRule, (0.005, 0.01, 0.02)),
+}
+PUBLISHED = {"LoRA (FedIT)": 62.0, "FFA-LoRA": 62.5, "RoLoRA": 84.0, "centralised": 97.5}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images by client, (clients, images, 784), and their digits, (clients, images)."""
+
+    pixels: Tensor
+    digits: Tensor
+
+    def pooled(self) -> "Images":
+        """The same at a single client."""
+        return Images(self.pixels.reshape(1, -1, PIXELS), self.digits.reshape(1, -1))
+
+
+def split(images: list[Tensor], train: int, evaluated: int, seed: int = 0) -> tuple[Images, Images, Images]:
+    """Images to train on, to choose a learning rate by, and to test on; one digit per client, equally many of each."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [of[torch.randperm(len(of), generator=generator)[: train + 2 * evaluated]] for of in images]
+    parts = [torch.stack(part) for part in zip(*(d.split([train, evaluated, evaluated]) for d in drawn), strict=True)]
+    first, second, third = (Images(p, torch.arange(len(p))[:, None].expand(p.shape[:2])) for p in parts)
+    return first, second, third
+
+
+def start(seed: int) -> tuple[Tensors, Tensor]:
+    """A and B as they are drawn, and W_out (784, 10).
+
+    B is not zero as in LoRA: ReLU has no gradient there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(RANK, PIXELS, generator=generator) / PIXELS**0.5
+    b = torch.randn(PIXELS, RANK, generator=generator) / PIXELS**0.5
+    return {A: a, B: b}, torch.randn(PIXELS, 10, generator=generator)
+
+
+def federate(
+    rule: Averaging, rate: float, images: Images, state: Tensors, out: Tensor, rounds: int, seed: int
+) -> Iterator[Tensors]:
+    """The global state after every round."""
+    order = torch.Generator().manual_seed(seed)
+    clients, size = images.digits.shape
+    for number in range(1, rounds + 1):
+        active = rule.active(number, state)
+        sent = train({n: t.expand(clients, *t.shape) for n, t in state.items()}, active, rate, images, out, order)
+        updates = (Update(f"client-{k}", size, {n: t[k] for n, t in sent.items()}) for k in range(clients))
+        state = rule.aggregate(number, state, updates).state
+        yield state
+
+
+def train(
+    state: Tensors, active: list[str], rate: float, images: Images, out: Tensor, order: torch.Generator
+) -> Tensors:
+    """One round of plain SGD at all clients at once; the active tensors, each (clients, ...)."""
+    tensors = {name: tensor.clone().requires_grad_(name in active) for name, tensor in state.items()}
+    trained = [tensors[name] for name in active]
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(images.digits.shape[1], generator=order).split(BATCH):
+            logits = forward(images.pixels[:, rows], tensors, out)
+            labels = images.digits[:, rows].reshape(-1)
+            loss = functional.cross_entropy(logits.reshape(-1, 10), labels, reduction="sum") / len(rows)
+            for tensor, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                tensor.data.sub_(gradient, alpha=rate)  # a client's tensors have a gradient from its own rows only
+    return {name: tensors[name].detach() for name in active}
+
+
+def forward(pixels: Tensor, state: Tensors, out: Tensor) -> Tensor:
+    """Logits (clients, images, 10) of pixels (clients, images, 784)."""
+    hidden = torch.relu(pixels @ state[A].mT @ state[B].mT)
+    return (hidden.reshape(-1, PIXELS) @ out).reshape(*pixels.shape[:2], 10)
+
+
+def accuracy(state: Tensors, out: Tensor, images: Images) -> float:
+    """Share of images whose digit is told, in per cent; 0 for a state that is not finite."""
+    logits = forward(images.pixels, state, out)
+    return 100 * float((logits.argmax(-1) == images.digits).float().mean()) if logits.isfinite().all() else 0.0
+
+
+def result(method: str, rate: float, seed: int, rounds: int, parts: tuple[Images, Images]) -> float:
+    """Accuracy on ``parts[1]`` after training on ``parts[0]``; 0 when training diverged."""
+    state, out = start(seed)
+    images = parts[0].pooled() if method == "centralised" else parts[0]
+    try:
+        for reached in federate(METHODS[method][0](), rate, images, state, out, rounds, seed):
+            state = reached
+    except AggregationError:  # a factor is not finite: it diverged
+        return 0.0
+    return accuracy(state, out, parts[1])
+
+
+def measured(method: str, images: list[Tensor]) -> dict[str, Cell]:
+    """A method at the rate that suits it best on the validation images: its row, of the test images."""
+    train_, validation, test = split(images, TRAIN, EVALUATED)
+    rule, rates = METHODS[method]
+    tried = {rate: result(method, rate, SEEDS, SELECTION_ROUNDS, (train_, validation)) for rate in rates}
+    best = max(tried, key=tried.__getitem__)
+    print(method, tried, flush=True)
+    reached = [result(method, best, seed, ROUNDS, (train_, test)) for seed in range(SEEDS)]
+    print(method, best, reached, flush=True)
+    state = start(0)[0]
+    sent = sum(4 * state[name].numel() for number in range(1, ROUNDS + 1) for name in rule().active(number, state))
+    return {
+        "method": method,
+        "learning rate": best,
+        "accuracy %": mean(reached),
+        "deviation": stdev(reached),
+        "lowest": min(reached),
+        "highest": max(reached),
+        "published": PUBLISHED[method],
+        "MB up per client": None if method == "centralised" else sent / 1e6,
+    }
+
+
+def table(rows: list[dict[str, Cell]]) -> Table:
+    """The rows with what they mean."""
+    return Table(
+        f"MNIST with one digit per client after {ROUNDS} rounds (RoLoRA, section 4.2), {SEEDS} seeds",
+        rows,
+        [
+            f"{TRAIN} training images of each digit, {EVALUATED} to choose the learning rate by (another seed, "
+            f"{SELECTION_ROUNDS} rounds), {EVALUATED} to test on;",
+            f"{EPOCHS} local epochs of SGD, batch {BATCH}. The paper has all 60,000 images, and 0.02 throughout.",
+        ],
+    )
+
+
+def run() -> Table:
+    """Every method."""
+    images = digits()
+    return table([measured(method, images) for method in METHODS])

@@ -1,0 +1,91 @@
+"""A site that trains on images, with every family, head and strategy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.session import Session, Tensors
+from common.config import FederationConfig, SiteConfig, resolved
+from common.yaml_file import load
+from tests.tiny_images import make_image_federation
+
+
+def session(tmp_path: Path, family: str = "vit", **strategy: Any) -> Session:
+    file = make_image_federation(tmp_path, {"site-a": 8}, family, strategy=strategy)
+    site = tmp_path / "site-a.yaml"
+    return Session(load(site, SiteConfig), site, resolved(load(file, FederationConfig), file))
+
+
+def head(own: Session) -> Tensors:
+    """By name without PEFT's copy that is not in use."""
+    named = own._tuned.model.named_parameters()
+    return {n: p.detach().clone() for n, p in named if "classifier" in n and "original_module" not in n}
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip", "dinov2"])
+def test_every_family_learns_colors(tmp_path: Path, family: str) -> None:
+    own = session(tmp_path, family, name="fedit", modules="linear", rank=2, head="train")
+    tensors = own._tuned.get()
+    assert sum("classifier" in name for name in tensors) == 2  # weight and bias
+    own.set_state(tensors, None, list(tensors))
+    before = own.evaluate()
+    assert {"evaluate.accuracy", "evaluate.macro_f1", "evaluate.mcc"} <= before.keys()
+    assert not [name for name in before if "confusion" in name]  # how many images of a site have which label
+    for number in range(1, 4):
+        trained, metrics = own.train(number, list(tensors))
+        own.set_state(trained, None, list(tensors))
+    assert metrics["train.tokens"] == 60.0  # 10 steps of 6 images
+    assert "train.rows_left_out" not in metrics
+    assert own.evaluate()["evaluate.loss"] < 0.7 * before["evaluate.loss"]
+
+
+@pytest.mark.parametrize("choice", ["train", "freeze", "local"])
+def test_head_is_averaged_frozen_or_kept(tmp_path: Path, choice: str) -> None:
+    own = session(tmp_path, name="rolora", rank=2, head=choice)
+    tensors = own._tuned.get()
+    active = [name for name in tensors if "lora_A" not in name]
+    own.set_state(tensors, None, active)
+    fresh = head(own)
+    trained, _ = own.train(1, active)
+    moved = any(not torch.equal(tensor, fresh[name]) for name, tensor in head(own).items())
+    assert moved == (choice != "freeze")
+    assert any("classifier" in name for name in trained) == (choice == "train")
+    assert bool(own.kept) == (choice == "local")
+
+
+def test_fedftg_trains_the_blocks_below_a_head_that_rests(tmp_path: Path) -> None:
+    own = session(tmp_path, name="fedftg", blocks="all", rank=4, scale=1.0, head="freeze")
+    weights = own.weights
+    assert weights is not None
+    assert {n.partition("layers.")[2].partition(".")[2] for n in weights.tensors} == {
+        "mlp.fc1.weight",
+        "mlp.fc2.weight",
+    }
+    own.follow([], weights.first, weights.first)
+    fresh, before = head(own), own.evaluate()
+    own.train(1, list(weights.tensors))
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in head(own).items())
+    assert own.evaluate()["evaluate.loss"] < before["evaluate.loss"]
+
+
+def test_unreadable_images_are_counted_where_the_site_allows_it(tmp_path: Path) -> None:
+    own = session(tmp_path, name="fedit", rank=2, head="train")
+    (tmp_path / "site-a" / "red" / "broken.png").write_bytes(b"no image")
+    site = own.site.model_copy(update={"data": own.site.data.model_copy(update={"skip_unreadable": True})})
+    own = Session(site, tmp_path / "site-a.yaml", own.federation)
+    tensors = own._tuned.get()
+    own.set_state(tensors, None, list(tensors))
+    assert own.train(1, list(tensors))[1]["train.rows_left_out"] == 1
+
+
+def test_other_settings_of_the_image_processor_are_noticed(tmp_path: Path) -> None:
+    one = session(tmp_path / "one", name="fedit", rank=2, head="train")
+    two = session(tmp_path / "two", name="fedit", rank=2, head="train")
+    assert one.hello().tokenizer_digest == two.hello().tokenizer_digest
+    file = tmp_path / "two" / "model" / "preprocessor_config.json"
+    file.write_text(file.read_text().replace('"do_normalize": true', '"do_normalize": false'))
+    three = Session(two.site, tmp_path / "two" / "site-a.yaml", two.federation)
+    assert three.hello().tokenizer_digest != two.hello().tokenizer_digest
+    assert three.hello().base_digest == two.hello().base_digest
