@@ -48,6 +48,7 @@ SITE_KEY = "site"  # node-config key: path of the site file
 _FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
+SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: how many sites this process holds at a time; without it, one
 _FROZEN = "frozen"  # the context's record of frozen tensors kept for the next message
 _STEP = "step-"  # prefix of records of steps, in messages and in the context, before the number of the round
 _HELD = "held"  # the context's record that names the version of the weights that its steps lead to
@@ -77,18 +78,18 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
             content["metrics"] = MetricRecord(shared)
             told = sorted({*shared, *(name for facts in get_records(content, ConfigRecord).values() for name in facts)})
             gate.admit(_each(message.content), _each(content), told, session.train_rows, session.update_norm)
-            log.info("%s done in %.1f s", handler.__name__, time.time() - started, extra=_known(message, context))
+            log.info("%s done in %.1f s", handler.__name__, time.time() - started, extra=_known(message, context, gate))
         except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
-            return Message(_error(error, gate, _known(message, context)), reply_to=message)
+            return Message(_error(error, gate, _known(message, context, gate)), reply_to=message)
         return Message(content, reply_to=message)
 
     return answer
 
 
-def _known(message: Message, context: Context) -> dict[str, object]:
+def _known(message: Message, context: Context, gate: "Gate | None") -> dict[str, object]:
     """What a line of the log says of the message it is about."""
     request = get_record(message.content, "config", ConfigRecord)
-    site = next((session.site.name for session in _sessions.values()), None)
+    site = None if gate is None else gate.site.name
     kind = message.metadata.message_type
     return {"run": str(context.run_id), "site": site, "round": request.get("server-round"), "event": kind}
 
@@ -232,12 +233,13 @@ def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
     key = (context.run_id, str(site_file), site.model_dump_json(), sent or "")
     if key not in _sessions:
         federation = _federation(sent)
-        _sessions.clear()
         if site.trust is not None and VETTED not in os.environ:
             raise ConfigError(
                 f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
                 f"run python -m client.worker --site {site_file.name} beside a SuperNode with --isolation process"
             )
+        while len(_sessions) >= int(os.environ.get(SESSIONS, "1")):
+            del _sessions[next(iter(_sessions))]  # the oldest
         _sessions[key] = Session(site, site_file, federation)
     return _sessions[key]
 

@@ -82,7 +82,7 @@ class ProcessGroup:
                     stdout=out,
                     stderr=subprocess.STDOUT if out is not None else None,
                     start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops the others in order
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             except OSError as error:
                 raise LaunchError(f"{name}: {command[0]} cannot be started ({error.strerror})") from None
@@ -178,7 +178,7 @@ def last_lines(log: Path | None, count: int = 5) -> str:
     return " | ".join([line for line in lines if line][-count:])
 
 
-def _die_with_parent() -> None:
-    """In the child, before it becomes another program: ask the kernel to end it when its parent dies."""
+def die_with_parent() -> None:
+    """In a child: ask the kernel to end it when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

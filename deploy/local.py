@@ -15,13 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.config import FederationConfig, SiteConfig, resolve, resolved
-from common.errors import ConfigError, DataError, FedSpanError, LaunchError, ModelError
+from common.config import FederationConfig, resolved
+from common.errors import ConfigError, FedSpanError, LaunchError
 from common.logs import configure as configure_logs
 from common.processes import ProcessGroup, Started, free_ports, last_lines, port_in_use
 from common.yaml_file import load
 from server.progress import teller
 from server.run_folder import check_resumable, read_lines, refuse_existing
+from server.site_files import check_sites
 from server.superlink import OwnSuperLink, environment
 from server.supervise import ROOT, Supervised, add_run_options, follow, to_the_end
 
@@ -59,27 +60,9 @@ def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = Fals
     for key, port in (("local.port", federation.local.port), ("local.fleet_port", federation.local.fleet_port)):
         if port is not None and port_in_use(port):
             raise LaunchError(f"{source}: `{key}` {port} is in use; give another, or leave it out for any free one")
-    sites: dict[str, Path] = {}
-    for path in map(Path, federation.local.sites):
-        site = load(path, SiteConfig)
-        if site.name in sites:
-            raise ConfigError(f"{path}: `name` {site.name!r} is also the name of {sites[site.name]}")
-        shard = resolve(site.data.path, path)
-        if not shard.exists():
-            raise DataError(f"{path}: shard {shard} does not exist")
-        model = federation.model.path if site.model is None else str(resolve(site.model, path))
-        _check_model(model, path if site.model is not None else source)
-        sites[site.name] = path
-    if federation.cohort.min_clients > len(sites):
-        needed = federation.cohort.min_clients
-        raise ConfigError(f"{source}: `cohort.min_clients` is {needed}, but `local.sites` lists {len(sites)}")
+    sites = check_sites(map(Path, federation.local.sites), federation, source)
     events = len(read_lines(run_dir / "events.jsonl"))
     return Plan(federation, source, sites, run_dir, resume=resume, events=events)
-
-
-def _check_model(path: str | None, file: Path) -> None:
-    if path is not None and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{file}: model folder {path} does not exist or holds no config.json")
 
 
 def run(plan: Plan, console: Console, tries: int) -> None:

@@ -27,12 +27,30 @@ def main(grid: Grid, context: Context) -> None:
     source, run_dir = (Path(str(context.run_config.get(key, ""))) for key in ("federation", "run-dir"))
     if not source.is_absolute() or not run_dir.is_absolute():
         raise ConfigError("--run-config must give federation='/path/FEDERATION.yaml' and run-dir='/path/runs/NAME'")
+    federate(grid, source, run_dir, resume=bool(context.run_config.get("resume", False)), flower_run=context.run_id)
+
+
+def federate(
+    grid: Grid, source: Path, run_dir: Path, *, resume: bool, flower_run: int | None, keep_model: bool = True
+) -> None:
+    """Run one federation on a grid, from its file to a run folder.
+
+    Args:
+        grid: reaches the sites.
+        source: the federation file.
+        run_dir: where the results go.
+        resume: go on with the run that is there.
+        flower_run: Flower's number of it; None: Flower knows of none.
+        keep_model: write the fine-tuned model and the report; else the numbers and answers alone.
+
+    Raises:
+        FedSpanError: with the reason, after it was written to the run folder.
+    """
     config = resolved(load(source, FederationConfig), source)
-    resume = bool(context.run_config.get("resume", False))
     folder = RunFolder.reopen(run_dir, config, source) if resume else RunFolder.create(run_dir, config, source)
-    folder.model_info({"flower_run": context.run_id})
+    folder.model_info({} if flower_run is None else {"flower_run": flower_run})
     try:
-        _run(grid, config, source, folder, resume=resume)
+        _run(grid, config, source, folder, resume=resume, keep_model=keep_model)
     except FedSpanError as error:
         folder.fail(str(error))
         raise
@@ -46,10 +64,11 @@ def main(grid: Grid, context: Context) -> None:
         folder.close()
 
 
-def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, *, resume: bool) -> None:
+def _run(
+    grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, *, resume: bool, keep_model: bool
+) -> None:
     from server.checkpoint import newest
     from server.evaluation import Evaluator
-    from server.report import write_report
     from server.rounds import RoundLoop
     from strategies.named import make_strategy
 
@@ -61,7 +80,7 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, 
     if resume:
         folder.same_models({"base_digest": evaluator.base_digest, "tokenizer_digest": evaluator.tokenizer_digest})
         folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
-        folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=_lost(config))
+        folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=lost_with_the_run(config))
     trained = {name: tensor for name, tensor in state.items() if not name.endswith(BASE_WEIGHT)}
     folder.model_info(
         {
@@ -97,12 +116,16 @@ def _run(grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, 
             for b, a in zip(before, after, strict=True)
         ]
     )
-    evaluator.export(state, folder.path)
+    if keep_model:
+        evaluator.export(state, folder.path)
     folder.finish()
-    write_report(folder.path)
+    if keep_model:
+        from server.report import write_report
+
+        write_report(folder.path)
 
 
-def _lost(config: FederationConfig) -> str | None:
+def lost_with_the_run(config: FederationConfig) -> str | None:
     """What sites keep for themselves, and no longer have in a new Flower run."""
     strategy = config.strategy
     if not isinstance(strategy, LoraConfig):

@@ -17,24 +17,24 @@ from matplotlib.ticker import MaxNLocator
 
 from server.report_facts import PHASES, SERVER, Bar
 
-_INK, _GRID, _PAPER = "#0a0b00", "#0a0b01", "#0a0b02"
-_VARIABLES = {_INK: "--plot-ink", _GRID: "--plot-grid", _PAPER: "--paper"}
+INK, _GRID, _PAPER = "#0a0b00", "#0a0b01", "#0a0b02"
+_VARIABLES = {INK: "--plot-ink", _GRID: "--plot-grid", _PAPER: "--paper"}
 _COLOURS = 8  # --plot-0 to --plot-7
-_DASHES = ("--", "-.", ":", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
-_MARKERS = "s^Dv<>PX"
+DASHES = ("--", "-.", ":", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
+MARKERS = "s^Dv<>PX"
 _HATCHES = dict(zip(PHASES, ("////", "..", "", "\\\\\\\\", "xxxx", "", "||||"), strict=True))
 _MOST_LINES = 8  # more sites than that are drawn alike
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud
     "text.parse_math": False,  # a $ in a site's name is a $
     "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
     "axes.edgecolor": _GRID,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "grid.color": _GRID,
     "legend.frameon": False,
     "hatch.linewidth": 0.7,
@@ -52,14 +52,14 @@ def curves(lines: Mapping[str, Mapping[int, float]], *, name: str, axis: str, la
         label: the figure in words, for who cannot see it.
         from_zero: start the y axis at 0.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
         names = [who for who in lines if who != SERVER]
         for number, who in enumerate(names):
             _line(axes, lines[who], number if len(names) <= _MOST_LINES else None, who if number == 0 else None, names)
         if SERVER in lines:
-            _draw(axes, lines[SERVER], color=_INK, linestyle="-", linewidth=2.2, marker="o", label="server's set")
+            _draw(axes, lines[SERVER], color=INK, linestyle="-", linewidth=2.2, marker="o", label="server's set")
         axes.set_xlabel("rounds of training behind the model (0: base model)")
         axes.set_ylabel(axis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
@@ -72,12 +72,12 @@ def curves(lines: Mapping[str, Mapping[int, float]], *, name: str, axis: str, la
         figure.legend(
             handles[::-1], labels[::-1], loc="outside upper left", ncols=min(4, len(labels)), handlelength=3.2
         )
-        return _inline(figure, name, label)
+        return inline(figure, name, label)
 
 
 def time_bars(bars: Sequence[Bar], *, name: str, label: str) -> str:
     """One stacked bar per round and site, rounds apart; round 0 stands for a mean over all rounds."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         rounds = sorted({bar.round for bar in bars})
         figure = Figure(figsize=(5.2, 0.9 + 0.2 * len(bars) + 0.3 * len(rounds)), layout="constrained")
         axes = figure.add_subplot()
@@ -97,7 +97,7 @@ def time_bars(bars: Sequence[Bar], *, name: str, label: str) -> str:
             width = [bar.seconds.get(phase, 0.0) for bar in bars]
             if any(width):
                 axes.barh(heights, width, left=left, height=0.78, **_fill(number, phase))
-        axes.set_yticks(heights, [_short(bar.who) for bar in bars])
+        axes.set_yticks(heights, [short(bar.who) for bar in bars])
         axes.set_ylim(height, 0.2)
         axes.set_xlabel("seconds")
         axes.grid(axis="x", linewidth=0.6)
@@ -107,28 +107,28 @@ def time_bars(bars: Sequence[Bar], *, name: str, label: str) -> str:
         used = [(n, p) for n, p in enumerate(PHASES) if any(bar.seconds.get(p) for bar in bars)]
         keys = [Patch(label=phase, **_fill(number, phase)) for number, phase in used]
         figure.legend(handles=keys, loc="outside upper left", ncols=4, handlelength=2.2, handleheight=1.0)
-        return _inline(figure, name, label)
+        return inline(figure, name, label)
 
 
 def _fill(number: int, phase: str) -> dict[str, Any]:
     """How a phase's bars are filled."""
-    return {"facecolor": _colour(number), "hatch": _HATCHES[phase], "edgecolor": _PAPER, "linewidth": 0.5}
+    return {"facecolor": colour(number), "hatch": _HATCHES[phase], "edgecolor": _PAPER, "linewidth": 0.5}
 
 
 def _line(axes: Axes, values: Mapping[int, float], number: int | None, first: str | None, names: list[str]) -> None:
     """A site's line; without a number it looks like all others, and the first of them stands for all in the legend."""
     if number is None:
         label = f"sites ({len(names)})" if first else None
-        _draw(axes, values, color=_colour(0), linestyle="-", linewidth=0.7, marker="", label=label)
+        _draw(axes, values, color=colour(0), linestyle="-", linewidth=0.7, marker="", label=label)
     else:
         _draw(
             axes,
             values,
-            color=_colour(number),
-            linestyle=_DASHES[number % len(_DASHES)],
+            color=colour(number),
+            linestyle=DASHES[number % len(DASHES)],
             linewidth=1.4,
-            marker=_MARKERS[number],
-            label=_short(names[number]),
+            marker=MARKERS[number],
+            label=short(names[number]),
         )
 
 
@@ -137,17 +137,18 @@ def _draw(axes: Axes, values: Mapping[int, float], **style: Any) -> None:  # noq
     axes.plot(list(values), list(values.values()), **style)
 
 
-def _colour(number: int) -> str:
+def colour(number: int) -> str:
+    """The placeholder of a line's colour."""
     return f"#0a0b{16 + number % _COLOURS:02x}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A name that fits beside a figure, in letters that its font has."""
     plain = " ".join(name.encode("ascii", "replace").decode().split())
     return plain if len(plain) <= 18 else f"{plain[:17]}~"
 
 
-def _inline(figure: Figure, name: str, label: str) -> str:
+def inline(figure: Figure, name: str, label: str) -> str:
     """The figure as an <svg> element: its own ids, no link to anywhere, sized by the page."""
     file = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -21,7 +21,7 @@ from server.report_format import clock, delta, precise, score, seconds, size, ut
 from server.report_page import PAGE, STYLE
 from server.run_folder import read_lines, write_atomically
 
-_STRATEGIES = {
+STRATEGIES = {
     "fedftg": "FedFTG",
     "flexlora": "FlexLoRA",
     "ffa-lora": "FFA-LoRA",
@@ -31,7 +31,7 @@ _STRATEGIES = {
     "fedex-lora": "FedEx-LoRA",
     "flora": "FLoRA",
 }
-_MEANINGS = {
+MEANINGS = {
     "client-cosine": (
         "Agreement of the sites",
         "mean cosine between two sites' updates; 1: the same direction, 0: unrelated, below 0: against each other",
@@ -245,7 +245,7 @@ def _time_caption(run: Run) -> str:
 
 def _shaded(table: facts.Diagnostic) -> dict[str, Any]:
     """A diagnostic as a table: per layer group (value, shade in per cent)."""
-    title, meaning = _MEANINGS.get(table.name, (table.name.replace("-", " ").capitalize(), ""))
+    title, meaning = MEANINGS.get(table.name, (table.name.replace("-", " ").capitalize(), ""))
     rounds = facts.some(table.rounds, _MOST_COLUMNS)
     values = [v for cells in table.groups.values() for v in cells.values() if v is not None]
     low, high = min(values, default=0.0), max(values, default=0.0)
@@ -296,7 +296,7 @@ def _planned(run: Run) -> object:
 def _strategy(run: Run) -> str:
     settings = yaml.safe_load(run.settings) or {}
     name = str((settings.get("strategy") or {}).get("name", "–"))
-    return _STRATEGIES.get(name, name)
+    return STRATEGIES.get(name, name)
 
 
 def _versions(run: Run) -> list[tuple[str, str]]:

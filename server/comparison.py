@@ -1,0 +1,271 @@
+"""An experiment's folder as page and tables: ``python -m server.comparison DIR``.
+
+    comparison.html         one self-contained page
+    comparison.md           the final tables
+    comparison.csv          the final numbers, one per line
+    comparison-rounds.csv   every number of every seed and round
+
+Made from the folder alone, so it can be made again at any time; what is not there yet is left out. The same folder
+gives the same bytes.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from common import units
+from common.errors import FedSpanError, LaunchError
+from server import comparison_plots as plots
+from server.comparison_facts import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
+from server.comparison_page import PAGE
+from server.report import MEANINGS, STRATEGIES
+from server.report_facts import SCORES
+from server.report_format import precise, score, seconds, whole
+from server.report_page import STYLE
+from server.run_folder import write_atomically
+
+_SETTING = ("clients", "alpha", "rank", "local_steps")
+_DRAWN = ("client-cosine", "client-norm", "numerical-rank", "stable-rank", "truncation-loss", "aggregation-error")
+_CURVES = ("loss", "accuracy", "rouge_l", "bleu_4")
+
+
+def write_comparison(out: Path) -> Path:
+    """Write the comparison into an experiment's folder; the page's file.
+
+    Raises:
+        LaunchError: the folder holds no experiment, or a file cannot be read or written.
+    """
+    found = read_comparison(out)
+    files = {
+        "comparison.html": render(found),
+        "comparison.md": markdown(found),
+        "comparison.csv": _csv(
+            ("strategy", *_SETTING, "learning_rate", "measure", "mean", "deviation", "seeds"), _final(found)
+        ),
+        "comparison-rounds.csv": _csv(("strategy", *_SETTING, "seed", "round", "measure", "value"), _rounds(found)),
+    }
+    for name, text in files.items():
+        try:
+            write_atomically(out / name, text)
+        except OSError as error:
+            raise LaunchError(f"{out / name} cannot be written: {error.strerror or error}") from None
+    return out / "comparison.html"
+
+
+def markdown(found: Comparison) -> str:
+    """The final tables, one per setting."""
+    parts = [f"# {found.name}", "", "Mean ± standard deviation over seeds, on the test set; the best mean is bold."]
+    for group in found.groups:
+        scores = group.scores()
+        heads = [f"{s.title} {'↓' if s.lower_is_better else '↑'}" for s in scores]
+        parts += ["", f"**{group.title}**", ""]
+        parts += [_cells(["Strategy", "Rate", "Seeds", *heads, "Moved per site and round"])]
+        parts += [_cells(["---", *["---:"] * (len(heads) + 3)])]
+        for row in _rows(group):
+            told = [f"**{text}**" if best else text for text, best in row["scores"]]
+            parts += [_cells([row["title"], row["rate"], str(row["seeds"]), *told, row["moved"]])]
+    return "\n".join(parts) + "\n"
+
+
+def render(found: Comparison) -> str:
+    """The page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"whole": whole}
+    groups = [_shown(group, number) for number, group in enumerate(found.groups)]
+    partitions = [
+        (_partition_title(held), _partition_figure(held, number), held) for number, held in enumerate(found.partitions)
+    ]
+    samples_title, samples = _samples(found.groups)
+    diagnostics = {name for group in found.groups for name in _diagnostics(group)}
+    contents = [("result", "Result"), ("curves", "Round by round")]
+    contents += [("updates", "Updates")] if diagnostics else []
+    contents += [("partitions", "Who holds what")] if partitions else []
+    contents += [("answers", "Answers")] if samples else []
+    lines = [line for group in found.groups for line in group.lines]
+    return environment.from_string(PAGE).render(
+        style=Markup(STYLE),  # noqa: S704 - a constant
+        name=found.name,
+        select_by=next(s.title for s in SCORES if s.key == found.select_by),
+        missing=sum(line.missing or (line.rate is None) for line in lines),
+        wanted=sum(line.missing + len(line.seeds) or 1 for line in lines),
+        headline=headline(found),
+        contents=contents,
+        groups=groups,
+        scores=[s for s in SCORES if any(s in group.scores() for group in found.groups)],
+        any_diagnostics=bool(diagnostics),
+        meanings=[MEANINGS[name] for name in _DRAWN if name in diagnostics],
+        partitions=partitions,
+        samples_title=samples_title,
+        samples=samples,
+    )
+
+
+def headline(found: Comparison) -> list[str]:
+    """Which strategy was best in how many settings, by the last of the scores that were measured."""
+    sentences = []
+    for key in ("loss", "accuracy", "rouge_l"):
+        (how,) = [s for s in SCORES if s.key == key]
+        judged = [group for group in found.groups if how in group.scores() and len(group.lines) > 1]
+        wins: dict[str, int] = {}
+        for strategy in (strategy for group in judged for strategy in group.best(how)):
+            wins[_title(strategy)] = wins.get(_title(strategy), 0) + 1
+        name = how.title if key == "rouge_l" else how.title.lower()
+        if len(judged) == 1:
+            sentences.append(f"Best mean {name}: {' and '.join(wins)}.")
+        elif wins:
+            told = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda w: (-w[1], w[0])))
+            sentences.append(f"Best mean {name} of {len(judged)} settings: {told}.")
+    return sentences or ["There is no result to compare yet."]
+
+
+def _shown(group: Group, number: int) -> dict[str, Any]:
+    """A setting as the page shows it."""
+    lines = [(_title(line.strategy), line) for line in group.lines if line.seeds]
+    curves = []
+    for how in [s for s in group.scores() if s.key in _CURVES]:
+        ends = "; ".join(f"{title} {_estimate(line.final(how.key))}" for title, line in lines)
+        svg = plots.curves(
+            lines,
+            how.key,
+            name=f"{how.key}-{number}",
+            axis=how.title,
+            label=f"{how.title}, {group.title}. {ends}.",
+        )
+        better = "Lower" if how.lower_is_better else "Higher"
+        curves.append((Markup(svg), f"{how.title}. {better} is better; the axis need not start at zero."))  # noqa: S704
+    panels = {
+        MEANINGS[name][0]: [(title, line.diagnostic(name)) for title, line in lines] for name in _diagnostics(group)
+    }
+    drawn = ""
+    if panels:
+        drawn = plots.over_rounds(panels, name=f"updates-{number}", label=f"{', '.join(panels)}; {group.title}.")
+    return {
+        "title": group.title,
+        "scores": group.scores(),
+        "rows": _rows(group),
+        "curves": curves,
+        "diagnostics": Markup(drawn),  # noqa: S704 - drawn here
+    }
+
+
+def _rows(group: Group) -> list[dict[str, Any]]:
+    """The final table's rows."""
+    rows = []
+    for line in group.lines:
+        scores = [(_estimate(line.final(s.key)), line.strategy in group.best(s)) for s in group.scores()]
+        moved, spent = line.final(BYTES), line.final(SECONDS)
+        rounds = max((seed.last for seed in line.seeds), default=0)
+        rows.append(
+            {
+                "title": _title(line.strategy),
+                "rate": "–" if line.rate is None else f"{line.rate:g}{'†' if line.edge else ''}",
+                "seeds": len(line.seeds),
+                "scores": scores,
+                "moved": "–" if moved is None or not rounds else units.size(moved.mean / rounds / group.clients),
+                "seconds": "–" if spent is None or not rounds else seconds(spent.mean / rounds),
+            }
+        )
+    return rows
+
+
+def _diagnostics(group: Group) -> list[str]:
+    """Which diagnostics any strategy of a setting reports."""
+    return [name for name in _DRAWN if any(line.diagnostic(name) for line in group.lines)]
+
+
+def _partition_title(held: Partition) -> str:
+    return Group(held.clients, held.alpha, None, None, []).title
+
+
+def _partition_figure(held: Partition, number: int) -> Markup:
+    rows = [sum(counts.values()) for counts in held.sites.values()]
+    label = f"{len(rows)} sites with {min(rows):,} to {max(rows):,} rows, {len(held.labels)} labels."
+    return Markup(plots.partition(held, name=f"partition-{number}", label=label))  # noqa: S704 - drawn here
+
+
+def _samples(groups: list[Group]) -> tuple[str, list[dict[str, Any]]]:
+    """Of the first setting that has answers: its title, and each question with the answers of all strategies."""
+    for group in groups:
+        answered = [(_title(line.strategy), line.seeds[0].samples) for line in group.lines if line.seeds]
+        answered = [(title, samples) for title, samples in answered if samples]
+        if answered:
+            questions = []
+            for number, first in enumerate(answered[0][1]):
+                told = [("Expected", first["expected"]), ("Base model", first["before"])]
+                told += [(title, samples[number]["after"]) for title, samples in answered if number < len(samples)]
+                questions.append({"prompt": first["prompt"], "expected": first["expected"], "answers": told})
+            return group.title, questions
+    return "", []
+
+
+def _final(found: Comparison) -> Iterator[tuple[object, ...]]:
+    for group, line in _lines(found):
+        for key in (*(s.key for s in SCORES), BYTES, SECONDS):
+            estimate = line.final(key)
+            if estimate is not None:
+                yield *_place(group, line), line.rate, key, estimate.mean, estimate.deviation, estimate.seeds
+
+
+def _rounds(found: Comparison) -> Iterator[tuple[object, ...]]:
+    for group, line in _lines(found):
+        for seed in line.seeds:
+            measured = {**seed.scores, BYTES: seed.bytes, SECONDS: seed.seconds, **seed.diagnostics}
+            for key, values in measured.items():
+                for number, value in values.items():
+                    yield *_place(group, line), seed.seed, number, key, value
+
+
+def _lines(found: Comparison) -> Iterator[tuple[Group, Line]]:
+    yield from ((group, line) for group in found.groups for line in group.lines)
+
+
+def _place(group: Group, line: Line) -> tuple[object, ...]:
+    return line.strategy, group.clients, group.alpha, group.rank, group.local_steps
+
+
+def _csv(head: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _cells(texts: list[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _title(strategy: str) -> str:
+    return STRATEGIES.get(strategy, strategy)
+
+
+def _estimate(value: Estimate | None) -> str:
+    """Mean ± deviation as the tables show it."""
+    if value is None:
+        return "–"
+    return score(value.mean) if value.deviation is None else f"{score(value.mean)} ± {precise(value.deviation)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server.comparison", description="Write an experiment's comparison."
+    )
+    parser.add_argument("experiment", type=Path, metavar="DIR", help="an experiment's folder, e.g. runs/NAME")
+    try:
+        print(write_comparison(parser.parse_args(arguments).experiment))  # noqa: T201
+    except FedSpanError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Compare strategies: ``python -m server.experiment EXPERIMENT.yaml [--scale NAME] [--out DIR] [--jobs N]``.
+
+For every setting of the grid (strategy, clients, alpha, rank, local steps) the learning rate is picked on the
+validation set; with it, every seed is run and judged on the test set. All runs are federations in one process each
+(``server.inprocess``) on the round loop, strategies and ClientApp of a real one.
+
+    DIR/experiment.json   the settings with their learning rates, and who holds which labels
+    DIR/select/CELL/      a run folder per learning rate, evaluated on the validation set
+    DIR/final/CELL/       a run folder per seed, evaluated on the test set
+    DIR/comparison.*      see ``server.comparison``
+
+Called again, it skips cells that have ended well, lets killed ones go on, and tries failed ones once more. Exit codes:
+0 all is there, 1 a cell failed, 2 a file or an argument is wrong, 130 interrupted.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from common.config import ClassificationTask, DataConfig, SiteConfig
+from common.errors import FedSpanError, LaunchError
+from common.processes import last_lines
+from common.rows import load_rows
+from common.yaml_file import load
+from server import cell as cells
+from server.experiment_config import load_experiment
+from server.experiment_plan import Cell, Plan, Setting
+from server.report_facts import SCORES, SERVER
+from server.report_format import clock
+from server.run_folder import read_lines, write_atomically
+
+_GRACE = 5.0  # seconds between asking a cell to end and ending it
+
+
+class Experiment:
+    """An experiment at work in its folder.
+
+    Args:
+        plan: what is to be run.
+        out: the experiment's folder.
+        jobs: cells at a time.
+        console: where progress is shown.
+    """
+
+    def __init__(self, plan: Plan, out: Path, jobs: int, console: Console) -> None:
+        self._plan, self._out, self._jobs, self._console = plan, out, jobs, console
+        self._threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        self._running: dict[BaseProcess, tuple[Cell, float]] = {}
+
+    def run(self) -> None:
+        """All cells, as far as they are not there yet."""
+        plan = self._plan
+        rates: dict[Setting, float | None] = dict.fromkeys(plan.settings)
+        partitions = _partitions(plan)
+        self._write(rates, partitions)
+        self._cells("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
+        rates = {setting: self._pick(setting) for setting in plan.settings}
+        self._write(rates, partitions)
+        final = [cell for setting, rate in rates.items() if rate is not None for cell in plan.final(setting, rate)]
+        self._cells("seeds", final)
+
+    def complete(self) -> bool:
+        """Whether every setting has all of its seeds."""
+        for setting in self._plan.settings:
+            rate = self._pick(setting)
+            if rate is None or not all(_is_done(self._out / cell.folder) for cell in self._plan.final(setting, rate)):
+                return False
+        return True
+
+    def _cells(self, what: str, wanted: list[Cell]) -> None:
+        """Run cells, some at a time."""
+        waiting = deque(cell for cell in wanted if not _is_done(self._out / cell.folder))
+        done = len(wanted) - len(waiting)
+        self._console.print(f"{what}: {len(wanted)} cells, {done} of them done")
+        try:
+            while waiting or self._running:
+                while waiting and len(self._running) < self._jobs:
+                    cell = waiting.popleft()
+                    federation = self._plan.federation(cell)
+                    process = cells.start(self._out / cell.folder, federation, cell.facts(), self._threads)
+                    self._running[process] = cell, time.monotonic()
+                wait([process.sentinel for process in self._running])
+                for process in [p for p in self._running if not p.is_alive()]:
+                    cell, began = self._running.pop(process)
+                    done += 1
+                    told = self._ended(cell, process)
+                    self._console.print(
+                        f"{done}/{len(wanted)} {cell.folder}: {told} ({clock(time.monotonic() - began)})"
+                    )
+        finally:
+            self._stop()
+
+    def _ended(self, cell: Cell, process: BaseProcess) -> str:
+        """How a cell ended, in words."""
+        folder = self._out / cell.folder
+        process.join()
+        if _is_done(folder):
+            key = self._plan.config.select_by
+            return f"{key} {last_scores(folder).get(key, math.nan):.4f}"
+        reason = cells.outcome(folder).get("reason") if process.exitcode == 1 else None
+        reason = reason or f"its process ended with {process.exitcode}: {last_lines(folder / cells.LOG)}"
+        return f"failed: {reason}"
+
+    def _stop(self) -> None:
+        for process in self._running:
+            process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for process in self._running:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        self._running.clear()
+
+    def _pick(self, setting: Setting) -> float | None:
+        """The learning rate with the best score on the validation set, of equals the smallest; None: all failed."""
+        found = self._tried(setting)
+        if not found:
+            return self._plan.rates(setting)[0]
+        (how,) = [score for score in SCORES if score.key == self._plan.config.select_by]
+        sign = 1 if how.lower_is_better else -1
+        ranked = sorted((sign * score, rate) for rate, score in found.items() if score is not None)
+        return ranked[0][1] if ranked else None
+
+    def _tried(self, setting: Setting) -> dict[float, float | None]:
+        """Scores on the validation set by learning rate; None where the cell failed."""
+        key = self._plan.config.select_by
+        return {c.learning_rate: last_scores(self._out / c.folder).get(key) for c in self._plan.selection(setting)}
+
+    def _write(self, rates: dict[Setting, float | None], partitions: list[dict[str, Any]]) -> None:
+        settings = []
+        for setting, rate in rates.items():
+            final = [] if rate is None else self._plan.final(setting, rate)
+            tried = [{"learning_rate": r, "score": s} for r, s in self._tried(setting).items()]
+            about = {k: v for k, v in Cell(setting, 0.0, 0, final=True).facts().items() if k in _SETTING}
+            settings.append({**about, "learning_rate": rate, "tried": tried, "cells": [cell.folder for cell in final]})
+        config = self._plan.config
+        summary = {"name": config.name, "select_by": config.select_by, "settings": settings, "partitions": partitions}
+        write_atomically(self._out / cells.SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+_SETTING = ("strategy", "clients", "alpha", "rank", "local_steps")
+
+
+def last_scores(folder: Path) -> dict[str, float]:
+    """The server's scores of the final state; empty when the cell did not end well."""
+    if not _is_done(folder):
+        return {}
+    measured = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
+    newest = max(measured, key=lambda r: r["round"], default={})
+    return {key: value for key, value in newest.get("evaluate", {}).items() if value is not None}
+
+
+def _is_done(folder: Path) -> bool:
+    return bool(cells.outcome(folder).get("status") == "completed")
+
+
+def _partitions(plan: Plan) -> list[dict[str, Any]]:
+    """How many rows of which label every site has; of all rows together where nothing is a label."""
+    found = []
+    for (clients, alpha), files in plan.sites.items():
+        sites = {}
+        for file in files:
+            site = load(file, SiteConfig)
+            data = site.data
+            task = plan.federation(plan.final(plan.settings[0], 1.0)[0]).task
+            column = plan.config.data.label or (data.answer if isinstance(task, ClassificationTask) else None)
+            wanted = DataConfig(path=data.path, format=data.format, prompt=data.prompt, answer=column or data.answer)
+            rows = load_rows(wanted, file)
+            counts = Counter(row.answer for row in rows) if column is not None else {"rows": len(rows)}
+            sites[site.name] = dict(sorted(counts.items()))
+        found.append({"clients": clients, "alpha": alpha, "sites": sites})
+    return found
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep a second experiment out of a folder.
+
+    Raises:
+        LaunchError: there is one already, or the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise LaunchError(f"{out}: another experiment is at work in this folder") from None
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m server.experiment", description="Compare strategies on a grid.")
+    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("--scale", metavar="NAME", help="one of the file's `scales`")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME, with a scale runs/NAME-SCALE")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time; they share the cores")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    from server.comparison import write_comparison
+
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; allowed: 1 and more")
+    console = Console(highlight=False, soft_wrap=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        source = options.experiment.resolve()
+        plan = Plan(load_experiment(source, options.scale), source)
+        name = "-".join(filter(None, (plan.config.name, options.scale)))
+        out = (options.out or Path("runs") / name).resolve()
+        plan.refuse_changed(out)
+        with _alone_in(out):
+            experiment = Experiment(plan, out, options.jobs, console)
+            experiment.run()
+            page = write_comparison(out)
+    except KeyboardInterrupt:
+        print("stopped; called again, it goes on", file=sys.stderr)  # noqa: T201
+        return 130
+    except FedSpanError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    console.print(f"comparison: {page}")
+    return 0 if experiment.complete() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
