@@ -8,10 +8,10 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint faults bench clean
+.PHONY: help setup demo test lint faults compose-test bench clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: $(READY) ## Make .venv with everything that constraints.txt pins
 
@@ -34,6 +34,9 @@ lint: $(READY) ## Format check, lint and types only
 
 faults: $(READY) ## Inject faults into real federations (about an hour); ends with a table
 	$(BIN)/python -m pytest tests/faults tests/processes/test_supervise.py -m "long or not long"
+
+compose-test: $(READY) ## Build, run and attack the containers; needs a Docker engine
+	$(BIN)/python -m pytest tests/compose -m "long or not long"
 
 bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
 	$(BIN)/python -m benchmarks
