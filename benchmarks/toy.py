@@ -29,7 +29,7 @@ TRAIN, EVALUATED = 320, 200  # images of each digit: for training; for the choic
 #: Rule, and the learning rates that it may choose from. FFA-LoRA wants larger ones than LoRA.
 METHODS: dict[str, tuple[type[Averaging], tuple[float, ...]]] = {
     "LoRA (FedIT)": (FedITRule, (0.005, 0.01, 0.02)),
-    "FFA-LoRA": (FFALoRARule, (0.05, 0.1, 0.2)),
+    "FFA-LoRA": (FFALoRARule, (0.1, 0.2, 0.5)),
     "RoLoRA": (RoLoRARule, (0.005, 0.01, 0.02)),
     "centralised": (FedITRule, (0.005, 0.01, 0.02)),
 }

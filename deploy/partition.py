@@ -32,8 +32,8 @@ class Plan:
 
     Attributes:
         by: ``iid``; ``dirichlet``: every label's rows in shares drawn from Dirichlet(``alpha``); ``label``: a site has
-            ``labels_per_site`` labels; ``column``: a site per value of ``column``; ``quantity``: sites as large as
-            ``sizes`` say, relative to each other.
+            ``labels_per_site`` labels, or what is left of them; ``column``: a site per value of ``column``;
+            ``quantity``: sites as large as ``sizes`` say, relative to each other.
         sites: how many; None for ``column`` and ``quantity``, which say it themselves.
         label: the column with labels; None: rows have none.
     """
@@ -57,7 +57,7 @@ def split(rows: list[Cells], plan: Plan) -> list[list[int]]:
     import datasets
     from flwr_datasets import partitioner as by
 
-    column, sites = plan.column if plan.by == "column" else plan.label, plan.sites or 0
+    sites = plan.sites or 0
     if sites > len(rows):
         raise DataError(f"{sites} sites for {len(rows)} rows: some would be empty; take fewer sites")
     partitioner: by.Partitioner
@@ -67,14 +67,12 @@ def split(rows: list[Cells], plan: Plan) -> list[list[int]]:
         case "dirichlet":
             partitioner = by.DirichletPartitioner(sites, "key", plan.alpha, min_partition_size=1, seed=plan.seed)
         case "label":
-            each = plan.labels_per_site
-            partitioner = by.PathologicalPartitioner(sites, "key", each, "deterministic", seed=plan.seed)
+            partitioner = by.PathologicalPartitioner(sites, "key", 1, "deterministic", seed=plan.seed)
         case "column":
             partitioner = by.NaturalIdPartitioner("key")
         case "quantity":
             partitioner = by.SizePartitioner(_rows_each(plan.sizes or (), len(rows)))
-    keys = ["" if column is None else _value(row, column, n) for n, row in enumerate(rows, start=1)]
-    table = datasets.Dataset.from_dict({"key": keys, "row": list(range(len(rows)))})
+    table = datasets.Dataset.from_dict({"key": _keys(rows, plan), "row": list(range(len(rows)))})
     partitioner.dataset = table if plan.by == "column" else table.shuffle(seed=plan.seed)
     try:
         with warnings.catch_warnings(action="ignore"):  # of attempts that left a site empty
@@ -88,6 +86,18 @@ def split(rows: list[Cells], plan: Plan) -> list[list[int]]:
     if lost:
         raise DataError(f"{lost} of {len(rows)} rows would be at no site; take more sites, or more labels per site")
     return found
+
+
+def _keys(rows: list[Cells], plan: Plan) -> list[str]:
+    """What decides, of every row, where it goes."""
+    column = plan.column if plan.by == "column" else plan.label
+    if column is None:
+        return [""] * len(rows)
+    keys = [_value(row, column, number) for number, row in enumerate(rows, start=1)]
+    if plan.by != "label" or plan.labels_per_site is None:
+        return keys
+    place = {label: number // plan.labels_per_site for number, label in enumerate(sorted(set(keys)))}
+    return [f"{place[key]:06}" for key in keys]  # labels that follow each other stay together
 
 
 def _rows_each(sizes: tuple[float, ...], rows: int) -> list[int]:

@@ -57,7 +57,8 @@ def run(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )
     try:
-        loop = RoundLoop(grid, config, settings_for_sites(config), strategy, evaluator, record)
+        told = {"federation": settings_for_sites(config)}
+        loop = RoundLoop(grid, config, told, strategy, evaluator, record)
         state = loop.run(evaluator.initial_state())
     finally:
         record.close()

@@ -53,7 +53,7 @@ def test_processes_that_start_together_do_not_meet_in_a_cache() -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    answers = [process.communicate(timeout=120)[0] for process in processes]
+    answers = [process.communicate(timeout=280)[0] for process in processes]
     assert [float(answer) for answer in answers] == pytest.approx([1.0, 1.0])
 
 

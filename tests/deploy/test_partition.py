@@ -66,7 +66,8 @@ def test_splits_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch, data: 
     assert [len(shard) for shard in found["quantity"]] == [120, 60, 20]
     assert [len(shard) for shard in found["iid"]] == [67, 67, 66]
     assert [{row["ward"] for row in shard} for shard in found["column"]] == [{f"ward {i}"} for i in range(4)]
-    assert all(len({row["label"] for row in shard}) == 2 for shard in found["label"])
+    held = [{row["label"] for row in shard} for shard in found["label"]]
+    assert held == [{"a", "b"}, {"c", "d"}, {"a", "b"}, {"c", "d"}]
 
     def skew(by: str) -> float:
         """Mean share of a site's most frequent label; 0.25 when labels are spread evenly."""
