@@ -35,8 +35,8 @@ lint: $(READY) ## Format check, lint and types only
 faults: $(READY) ## Inject faults into real federations (about an hour); ends with a table
 	$(BIN)/python -m pytest tests/faults tests/processes/test_supervise.py -m "long or not long"
 
-compose-test: $(READY) ## Build, run and attack the containers; needs a Docker engine
-	$(BIN)/python -m pytest tests/compose -m "long or not long"
+compose-test: $(READY) ## Build, run and attack the containers (about 25 minutes); needs a Docker engine
+	$(BIN)/python -m pytest tests/compose -m long -s -v
 
 bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
 	$(BIN)/python -m benchmarks

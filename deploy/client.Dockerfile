@@ -19,6 +19,13 @@ RUN python -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
 
+# What tells the installed version: metadata alone, the code is copied as it is.
+FROM build AS metadata
+COPY LICENSE ./
+RUN touch README.md \
+ && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation \
+      -c constraints.txt --target /metadata .
+
 # The same without PyTorch's headers and tests, and without pip: nothing can be installed in a container that runs.
 FROM build AS lean
 RUN rm -rf /opt/venv/lib/python3.*/site-packages/torch/include /opt/venv/lib/python3.*/site-packages/torch/test \
@@ -30,9 +37,10 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=lean /opt/venv /opt/venv
 # HOME and USER, because an arbitrary user id has neither; nothing is installed and nobody is called while it runs.
-ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 WORKDIR /app
+COPY --from=metadata /metadata /metadata
 COPY LICENSE pyproject.toml ./
 COPY common common
 COPY strategies strategies

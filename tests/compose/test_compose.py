@@ -7,6 +7,7 @@ one thing may take.
 import json
 import shutil
 import time
+import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def test_image_is_for_nobody_in_particular_and_installs_nothing(engine: Engine, 
     assert image["Config"]["User"] == "10001:0"
     assert image["Config"]["Healthcheck"]["Test"][:4] == ["CMD", "python", "-m", "deploy.health"]
     assert image["Config"]["Labels"]["org.opencontainers.image.title"] == f"FedSpan {name}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    version = "import importlib.metadata as m; print(m.version('fedspan'))"
+    assert (
+        engine.docker("run", "--rm", "--entrypoint", "python", f"fedspan-{name}", "-c", version) == project["version"]
+    )
     told = engine.docker("run", "--rm", f"fedspan-{name}", "pip", "--version", check=False)
     assert "No module named pip" in told
     print(f"fedspan-{name}: {image['Size'] / 1e6:.0f} MB")  # noqa: T201
@@ -121,6 +127,7 @@ class Intruders:
         command += " --fleet-api-address=0.0.0.0:9092 --ssl-ca-certfile=/certs/ca.crt --ssl-certfile=/certs/server.pem"
         command += " --ssl-keyfile=/certs/server.key --registry=/registry/sites.json"
         engine.docker("rm", "-f", engine.container("server"))
+        engine.compose("restart", *SITES)  # what a worker runs already was signed
         engine.compose("run", "-d", "--no-deps", "--use-aliases", *self._mount, "server", *command.split())
         self.server = engine.container("server")
 
