@@ -140,7 +140,7 @@ class Link:
             return False
         if told is not None and told.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
             _end(LinkError(f"{self._address} wants a registered key: give --auth-supernode-private-key"))
-        if code == grpc.StatusCode.CANCELLED:  # the SuperLink was stopped in the middle of its answer
+        if code == grpc.StatusCode.CANCELLED and "Channel closed" not in details:  # not here: the SuperLink was stopped
             return False
         if code == grpc.StatusCode.UNAVAILABLE and "handshake" in details.lower():
             try:
@@ -255,7 +255,11 @@ def main() -> None:
     turns = _Turns()
     start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
     start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
-    flower_supernode()
+    try:
+        flower_supernode()
+    except SystemExit as end:  # at once: a thread that still tries to reach the SuperLink would keep the process
+        sys.stdout.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     # Its loop has ended by an error; its Runtime API would keep the process, and the worker, waiting for ever.
     _end(LinkError(f"the link to {flowers.superlink} ended; the lines above say why"))
 

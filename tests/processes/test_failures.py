@@ -66,7 +66,7 @@ def test_interrupt_in_the_middle_stops_everything(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 9})
     launcher = start(file)
     try:
-        wait_for(lambda: any("--bench" in line for line in survivors(file)), 90)
+        wait_for(lambda: any("bench.py" in line for line in survivors(file)), 90)
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(timeout=30) == 130
     finally:
@@ -79,7 +79,7 @@ def test_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9})
     launcher = start(file)
     try:
-        wait_for(lambda: any("--bench" in line for line in survivors(file)), 90)
+        wait_for(lambda: any("bench.py" in line for line in survivors(file)), 90)
     finally:
         launcher.kill()
         launcher.communicate()
