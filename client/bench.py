@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -122,7 +123,8 @@ def _distrust(content: bytes, message: Message, trust: dict[str, Any] | None) ->
 
 def _load(content: bytes, run: Run, folder: str) -> ClientApp:
     """Unpack a bundle and load its app from there, whatever its sender calls it."""
-    path = install_from_fab(content, Path(folder), skip_prompt=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # Flower says there what it has done, in no format of ours
+        path = install_from_fab(content, Path(folder), skip_prompt=True)
     return get_load_client_app_fn("", str(path), multi_app=True)(run.fab_id, run.fab_version, "")
 
 
