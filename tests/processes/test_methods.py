@@ -16,6 +16,8 @@ from tests.tiny import make_federation
 IDS = torch.arange(5, 13)[None]
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
 
+pytestmark = pytest.mark.long  # tests/client/test_methods_apps.py runs both apps in one process
+
 
 def run(folder: Path, strategy: str, max_rank: int | None = None, **changes: object) -> Path:
     """A federation of two sites that ended well."""
