@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -11,6 +12,7 @@ from tests.processes.launcher import launch, survivors
 from tests.tiny_images import COLORS, make_image_federation
 
 
+@pytest.mark.long
 def test_sites_learn_to_tell_images_apart(tmp_path: Path) -> None:
     file = make_image_federation(tmp_path, {"site-a": 8, "site-b": 12})
     done = launch(file)
