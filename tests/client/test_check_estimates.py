@@ -37,18 +37,26 @@ def middle_sized(folder: Path) -> None:
 def test_estimated_peak_is_the_measured_one(
     files: Files, strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The resident peak of a real process that trains, whose allocator gives back at once what it need not hold."""
-    middle_sized(files.site.parent / "model")
+    """What a larger model adds to the resident peak of a real process, whose allocator keeps nothing to itself.
+
+    The same process with a tiny model is taken off, because how much Python and its libraries hold differs by machine.
+    """
     files.change("federation", strategy=strategy, training={"batch_size": 24})
-    subject = files.subject()
     monkeypatch.setattr(memory, "_ALLOCATOR", 1.0)
-    peak = memory.estimate(subject.tuned, subject.settings, subject.largest(24), subject.steps, None)
-    estimated = peak.total + memory.host_bytes(subject.tuned, subject.settings.strategy, 0, 0)
     for limit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(limit, "65536")
-    real = measured(files.site, files.federation, 2, 200.0)["host"]
-    assert peak.total > 0.25 * real
-    assert estimated == pytest.approx(real, rel=0.1)
+
+    def peaks() -> tuple[float, float]:
+        subject = files.subject()
+        peak = memory.estimate(subject.tuned, subject.settings, subject.largest(24), subject.steps, None)
+        estimated = peak.total + memory.host_bytes(subject.tuned, subject.settings.strategy, 0, 0)
+        return estimated, measured(files.site, files.federation, 2, 200.0)["host"]
+
+    tiny = peaks()
+    middle_sized(files.site.parent / "model")
+    middle = peaks()
+    estimated, real = (large - small for large, small in zip(middle, tiny, strict=True))
+    assert 0.95 * real < estimated < 1.3 * real
 
 
 @pytest.mark.parametrize(
