@@ -4,7 +4,6 @@ Each optimizer runs in a process of its own, so that the peak of its memory is i
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.table import Cell, Table
+from common.memory import resident_peak
 
 RANK, BLOCKS, TOKENS, STEPS, LR = 128, 3, 64, 8, 1e-4
 OPTIMIZERS = ("none", "ours", "ours, shared", "ours, 8bit", "galore-torch", "torch AdamW")
@@ -82,7 +82,7 @@ def measure(name: str) -> dict[str, float]:
         started = time.perf_counter()
         _iterate(model, optimizer, x)
         times.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = resident_peak() - before
     state = 0
     if optimizer is not None:
         held = [v for s in optimizer.state.values() for v in s.values()]

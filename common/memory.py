@@ -1,14 +1,30 @@
-"""When memory runs out: go on with fewer rows at a time."""
+"""How much memory a process took at most; and when it runs out: go on with fewer rows at a time."""
 
 import gc
+import re
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 E = TypeVar("E")
 T = TypeVar("T")
+
+
+def resident_peak() -> int:
+    """Most bytes that this process's program has held resident at a time.
+
+    On Linux ``ru_maxrss`` would be too large: it counts what the process held before it became this program, which
+    after a fork is all that its parent held.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def attempt(work: Callable[[], T]) -> T | None:

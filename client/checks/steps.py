@@ -6,7 +6,6 @@ memory, and because a process knows its peak only as a whole.
 """
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from client.session import Session
 from common.config import FederationConfig, SiteConfig, resolved
 from common.errors import FedSpanError, TrainingError
+from common.memory import resident_peak
 from common.yaml_file import load
 from strategies.named import make_rule
 
@@ -51,7 +51,7 @@ def _make(site_file: Path, federation_file: Path, steps: int) -> dict[str, float
     _, metrics = session.train(1, names)
     return {
         "seconds": metrics["train.seconds"] / metrics["train.steps"],
-        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        "host": float(resident_peak()),
         "device": metrics["train.peak_memory_bytes"],
         "rows": metrics["train.micro_batch"],
     }

@@ -1,11 +1,13 @@
-"""Work that runs out of memory goes on with fewer rows at a time."""
+"""A process's peak is its own; work that runs out of memory goes on with fewer rows at a time."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from common.memory import attempt, halving
+from common.memory import attempt, halving, resident_peak
 
 
 def worker(most: int, sizes: list[int]) -> Callable[[list[int]], int]:
@@ -16,6 +18,16 @@ def worker(most: int, sizes: list[int]) -> Callable[[list[int]], int]:
         return sum(rows)
 
     return total
+
+
+def test_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
+    code = "from common.memory import resident_peak as peak; a = peak(); b = b'x' * 200_000_000; print(a, peak())"
+    held = b"x" * 1_000_000_000
+    assert resident_peak() > len(held)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < len(held)
+    assert after == pytest.approx(before + 200_000_000, rel=0.05)
 
 
 @pytest.mark.parametrize(
