@@ -11,9 +11,12 @@ W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank and a bfloat16
 can be projected and freed during backward, as soon as it is there; clipping is by the norm of the projected gradients,
 which is what the inner optimizer sees and does not depend on when gradients are freed; the state holds only tensors
 and numbers, so it loads with ``weights_only=True``.
+
+Tensors that have no low rank to use, such as a classifier's new head, take part unprojected: the inner optimizer sees
+their gradients, and its step is not scaled.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -31,7 +34,8 @@ class GaLore(torch.optim.Optimizer):
     """GaLore over named weight matrices.
 
     Args:
-        params: the weights by name, each 2-D; the names seed the range finder and appear in errors.
+        params: the weights by name, each 2-D but for unprojected ones; the names seed the range finder and appear in
+            errors.
         lr: learning rate.
         rank: r, at most the smaller side of every weight.
         update_proj_gap: steps between two refreshes of the basis.
@@ -43,6 +47,7 @@ class GaLore(torch.optim.Optimizer):
         max_grad_norm: limit of the L2 norm of all projected gradients together; None for none.
         moments: how Adam's moments are kept.
         basis: gives a weight's basis by name and shape, once; None: bases come from the gradients.
+        unprojected: names of those that are trained without projection.
         refresh_batches: how many batches the caller averages before ``refresh``; 1: a basis comes from the gradient of
             the step that it is first used in.
         seed: of the range finder.
@@ -69,18 +74,21 @@ class GaLore(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         moments: Moments = "float32",
         basis: Callable[[str, torch.Size], Tensor] | None = None,
+        unprojected: Collection[str] = (),
         refresh_batches: int = 1,
         seed: int = 0,
     ) -> None:
-        if not params:
+        projected = {name: parameter for name, parameter in params.items() if name not in unprojected}
+        if not projected:
             raise TrainingError("GaLore has no weight to project; `modules` and `blocks` must select at least one")
-        for name, parameter in params.items():
+        for name, parameter in projected.items():
             if parameter.ndim != 2:
                 raise TrainingError(f"{name}: GaLore projects matrices, this has shape {tuple(parameter.shape)}")
             if not 1 <= rank <= min(parameter.shape):
                 shape = tuple(parameter.shape)
                 raise TrainingError(f"{name}: GaLore rank {rank}; allowed for shape {shape}: 1 to {min(shape)}")
         self._names = {parameter: name for name, parameter in params.items()}
+        self._projected = set(projected.values())
         self._seed = seed
         self._basis, self._moments, self._max_norm = basis, moment_store(moments), max_grad_norm
         self.refresh_batches = refresh_batches if basis is None else 1
@@ -142,45 +150,52 @@ class GaLore(torch.optim.Optimizer):
 
     def refresh_due(self) -> bool:
         """Whether the next step takes new bases."""
-        return any(self._due(self.state[parameter]) for parameter in self._names)
+        return any(self._due(parameter) for parameter in self._projected)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take new bases from the gradients that are there, which are freed.
+        """Take new bases from the gradients that are there; all gradients are freed.
 
         Raises:
             TrainingError: a gradient is not finite.
         """
         for parameter in self._names:
-            if parameter.grad is not None:
-                state = self._state_of(parameter)
-                self._take_basis(parameter, state, parameter.grad.to(torch.float32))
-                parameter.grad = None
+            if parameter.grad is not None and parameter in self._projected:
+                self._take_basis(parameter, self._state_of(parameter), parameter.grad.to(torch.float32))
+            parameter.grad = None
 
     @torch.no_grad()
     def _absorb(self, parameter: nn.Parameter) -> None:
         """Project a gradient and free it."""
         if parameter.grad is None:
             return
-        state = self._state_of(parameter)
-        due = self._due(state)
+        due = self._due(parameter)
         if due and not self.last_backward:
             return
-        gradient = parameter.grad.to(torch.float32)
+        state = self._state_of(parameter)
+        low = gradient = parameter.grad.to(torch.float32)
         if due:
             self._take_basis(parameter, state, gradient)
-        basis = state["bases"][-1]
-        low = gradient @ basis.T if projects_right(gradient.shape) else basis.T @ gradient  # (m, r) or (r, n)
+        if parameter in self._projected:
+            basis = state["bases"][-1]
+            low = gradient @ basis.T if projects_right(gradient.shape) else basis.T @ gradient  # (m, r) or (r, n)
         state["low"] = state["low"].add_(low) if "low" in state else low
         parameter.grad = None
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            _begin(state, parameter)
+            if parameter.dtype != torch.float32:
+                state["start"] = parameter.detach().clone()
+            state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
+            if parameter not in self._projected:
+                state["updates"].append(torch.zeros_like(parameter, dtype=torch.float32))
         return state
 
-    def _due(self, state: dict[str, Any]) -> bool:
+    def _due(self, parameter: nn.Parameter) -> bool:
+        if parameter not in self._projected:
+            return False
+        state = self.state[parameter]
         if not state or not state["bases"]:
             return True
         gap = self.defaults["update_proj_gap"]
@@ -191,10 +206,9 @@ class GaLore(torch.optim.Optimizer):
         return next(n for p, n in self._names.items() if not torch.isfinite(self.state[p]["low"]).all())
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        basis = state["bases"][-1]
+        state, projected = self.state[parameter], parameter in self._projected
         state["step"] += 1
-        change = self._inner_step(state, state.pop("low"), group)
+        change = self._inner_step(state, state.pop("low"), group, group["scale"] if projected else 1.0)
         state["updates"][-1].add_(change)
         kept = 1.0 - group["lr"] * group["weight_decay"]
         if kept != 1.0:
@@ -202,19 +216,22 @@ class GaLore(torch.optim.Optimizer):
             for update in state["updates"]:
                 update.mul_(kept)
         if "start" in state:  # a low-precision weight: materialised from its float32 factors, so no small step is lost
-            parameter.copy_(self.factors(self._names[parameter]).apply(state["start"]))
+            name, start = self._names[parameter], state["start"]
+            parameter.copy_(self.factors(name).apply(start) if projected else self.whole(name, start))
         else:
-            if projects_right(parameter.shape):
-                parameter.addmm_(change, basis)
+            if not projected:
+                parameter.add_(change)
+            elif projects_right(parameter.shape):
+                parameter.addmm_(change, state["bases"][-1])
             else:
-                parameter.addmm_(basis, change)
+                parameter.addmm_(state["bases"][-1], change)
             if kept != 1.0:
                 parameter.mul_(kept)
 
-    def _inner_step(self, state: dict[str, Any], low: Tensor, group: dict[str, Any]) -> Tensor:
+    def _inner_step(self, state: dict[str, Any], low: Tensor, group: dict[str, Any], scale: float) -> Tensor:
         """The change in the subspace: (m, r) or (r, n), float32, sign and learning rate included."""
         if group["inner"] == "sgd":
-            return low.mul_(-group["lr"] * group["scale"])
+            return low.mul_(-group["lr"] * scale)
         beta1, beta2 = group["betas"]
         mean, square = self._moments.load(state, low)
         mean.lerp_(low, 1 - beta1)
@@ -222,7 +239,7 @@ class GaLore(torch.optim.Optimizer):
         self._moments.save(state, mean, square)
         correction = (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
         normalised: Tensor = mean / square.sqrt().add_(group["eps"])
-        return normalised.mul_(-group["lr"] * correction * group["scale"])
+        return normalised.mul_(-group["lr"] * correction * scale)
 
     def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
         """Take a new basis, from ``gradient`` or the shared one, and open a new term of the factors."""
@@ -247,19 +264,35 @@ class GaLore(torch.optim.Optimizer):
         state["refreshed"] = state["step"]
 
     def factors(self, name: str) -> Factors:
-        """The exact change of a weight since the optimizer was built or ``start_round`` was called.
+        """The exact change of a projected weight since the optimizer was built or ``start_round`` was called.
 
         Raises:
             KeyError: no weight of this name.
         """
-        parameter = {n: p for p, n in self._names.items()}[name]
-        state = self.state[parameter]
+        parameter, state = self._of(name)
         if not state:
             return Factors(1.0, [])
         right = projects_right(parameter.shape)
         pairs = zip(state["updates"], state["bases"], strict=True)
         terms = [(update, basis) if right else (basis, update) for update, basis in pairs]
         return Factors(state["decay"], terms, common=self._basis is not None)
+
+    def whole(self, name: str, start: Tensor) -> Tensor:
+        """What an unprojected tensor has become since then if it was ``start``, in float32 beside it.
+
+        Raises:
+            KeyError: no tensor of this name.
+        """
+        _, state = self._of(name)
+        if not state:
+            return start.to(torch.float32)
+        update: Tensor = state["updates"][0]
+        weight: Tensor = start.to(torch.float32) * state["decay"]
+        return weight.add_(update.to(start.device))
+
+    def _of(self, name: str) -> tuple[nn.Parameter, dict[str, Any]]:
+        parameter = {n: p for p, n in self._names.items()}[name]
+        return parameter, self.state[parameter]
 
     def start_round(self) -> None:
         """Take the weights as they are now as W_0; moments and the current basis live on, the step count too."""
@@ -284,12 +317,6 @@ class GaLore(torch.optim.Optimizer):
             saved = state_dict["state"].get(index)
             if saved is not None:
                 self.state[parameter] = {key: _to(value, parameter.device) for key, value in saved.items()}
-
-
-def _begin(state: dict[str, Any], parameter: nn.Parameter) -> None:
-    if parameter.dtype != torch.float32:
-        state["start"] = parameter.detach().clone()
-    state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
 
 
 def _to(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors, lists of tensors and numbers

@@ -37,6 +37,7 @@ from common.config import (
 from common.digest import base_digest, tensors_digest, tokenizer_digest
 from common.errors import ModelError, StaleStateError
 from common.factors import Exchange
+from common.families import in_head
 from common.metrics import COUNTS
 from common.packages import installed
 from common.rows import Row, split_held_out
@@ -207,9 +208,10 @@ class Session:
         self._max_batch_size = result.micro_batch
         metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         if isinstance(optimizer, GaLore):
-            changes = {name: optimizer.factors(name) for name in parameters}
             start, exchange = self._weights.tensors, self._exchange(server_round)
-            update = factored_weights(changes, start, exchange, self.site.privacy)
+            changes = {name: optimizer.factors(name) for name in parameters if not in_head(name)}
+            whole = {name: optimizer.whole(name, start[name]) for name in parameters if in_head(name)}
+            update = factored_weights(changes, whole, start, exchange, self.site.privacy)
         else:
             update = trained_tensors(parameters, received, self.site.privacy)
             if self.weights is not None:  # which are federated in float32
@@ -337,6 +339,7 @@ class Session:
                 moments=strategy.moments,
                 basis=self._exchange(server_round).basis,
                 refresh_batches=strategy.refresh_batches,
+                unprojected=[name for name in parameters if in_head(name)],
                 seed=training.seed + server_round,
             )
         if training.optimizer == "sgd":

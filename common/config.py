@@ -284,8 +284,9 @@ class FederationConfig(Section):
             )
         classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
         if classifies and head is None:
-            allowed = "train, freeze or local" if isinstance(self.strategy, LoraConfig) else "freeze"
-            raise ValueError(f"missing key `strategy.head`: what becomes of the classifier's head; {allowed}")
+            raise ValueError(
+                "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local"
+            )
         if head is not None and not classifies:
             raise ValueError(f"`strategy.head` is {head!r}, but `task` {self.task.type} has no classification head")
         return self

@@ -71,6 +71,8 @@ FAMILIES: dict[str, Family] = {
     "dinov2": Family("encoder.layer", _FC, _VISION_ATTENTION),
 }
 
+_HEADS = ("classifier", "score")  # what transformers calls a classifier's head
+
 _PARTS = {"third": 3, "half": 2, "quarter": 4}
 _BLOCKS_ALLOWED = "`all`, `lower third`, `lower half`, `lower quarter`, `lower N`, `0-9`, `0,2,5`"
 
@@ -139,6 +141,11 @@ def freeze_all_but(model: nn.Module, layers: list[SelectedLayer]) -> dict[str, n
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
+
+
+def in_head(name: str) -> bool:
+    """Whether a parameter of a base model belongs to a classification head."""
+    return name.partition(".")[0] in _HEADS
 
 
 def _find_blocks(model: nn.Module, family: Family, kind: str) -> tuple[str, int]:

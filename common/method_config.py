@@ -4,6 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Head = Literal["train", "freeze", "local"]
+_HEAD = (
+    "Classification head, to be given with such a task: `train` (whole, and averaged), `freeze` (as the base model has "
+    "it, or as it was drawn), or `local` (trained and kept at the site)."
+)
+
 
 class Section(BaseModel):
     """Base of all sections: strict types, no unknown keys, immutable."""
@@ -48,11 +54,7 @@ class FedFTGConfig(Selection):
         "float32", description="Of the factors on the wire; float32 is exact, the others' error is reported."
     )
     optimizer_state: Literal["reset"] = Field("reset", description="Every round takes new bases from new weights.")
-    head: Literal["freeze"] | None = Field(
-        None,
-        description="Classification head, to be given with such a task: `freeze`, as the base model has it, or as it "
-        "was drawn; what GaLore trains is below it.",
-    )
+    head: Head | None = Field(None, description=_HEAD)
 
     @model_validator(mode="after")
     def _shared_is_never_refreshed(self) -> Self:
@@ -70,11 +72,7 @@ class LoraConfig(Selection):
     lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is lora_alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
     rslora: bool = Field(False, description="Scaling lora_alpha / sqrt(rank) instead.")
-    head: Literal["train", "freeze", "local"] | None = Field(
-        None,
-        description="Classification head, to be given with that task: `train` (and averaged), `freeze`, or `local` "
-        "(trained and kept at the site).",
-    )
+    head: Head | None = Field(None, description=_HEAD)
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
     merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
 

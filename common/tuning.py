@@ -73,7 +73,7 @@ def tune(
     """
     layers = families.select(model, config.modules, config.blocks)
     if isinstance(config, FedFTGConfig):
-        return Tuned(model, families.freeze_all_but(model, layers), {})
+        return _base_weights(model, layers, config)
     return _adapter(model, layers, config, peft_type, rank or config.rank, seed)
 
 
@@ -92,6 +92,14 @@ def first_state(tuned: Tuned, config: FedFTGConfig | LoraConfig, seed: int) -> d
             elif name.endswith(LORA_B):
                 state[name] = torch.zeros(tensor.shape[0], config.rank)
     return state
+
+
+def _base_weights(model: nn.Module, layers: list[families.SelectedLayer], config: FedFTGConfig) -> Tuned:
+    trained = families.freeze_all_but(model, layers)
+    head = {name: p for name, p in model.named_parameters() if families.in_head(name) and config.head != "freeze"}
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    return Tuned(model, trained, head) if config.head == "local" else Tuned(model, trained | head, {})
 
 
 def _adapter(

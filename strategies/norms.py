@@ -14,6 +14,7 @@ from torch import Tensor
 from common.config import FedFTGConfig, StrategyConfig, TrainingConfig
 from common.errors import RefusedUpdate
 from common.factors import Factors
+from common.families import in_head
 from common.privacy import Declared, longest_noise
 from strategies.rule import Update
 from strategies.running import change_square
@@ -38,19 +39,19 @@ def change_norms(update: Update, base: Mapping[str, Tensor]) -> dict[str, float]
     return {name: math.sqrt(change_square(value, base[name])) for name, value in changes.items()}
 
 
-def largest_change(base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
+def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
     """What a round's training can move a tensor by at most, as an L2 norm; infinite when nothing limits it.
 
     Args:
-        base: the tensor at the start of the round; a matrix under FedFTG.
+        name: of the tensor.
+        base: the tensor at the start of the round; under FedFTG a matrix, or of a head.
         rows: of the client's shard.
         training: the federation's training section.
         strategy: its strategy section.
     """
     entries, scale = base.numel(), 1.0
-    if isinstance(
-        strategy, FedFTGConfig
-    ):  # the step has the norm of its projection, whose shape is (rank, larger side)
+    if _projected(name, strategy):  # the step has the norm of its projection, whose shape is (rank, larger side)
+        assert isinstance(strategy, FedFTGConfig)  # noqa: S101 - for the type checker
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
         step = scale * ADAM_STEP * math.sqrt(entries)
@@ -58,6 +59,11 @@ def largest_change(base: Tensor, rows: int, training: TrainingConfig, strategy: 
         step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
     shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
     return _TOLERANCE * _steps(rows, training) * training.learning_rate * (step + shrinking)
+
+
+def _projected(name: str, strategy: StrategyConfig) -> bool:
+    """Whether a tensor is trained by GaLore."""
+    return isinstance(strategy, FedFTGConfig) and not in_head(name)
 
 
 def _steps(rows: int, training: TrainingConfig) -> int:
@@ -80,7 +86,7 @@ def check_possible(
         RefusedUpdate: names client, tensor, norm and bound.
     """
     for name, norm in norms.items():
-        bound = largest_change(base[name], update.num_examples, training, strategy)
+        bound = largest_change(name, base[name], update.num_examples, training, strategy)
         noise = noise_in({name: base[name]}, strategy, privacy)
         if not norm <= bound + noise:
             what = "a round's steps" if privacy is None else f"a round's steps and the declared noise ({noise:.3g})"
@@ -100,10 +106,11 @@ def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Decl
     if privacy is None:
         return 0.0
     shared = isinstance(strategy, FedFTGConfig) and strategy.subspace == "shared"
-    rank = strategy.rank
-    return _WIRE * longest_noise(
-        sum(rank * max(t.shape) if shared else t.numel() for t in base.values()), privacy.noise
+    numbers = (
+        strategy.rank * max(tensor.shape) if shared and _projected(name, strategy) else tensor.numel()
+        for name, tensor in base.items()
     )
+    return _WIRE * longest_noise(sum(numbers), privacy.noise)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.config import FederationConfig, FedFTGConfig, TrainingConfig
 from common.factors import num_bytes
+from common.families import in_head
 from common.tuning import Tuned
 
 # Measured: docs/decisions/015-preflight.md.
@@ -100,7 +101,7 @@ def estimate(
     gradients = 0
     if isinstance(strategy, FedFTGConfig):
         terms = 1 if strategy.subspace == "shared" else math.ceil(steps / (strategy.update_proj_gap or 200))
-        state = sum(_galore(p, strategy, training, terms) for p in trained.values())
+        state = sum(_galore(n, p, strategy, training, terms) for n, p in trained.items())
         if freed and (several or strategy.refresh_batches > 1):  # a basis is taken of the whole gradient
             gradients = num_bytes(trained.values())
     else:
@@ -110,9 +111,12 @@ def estimate(
     return Peak(weights, state, gradients, int(_ALLOCATOR * passes))
 
 
-def _galore(weight: Tensor, strategy: FedFTGConfig, training: TrainingConfig, terms: int) -> int:
+def _galore(name: str, weight: Tensor, strategy: FedFTGConfig, training: TrainingConfig, terms: int) -> int:
     """Bytes of GaLore's state for one weight: bases and updates of every term, both moments, the projected gradient."""
-    long, short, rank = max(weight.shape), min(weight.shape), strategy.rank
+    if in_head(name):  # the same, but for the basis, of the whole weight
+        long, short, rank, terms = weight.numel(), 0, 1, 1
+    else:
+        long, short, rank = max(weight.shape), min(weight.shape), strategy.rank
     moment = {"float32": 4, "8bit": 1}[strategy.moments] if training.optimizer == "adamw" else 0
     state = rank * (4 * terms * (long + short) + 2 * moment * long + 4 * long)
     start = 0 if weight.dtype == torch.float32 else weight.numel() * weight.element_size()

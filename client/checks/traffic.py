@@ -9,6 +9,7 @@ from client.checks.steps import measured
 from client.checks.subject import Subject
 from common.config import FederationConfig, FedFTGConfig, MedianConfig, TrimmedMeanConfig
 from common.factors import Exchange, Factors, num_bytes, pack
+from common.families import in_head
 from common.units import size
 from strategies.named import make_rule
 
@@ -42,6 +43,8 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
 
 def _packed(name: str, weight: Tensor, terms: int, strategy: FedFTGConfig) -> int:
     """Bytes of one weight's change, of as many bases as there are ``terms``."""
+    if in_head(name):
+        return 4 * weight.numel()
     (rows, columns), rank = weight.shape, strategy.rank * terms
     left, other = weight.new_zeros(rows, rank).float(), weight.new_zeros(rank, columns).float()
     shared = strategy.subspace == "shared"

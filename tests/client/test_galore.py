@@ -339,6 +339,31 @@ def test_norm_of_all_projected_gradients_together_is_clipped() -> None:
     assert torch.equal(plain, far)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unprojected_tensors_go_as_the_inner_optimizer_alone_would(dtype: torch.dtype) -> None:
+    """Beside a projected weight, and through both ways of handing over gradients."""
+    starts = {"head": weight((3, 5), dtype).detach(), "bias": torch.zeros(3, dtype=dtype)}
+    params = {"w": weight((12, 7), dtype), **{name: nn.Parameter(start.clone()) for name, start in starts.items()}}
+    theirs = {name: nn.Parameter(start.double()) for name, start in starts.items()}
+    ours = GaLore(params, lr=0.02, rank=3, update_proj_gap=2, scale=0.25, unprojected=list(starts))
+    peer = torch.optim.AdamW(theirs.values(), lr=0.02, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(5):
+        factors = {name: torch.randn(p.shape, generator=generator).to(dtype) for name, p in params.items()}
+        with ours.projecting() if step % 2 else contextlib.nullcontext():
+            torch.stack([(p * factors[name]).sum().float() for name, p in params.items()]).sum().backward()
+        assert all((p.grad is None) == bool(step % 2) for p in params.values())
+        for name, parameter in theirs.items():
+            parameter.grad = factors[name].double()
+        ours.step()
+        peer.step()
+    for name, start in starts.items():
+        torch.testing.assert_close(ours.whole(name, start).double(), theirs[name].detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(params[name].detach(), theirs[name].detach().to(dtype), rtol=1e-2, atol=1e-6)
+    assert torch.equal(params["bias"].detach(), ours.whole("bias", starts["bias"]).to(dtype))
+    assert len(ours.factors("w").terms) == 3
+
+
 def test_shared_basis_is_taken_once_and_leaves_one_term() -> None:
     shared = SharedBasis(1, 1, 3)
     model, optimizer, kept = train_two(early=True, micro=1, basis=shared, update_proj_gap=2)

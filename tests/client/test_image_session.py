@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from client.checks.traffic import bytes_per_round
 from client.session import Session, Tensors
 from common.config import FederationConfig, SiteConfig, resolved
+from common.factors import num_bytes
 from common.yaml_file import load
 from tests.tiny_images import make_image_federation
 
@@ -55,19 +57,25 @@ def test_head_is_averaged_frozen_or_kept(tmp_path: Path, choice: str) -> None:
     assert bool(own.kept) == (choice == "local")
 
 
-def test_fedftg_trains_the_blocks_below_a_head_that_rests(tmp_path: Path) -> None:
-    own = session(tmp_path, name="fedftg", blocks="all", rank=4, scale=1.0, head="freeze")
+@pytest.mark.parametrize("choice", ["train", "freeze", "local"])
+def test_fedftg_trains_the_blocks_and_the_head_beside_them(tmp_path: Path, choice: str) -> None:
+    own = session(tmp_path, name="fedftg", blocks="all", rank=2, scale=1.0, head=choice)
     weights = own.weights
     assert weights is not None
-    assert {n.partition("layers.")[2].partition(".")[2] for n in weights.tensors} == {
-        "mlp.fc1.weight",
-        "mlp.fc2.weight",
-    }
+    exchanged = {n.partition("layers.")[2].partition(".")[2] or n for n in weights.tensors}
+    heads = {"classifier.weight", "classifier.bias"}
+    assert exchanged == {"mlp.fc1.weight", "mlp.fc2.weight"} | (heads if choice == "train" else set())
     own.follow([], weights.first, weights.first)
     fresh, before = head(own), own.evaluate()
-    own.train(1, list(weights.tensors))
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in head(own).items())
+    sent, _ = own.train(1, list(weights.tensors))
+    moved = [name for name, tensor in head(own).items() if not torch.equal(tensor, fresh[name])]
+    assert set(moved) == (set() if choice == "freeze" else heads)
     assert own.evaluate()["evaluate.loss"] < before["evaluate.loss"]
+    assert own.kept.keys() == (heads if choice == "local" else set())
+    assert {name for name in sent if "/" not in name} == (heads if choice == "train" else set())
+    assert bytes_per_round(own.federation, dict(own._tuned.parameters), 10)[1] == num_bytes(sent.values())
+    for name in heads & sent.keys():
+        torch.testing.assert_close(sent[name], head(own)[name], rtol=1e-6, atol=1e-7)
 
 
 def test_unreadable_images_are_counted_where_the_site_allows_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ So all that a site holds must have come with the message, from the base model, o
 context, as under ``--isolation subprocess``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from strategies.named import make_strategy
 from strategies.rule import Tensors
 from tests.server.fake_sites import Grid
 from tests.tiny import make_federation
+from tests.tiny_images import make_image_federation
 
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
 
@@ -39,13 +41,17 @@ class NewSite:
 
 
 def run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, max_rank: int | None = None, **changes: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_rank: int | None = None,
+    make: Callable[..., Path] = make_federation,
+    **changes: Any,
 ) -> tuple[Tensors, list[Any], dict[int, Any]]:
     """State after all rounds, the records of metrics.jsonl, and the sites."""
     monkeypatch.setattr(TaskIdentity, "_run_id", 1)
     monkeypatch.setattr(TaskIdentity, "_node_id", 1)
     monkeypatch.setattr(TaskIdentity, "_task_id", 1)
-    file = make_federation(folder, {"site-a": 9, "site-b": 17}, **changes)
+    file = make(folder, {"site-a": 9, "site-b": 17}, **changes)
     if max_rank is not None:
         site = yaml.safe_load((folder / "site-b.yaml").read_text())
         (folder / "site-b.yaml").write_text(yaml.safe_dump({**site, "max_rank": max_rank}))
@@ -114,3 +120,19 @@ def test_server_optimizer_runs_with_true_sites(
         if strategy is None:  # whole weights down, factors up
             assert bytes_[site, 3]["bytes"]["down"] >= sum(4 * tensor.numel() for tensor in state.values())
             assert bytes_[site, 3]["bytes"]["up"] < bytes_[site, 3]["bytes"]["down"]
+
+
+@pytest.mark.parametrize("subspace", ["own", "shared"])
+def test_fedftg_averages_a_head_whole_beside_the_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subspace: str
+) -> None:
+    """The next version goes down in steps, of which the head is a part."""
+    strategy = {"name": "fedftg", "blocks": "all", "rank": 1, "scale": 1.0, "head": "train", "subspace": subspace}
+    state, records, _ = run(tmp_path, monkeypatch, make=make_image_federation, strategy=strategy, rounds=3)
+    losses, bytes_ = of(records, "evaluate"), of(records, "train")
+    head = sum(4 * tensor.numel() for name, tensor in state.items() if name.startswith("classifier"))
+    assert head == 4 * (3 * 16 + 3)
+    for site in ("site-a", "site-b"):
+        assert losses[site, 3]["evaluate"]["loss"] < losses[site, 0]["evaluate"]["loss"]
+        assert bytes_[site, 1]["bytes"]["down"] == 0
+        assert head < bytes_[site, 2]["bytes"]["down"] < sum(4 * tensor.numel() for tensor in state.values())

@@ -133,7 +133,7 @@ def test_shared_basis_stays_factored_and_is_clipped_as_the_dense_change_would_be
 ) -> None:
     exchange, start = Exchange.of_round(3, "float32", (0, 3)), {"w": torch.randn(shape)}
     change = galore_change(shape, exchange, 1)
-    update = factored_weights({"w": change}, start, exchange, section(clip))
+    update = factored_weights({"w": change}, {}, start, exchange, section(clip))
     whole, factors = unpack(update.tensors, {"w": shape}, exchange)
     assert not whole
     dense = change.terms[0][0].double() @ change.terms[0][1].double()
@@ -146,11 +146,11 @@ def test_shared_basis_stays_factored_and_is_clipped_as_the_dense_change_would_be
 def test_noise_in_the_shared_basis_is_what_travels(shape: tuple[int, int]) -> None:
     exchange, start = Exchange.of_round(3, "float32", (0, 3)), {"w": torch.zeros(shape)}
     config = section(clip=1.0, noise_multiplier=2.0)
-    update = factored_weights({"w": galore_change(shape, exchange, 1)}, start, exchange, config)
+    update = factored_weights({"w": galore_change(shape, exchange, 1)}, {}, start, exchange, config)
     (numbers,) = [t for name, t in update.tensors.items() if name != "w/decay"]
     assert numbers.numel() == 3 * 400
     assert float(numbers.std()) == pytest.approx(2.0, rel=0.1)
-    nothing = factored_weights({"w": Factors(1.0, [])}, start, exchange, config)  # a weight without a gradient
+    nothing = factored_weights({"w": Factors(1.0, [])}, {}, start, exchange, config)  # a weight without a gradient
     (noise,) = [t for name, t in nothing.tensors.items() if name != "w/decay"]
     assert float(noise.std()) == pytest.approx(2.0, rel=0.1)
 
@@ -159,13 +159,33 @@ def test_noise_in_the_shared_basis_is_what_travels(shape: tuple[int, int]) -> No
 def test_own_bases_never_leave_the_change_travels_whole_with_noise_in_every_direction(shape: tuple[int, int]) -> None:
     exchange, start = Exchange(), {"w": torch.randn(shape)}
     change = galore_change(shape, exchange, 2)
-    update = factored_weights({"w": change}, start, exchange, section(clip=1.0, noise_multiplier=0.5))
+    update = factored_weights({"w": change}, {}, start, exchange, section(clip=1.0, noise_multiplier=0.5))
     assert list(update.tensors) == ["w"]
     dense = sum(a.double() @ b.double() for a, b in change.terms)
     clipped = dense / max(1.0, float(dense.norm()))  # type: ignore[union-attr, arg-type]
     noise = update.tensors["w"].double() - 0.99 * start["w"].double() - clipped
     assert float(noise.std()) == pytest.approx(0.5, rel=0.15)
     assert torch.linalg.matrix_rank(noise) == min(shape)
+
+
+@pytest.mark.parametrize("basis", [None, (0, 3)], ids=["own", "shared"])
+@pytest.mark.parametrize("noise", [1e-5, 2.0])
+def test_tensors_beside_the_factors_are_clipped_and_noised_with_them(
+    basis: tuple[int, int] | None, noise: float
+) -> None:
+    exchange, start = Exchange.of_round(3, "float32", basis), {"w": torch.zeros(40, 24), "head": torch.ones(60, 20)}
+    change, head = galore_change((40, 24), exchange, 1), torch.randn(60, 20) + 1.0
+    update = factored_weights({"w": change}, {"head": head}, start, exchange, section(1.5, noise_multiplier=noise))
+    whole, factors = unpack(update.tensors, {"w": (40, 24)}, exchange)
+    moved = {"head": whole["head"] - 1.0, "w": factors["w"].change(start["w"]) if basis else whole["w"]}
+    assert update.norm == pytest.approx(total(moved), rel=1e-4)
+    if noise < 1:
+        assert total(moved) == pytest.approx(1.5, rel=1e-3)
+        exact = {"head": head - 1.0, "w": change.terms[0][0] @ change.terms[0][1]}
+        for name, tensor in exact.items():
+            torch.testing.assert_close(moved[name], tensor * 1.5 / total(exact), rtol=1e-3, atol=1e-3)
+    else:
+        assert float(moved["head"].std()) == pytest.approx(3.0, rel=0.1)
 
 
 def test_without_privacy_whole_tensors_leave_bit_for_bit() -> None:

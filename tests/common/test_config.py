@@ -86,13 +86,8 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
         ),
         (
             "fedftg",
-            "fedftg\ntask: {type: sequence-classification, labels: [a, b]}",
-            "missing key `strategy.head`: what becomes of the classifier's head; freeze",
-        ),
-        (
-            "fedftg",
-            "{name: fedftg, head: train}\ntask: {type: image-classification, labels: [a, b]}",
-            "`strategy.head` is 'train': input should be 'freeze'",
+            "{name: fedftg, head: tune}\ntask: {type: image-classification, labels: [a, b]}",
+            "`strategy.head` is 'tune': input should be 'train', 'freeze' or 'local'",
         ),
         ("{path: model}", "{path: model, hub: a/b}", "`model`: give exactly one of `path` and `hub`"),
         ("{path: model}", "{hub: a/b}", "`revision` (a commit of the hub model) is required with `hub`"),

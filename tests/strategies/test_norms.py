@@ -59,8 +59,25 @@ def test_no_training_moves_further_than_the_bound(
         weight.grad = gradient.clone()
         optimizer.step()
     moved = float((weight.detach() - start).norm())
-    bound = largest_change(start, 100, config.training, config.strategy)
+    bound = largest_change(NAME, start, 100, config.training, config.strategy)
     assert 0 < moved <= bound / 2  # half of it is for rounding
+
+
+@pytest.mark.parametrize("kind", ["steady", "burst"])
+def test_no_training_moves_a_head_further_than_its_bound(kind: str) -> None:
+    config = federation(FEDFTG, max_grad_norm=None)
+    head, other = nn.Parameter(torch.zeros(12, 9)), nn.Parameter(torch.zeros(12, 9))
+    optimizer = GaLore(
+        {NAME: other, "score.weight": head}, lr=0.1, rank=3, update_proj_gap=5, scale=0.5, unprojected=["score.weight"]
+    )
+    for gradient in gradients(kind, (12, 9), 7):
+        head.grad, other.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+    bound = largest_change("score.weight", torch.zeros(12, 9), 100, config.training, config.strategy)
+    assert 0 < float(head.detach().norm()) <= bound / 2
+    assert bound == pytest.approx(
+        2 * math.sqrt(9 / 3) * largest_change(NAME, other, 1, config.training, config.strategy)
+    )
 
 
 def test_burst_after_silence_comes_near_the_bound_on_adams_step() -> None:
@@ -78,16 +95,18 @@ def test_burst_after_silence_comes_near_the_bound_on_adams_step() -> None:
 def test_sgd_is_bounded_by_its_clipping_and_by_nothing_else() -> None:
     base = torch.zeros(4, 5)
     clipped = federation(ROLORA, optimizer="sgd", max_grad_norm=0.5)
-    assert largest_change(base, 1, clipped.training, clipped.strategy) == pytest.approx(2 * 7 * 0.1 * 0.5)
+    assert largest_change(NAME, base, 1, clipped.training, clipped.strategy) == pytest.approx(2 * 7 * 0.1 * 0.5)
     free = federation(ROLORA, optimizer="sgd", max_grad_norm=None)
-    assert math.isinf(largest_change(base, 1, free.training, free.strategy))
+    assert math.isinf(largest_change(NAME, base, 1, free.training, free.strategy))
 
 
 def test_epochs_count_as_the_steps_that_the_rows_make() -> None:
     base = torch.zeros(4, 5)
     by_epochs = federation(ROLORA, local_steps=None, local_epochs=2, batch_size=4, gradient_accumulation=2)
     by_steps = federation(ROLORA, local_steps=6)
-    bounds = [largest_change(base, 17, c.training, c.strategy) for c in (by_epochs, by_steps)]  # 3 steps in a pass
+    bounds = [
+        largest_change(NAME, base, 17, c.training, c.strategy) for c in (by_epochs, by_steps)
+    ]  # 3 steps in a pass
     assert bounds[0] == bounds[1]
 
 
@@ -127,7 +146,7 @@ def test_declared_noise_widens_the_bound_by_its_own_length_and_no_more(
     strategy: dict[str, object], entries: int
 ) -> None:
     config, base = federation(strategy), {NAME: torch.zeros(120, 90)}
-    bound = largest_change(base[NAME], 10, config.training, config.strategy)
+    bound = largest_change(NAME, base[NAME], 10, config.training, config.strategy)
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(entries, generator=g, dtype=torch.float64).mul_(0.2)
     honest = {NAME: bound + float(noise.norm())}
