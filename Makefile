@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint faults compose-test bench clean
+.PHONY: help setup demo test test-long lint faults compose-test bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -31,6 +31,9 @@ lint: $(READY) ## Format check, lint and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+test-long: $(READY) ## The tests that `make test` leaves out, but for faults and containers
+	$(BIN)/python -m pytest tests -m long --ignore tests/faults --ignore tests/compose
 
 faults: $(READY) ## Inject faults into real federations (about an hour); ends with a table
 	$(BIN)/python -m pytest tests/faults tests/processes/test_supervise.py -m "long or not long"
