@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 READY  := $(VENV)/.ready
 
 export FLWR_TELEMETRY_ENABLED := 0
@@ -24,8 +25,8 @@ demo: $(READY) ## Run a real federation: three sites, a real model, real data; e
 	$(BIN)/python -m deploy.demo.prepare
 	$(BIN)/python -m deploy.local deploy/demo/federation.yaml --name "demo-$$(date +%Y%m%d-%H%M%S)"
 
-test: lint ## Format check, lint, types, and all tests
-	$(BIN)/python -m pytest
+test: lint ## Format check, lint, types, and tests, JOBS (2) at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 lint: $(READY) ## Format check, lint and types only
 	$(BIN)/ruff format --check .

@@ -33,7 +33,7 @@ def middle_sized(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("strategy", [FEDFTG, {"name": "fedit", "rank": 4}])
+@pytest.mark.parametrize("strategy", [FEDFTG, pytest.param({"name": "fedit", "rank": 4}, marks=pytest.mark.long)])
 def test_estimated_peak_is_the_measured_one(
     files: Files, strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from tests.processes.launcher import launch, start, survivors
@@ -36,6 +37,7 @@ def test_site_with_another_base_model_is_refused_by_name_with_both_digests(tmp_p
     assert survivors(file) == []
 
 
+@pytest.mark.long
 def test_reason_of_a_site_that_raises_in_training_reaches_the_operator(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 9}, training={"learning_rate": 1.0e30})
     done = launch(file)
@@ -86,6 +88,7 @@ def test_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
     wait_for(lambda: not survivors(file), 30)
 
 
+@pytest.mark.long
 def test_supernode_killed_too_often_ends_the_run_with_its_name(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 9})
     launcher = start(file, "--tries", "0")

@@ -79,6 +79,7 @@ def test_adapter_folder_loads_with_peft_and_equals_the_merged_model(flexlora: Pa
     assert not torch.allclose(adapted(input_ids=IDS).logits, plain, atol=1e-4)
 
 
+@pytest.mark.long
 def test_trained_head_of_a_classifier_is_averaged_and_counted(tmp_path: Path) -> None:
     file = make_federation(
         tmp_path,

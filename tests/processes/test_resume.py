@@ -34,6 +34,7 @@ def kill_all(launcher: psutil.Process) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_killed_federation_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     quiet = {"every": 1, "max_examples": 2, "samples": 0}
     file = make_federation(tmp_path, SIZES, strategy=STRATEGY, rounds=ROUNDS, evaluation=quiet)
