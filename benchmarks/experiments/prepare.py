@@ -14,7 +14,6 @@ Leaves in the cache (default ``.cache/experiments``), beside the demo's model an
 All splits are by content, and the same in every run.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -26,9 +25,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks.experiments.dinov2 import convert
-from common.errors import DataError, FedSpanError
+from common.errors import DataError
 from deploy.demo.icd import DEPARTMENTS
-from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, install, only, prepare as prepare_demo
+from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, command, install, only, prepare as prepare_demo
 from deploy.recipes.packaged import mnist
 
 HERE = Path(__file__).parent
@@ -145,18 +144,9 @@ def _draw(text: str) -> str:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.experiments.prepare", description="Prepare the experiments' models and data."
+    return command(
+        "python -m benchmarks.experiments.prepare", "the experiments' models and data", DEFAULT_CACHE, prepare
     )
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="default: %(default)s")
-    cache = parser.parse_args().cache.resolve()
-    try:
-        made = prepare(cache)
-    except FedSpanError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"models and data of the experiments {'prepared' if made else 'found'} in {cache}\n")
-    return 0
 
 
 if __name__ == "__main__":

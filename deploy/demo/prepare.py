@@ -152,20 +152,30 @@ def only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.demo.prepare", description="Prepare the demo's model and data."
-    )
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="default: %(default)s")
+def command(prog: str, what: str, default: Path, prepare: Callable[[Path], bool]) -> int:
+    """The command line of a preparation.
+
+    Args:
+        prog: name of the command.
+        what: is prepared, in words.
+        default: cache.
+        prepare: makes a cache complete; whether anything was to be made.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=f"Prepare {what}.")
+    parser.add_argument("--cache", type=Path, default=default, help="default: %(default)s")
     cache = parser.parse_args().cache.resolve()
     try:
         made = prepare(cache)
     except FedSpanError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"demo model and data {'prepared' if made else 'found'} in {cache}\n")
+    sys.stdout.write(f"{what} {'prepared' if made else 'found'} in {cache}\n")
     return 0
+
+
+def main() -> int:
+    """Command line."""
+    return command("python -m deploy.demo.prepare", "the demo's model and data", DEFAULT_CACHE, prepare)
 
 
 if __name__ == "__main__":
