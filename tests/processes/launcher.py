@@ -19,7 +19,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def launch(federation: Path, *options: str, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
+def launch(federation: Path, *options: str, timeout: float = 480.0) -> subprocess.CompletedProcess[str]:
     """Run a federation to its end."""
     return subprocess.run(
         command(federation, *options), env=environment(), capture_output=True, text=True, timeout=timeout, check=False

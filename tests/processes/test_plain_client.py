@@ -28,7 +28,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, (rank, alpha) in enumerate(zip(RANKS, ALPHAS, strict=True)):
             flower.start_node(f"node-{i}", f"partition-id={i} rank={rank} alpha={alpha}")
         flower.submit(APP, f'out="{folder / "out"}"')
-        flower.wait(240)
+        flower.wait(480)
     return folder / "out"
 
 

@@ -37,7 +37,9 @@ def result(run: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith("fedftg") else pytest.mark.long) for name in STRATEGIES]
+)
 def test_warm_is_cold(tmp_path: Path, name: str) -> None:
     file = make_federation(
         tmp_path, SIZES, strategy=STRATEGIES[name], rounds=ROUNDS, evaluation={"every": 9, "samples": 0}
