@@ -305,7 +305,7 @@ def _superlink(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             parser.error(f"{file} does not exist")
     if options.superlink is not None:
         return str(options.superlink)
-    tls = Tls(*files) if all(files) else None
+    tls = Tls(*(file.resolve() for file in files)) if all(files) else None
     return OwnSuperLink(options.port, options.fleet_api_address, tls, options.registry)
 
 

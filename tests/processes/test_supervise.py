@@ -53,8 +53,10 @@ def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Pat
     trusting.write_text(yaml.safe_dump({**yaml.safe_load(trusting.read_text()), "trust": {"keys": ["reviewer.pub"]}}))
     control, fleet, port = free_ports(3)
     with ProcessGroup(tmp_path / "logs") as group:
-        tls = ["--ssl-ca-certfile", str(pki / "ca.crt"), "--ssl-certfile", str(pki / "server.pem")]
-        tls += ["--ssl-keyfile", str(pki / "server.key"), "--registry", str(register), "--signature", str(signature)]
+        here = Path(os.path.relpath(tmp_path))  # as the README's operator names them
+        tls = ["--ssl-ca-certfile", str(here / "pki" / "ca.crt"), "--ssl-certfile", str(here / "pki" / "server.pem")]
+        tls += ["--ssl-keyfile", str(here / "pki" / "server.key"), "--registry", str(here / register.name)]
+        tls += ["--signature", str(here / signature.name)]
         command = supervise(file, "--port", str(control), "--fleet-api-address", f"127.0.0.1:{fleet}", *tls)
         server = group.start("server", command, environment())
         status = tmp_path / "status.json"
