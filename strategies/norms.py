@@ -50,8 +50,8 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
         strategy: its strategy section.
     """
     entries, scale = base.numel(), 1.0
-    if _projected(name, strategy):  # the step has the norm of its projection, whose shape is (rank, larger side)
-        assert isinstance(strategy, FedFTGConfig)  # noqa: S101 - for the type checker
+    if isinstance(strategy, FedFTGConfig) and not in_head(name):
+        # The step has the norm of its projection, whose shape is (rank, larger side).
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
         step = scale * ADAM_STEP * math.sqrt(entries)
@@ -59,11 +59,6 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
         step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
     shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
     return _TOLERANCE * _steps(rows, training) * training.learning_rate * (step + shrinking)
-
-
-def _projected(name: str, strategy: StrategyConfig) -> bool:
-    """Whether a tensor is trained by GaLore."""
-    return isinstance(strategy, FedFTGConfig) and not in_head(name)
 
 
 def _steps(rows: int, training: TrainingConfig) -> int:
@@ -107,7 +102,7 @@ def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Decl
         return 0.0
     shared = isinstance(strategy, FedFTGConfig) and strategy.subspace == "shared"
     numbers = (
-        strategy.rank * max(tensor.shape) if shared and _projected(name, strategy) else tensor.numel()
+        strategy.rank * max(tensor.shape) if shared and not in_head(name) else tensor.numel()
         for name, tensor in base.items()
     )
     return _WIRE * longest_noise(sum(numbers), privacy.noise)
