@@ -1,5 +1,6 @@
 """FedSpan's ClientApp, whose training replies are tampered with as the plan beside the site file says, by round."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,11 @@ class Poisoned(ClientApp):
     """Answers as FedSpan's own app, but for the rounds of the plan."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        reply = honest(message, context)
         plan = Path(f"{context.node_config['site']}.plan")
+        go, deadline = plan.with_suffix(".go"), time.monotonic() + 180
+        while plan.exists() and not go.exists() and time.monotonic() < deadline:  # its hello
+            time.sleep(0.1)
+        reply = honest(message, context)
         if message.metadata.message_type != MessageType.TRAIN or not plan.exists() or reply.has_error():
             return reply
         number = str(message.content["config"]["server-round"])  # type: ignore[index, call-overload]
