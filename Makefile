@@ -37,7 +37,7 @@ lint: $(READY) ## Format check, lint and types only
 test-long: $(READY) ## The tests that `make test` leaves out, but for faults and containers
 	$(BIN)/python -m pytest tests -m long --ignore tests/faults --ignore tests/compose
 
-faults: $(READY) ## Inject faults into real federations (about an hour); ends with a table
+faults: $(READY) ## Inject faults into real federations (one to two hours); ends with a table
 	$(BIN)/python -m pytest tests/faults tests/processes/test_supervise.py -m "long or not long"
 
 compose-test: $(READY) ## Build, run and attack the containers (about 25 minutes); needs a Docker engine
