@@ -48,6 +48,7 @@ def test_reason_of_a_site_that_raises_in_training_reaches_the_operator(tmp_path:
     assert survivors(file) == []
 
 
+@pytest.mark.long
 def test_site_that_cannot_start_tells_why(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 9}, cohort={"min_clients": 1}, rounds=1)
     edit_site(file, "site-b", device="cuda:7")

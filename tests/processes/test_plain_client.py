@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from tests.processes.flower_app import Flower
 
+pytestmark = pytest.mark.long
 APP = Path(__file__).parent / "plain_app"
 WEIGHTS = (10, 17)  # the clients' num-examples
 Arrays = dict[str, np.ndarray]

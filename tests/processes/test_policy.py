@@ -78,6 +78,7 @@ def test_operator_sees_who_adds_noise(run: Path) -> None:
     assert "clip 0.01, noise 0.01, stops at" in render(read_run(run / "runs/tiny"))
 
 
+@pytest.mark.long
 def test_site_whose_noise_or_policy_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     """In processes of Flower's own, one for every message."""
     file = make_federation(tmp_path, {"noisy": 9, "elsewhere": 13}, rounds=1)
