@@ -409,6 +409,17 @@ def test_8bit_moments_take_a_quarter_and_train_alike(shape: tuple[int, int]) -> 
     assert float((results[1] - results[0]).norm() / (results[0] - start).norm()) < 0.05
 
 
+def test_8bit_moments_of_small_unprojected_tensors() -> None:
+    bias, other = nn.Parameter(torch.zeros(3)), weight((96, 64))
+    optimizer = GaLore(
+        {"w": other, "b": bias}, lr=0.1, rank=2, update_proj_gap=9, scale=1.0, moments="8bit", unprojected=["b"]
+    )
+    for _ in range(4):
+        bias.grad, other.grad = torch.ones(3), torch.ones(96, 64)
+        optimizer.step()
+    torch.testing.assert_close(bias.detach(), torch.full((3,), -0.4), rtol=0.05, atol=0.0)
+
+
 def test_8bit_moments_survive_saving() -> None:
     grads, straight, first = gradients((96, 64), 7), weight((96, 64)), weight((96, 64))
     run(straight, galore(straight, moments="8bit"), grads)

@@ -136,3 +136,24 @@ def test_fedftg_averages_a_head_whole_beside_the_factors(
         assert losses[site, 3]["evaluate"]["loss"] < losses[site, 0]["evaluate"]["loss"]
         assert bytes_[site, 1]["bytes"]["down"] == 0
         assert head < bytes_[site, 2]["bytes"]["down"] < sum(4 * tensor.numel() for tensor in state.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregation": {"method": "mean", "clip_norm": 1.0}},
+        {"aggregation": {"method": "median"}},
+        {"server_optimizer": {"method": "fedavgm"}},
+        {"strategy": {"wire_precision": "int8"}},
+        {"strategy": {"head": "local"}},
+    ],
+    ids=str,
+)
+def test_head_beside_the_factors_goes_with_every_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    strategy = {"name": "fedftg", "blocks": "all", "rank": 2, "scale": 1.0, "head": "train"}
+    changes = {**changes, "strategy": {**strategy, **changes.get("strategy", {})}}
+    _, records, _ = run(tmp_path, monkeypatch, make=make_image_federation, **changes)
+    losses = of(records, "evaluate")
+    assert all(losses[s, 2]["evaluate"]["loss"] < losses[s, 0]["evaluate"]["loss"] for s in ("site-a", "site-b"))
