@@ -80,4 +80,4 @@ def _decode(name: str, array: Array) -> Tensor:
         raise WireError(f"{name}: not a .npy array ({type(error).__name__})") from None
     if not isinstance(value, np.ndarray) or value.shape != shape or str(value.dtype) != array.dtype:
         raise WireError(f"{name}: declared as {array.dtype} {shape}, holds something else")
-    return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    return torch.from_numpy(np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C"))

@@ -91,9 +91,9 @@ class Mailbox:
     def arrived(self, group: str) -> Iterator[tuple[Sent, Message]]:
         """The replies of a group that are there now."""
         for message_id in [i for i, sent in self._open.items() if sent.group == group]:
-            for reply in self._pull(message_id):
-                yield self._open.pop(message_id), reply
-                del reply
+            replies = self._pull(message_id)
+            if replies:
+                yield self._open.pop(message_id), replies.pop()
 
     def _pull(self, message_id: str) -> list[Message]:
         """The reply to a message, if it is there."""

@@ -117,6 +117,7 @@ class Round:
         for sent, reply in mailbox.replies(self._group, self._deadline, self._look_after_lost):
             self.notes.elsewhere += time.monotonic() - since
             found = self._take(sent, reply)
+            del reply
             if found is not None:
                 yield found
                 del found

@@ -55,6 +55,7 @@ class FedExLoRARule(Averaging):
                 products = {weight: self._product(update.tensors[a], update.tensors[b]) for a, b, weight in found}
                 mean.fold(products, update.num_examples)
                 yield update
+                del update
 
         averaged = super().aggregate(server_round, state, folding())
         exact = mean.means()

@@ -348,8 +348,9 @@ class FlowerStrategy(FedAvg):
                     log(WARNING, "round %s, not admitted: %s", server_round, reason)
                     continue
                 contents.append(_scalars(reply.content))
+                del reply
                 yield update
-                del update, reply
+                del update
             if len(contents) < max(1, self.min_train_nodes):
                 reasons = "; ".join(refused) or "no reply was refused"
                 raise AggregationError(

@@ -85,6 +85,7 @@ def _mean(base: Mapping[str, Tensor], contributions: Iterable[Contribution]) -> 
     mean = WeightedMean(base)
     for one in contributions:
         mean.fold(one.tensors, one.num_examples)
+        del one
     return mean.means()
 
 

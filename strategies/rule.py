@@ -121,17 +121,18 @@ class Averaging(Rule):
         averaged, drift = self.averaged(server_round, state), Drift(state)
 
         def contributions() -> Iterator[Contribution]:
-            first: Update | None = None
+            first: tuple[str, float | None] | None = None
             for update in updates:
-                first = first or update
-                if update.lora_alpha != first.lora_alpha:
+                first = first or (update.client, update.lora_alpha)
+                if update.lora_alpha != first[1]:
                     raise AggregationError(
-                        f"lora-alpha is {first.lora_alpha} at {first.client} and {update.lora_alpha} at "
+                        f"lora-alpha is {first[1]} at {first[0]} and {update.lora_alpha} at "
                         f"{update.client}; factors can be averaged only when all clients have the same"
                     )
                 tensors = {name: update.factors.get(name) or update.tensors[name] for name in averaged}
                 drift.fold(tensors)
                 yield Contribution(update.client, update.num_examples, tensors)
+                del update, tensors
 
         means, told = combine(self.aggregation, state, contributions())
         return self.settle(server_round, state, means, {**drift.diagnostics(), **told})

@@ -30,9 +30,9 @@ class StreamingGrid:
     def _replies(self, waiting: set[str], deadline: float | None) -> Iterator[Message]:
         while waiting and (deadline is None or time.monotonic() < deadline):
             for message_id in sorted(waiting):
-                for reply in self._grid.pull_messages([message_id]):
+                replies = list(self._grid.pull_messages([message_id]))
+                if replies:
                     waiting.discard(message_id)
-                    yield reply
-                    del reply
+                    yield replies.pop()
             if waiting:
                 time.sleep(_POLL_SECONDS)

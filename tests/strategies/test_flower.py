@@ -20,7 +20,7 @@ from common.factors import Exchange, Factors, pack
 from common.yaml_file import parse
 from strategies.flower import Client, FlowerStrategy, sample, weighted_mean
 from strategies.named import make_strategy
-from strategies.rule import Tensors
+from strategies.rule import Tensors, Update
 from tests.strategies.rounds import lora, trained
 
 A, B = "model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight"
@@ -343,11 +343,12 @@ def test_client_is_sent_steps_from_what_it_holds_and_everything_when_it_holds_no
 
 
 class Clients(Nodes):
-    """A grid whose nodes answer one after the other, only when asked; counts the replies that are alive."""
+    """A grid whose nodes answer one after the other, only when asked; counts what is left of earlier replies."""
 
     def __init__(self, replies: Callable[[Message], Message], *ids: int) -> None:
         super().__init__(*ids)
-        self._replies, self._open, self.alive, self.most = replies, dict[str, Message](), list[Any](), 0
+        self._replies, self._open = replies, dict[str, Message]()
+        self.watched, self.left = list[Any](), 0
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         self._open = {str(i): message for i, message in enumerate(messages)}
@@ -355,15 +356,15 @@ class Clients(Nodes):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         (message_id,) = message_ids
+        self.left = max(self.left, sum(ref() is not None for ref in self.watched))
         reply = self._replies(self._open[message_id])
-        self.alive.append(weakref.ref(reply.content["arrays"]))
-        self.most = max(self.most, sum(ref() is not None for ref in self.alive))
+        self.watched.append(weakref.ref(reply.content["arrays"]))
         return [reply]
 
 
 @pytest.mark.parametrize("name", ["FedFTG", "FFALoRA", "RoLoRA"])
-def test_replies_are_folded_and_dropped_one_by_one(name: str) -> None:
-    """Streaming keeps one reply, whatever the number of clients, and gives what collecting them gives."""
+def test_replies_are_folded_and_dropped_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a reply or its update is left when the next is asked for; the result is that of collecting them."""
     state = lora(2, 0, head=False)
     strategy = getattr(strategies, name)(fraction_evaluate=0.0, min_train_nodes=20, min_available_nodes=20)
 
@@ -377,9 +378,17 @@ def test_replies_are_folded_and_dropped_one_by_one(name: str) -> None:
             {"frozen-digest": str(frozen)} if frozen else {},
         )
 
-    grid = Clients(reply, *range(1, 21))
+    grid, read = Clients(reply, *range(1, 21)), strategy.read_update
+
+    def watched(message: Message) -> Update:
+        update: Update = read(message)
+        grid.watched.extend(map(weakref.ref, update.tensors.values()))
+        return update
+
+    monkeypatch.setattr(strategy, "read_update", watched)
     result = strategy.start(grid, wire.encode(state), num_rounds=1)
-    assert grid.most <= 2  # the one just pulled, and the one before it
+    assert len(grid.watched) > 20
+    assert grid.left == 0
     other = getattr(strategies, name)(min_train_nodes=20, min_available_nodes=20)
     collected, _ = other.aggregate_train(1, [reply(m) for m in ask(other, state, nodes=tuple(range(1, 21)))])
     assert collected is not None
