@@ -5,6 +5,7 @@ Leaves in the cache (default ``.cache/experiments``), beside the demo's model an
     minilm/                           all-MiniLM-L6-v2
     sentences/{validation,test}.jsonl 1,200 and 1,260 sentences of film reviews
     sentences/N-ALPHA/site-*.*        the others, some 6,000, by Dirichlet(ALPHA) over the labels to N sites
+    sentences/N-ALPHA-few/site-*.*    500 of them, in the same way
     coding/{validation,test}.jsonl    ICD-10-CM terms of categories that no site has
     coding/3/, coding/4/              the others: by department, and by Dirichlet over the chapters to four sites
     dinov2/                           DINOv2-small
@@ -37,7 +38,8 @@ CLIENTS = (3, 20, 50)
 ALPHAS = (1.0, 100.0)  # of the sentences: labels unequal, nearly equal
 CODING_ALPHA = 0.3
 _SEED = 0
-_LEAST_ROWS = 8  # of a site
+_LEAST_ROWS, _LEAST_OF_FEW = 8, 4  # of a site
+_FEW = 500  # sentences
 _VALIDATION, _TEST = 1200, 1260
 _IMAGES, _VALIDATION_IMAGES, _IMAGES_ALPHA = 2000, 500, 0.3
 _CODING_SHARE = 16  # one category of so many is for validation
@@ -74,8 +76,9 @@ def _sentences(table: Path, folder: Path) -> None:
     train = rows[_VALIDATION + _TEST :]
     for clients in CLIENTS:
         for alpha in ALPHAS:
-            parts = dirichlet(train, "label", clients, alpha)
-            _site_files(folder / f"{clients}-{alpha}", parts, prompt="text", answer="label", system=None)
+            for end, part, least in (("", train, _LEAST_ROWS), ("-few", train[:_FEW], _LEAST_OF_FEW)):
+                parts = dirichlet(part, "label", clients, alpha, least)
+                _site_files(folder / f"{clients}-{alpha}{end}", parts, prompt="text", answer="label", system=None)
 
 
 def _coding(folder: Path) -> None:
@@ -107,13 +110,13 @@ def _images(folder: Path) -> None:
     _site_files(folder / f"4-{_IMAGES_ALPHA}", parts, prompt="image", answer="label", system=None)
 
 
-def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[list[Row]]:
+def dirichlet(rows: list[Row], label: str, clients: int, alpha: float, least: int = _LEAST_ROWS) -> list[list[Row]]:
     """Rows by site: the share of a label's rows that a site gets is drawn from Dirichlet(alpha) (arXiv 1909.06335)."""
     from datasets import Dataset
     from flwr_datasets.partitioner import DirichletPartitioner
 
     partitioner = DirichletPartitioner(
-        clients, label, alpha, min_partition_size=_LEAST_ROWS, self_balancing=True, shuffle=True, seed=_SEED
+        clients, label, alpha, min_partition_size=least, self_balancing=True, shuffle=True, seed=_SEED
     )
     partitioner.dataset = Dataset.from_list(rows)
     return [partitioner.load_partition(number).to_list() for number in range(clients)]

@@ -1,6 +1,6 @@
-"""JSON schemas of the federation file and the site file, for editors and for checks outside Python.
+"""JSON schemas of the federation, site and experiment files, for editors and for checks outside Python.
 
-``python -m deploy.schemas`` writes them from ``common.config``. YAML editors find them through the first line of a
+``python -m deploy.schemas`` writes them from the code. YAML editors find them through the first line of a
 file: ``# yaml-language-server: $schema=<path of the schema>``.
 """
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import FederationConfig, Section, SiteConfig
+from server.experiment_config import ExperimentConfig
 
 FOLDER = Path(__file__).parent
-_SECTIONS: dict[str, type[Section]] = {"federation": FederationConfig, "site": SiteConfig}
+_SECTIONS: dict[str, type[Section]] = {"federation": FederationConfig, "site": SiteConfig, "experiment": ExperimentConfig}
 
 
 def schemas() -> dict[Path, str]:

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.toy import METHODS, A, B, Images, accuracy, federate, forward, split, start, train
+from benchmarks.toy import BATCH, METHODS, A, B, Images, accuracy, federate, forward, split, start, train
 
 RECORDED = Path(__file__).parent / "recorded" / "toy.json"
 ROUNDS, RATE = 5, 0.02
 
 
 def images() -> Images:
-    """Ten clients with 70 noisy copies of one pattern each: two batches of unequal size."""
+    """Ten clients with 70 noisy copies of one pattern each; the last batch is smaller."""
     generator = torch.Generator().manual_seed(0)
     patterns = (torch.rand(10, 1, 784, generator=generator) > 0.8).float()
     pixels = patterns * torch.rand(10, 70, 784, generator=generator)
@@ -63,7 +63,7 @@ def test_clients_train_as_if_each_were_alone(active: list[str]) -> None:
         sgd = torch.optim.SGD([layers[name].weight for name in active], lr=0.05)
         order = torch.Generator().manual_seed(3)
         for _ in range(5):
-            for rows in torch.randperm(70, generator=order).split(64):
+            for rows in torch.randperm(70, generator=order).split(BATCH):
                 sgd.zero_grad()
                 logits = torch.relu(up(down(data.pixels[client, rows]))) @ out
                 functional.cross_entropy(logits, data.digits[client, rows]).backward()

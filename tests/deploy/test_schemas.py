@@ -1,5 +1,6 @@
 """The published schemas are those of the code, and the commented examples follow them."""
 
+import json
 from pathlib import Path
 
 import jsonschema
@@ -9,8 +10,10 @@ import yaml
 from common.config import FederationConfig, Section, SiteConfig
 from common.yaml_file import load
 from deploy.schemas import schemas
+from server.experiment_config import load_experiment
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.yaml"))
 EXAMPLES: list[tuple[str, type[Section]]] = [
     ("federation", FederationConfig),
     *((f"site-{x}", SiteConfig) for x in "abc"),  # type: ignore[list-item]
@@ -33,6 +36,22 @@ def test_examples_follow_schema_and_code_and_explain_themselves(name: str, secti
     load(file, section)
     jsonschema.validate(yaml.safe_load(file.read_text()), schema(name.partition("-")[0]))
     assert f"../schemas/{name.partition('-')[0]}.schema.json" in file.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_experiments_follow_schema_and_code_in_every_scale(file: Path) -> None:
+    data = json.loads(json.dumps(yaml.safe_load(file.read_text())))  # numbers as keys become strings, as in an editor
+    jsonschema.validate(data, schema("experiment"))
+    for scale in (None, *data["scales"]):
+        assert load_experiment(file, scale).name == file.stem
+    assert "/schemas/experiment.schema.json" in file.read_text().splitlines()[0]
+
+
+def test_experiment_schema_refuses_what_the_code_refuses() -> None:
+    data = json.loads(json.dumps(yaml.safe_load(EXPERIMENTS[0].read_text())))
+    for wrong in ({**data, "grids": {}}, {**data, "grid": {**data["grid"], "seeds": []}}, {**data, "select_by": "f2"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema("experiment"))
 
 
 @pytest.mark.parametrize(
