@@ -134,7 +134,7 @@ def train(session: "Session", message: Message, context: Context) -> RecordDict:
     context.state[_KEPT] = wire.encode(session.kept)
     return RecordDict(
         {
-            "arrays": wire.encode(trained),
+            "arrays": wire.encode(trained, bundled=True),
             "config": ConfigRecord({**holds, "server-round": number}),
             "metrics": MetricRecord({**metrics, **measured, **session.seconds()}),
         }
@@ -270,9 +270,9 @@ def _each(content: RecordDict) -> "Iterator[tuple[str, Tensor]]":
     from common import wire
 
     for key, record in get_records(content, ArrayRecord).items():
-        for name, array in record.items():
-            (tensor,) = wire.decode({name: array}).values()
-            yield name if key == "arrays" else f"{key}/{name}", tensor
+        for part, array in record.items():
+            for name, tensor in wire.decode({part: array}).items():
+                yield name if key == "arrays" else f"{key}/{name}", tensor
 
 
 def _names(request: ConfigRecord) -> list[str]:

@@ -2,6 +2,10 @@
 
 float32, float64, float16 and integers travel in NumPy's ``.npy`` form, Flower's own, so that any Flower app can read
 them. NumPy has no bfloat16: such a tensor travels as its raw little-endian bytes under the stype ``fedspan.bf16``.
+
+Flower moves every array of a record by calls of its own, at every hop, and a SuperLink with a database spends some 5 ms
+of computing on it; a hundred small factors take seconds, whatever the link. So between FedSpan's own processes small
+tensors travel in bundles: bytes in safetensors' format, as one array under the stype ``fedspan.safetensors``.
 """
 
 import io
@@ -11,11 +15,15 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from common.errors import WireError
 
 BF16 = "fedspan.bf16"
+BUNDLE = "fedspan.safetensors"
+_BUNDLE_BYTES = 4 * 2**20  # so large a tensor travels alone; Flower sends at most 5 MiB in one call
 _NUMPY = "numpy.ndarray"
 _DTYPES = {
     str(t).removeprefix("torch."): t
@@ -32,22 +40,47 @@ _DTYPES = {
 }
 
 
-def encode(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """A Flower record of ``tensors``, in their order.
+def encode(tensors: Mapping[str, Tensor], *, bundled: bool = False) -> ArrayRecord:
+    """A Flower record of ``tensors``.
+
+    Args:
+        tensors: by name.
+        bundled: small ones travel together; for readers that use ``decode``.
 
     Raises:
         WireError: a tensor's dtype cannot travel.
     """
-    return ArrayRecord({name: _encode(name, tensor.detach().cpu()) for name, tensor in tensors.items()})
+    arrays: dict[str, Array] = {}
+    bundle: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.dtype != torch.bfloat16 and str(value.dtype).removeprefix("torch.") not in _DTYPES:
+            raise WireError(f"{name}: dtype {value.dtype} cannot travel; allowed: bfloat16, {', '.join(_DTYPES)}")
+        if not bundled or value.nbytes >= _BUNDLE_BYTES:
+            arrays[name] = _encode(value)
+            continue
+        bundle[name] = value.clone()  # safetensors refuses tensors that share memory
+        if sum(part.nbytes for part in bundle.values()) >= _BUNDLE_BYTES:
+            arrays[f"{BUNDLE}/{len(arrays)}"] = _bundle(bundle)
+            bundle = {}
+    if bundle:
+        arrays[f"{BUNDLE}/{len(arrays)}"] = _bundle(bundle)
+    return ArrayRecord(arrays)
 
 
 def decode(record: Mapping[str, Array]) -> dict[str, Tensor]:
     """The tensors of a Flower record, on the CPU, sharing no memory with it.
 
     Raises:
-        WireError: an array's bytes do not fit its declared dtype, shape or serialisation type.
+        WireError: bytes do not fit the declared dtype, shape or serialisation type, or a tensor is there twice.
     """
-    return {name: _decode(name, array) for name, array in record.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, array in record.items():
+        found = _unbundled(name, array) if array.stype == BUNDLE else {name: _decode(name, array)}
+        if twice := found.keys() & tensors.keys():
+            raise WireError(f"{min(twice)} is there twice")
+        tensors |= found
+    return tensors
 
 
 def num_bytes(record: Mapping[str, Array]) -> int:
@@ -55,13 +88,27 @@ def num_bytes(record: Mapping[str, Array]) -> int:
     return sum(len(array.data) for array in record.values())
 
 
-def _encode(name: str, tensor: Tensor) -> Array:
+def _encode(tensor: Tensor) -> Array:
     if tensor.dtype == torch.bfloat16:
-        raw = tensor.contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+        raw = tensor.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
         return Array("bfloat16", tuple(tensor.shape), BF16, raw)
-    if str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
-        raise WireError(f"{name}: dtype {tensor.dtype} cannot travel; allowed: bfloat16, {', '.join(_DTYPES)}")
-    return Array(tensor.contiguous().numpy())
+    return Array(tensor.numpy())
+
+
+def _bundle(tensors: dict[str, Tensor]) -> Array:
+    raw = save(tensors)
+    return Array("uint8", (len(raw),), BUNDLE, raw)
+
+
+def _unbundled(name: str, array: Array) -> dict[str, Tensor]:
+    try:
+        tensors = load(array.data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise WireError(f"{name}: not a bundle of tensors ({type(error).__name__})") from None
+    for inner, tensor in tensors.items():
+        if tensor.dtype not in (torch.bfloat16, *_DTYPES.values()):
+            raise WireError(f"{inner}: dtype {tensor.dtype} is not readable; allowed: bfloat16, {', '.join(_DTYPES)}")
+    return tensors
 
 
 def _decode(name: str, array: Array) -> Tensor:

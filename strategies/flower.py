@@ -132,18 +132,20 @@ class FlowerStrategy(FedAvg):
         self._state: Tensors = {}
         self._active: list[str] = []
         self._round = 0
+        self._bundled = False  # any Flower client reads plain arrays
         self.versions: Versions | None = None
 
     # What a round sends and believes
 
     def begin(self, state: Tensors, versions: Versions | None = None, moments: Tensors | None = None) -> None:
-        """Let clients be sent only what they lack.
+        """Send clients only what they lack, in the form that FedSpan's own clients read.
 
         Args:
             state: what the first round, or the next one, starts from.
             versions: how it came about; None: it is the base model's, which the clients have.
             moments: of the server optimizer after the last round; None: there was none.
         """
+        self._bundled = True
         if self.server_optimizer is not None:
             self.server_optimizer.moments = dict(moments or {})
         if self.rule.exchange(1) is not None:
@@ -203,7 +205,7 @@ class FlowerStrategy(FedAvg):
             if steps is not None:
                 for step in steps:
                     if step.server_round not in records:
-                        records[step.server_round] = wire.encode(step.tensors)
+                        records[step.server_round] = wire.encode(step.tensors, bundled=True)
                 content["since"] = start
                 arrays = {f"step-{s.server_round:06}": records[s.server_round] for s in steps}
                 arrays[self.arrayrecord_key] = ArrayRecord()
@@ -213,7 +215,7 @@ class FlowerStrategy(FedAvg):
                 need = [n for n, t in fitted.items() if not (n in client.held and client.held[n] == tensor_digest(t))]
                 key = (client.rank, client.lora_alpha, *need)
                 if key not in records:
-                    records[key] = wire.encode({name: fitted[name] for name in need})
+                    records[key] = wire.encode({name: fitted[name] for name in need}, bundled=self._bundled)
                 arrays = {self.arrayrecord_key: records[key]}
                 if frozen and kind == MessageType.TRAIN and self.versions is None:
                     content["frozen-digest"] = tensors_digest(frozen)

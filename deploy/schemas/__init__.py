@@ -12,7 +12,11 @@ from common.config import FederationConfig, Section, SiteConfig
 from server.experiment_config import ExperimentConfig
 
 FOLDER = Path(__file__).parent
-_SECTIONS: dict[str, type[Section]] = {"federation": FederationConfig, "site": SiteConfig, "experiment": ExperimentConfig}
+_SECTIONS: dict[str, type[Section]] = {
+    "federation": FederationConfig,
+    "site": SiteConfig,
+    "experiment": ExperimentConfig,
+}
 
 
 def schemas() -> dict[Path, str]:

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hypothesis import given, strategies as st
+from safetensors.torch import save
 
 from common import wire
 from common.errors import WireError
@@ -37,19 +38,22 @@ def test_every_bit_pattern_survives(dtype: torch.dtype, shape: list[int], seed: 
     count = int(np.prod(shape))
     raw = np.random.default_rng(seed).integers(0, 256, size=count * width, dtype=np.uint8)  # NaNs and infinities too
     tensor = torch.from_numpy(raw).view(dtype).reshape(shape)
-    received = wire.decode(through_flower(wire.encode({"a.weight": tensor})))["a.weight"]
-    assert received.dtype == dtype
-    assert received.shape == tensor.shape
-    assert bits(received) == bits(tensor)
+    for bundled in (False, True):
+        received = wire.decode(through_flower(wire.encode({"a.weight": tensor}, bundled=bundled)))["a.weight"]
+        assert received.dtype == dtype
+        assert received.shape == tensor.shape
+        assert bits(received) == bits(tensor)
 
 
 def test_non_contiguous_tensor_keeps_its_values() -> None:
     tensor = torch.arange(6.0).reshape(2, 3).T
-    assert torch.equal(wire.decode(wire.encode({"x": tensor}))["x"], tensor)
+    for bundled in (False, True):
+        assert torch.equal(wire.decode(wire.encode({"x": tensor}, bundled=bundled))["x"], tensor)
 
 
-def test_decoded_tensor_is_writable_and_owns_its_memory() -> None:
-    record = wire.encode({"x": torch.zeros(2, dtype=torch.bfloat16), "y": torch.zeros(2)})
+@pytest.mark.parametrize("bundled", [False, True])
+def test_decoded_tensor_is_writable_and_owns_its_memory(bundled: bool) -> None:
+    record = wire.encode({"x": torch.zeros(2, dtype=torch.bfloat16), "y": torch.zeros(2)}, bundled=bundled)
     for tensor in wire.decode(record).values():
         tensor.add_(1)
     assert all(not t.any() for t in wire.decode(record).values())
@@ -62,6 +66,46 @@ def test_float32_record_is_readable_with_flower_alone() -> None:
 
 def test_num_bytes_counts_the_payload() -> None:
     assert wire.num_bytes(wire.encode({"a": torch.zeros(10, 10, dtype=torch.bfloat16)})) == 200
+
+
+def test_small_tensors_travel_together_and_large_ones_alone() -> None:
+    sent = {f"small.{i}": torch.full((2**18,), float(i)) for i in range(10)} | {"large": torch.ones(2**20)}
+    sent |= {"view.a": sent["large"][:5], "view.b": sent["large"][:5], "flags": torch.tensor([True, False])}
+    record = wire.encode(sent, bundled=True)
+    assert [array.stype for array in record.values()].count(wire.BUNDLE) == 3  # of 4, 4 and 2 MiB
+    assert len(record) == 4
+    assert wire.num_bytes(record) < 1.001 * sum(tensor.nbytes for tensor in sent.values())
+    received = wire.decode(through_flower(record))
+    assert received.keys() == sent.keys()
+    assert all(torch.equal(received[name], tensor) for name, tensor in sent.items())
+
+
+def bundle(raw: bytes) -> Array:
+    return Array("uint8", (len(raw),), wire.BUNDLE, raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff" * 64,
+        pickle.dumps({"x": 1}),
+        save({"x": torch.zeros(9)})[:-1],
+        save({"x": torch.zeros(9)}) + b"\0",
+        save({"x": torch.zeros(9)}).replace(b"[9]", b"[8]"),
+        save({"x": torch.zeros(2, dtype=torch.float8_e5m2)}),
+        save({"x": torch.zeros(2, dtype=torch.complex64)}),
+    ],
+)
+def test_malformed_bundle_is_refused(raw: bytes) -> None:
+    with pytest.raises(WireError, match=r"part: not a bundle|x: dtype"):
+        wire.decode({"part": bundle(raw)})
+
+
+def test_tensor_that_is_there_twice_is_refused_by_name() -> None:
+    record = {"a": bundle(save({"x": torch.zeros(2)})), **wire.encode({"x": torch.zeros(2)})}
+    with pytest.raises(WireError, match="x is there twice"):
+        wire.decode(record)
 
 
 def npy(value: np.ndarray) -> bytes:
