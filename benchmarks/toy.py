@@ -73,7 +73,8 @@ def start(seed: int) -> tuple[Tensors, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(rows: int, columns: int, inputs: int) -> Tensor:
-        return (2 * torch.rand(rows, columns, generator=generator) - 1) / inputs**0.5
+        bound = inputs**-0.5
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
 
     return {A: drawn(RANK, PIXELS, PIXELS), B: drawn(PIXELS, RANK, RANK)}, drawn(PIXELS, 10, PIXELS)
 
