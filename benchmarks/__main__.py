@@ -36,7 +36,7 @@ BENCHMARKS = {
     "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
     "server-memory": Benchmark(server_memory.run, "15 minutes"),
-    "stock-flower": Benchmark(stock_flower.run, "15 minutes"),
+    "stock-flower": Benchmark(stock_flower.run, "35 minutes"),
     "strategy-bytes": Benchmark(strategy_bytes.run, "15 minutes"),
     "subspaces": Benchmark(subspaces.run, "20 minutes"),
     "toy": Benchmark(toy.run, "25 minutes"),
