@@ -1,15 +1,13 @@
 """A true federation: SuperLink, SuperNodes and the run as separate processes over gRPC on loopback."""
 
 import json
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client.session import Session
@@ -82,22 +80,21 @@ def test_frozen_tensors_are_byte_identical_and_never_travel(federation: Path) ->
     trained = {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 1) for m in ("gate", "up", "down")}
     assert base.keys() == exported.keys()
     assert {name for name in base if not torch.equal(base[name], exported[name])} == trained
-    whole = [tuple(base[name].shape) for name in trained]
     # Three steps with a refresh every second: two bases of rank 2, so that factors are the smaller form, also of the
     # three sites together. Round 1 starts from the base model, which every site has.
-    decays = payload([()] * len(whole), np.float64)
-    up, down = (
-        decays + payload([part for rows, columns in whole for part in ((rows, r), (r, columns))], np.float32)
-        for r in (4, 12)
-    )
+    up, down = (payload({name: base[name].shape for name in trained}, rank) for rank in (4, 12))
     for record in metrics(federation):
         if record["phase"] == "train":
             assert record["bytes"] == {"down": 0 if record["round"] == 1 else down, "up": up}
 
 
-def payload(shapes: Iterable[tuple[int, ...]], dtype: type[np.generic]) -> int:
-    """Bytes of arrays of these shapes in a message."""
-    return sum(len(Array(np.zeros(shape, dtype)).data) for shape in shapes)
+def payload(shapes: dict[str, torch.Size], rank: int) -> int:
+    """Bytes of small weights' factors in a message: those of a safetensors file of them."""
+    factors = {}
+    for name, (rows, columns) in shapes.items():
+        factors |= {f"{name}/left": torch.zeros(rows, rank), f"{name}/right": torch.zeros(rank, columns)}
+        factors[f"{name}/decay"] = torch.zeros((), dtype=torch.float64)
+    return len(save(factors))
 
 
 def test_every_site_takes_part_in_every_round_and_is_evaluated(federation: Path) -> None:
