@@ -9,7 +9,7 @@ from server.superlink import MALLOC
 from tests.processes.flower_app import Flower
 
 APP = Path(__file__).parent / "memory_app"
-CLIENTS = (2, 8, 16)  # 32 do not fit into 24 GB: every SuperNode and its client are processes of their own
+CLIENTS = (2, 8, 16)  # every SuperNode and its client are processes of their own: 32 were too many for two cores
 
 
 def run() -> Table:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import repeat
 from multiprocessing import get_context
 from statistics import mean, stdev
 
@@ -138,7 +138,8 @@ def measured(method: str, images: list[Tensor], pool: ProcessPoolExecutor) -> li
     """A method at the common rate, and at the one that suits it best on the validation images: test accuracy."""
     train_, validation, test = split(images, TRAIN, EVALUATED)
     rule, rates = METHODS[method]
-    tried = list(pool.map(partial(_choice, method, (train_, validation)), rates))
+    chosen_by = (repeat(SEEDS), repeat(SELECTION_ROUNDS), repeat((train_, validation)))
+    tried = list(pool.map(result, repeat(method), rates, *chosen_by))
     best = rates[tried.index(max(tried))]
     print(method, dict(zip(rates, tried, strict=True)), flush=True)
     state = start(0)[0]
@@ -147,7 +148,8 @@ def measured(method: str, images: list[Tensor], pool: ProcessPoolExecutor) -> li
     found: dict[float, list[float]] = {}
     for of, rate in (("common", COMMON_RATE), ("own", best)):
         if rate not in found:
-            found[rate] = list(pool.map(partial(_reached, method, rate, (train_, test)), range(SEEDS)))
+            seeds = (range(SEEDS), repeat(ROUNDS), repeat((train_, test)))
+            found[rate] = list(pool.map(result, repeat(method), repeat(rate), *seeds))
         reached = found[rate]
         print(method, rate, reached, flush=True)
         rows.append(
@@ -164,14 +166,6 @@ def measured(method: str, images: list[Tensor], pool: ProcessPoolExecutor) -> li
             }
         )
     return rows
-
-
-def _choice(method: str, parts: tuple[Images, Images], rate: float) -> float:
-    return result(method, rate, SEEDS, SELECTION_ROUNDS, parts)
-
-
-def _reached(method: str, rate: float, parts: tuple[Images, Images], seed: int) -> float:
-    return result(method, rate, seed, ROUNDS, parts)
 
 
 def table(rows: list[dict[str, Cell]]) -> Table:

@@ -93,6 +93,7 @@ class Round:
             for update, _ in self._updates():
                 refusals.note(update.client, refused=False)
                 yield update
+                del update
             return
         moves: dict[str, Moved] = {}
         with Spool(self._parts.folder.path / "incoming") as spool:
@@ -110,6 +111,7 @@ class Round:
                     limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
                     limit += f", and {noise:.3g} for the declared noise" if noise else ""
                     self._refuse(update.client, f"{update.client}: its update moved by {norm:.3g}; {limit}")
+                del update
 
     def _updates(self) -> Iterator[tuple[Update, Moved]]:
         """Well-formed updates with their norms as they arrive; what is refused, fails or stays away is noted."""

@@ -69,9 +69,13 @@ class Spool:
         """All updates, by the clients' names; each is read from its file as its tensors are used."""
         for client in sorted(self._kept):
             kept = self._kept[client]
-            tensors = load_file(kept.file)
-            factors = {name: _factors(tensors, name, *facts) for name, facts in kept.factors.items()}
-            yield Update(client, kept.num_examples, tensors, kept.lora_alpha, factors)
+            yield _loaded(client, kept)
+
+
+def _loaded(client: str, kept: _Kept) -> Update:
+    tensors = load_file(kept.file)
+    factors = {name: _factors(tensors, name, *facts) for name, facts in kept.factors.items()}
+    return Update(client, kept.num_examples, tensors, kept.lora_alpha, factors)
 
 
 def _factors(tensors: dict[str, Tensor], name: str, decay: float, common: bool) -> Factors:

@@ -1,5 +1,6 @@
 """The round loop against sites that answer at once: who is sent what, and who is asked again."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import torch
 from flwr.app import Error, Message, MessageType
 
 from common.errors import WORKER_DIED, FederationError, StaleStateError
+from server import spool
 from server.run_folder import read_lines
+from strategies.flower import FlowerStrategy
+from strategies.rule import Update
 from tests.server.fake_sites import NAME, Site, run
 
 
@@ -21,6 +25,29 @@ def test_sites_are_sent_what_they_lack_and_end_where_the_server_ends(tmp_path: P
     down = [r["bytes"]["down"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r["phase"] == "train"]
     assert down[:2] == [0, 0]
     assert len(set(down[2:])) == 1
+
+
+@pytest.mark.parametrize("norm_ratio", [10.0, None])
+def test_nothing_of_an_update_is_left_when_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm_ratio: float | None
+) -> None:
+    """Neither of those that arrive, nor of those that come back from the disk."""
+    watched: list[weakref.ref[Update]] = []
+    left: list[int] = []
+
+    def watching(original: Any) -> Any:
+        def read(*args: Any) -> Update:
+            left.append(sum(ref() is not None for ref in watched))
+            update: Update = original(*args)
+            watched.append(weakref.ref(update))
+            return update
+
+        return read
+
+    monkeypatch.setattr(FlowerStrategy, "read_update", watching(FlowerStrategy.read_update))
+    monkeypatch.setattr(spool, "_loaded", watching(spool._loaded))
+    run(tmp_path, [Site(number) for number in range(1, 6)], 1, admission={"norm_ratio": norm_ratio})
+    assert left == [0] * (5 if norm_ratio is None else 10)
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", {"method": "fedadam", "learning_rate": 0.1}])
