@@ -12,6 +12,7 @@ gives the same bytes.
 import argparse
 import csv
 import io
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,17 +61,11 @@ def write_comparison(out: Path) -> Path:
 
 
 def markdown(found: Comparison) -> str:
-    """The final tables, one per setting."""
+    """The final tables of every setting: at equal rounds, and at equal bytes."""
     parts = [f"# {found.name}", "", "Mean ± standard deviation over seeds, on the test set; the best mean is bold."]
-    for group in found.groups:
-        scores = group.scores()
-        heads = [f"{s.title} {'↓' if s.lower_is_better else '↑'}" for s in scores]
-        parts += ["", f"**{group.title}**", ""]
-        parts += [_cells(["Strategy", "Rate", "Seeds", *heads, "Moved per site and round"])]
-        parts += [_cells(["---", *["---:"] * (len(heads) + 3)])]
-        for row in _rows(group):
-            told = [f"**{text}**" if best else text for text, best in row["scores"]]
-            parts += [_cells([row["title"], row["rate"], str(row["seeds"]), *told, row["moved"]])]
+    for title, heads, rows in (table for group in found.groups for table in _tables(group)):
+        parts += ["", f"**{title}**", "", _cells(heads), _cells(["---", *["---:"] * (len(heads) - 1)])]
+        parts += [_cells([f"**{text}**" if best else text for text, best in row]) for row in rows]
     return "\n".join(parts) + "\n"
 
 
@@ -148,31 +143,40 @@ def _shown(group: Group, number: int) -> dict[str, Any]:
         drawn = plots.over_rounds(panels, name=f"updates-{number}", label=f"{', '.join(panels)}; {group.title}.")
     return {
         "title": group.title,
-        "scores": group.scores(),
-        "rows": _rows(group),
+        "tables": list(_tables(group, timed=True)),
         "curves": curves,
         "diagnostics": Markup(drawn),  # noqa: S704 - drawn here
     }
 
 
-def _rows(group: Group) -> list[dict[str, Any]]:
-    """The final table's rows."""
+def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[str], list[list[tuple[str, bool]]]]]:
+    """A setting's tables: title, heads, and rows of texts, the strategy's name first, each with whether it is best."""
+    scores = group.scores()
+    heads = [f"{s.title} {'↓' if s.lower_is_better else '↑'}" for s in scores]
+
+    def row(line: Line, before: list[str], after: list[str], most: float = math.inf) -> list[tuple[str, bool]]:
+        told = [(_estimate(line.final(s.key, most)), line.strategy in group.best(s, most)) for s in scores]
+        return [(_title(line.strategy), False), *((b, False) for b in before), *told, *((a, False) for a in after)]
+
     rows = []
     for line in group.lines:
-        scores = [(_estimate(line.final(s.key)), line.strategy in group.best(s)) for s in group.scores()]
         moved, spent = line.final(BYTES), line.final(SECONDS)
-        rounds = max((seed.last for seed in line.seeds), default=0)
-        rows.append(
-            {
-                "title": _title(line.strategy),
-                "rate": "–" if line.rate is None else f"{line.rate:g}{'†' if line.edge else ''}",
-                "seeds": len(line.seeds),
-                "scores": scores,
-                "moved": "–" if moved is None or not rounds else units.size(moved.mean / rounds / group.clients),
-                "seconds": "–" if spent is None or not rounds else seconds(spent.mean / rounds),
-            }
-        )
-    return rows
+        rounds = max((seed.last() for seed in line.seeds), default=0)
+        rate = "–" if line.rate is None else f"{line.rate:g}{'†' if line.edge else ''}"
+        after = ["–" if moved is None or not rounds else units.size(moved.mean / rounds / group.clients)]
+        after += ["–" if spent is None or not rounds else seconds(spent.mean / rounds)] if timed else []
+        rows.append(row(line, [rate, str(len(line.seeds))], after))
+    last = ["Moved per site and round", *(["Seconds per round"] if timed else [])]
+    yield group.title, ["Strategy", "Rate", "Seeds", *heads, *last], rows
+
+    most, rows = group.thriftiest(), []
+    for line in [line for line in group.lines if line.seeds]:
+        moved = line.final(BYTES, most)
+        after = ["–" if moved is None else units.size(moved.mean / group.clients)]
+        rows.append(row(line, [str(max(seed.last(most) for seed in line.seeds))], after, most))
+    if len(rows) > 1:
+        title = f"{group.title}, at equal bytes: at most {units.size(most / group.clients)} per site"
+        yield title, ["Strategy", "Rounds", *heads, "Moved per site"], rows
 
 
 def _diagnostics(group: Group) -> list[str]:

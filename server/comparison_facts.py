@@ -1,6 +1,7 @@
 """What an experiment's cells say, ready to be put on a page: no markup, no drawing."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,23 +37,24 @@ class Seed:
     """One finished run.
 
     Attributes:
-        scores: of the server's set, by score and version.
+        versions: those evaluated on the server's set.
+        scores: of that set, by score and version.
         bytes: moved so far, up and down, of all sites together; ``seconds``: so far if all sites work at once, that is
             the slowest site's training and the server's combining of every round.
         diagnostics: mean over the layer groups by name and round.
     """
 
     seed: int
+    versions: list[int]
     scores: dict[str, Values]
     bytes: Values
     seconds: Values
     diagnostics: dict[str, Values]
     samples: list[dict[str, str]]
 
-    @property
-    def last(self) -> int:
-        """The final state's version."""
-        return max(self.bytes)
+    def last(self, most: float = math.inf) -> int:
+        """The last version that was evaluated, of those within ``most`` bytes."""
+        return max((version for version in self.versions if self.bytes.get(version, math.inf) <= most), default=0)
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class Line:
         """Mean bytes or seconds so far, by version."""
         return {v: e.mean for v, e in _over_seeds([getattr(seed, key) for seed in self.seeds]).items()}
 
-    def final(self, key: str) -> Estimate | None:
-        """A score, or what the run cost, after the last round."""
-        values = [self._of(seed, key).get(seed.last) for seed in self.seeds]
+    def final(self, key: str, most: float = math.inf) -> Estimate | None:
+        """A score, or what the run cost, after the last round, or at the last evaluation within ``most`` bytes."""
+        values = [self._of(seed, key).get(seed.last(most)) for seed in self.seeds]
         known = [value for value in values if value is not None]
         return Estimate.of(known) if known and len(known) == len(values) else None
 
@@ -116,9 +118,15 @@ class Group:
         """The scores that were measured."""
         return [score for score in SCORES if any(line.final(score.key) for line in self.lines)]
 
-    def best(self, score: Score) -> list[str]:
+    def thriftiest(self) -> float:
+        """Bytes of the whole run of the strategy that moved least."""
+        ran = [line for line in self.lines if line.seeds]
+        return min((max(seed.bytes[seed.last()] for seed in line.seeds) for line in ran), default=0)
+
+    def best(self, score: Score, most: float = math.inf) -> list[str]:
         """The strategies with the best mean, to the three decimals that are shown; none when all are the same."""
-        means = {line.strategy: round(e.mean, 3) for line in self.lines if (e := line.final(score.key)) is not None}
+        finals = {line.strategy: line.final(score.key, most) for line in self.lines}
+        means = {strategy: round(final.mean, 3) for strategy, final in finals.items() if final is not None}
         if len(means) > 1 and len(set(means.values())) == 1:
             return []
         pick: Callable[[Iterable[float]], float] = min if score.lower_is_better else max
@@ -195,7 +203,7 @@ def _seed(folder: Path) -> Seed:
         by_round = {n: [g[n] for g in table.groups.values() if g.get(n) is not None] for n in table.rounds}
         means[table.name] = {n: statistics.fmean(v for v in vs if v is not None) for n, vs in by_round.items() if vs}
     shown = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else []
-    return Seed(cell["seed"], {k: v for k, v in scores.items() if v}, *_costs(records), means, shown)
+    return Seed(cell["seed"], [*versions], {k: v for k, v in scores.items() if v}, *_costs(records), means, shown)
 
 
 def _costs(records: list[Record]) -> tuple[Values, Values]:

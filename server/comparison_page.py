@@ -35,20 +35,19 @@ bold; a difference smaller than the deviations may be chance. The learning rate 
 {{ select_by }} on the validation set, with one seed; † marks the smallest or largest of those tried, beyond which there
 may be a better one.</p>
 {% for group in groups %}
-<div class="scroll wide" tabindex="0" role="region" aria-label="{{ group.title }}"><table>
-<caption><strong>{{ group.title }}</strong></caption>
-<thead><tr><th scope="col">Strategy</th><th scope="col">Rate</th><th scope="col">Seeds</th>
-{% for score in group.scores %}<th scope="col">{{ score.title }} {{ "↓" if score.lower_is_better else "↑" }}</th>
-{% endfor %}
-<th scope="col">Moved per site and round</th><th scope="col">Seconds per round</th></tr></thead>
+{% for title, heads, rows in group.tables %}
+<div class="scroll wide" tabindex="0" role="region" aria-label="{{ title }}"><table>
+<caption><strong>{{ title }}</strong></caption>
+<thead><tr>{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in group.rows %}
-<tr><th scope="row">{{ row.title }}</th><td>{{ row.rate }}</td><td>{{ row.seeds }}</td>
-{% for text, best in row.scores %}<td>{% if best %}<strong>{{ text }}</strong>{% else %}{{ text }}{% endif %}</td>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0][0] }}</th>
+{% for text, best in row[1:] %}<td>{% if best %}<strong>{{ text }}</strong>{% else %}{{ text }}{% endif %}</td>
 {% endfor %}
-<td>{{ row.moved }}</td><td>{{ row.seconds }}</td></tr>
+</tr>
 {% endfor %}
 </tbody></table></div>
+{% endfor %}
 {% endfor %}
 <ul class="note">
 {% for score in scores %}
@@ -56,6 +55,8 @@ may be a better one.</p>
 {% endfor %}
 <li>Moved: tensors up and down. Seconds: the slowest site's training and the server's combining; no transport, all sites
 at once.</li>
+<li>At equal bytes: every strategy at its last evaluation within the bytes that the thriftiest one moved in its whole
+run. Where evaluations are far apart it may have moved much less.</li>
 </ul>
 </section>
 

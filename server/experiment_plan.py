@@ -127,7 +127,11 @@ class Plan:
         training = {"learning_rate": cell.learning_rate, "seed": cell.seed}
         if setting.local_steps is not None:
             training["local_steps"] = setting.local_steps
-        data = self.config.data.test if cell.final else self.config.data.validation
+        evaluation: dict[str, Any] = {"server": self.config.data.test.model_dump(mode="json")}
+        if not cell.final:
+            evaluation["server"] = self.config.data.validation.model_dump(mode="json")
+            if self.config.select_by == "loss":  # what is generated picks no rate
+                evaluation |= {"generate": 0, "samples": 0}
         cohort = _with(shared.get("cohort", {}), {})
         if isinstance(cohort, dict) and cohort.get("fraction", 1.0) == 1.0:
             cohort.setdefault("min_clients", setting.clients)  # a comparison is void when a site is missing
@@ -137,7 +141,7 @@ class Plan:
             "strategy": strategy if setting.rank is None else {**strategy, "rank": setting.rank},
             "cohort": cohort,
             "training": _with(shared.get("training", {}), training),
-            "evaluation": _with(shared.get("evaluation", {}), {"server": data.model_dump(mode="json")}),
+            "evaluation": _with(shared.get("evaluation", {}), evaluation),
             "local": {"sites": [str(file) for file in self.sites[setting.clients, setting.alpha]]},
         }
         return resolved(parse(plain, FederationConfig, f"{self.source}, cell {cell.folder}"), self.source)

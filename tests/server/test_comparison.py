@@ -58,6 +58,11 @@ def out(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def table(text: str) -> dict[str, str]:
+    """A Markdown table's rows by their first cell."""
+    return {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+
+
 def estimate(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
@@ -65,7 +70,7 @@ def estimate(values: list[float]) -> str:
 def test_final_table_holds_mean_and_deviation_over_seeds_and_marks_the_best(out: Path) -> None:
     write_comparison(out)
     text = (out / "comparison.md").read_text()
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+    rows = table(text.split("at equal bytes")[0])
     assert f"**{estimate(LOSS['flexlora'])}**" in rows["FlexLoRA"]
     assert f"| {estimate(LOSS['fedit'])} |" in rows["FedIT"]
     assert "| 0.1† | 3 |" in rows["FedIT"]  # the largest rate that was tried
@@ -74,6 +79,17 @@ def test_final_table_holds_mean_and_deviation_over_seeds_and_marks_the_best(out:
     moved = (2 * 3000 * 2 + 2 * 1000) / 2 / 2  # both rounds and sites, per round and site
     assert f"{moved / 1000:.1f} kB" in rows["FlexLoRA"]
     assert "Perplexity" not in text  # not measured
+
+
+def test_second_table_compares_at_the_bytes_that_the_thriftiest_strategy_moved(out: Path) -> None:
+    write_comparison(out)
+    text = (out / "comparison.md").read_text()
+    title, rows = text.split("at equal bytes: at most ")[1].split("**", 1)
+    assert title == "2.0 kB per site"  # ours: 500 up twice, 1,000 down once; one round of fedit or flexlora is more
+    at_equal_bytes = table(rows)
+    assert f"| 2 | **{estimate(LOSS['<b>ours</b>'])}** |" in at_equal_bytes["<b>ours</b>"]
+    assert f"| 0 | {estimate([loss + 2.0 for loss in LOSS['fedit']])} |" in at_equal_bytes["FedIT"]
+    assert "RoLoRA" not in at_equal_bytes  # has no run
 
 
 def test_numbers_are_given_as_tables_too(out: Path) -> None:

@@ -96,6 +96,15 @@ def test_only_final_cells_know_the_test_set(tmp_path: Path) -> None:
         assert ("test.jsonl" in told, "server.jsonl" in told) == (cell.final, not cell.final)
 
 
+@pytest.mark.parametrize(("select_by", "generated"), [("loss", 0), ("rouge_l", 3)])
+def test_cells_that_pick_a_rate_generate_only_if_it_is_picked_by_that(
+    tmp_path: Path, select_by: str, generated: int
+) -> None:
+    found = plan(make_experiment(tmp_path, federation__evaluation__generate=3, select_by=select_by))
+    told = {(cell.final, found.federation(cell).evaluation.generate) for cell in found.cells()}
+    assert told == {(False, generated), (True, 3)}
+
+
 def test_partition_folders_are_found_by_alpha(tmp_path: Path) -> None:
     file = make_experiment(tmp_path, data__sites={2: "sites-{alpha}"}, grid__alphas=[0.5, 10.0])
     for alpha in (0.5, 10.0):
