@@ -18,6 +18,7 @@ their gradients, and its step is not scaled.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -27,7 +28,21 @@ from client.moments import Moments, moment_store
 from client.range_finder import range_finder
 from common.errors import TrainingError
 from common.factors import Factors
+from common.second_moments import gathered, name_of, spread
 from common.subspace import generator_for, projects_right
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments to begin with (see ``common.second_moments``).
+
+    Attributes:
+        tensors: by name, (longer side,) of a weight, corrected for the bias; all zero: none yet.
+        steps: that count as done before.
+    """
+
+    tensors: Mapping[str, Tensor]
+    steps: int
 
 
 class GaLore(torch.optim.Optimizer):
@@ -48,6 +63,7 @@ class GaLore(torch.optim.Optimizer):
         moments: how Adam's moments are kept.
         basis: gives a weight's basis by name and shape, once; None: bases come from the gradients.
         unprojected: names of those that are trained without projection.
+        second_moments: of Adam to begin with, of every projected weight; needs ``basis`` and float32 moments.
         refresh_batches: how many batches the caller averages before ``refresh``; 1: a basis comes from the gradient of
             the step that it is first used in.
         seed: of the range finder.
@@ -75,6 +91,7 @@ class GaLore(torch.optim.Optimizer):
         moments: Moments = "float32",
         basis: Callable[[str, torch.Size], Tensor] | None = None,
         unprojected: Collection[str] = (),
+        second_moments: SecondMoments | None = None,
         refresh_batches: int = 1,
         seed: int = 0,
     ) -> None:
@@ -91,6 +108,7 @@ class GaLore(torch.optim.Optimizer):
         self._projected = set(projected.values())
         self._seed = seed
         self._basis, self._moments, self._max_norm = basis, moment_store(moments), max_grad_norm
+        self._second_moments = second_moments
         self.refresh_batches = refresh_batches if basis is None else 1
         self.last_backward = True
         defaults = {
@@ -190,7 +208,18 @@ class GaLore(torch.optim.Optimizer):
             state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
             if parameter not in self._projected:
                 state["updates"].append(torch.zeros_like(parameter, dtype=torch.float32))
+            elif self._second_moments is not None:
+                self._begin_with(self._second_moments, parameter, state)
         return state
+
+    def _begin_with(self, known: SecondMoments, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        """Have Adam go on from second moments that are known."""
+        moment = known.tensors[name_of(self._names[parameter])].to(parameter.device)
+        if moment.any():
+            square = spread(moment, parameter.shape, self.defaults["rank"])
+            square.mul_(1 - self.defaults["betas"][1] ** known.steps)
+            self._moments.save(state, torch.zeros_like(square), square)
+            state["before"] = known.steps
 
     def _due(self, parameter: nn.Parameter) -> bool:
         if parameter not in self._projected:
@@ -237,9 +266,13 @@ class GaLore(torch.optim.Optimizer):
         mean.lerp_(low, 1 - beta1)
         square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
         self._moments.save(state, mean, square)
-        correction = (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+        correction = (1 - beta2 ** self._steps(state)) ** 0.5 / (1 - beta1 ** state["step"])
         normalised: Tensor = mean / square.sqrt().add_(group["eps"])
         return normalised.mul_(-group["lr"] * correction * scale)
+
+    def _steps(self, state: dict[str, Any]) -> int:
+        """That the second moment is of."""
+        return int(state["step"]) + int(state.get("before", 0))
 
     def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
         """Take a new basis, from ``gradient`` or the shared one, and open a new term of the factors."""
@@ -289,6 +322,19 @@ class GaLore(torch.optim.Optimizer):
         update: Tensor = state["updates"][0]
         weight: Tensor = start.to(torch.float32) * state["decay"]
         return weight.add_(update.to(start.device))
+
+    def second_moment(self, name: str) -> Tensor:
+        """Adam's second moment of a projected weight as it travels: (longer side,), corrected for the bias, on the CPU.
+
+        Raises:
+            KeyError: no weight of this name.
+        """
+        assert self._second_moments is not None  # noqa: S101 - nobody asks without
+        parameter, state = self._of(name)
+        if not state or not state["step"]:  # it got no gradient
+            return self._second_moments.tensors[name_of(name)]
+        moment = gathered(state["exp_avg_sq"], parameter.shape)
+        return moment.div_(1 - self.defaults["betas"][1] ** self._steps(state)).cpu()
 
     def _of(self, name: str) -> tuple[nn.Parameter, dict[str, Any]]:
         parameter = {n: p for p, n in self._names.items()}[name]

@@ -123,6 +123,8 @@ class Gate:
         ):
             if allowed is not None and value not in allowed:
                 raise PolicyError(f"this site's policy: `{key}` allows {', '.join(allowed)}; this is {value}")
+        if self.site.privacy is not None and federation.strategy.optimizer_state == "averaged":
+            raise PolicyError("this site's policy: `privacy` allows `optimizer_state` reset; averaged has no noise")
         for name in active:
             self._check_name(name)
         with self._ledger.opened():

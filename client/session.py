@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from client.device import pick_autocast, pick_device
-from client.galore import GaLore
+from client.galore import GaLore, SecondMoments
 from client.optimizer_state import capture, restore
-from client.outgoing import factored_weights, trained_tensors
-from client.trainer import train
+from client.outgoing import Outgoing, factored_weights, trained_tensors
+from client.trainer import steps_per_round, train
 from client.weights import Weights
-from common import tuning
+from common import second_moments, tuning
 from common.adapters import cut
 from common.base_model import Base
 from common.config import (
@@ -126,8 +126,8 @@ class Session:
 
     @property
     def names(self) -> list[str]:
-        """The tensors that are trained and exchanged."""
-        return list(self._tuned.parameters)
+        """The tensors that are exchanged."""
+        return list(self._tuned.parameters if self.weights is None else self.weights.tensors)
 
     def set_state(
         self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown"
@@ -144,7 +144,7 @@ class Session:
             StaleStateError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
         """
         weights = self.weights  # made of the base model, before that is overwritten
-        missing = self._tuned.parameters.keys() - tensors.keys()
+        missing = set(self.names) - tensors.keys()
         if missing:
             raise StaleStateError(
                 f"{len(missing)} tensor(s) neither sent nor kept, e.g. {min(missing)}; send them in full"
@@ -154,7 +154,7 @@ class Session:
             raise StaleStateError("the frozen tensors kept from an earlier round are out of date; send them in full")
         self._tuned.set(tensors if weights is None else cut(tensors, self._rank))
         if weights is not None:
-            weights.replace({name: tensors[name] for name in self._tuned.parameters}, version)
+            weights.replace({name: tensors[name] for name in self.names}, version)
         self._set_local()
         return frozen
 
@@ -177,7 +177,7 @@ class Session:
         """
         started = time.monotonic()
         federation, training = self.federation, self.federation.training
-        parameters = {name: self._tuned.parameters[name] for name in active}
+        parameters = {name: self._tuned.parameters[name] for name in second_moments.without(active)}
         for name, parameter in self._tuned.parameters.items():
             parameter.requires_grad_(name in parameters)
         if training.gradient_checkpointing:
@@ -208,10 +208,7 @@ class Session:
         self._max_batch_size = result.micro_batch
         metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
         if isinstance(optimizer, GaLore):
-            start, exchange = self._weights.tensors, self._exchange(server_round)
-            changes = {name: optimizer.factors(name) for name in parameters if not in_head(name)}
-            whole = {name: optimizer.whole(name, start[name]) for name in parameters if in_head(name)}
-            update = factored_weights(changes, whole, start, exchange, self.site.privacy)
+            update = self._changed_weights(optimizer, list(parameters), server_round)
         else:
             update = trained_tensors(parameters, received, self.site.privacy)
             if self.weights is not None:  # which are federated in float32
@@ -229,6 +226,17 @@ class Session:
             metrics["lora-alpha"] = federation.strategy.lora_alpha
         self._seconds["train"] = time.monotonic() - started
         return update.tensors, metrics
+
+    def _changed_weights(self, optimizer: GaLore, names: list[str], server_round: int) -> Outgoing:
+        """What leaves of the base weights that were trained."""
+        start, exchange = self._weights.tensors, self._exchange(server_round)
+        changes = {name: optimizer.factors(name) for name in names if not in_head(name)}
+        whole = {name: optimizer.whole(name, start[name]) for name in names if in_head(name)}
+        update = factored_weights(changes, whole, start, exchange, self.site.privacy)
+        if self.federation.strategy.optimizer_state != "averaged":
+            return update
+        moments = {second_moments.name_of(name): optimizer.second_moment(name) for name in changes}
+        return replace(update, tensors=update.tensors | moments)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself.
@@ -338,6 +346,7 @@ class Session:
                 max_grad_norm=training.max_grad_norm,
                 moments=strategy.moments,
                 basis=self._exchange(server_round).basis,
+                second_moments=self._second_moments(server_round),
                 refresh_batches=strategy.refresh_batches,
                 unprojected=[name for name in parameters if in_head(name)],
                 seed=training.seed + server_round,
@@ -345,6 +354,13 @@ class Session:
         if training.optimizer == "sgd":
             return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+    def _second_moments(self, server_round: int) -> SecondMoments | None:
+        """What the round begins with."""
+        if self.federation.strategy.optimizer_state != "averaged":
+            return None
+        steps = steps_per_round(self.federation.training, self.train_rows)
+        return SecondMoments(self._weights.tensors, (server_round - 1) * steps)
 
 
 def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:

@@ -282,6 +282,17 @@ class FederationConfig(Section):
                 "`strategy` fedsa-lora keeps every B at its site, so that the server has no model of its own to "
                 "evaluate; leave `evaluation.server` out"
             )
+        if self.strategy.optimizer_state == "averaged":
+            if self.training.optimizer != "adamw":
+                raise ValueError(
+                    "`strategy.optimizer_state` is averaged, but `training.optimizer` "
+                    f"{self.training.optimizer} has no second moments; allowed with it: adamw"
+                )
+            if self.server_optimizer is not None:
+                raise ValueError(
+                    "`strategy.optimizer_state` is averaged, and second moments are no weights that "
+                    f"`server_optimizer` {self.server_optimizer.method} could move; allowed with it: none"
+                )
         classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
         if classifies and head is None:
             raise ValueError(

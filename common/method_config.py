@@ -53,13 +53,22 @@ class FedFTGConfig(Selection):
     wire_precision: Literal["float32", "bfloat16", "int8"] = Field(
         "float32", description="Of the factors on the wire; float32 is exact, the others' error is reported."
     )
-    optimizer_state: Literal["reset"] = Field("reset", description="Every round takes new bases from new weights.")
+    optimizer_state: Literal["reset", "averaged"] = Field(
+        "reset",
+        description="Between rounds. `averaged`: the server averages the sites' second moments of Adam, and the next "
+        "round begins with them (after arXiv 2602.01746); needs `subspace` shared and `moments` float32.",
+    )
     head: Head | None = Field(None, description=_HEAD)
 
     @model_validator(mode="after")
     def _shared_is_never_refreshed(self) -> Self:
         if self.subspace == "shared" and (self.update_proj_gap is not None or self.refresh_batches != 1):
             raise ValueError("`subspace` shared takes no `update_proj_gap` and no `refresh_batches`; leave them out")
+        if self.optimizer_state == "averaged" and (self.subspace != "shared" or self.moments != "float32"):
+            raise ValueError(
+                f"`optimizer_state` averaged with `subspace` {self.subspace} and `moments` {self.moments}; allowed "
+                "with it: shared, whose moments can be compared, and float32"
+            )
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import families
+from common import families, second_moments
 from common.adapters import BASE_WEIGHT, LORA_A, LORA_B, fresh_a
 from common.config import FedFTGConfig, FedSALoRAConfig, FLoRAConfig, LoraConfig, MergingLoraConfig
 from common.errors import ModelError, WireError
@@ -34,11 +34,12 @@ class Tuned:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write exchanged tensors into the model.
+        """Write exchanged tensors into the model; second moments, which are the optimizer's, are passed over.
 
         Raises:
             WireError: a name or shape is not this model's; nothing is written then.
         """
+        tensors = {name: tensors[name] for name in second_moments.without(tensors)}
         for name, tensor in tensors.items():
             mine = self.parameters.get(name)
             if mine is None:
@@ -85,6 +86,8 @@ def first_state(tuned: Tuned, config: FedFTGConfig | LoraConfig, seed: int) -> d
     state = tuned.get()
     if isinstance(config, FedFTGConfig | MergingLoraConfig):
         state = {name: tensor.float() for name, tensor in state.items()}
+    if config.optimizer_state == "averaged":
+        state |= second_moments.first(state)
     if isinstance(config, FLoRAConfig):
         for name, tensor in state.items():
             if name.endswith(LORA_A):

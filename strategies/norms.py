@@ -16,6 +16,7 @@ from common.errors import RefusedUpdate
 from common.factors import Factors
 from common.families import in_head
 from common.privacy import Declared, longest_noise
+from common.second_moments import is_second_moment, without
 from strategies.rule import Update
 from strategies.running import change_square
 
@@ -23,6 +24,8 @@ _BETA1, _BETA2 = 0.9, 0.999  # of Adam, at all clients
 #: Largest |m / sqrt(v)| of any sequence of gradients: by Cauchy-Schwarz (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)).
 #: The correction of the bias, sqrt(1 - b2^t) / (1 - b1^t), is never above 1.
 ADAM_STEP = (1 - _BETA1) / math.sqrt((1 - _BETA2) * (1 - _BETA1**2 / _BETA2))
+#: The same where the second moment may begin from any: the first step's.
+_ANY_STEP = 1 / math.sqrt(1 - _BETA2)
 _TOLERANCE = 2.0  # rounding: of 8-bit moments, of bfloat16 weights and factors
 _WIRE = 1.05  # rounding of noise on the wire
 _COHORT = 3  # a median of fewer norms says nothing about one of them
@@ -44,17 +47,21 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
 
     Args:
         name: of the tensor.
-        base: the tensor at the start of the round; under FedFTG a matrix, or of a head.
+        base: the tensor at the start of the round; under FedFTG a matrix, of a head, or a second moment.
         rows: of the client's shard.
         training: the federation's training section.
         strategy: its strategy section.
     """
+    if is_second_moment(name):  # before and after, the sum of its entries is at most this
+        limit = math.inf if training.max_grad_norm is None else training.max_grad_norm**2 / strategy.rank
+        return _TOLERANCE * (limit + float(base.sum()))
     entries, scale = base.numel(), 1.0
     if isinstance(strategy, FedFTGConfig) and not in_head(name):
         # The step has the norm of its projection, whose shape is (rank, larger side).
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
-        step = scale * ADAM_STEP * math.sqrt(entries)
+        largest = _ANY_STEP if strategy.optimizer_state == "averaged" else ADAM_STEP
+        step = scale * largest * math.sqrt(entries)
     else:
         step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
     shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
@@ -81,6 +88,8 @@ def check_possible(
         RefusedUpdate: names client, tensor, norm and bound.
     """
     for name, norm in norms.items():
+        if is_second_moment(name) and bool((update.tensors[name] < 0).any()):
+            raise RefusedUpdate(f"{update.client}: {name} has negative entries; allowed: 0 and more")
         bound = largest_change(name, base[name], update.num_examples, training, strategy)
         noise = noise_in({name: base[name]}, strategy, privacy)
         if not norm <= bound + noise:
@@ -131,7 +140,8 @@ def moved(
     strategy: StrategyConfig,
     privacy: Declared | None = None,
 ) -> Moved:
-    """How far an update of a client with so many rows moves; ``norms`` are those of its tensors."""
+    """How far an update of a client with so many rows moves the weights; ``norms`` are those of its tensors."""
+    norms = {name: norms[name] for name in without(norms)}
     norm = total(norms)
     if privacy is None:
         return Moved(norm, norm, 0.0)

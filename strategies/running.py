@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.errors import AggregationError
 from common.factors import Factors
+from common.second_moments import without
 from common.subspace import projects_right
 
 Tensors = dict[str, Tensor]
@@ -111,9 +112,9 @@ class Drift:
         self._norms: dict[str, list[float]] = {}
 
     def fold(self, tensors: Changed) -> None:
-        """Add one client's tensors, or their changes in factors."""
+        """Add one client's tensors, or their changes in factors; second moments do not count."""
         groups: dict[str, list[str]] = {}
-        for name in tensors:
+        for name in without(tensors):
             groups.setdefault(layer_group(name), []).append(name)
         for group, names in groups.items():
             norm = math.sqrt(sum(change_square(tensors[name], self._base[name]) for name in names))

@@ -7,6 +7,7 @@ from torch import Tensor
 from client.checks.finding import Finding, Skip
 from client.checks.steps import measured
 from client.checks.subject import Subject
+from common import second_moments
 from common.config import FederationConfig, FedFTGConfig, MedianConfig, TrimmedMeanConfig
 from common.factors import Exchange, Factors, num_bytes, pack
 from common.families import in_head
@@ -28,6 +29,8 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
     """
     strategy = federation.strategy
     if isinstance(strategy, FedFTGConfig):
+        if strategy.optimizer_state == "averaged":
+            tensors = tensors | second_moments.first(tensors)
         shared = strategy.subspace == "shared"
         terms = 1 if shared else math.ceil(steps / (strategy.update_proj_gap or 200))
         up = sum(_packed(n, t, terms, strategy) for n, t in tensors.items())
@@ -43,7 +46,7 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
 
 def _packed(name: str, weight: Tensor, terms: int, strategy: FedFTGConfig) -> int:
     """Bytes of one weight's change, of as many bases as there are ``terms``."""
-    if in_head(name):
+    if in_head(name) or second_moments.is_second_moment(name):
         return 4 * weight.numel()
     (rows, columns), rank = weight.shape, strategy.rank * terms
     left, other = weight.new_zeros(rows, rank).float(), weight.new_zeros(rank, columns).float()

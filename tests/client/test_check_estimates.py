@@ -65,6 +65,7 @@ def test_estimated_peak_is_the_measured_one(
         (FEDFTG, 1),
         ({**FEDFTG, "update_proj_gap": 2}, 1),
         ({**FEDFTG, "subspace": "shared"}, 1),
+        ({**FEDFTG, "subspace": "shared", "optimizer_state": "averaged"}, 1),
         ({**FEDFTG, "wire_precision": "int8"}, 1),
         ({"name": "fedit", "rank": 2}, 1),
         ({"name": "ffa-lora", "rank": 2}, 1),

@@ -78,6 +78,21 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
         ("fedftg", "fedfgt", "`strategy.name` is 'fedfgt'; allowed: 'fedftg', "),
         ("fedftg", "{name: fedftg, rnak: 3}", "unknown key `strategy.rnak`; did you mean `rank`?"),
         ("fedftg", "{name: rolora, optimizer_state: keep}", "`strategy.optimizer_state` is 'keep'"),
+        (
+            "fedftg",
+            "{name: fedftg, optimizer_state: averaged}",
+            "averaged with `subspace` own and",
+        ),
+        (
+            "fedftg",
+            "{name: fedftg, subspace: shared, moments: 8bit, optimizer_state: averaged}",
+            "and `moments` 8bit; al",
+        ),
+        (
+            "strategy: fedftg",
+            "strategy: {name: fedftg, subspace: shared, optimizer_state: averaged}\nserver_optimizer: fedavgm",
+            "no weights that `server_optimizer` fedavgm could move; allowed with it: none",
+        ),
         ("fedftg", "{name: rolora, head: train}", "`strategy.head` is 'train', but `task` causal-lm has no"),
         (
             "fedftg",

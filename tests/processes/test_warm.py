@@ -15,12 +15,13 @@ from tests.tiny import make_federation
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 3
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "fedftg, shared, bfloat16": {
+    "fedftg, shared, bfloat16, moments averaged": {
         "name": "fedftg",
         "blocks": "lower half",
         "rank": 4,
         "subspace": "shared",
         "wire_precision": "bfloat16",
+        "optimizer_state": "averaged",
     },
     "ffa-lora, moments kept": {"name": "ffa-lora", "blocks": "lower half", "rank": 2, "optimizer_state": "keep"},
 }
