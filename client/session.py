@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from client.choices import lora_rank, make_optimizer, model_source
 from client.device import pick_autocast, pick_device
 from client.galore import GaLore, SecondMoments
 from client.optimizer_state import capture, restore
@@ -22,20 +23,9 @@ from client.weights import Weights
 from common import second_moments, tuning
 from common.adapters import cut
 from common.base_model import Base
-from common.config import (
-    FederationConfig,
-    FedFTGConfig,
-    FlexLoRAConfig,
-    FLoRAConfig,
-    LoraConfig,
-    MergingLoraConfig,
-    ModelConfig,
-    SiteConfig,
-    StrategyConfig,
-    resolve,
-)
+from common.config import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
 from common.digest import base_digest, tensors_digest, tokenizer_digest
-from common.errors import ModelError, StaleStateError
+from common.errors import StaleStateError
 from common.factors import Exchange
 from common.families import in_head
 from common.metrics import COUNTS
@@ -333,27 +323,9 @@ class Session:
         return lora_rank(self.site, self.federation.strategy)
 
     def _optimizer(self, parameters: dict[str, torch.nn.Parameter], server_round: int) -> torch.optim.Optimizer:
+        basis, moments = self._exchange(server_round).basis, self._second_moments(server_round)
         training, strategy = self.federation.training, self.federation.strategy
-        if isinstance(strategy, FedFTGConfig):
-            return GaLore(
-                parameters,
-                lr=training.learning_rate,
-                rank=strategy.rank,
-                update_proj_gap=strategy.update_proj_gap or 200,
-                scale=strategy.scale,
-                inner=training.optimizer,
-                weight_decay=training.weight_decay,
-                max_grad_norm=training.max_grad_norm,
-                moments=strategy.moments,
-                basis=self._exchange(server_round).basis,
-                second_moments=self._second_moments(server_round),
-                refresh_batches=strategy.refresh_batches,
-                unprojected=[name for name in parameters if in_head(name)],
-                seed=training.seed + server_round,
-            )
-        if training.optimizer == "sgd":
-            return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
-        return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+        return make_optimizer(parameters, training, strategy, server_round, basis, moments)
 
     def _second_moments(self, server_round: int) -> SecondMoments | None:
         """What the round begins with."""
@@ -365,32 +337,6 @@ class Session:
 
 def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-
-
-def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple[str, str | None]:
-    """Folder, or hub id and revision, of the base model: the site's own copy, else as the federation file says."""
-    if site.model is not None:
-        return str(resolve(site.model, site_file)), None
-    if model.path is not None:
-        return model.path, None
-    return str(model.hub), model.revision
-
-
-def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:
-    """The rank that a site trains with.
-
-    Raises:
-        ModelError: the site caps the rank, and the strategy needs equal ones.
-    """
-    wanted, cap = strategy.rank, site.max_rank
-    if cap is None or cap >= wanted or isinstance(strategy, FedFTGConfig):
-        return wanted
-    if not isinstance(strategy, FlexLoRAConfig | FLoRAConfig):
-        raise ModelError(
-            f"max_rank {cap} is below the federation's rank {wanted}, and {strategy.name} needs equal ranks; only "
-            "flexlora and flora allow mixed ones"
-        )
-    return cap
 
 
 def _describe(device: torch.device) -> str:

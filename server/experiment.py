@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -84,7 +85,7 @@ class Experiment:
     def _cells(self, what: str, wanted: list[Cell]) -> None:
         """Run cells, some at a time."""
         waiting = deque(cell for cell in wanted if not _is_done(self._out / cell.folder))
-        done = len(wanted) - len(waiting)
+        done, spent = len(wanted) - len(waiting), list[float]()
         self._console.print(f"{what}: {len(wanted)} cells, {done} of them done")
         try:
             while waiting or self._running:
@@ -98,9 +99,10 @@ class Experiment:
                     cell, began = self._running.pop(process)
                     done += 1
                     told = self._ended(cell, process)
-                    self._console.print(
-                        f"{done}/{len(wanted)} {cell.folder}: {told} ({clock(time.monotonic() - began)})"
-                    )
+                    spent.append(time.monotonic() - began)
+                    left = len(wanted) - done
+                    rest = f"; about {clock(fmean(spent) * left / self._jobs)} left" if left else ""
+                    self._console.print(f"{done}/{len(wanted)} {cell.folder}: {told} ({clock(spent[-1])}{rest})")
         finally:
             self._stop()
 

@@ -9,8 +9,8 @@ from typing import Any
 from client.checks.finding import Skip
 from client.checks.memory import Batch
 from client.checks.superlink import stranger
+from client.choices import lora_rank, model_source
 from client.link import LinkReport, probe
-from client.session import lora_rank, model_source
 from client.trainer import steps_per_round
 from common import tuning
 from common.base_model import Base

@@ -1,6 +1,7 @@
 """Experiments: what is refused before anything runs, what picks a learning rate, and how an interrupted one goes on."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -209,6 +210,7 @@ def scores(cell: Path) -> dict[int, float]:
 def test_interrupted_experiment_ends_all_its_processes_and_goes_on_after_the_last_round(story: Story) -> None:
     assert story.interrupted == 130
     assert story.survivors == []
+    assert re.search(r"final/\S+: failed.*; about .* left\)$", story.complaint, re.MULTILINE)
     events = [e for f in story.out.glob("*/*/events.jsonl") for e in read_lines(f)]
     (resumed,) = [event for event in events if event["event"] == "resumed"]
     assert resumed["round"] >= 1
