@@ -1,4 +1,4 @@
-"""Held-out loss after equal rounds: own against shared bases against dense AdamW, each with its best learning rate.
+"""Held-out loss after equal rounds: own and shared bases against dense AdamW, each with its best learning rate.
 
 The demo's three sites, each training SmolLM2 on its own rows; direct averaging. One process plays all sites, through
 the code that sites and server run.
@@ -24,7 +24,11 @@ DEMO = Path(__file__).parents[1] / "deploy" / "demo" / "federation.yaml"
 ROUNDS = 3
 METHODS: dict[str, tuple[dict[str, object], tuple[float, ...]]] = {
     "own": ({}, (8e-3, 1.6e-2, 3.2e-2)),
-    "shared": ({"subspace": "shared"}, (1.6e-2, 3.2e-2, 6.4e-2)),
+    "shared": ({"subspace": "shared"}, (3.2e-2, 6.4e-2, 1.28e-1)),
+    "shared, moments averaged": (
+        {"subspace": "shared", "optimizer_state": "averaged"},
+        (3.2e-2, 6.4e-2, 1.28e-1),
+    ),
     "dense AdamW": ({}, (3e-4, 1e-3, 3e-3)),
 }
 
