@@ -38,7 +38,7 @@ BENCHMARKS = {
     "server-memory": Benchmark(server_memory.run, "15 minutes"),
     "stock-flower": Benchmark(stock_flower.run, "35 minutes"),
     "strategy-bytes": Benchmark(strategy_bytes.run, "15 minutes"),
-    "subspaces": Benchmark(subspaces.run, "20 minutes"),
+    "subspaces": Benchmark(subspaces.run, "30 minutes"),
     "toy": Benchmark(toy.run, "25 minutes"),
     "wire-bytes": Benchmark(wire_bytes.run, "1 minute"),
 }
