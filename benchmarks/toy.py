@@ -5,7 +5,8 @@ client trains and how the server combines it is FedSpan's own: the rules of ``st
 convention lora_A is A transposed, (16, 784), and lora_B is B transposed, (784, 16).
 
 Two comparisons: at the paper's rate of 0.02, the same for all, and each method at the rate that suits it best. The
-paper has 6,000 images and batches of 64 at each client, here it is 320 in batches of 8: 200 local steps for its 470.
+paper has 6,000 images at each client, batches of 64 and 5 local epochs, which are 470 steps. Here it is 320 images,
+batches of 8 and 12 epochs: 480 steps.
 """
 
 import os
@@ -30,7 +31,7 @@ from strategies.rule import Averaging, Tensors, Update
 
 A, B = "toy.lora_A.weight", "toy.lora_B.weight"
 RANK, PIXELS = 16, 784
-EPOCHS, BATCH, ROUNDS, SEEDS = 5, 8, 100, 5
+EPOCHS, BATCH, ROUNDS, SEEDS = 12, 8, 100, 5
 SELECTION_ROUNDS = 40
 COMMON_RATE = 0.02
 TRAIN, EVALUATED = 320, 200  # images of each digit: for training; for the choice of the rate, and for the test
@@ -96,17 +97,24 @@ def federate(
 def train(
     state: Tensors, active: list[str], rate: float, images: Images, out: Tensor, order: torch.Generator
 ) -> Tensors:
-    """One round of plain SGD at all clients at once; the active tensors, each (clients, ...)."""
-    tensors = {name: tensor.clone().requires_grad_(name in active) for name, tensor in state.items()}
-    trained = [tensors[name] for name in active]
+    """One round of plain SGD at all clients at once; the active tensors, each (clients, ...).
+
+    The gradient of the mean cross-entropy is written out: three times as fast as autograd for so small a model.
+    """
+    a, b = state[A].clone(), state[B].clone()
     for _ in range(EPOCHS):
         for rows in torch.randperm(images.digits.shape[1], generator=order).split(BATCH):
-            logits = forward(images.pixels[:, rows], tensors, out)
-            labels = images.digits[:, rows].reshape(-1)
-            loss = functional.cross_entropy(logits.reshape(-1, 10), labels, reduction="sum") / len(rows)
-            for tensor, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                tensor.data.sub_(gradient, alpha=rate)  # a client's tensors have a gradient from its own rows only
-    return {name: tensors[name].detach() for name in active}
+            pixels, labels = images.pixels[:, rows], images.digits[:, rows]
+            low = pixels @ a.mT
+            hidden = torch.relu(low @ b.mT)
+            error = (hidden @ out).softmax(-1).sub_(functional.one_hot(labels, 10)).div_(len(rows))
+            back = (error @ out.T).mul_(hidden > 0)
+            back_low = back @ b
+            if B in active:
+                b.baddbmm_(back.mT, low, alpha=-rate)
+            if A in active:
+                a.baddbmm_(back_low.mT, pixels, alpha=-rate)
+    return {name: {A: a, B: b}[name] for name in active}
 
 
 def forward(pixels: Tensor, state: Tensors, out: Tensor) -> Tensor:
@@ -176,7 +184,7 @@ def table(rows: list[dict[str, Cell]]) -> Table:
         [
             f"{TRAIN} training images of each digit, {EVALUATED} to choose the own rate by (another seed, "
             f"{SELECTION_ROUNDS} rounds), {EVALUATED} to test on;",
-            f"{EPOCHS} local epochs of SGD, batch {BATCH}. The paper: 6,000 images of each digit, batch 64, 0.02.",
+            f"{EPOCHS} local epochs of SGD, batch {BATCH}. The paper: 6,000 images of each digit, 5 epochs, batch 64.",
         ],
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.toy import BATCH, METHODS, A, B, Images, accuracy, federate, forward, split, start, train
+from benchmarks.toy import BATCH, EPOCHS, METHODS, A, B, Images, accuracy, federate, forward, split, start, train
 
 RECORDED = Path(__file__).parent / "recorded" / "toy.json"
 ROUNDS, RATE = 5, 0.02
@@ -62,7 +62,7 @@ def test_clients_train_as_if_each_were_alone(active: list[str]) -> None:
             layer.weight.data.copy_(state[name])
         sgd = torch.optim.SGD([layers[name].weight for name in active], lr=0.05)
         order = torch.Generator().manual_seed(3)
-        for _ in range(5):
+        for _ in range(EPOCHS):
             for rows in torch.randperm(70, generator=order).split(BATCH):
                 sgd.zero_grad()
                 logits = torch.relu(up(down(data.pixels[client, rows]))) @ out
