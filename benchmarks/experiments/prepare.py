@@ -5,7 +5,7 @@ Leaves in the cache (default ``.cache/experiments``), beside the demo's model an
     minilm/                           all-MiniLM-L6-v2
     sentences/{validation,test}.jsonl 1,200 and 1,260 sentences of film reviews
     sentences/N-ALPHA/site-*.*        the others, some 6,000, by Dirichlet(ALPHA) over the labels to N sites
-    sentences/N-ALPHA-few/site-*.*    500 of them, in the same way
+    sentences/N-ALPHA-few/site-*.*    400 of them, in the same way
     coding/{validation,test}.jsonl    ICD-10-CM terms of categories that no site has
     coding/3/, coding/4/              the others: by department, and by Dirichlet over the chapters to four sites
     dinov2/                           DINOv2-small
@@ -39,7 +39,7 @@ ALPHAS = (1.0, 100.0)  # of the sentences: labels unequal, nearly equal
 CODING_ALPHA = 0.3
 _SEED = 0
 _LEAST_ROWS, _LEAST_OF_FEW = 8, 1  # of a site
-_FEW = 500  # sentences
+_FEW = 400  # sentences
 _VALIDATION, _TEST = 1200, 1260
 _IMAGES, _VALIDATION_IMAGES, _IMAGES_ALPHA = 2000, 500, 0.3
 _CODING_SHARE = 16  # one category of so many is for validation
