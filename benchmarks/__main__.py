@@ -39,7 +39,7 @@ BENCHMARKS = {
     "stock-flower": Benchmark(stock_flower.run, "35 minutes"),
     "strategy-bytes": Benchmark(strategy_bytes.run, "15 minutes"),
     "subspaces": Benchmark(subspaces.run, "30 minutes"),
-    "toy": Benchmark(toy.run, "25 minutes"),
+    "toy": Benchmark(toy.run, "20 minutes"),
     "wire-bytes": Benchmark(wire_bytes.run, "1 minute"),
 }
 
