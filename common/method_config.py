@@ -61,7 +61,7 @@ class FedFTGConfig(Selection):
     head: Head | None = Field(None, description=_HEAD)
 
     @model_validator(mode="after")
-    def _shared_is_never_refreshed(self) -> Self:
+    def _goes_together(self) -> Self:
         if self.subspace == "shared" and (self.update_proj_gap is not None or self.refresh_batches != 1):
             raise ValueError("`subspace` shared takes no `update_proj_gap` and no `refresh_batches`; leave them out")
         if self.optimizer_state == "averaged" and (self.subspace != "shared" or self.moments != "float32"):
