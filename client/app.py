@@ -36,6 +36,7 @@ from common.yaml_file import load, parse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.bases import Bases
     from client.policy import Gate
     from client.session import Session
     from client.weights import Weights
@@ -55,6 +56,7 @@ _HELD = "held"  # the context's record that names the version of the weights tha
 _KEPT = "kept"  # the context's record of what never leaves the site: a local head, optimizer moments
 
 _sessions: dict[tuple[int, str, str, str], "Session"] = {}  # by run, because files may change between runs
+_bases: dict[int, "Bases"] = {}  # by run; of the sites that this process holds, when they are several
 Handler = Callable[["Session", Message, Context], RecordDict]
 
 
@@ -226,6 +228,7 @@ def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
     Raises:
         ConfigError: what the server sent is wrong.
     """
+    from client.bases import Bases
     from client.session import Session
 
     site_file = _site_file(context)
@@ -238,9 +241,11 @@ def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
                 f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
                 f"run python -m client.worker --site {site_file.name} beside a SuperNode with --isolation process"
             )
-        while len(_sessions) >= int(os.environ.get(SESSIONS, "1")):
+        most = int(os.environ.get(SESSIONS, "1"))
+        while len(_sessions) >= most:
             del _sessions[next(iter(_sessions))]  # the oldest
-        _sessions[key] = Session(site, site_file, federation)
+        bases = _bases.setdefault(context.run_id, Bases()) if most > 1 else None
+        _sessions[key] = Session(site, site_file, federation, bases)
     return _sessions[key]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from client.bases import Bases, Digests, digests
 from client.choices import lora_rank, make_optimizer, model_source
 from client.device import pick_autocast, pick_device
 from client.galore import GaLore, SecondMoments
@@ -24,7 +25,7 @@ from common import second_moments, tuning
 from common.adapters import cut
 from common.base_model import Base
 from common.config import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
-from common.digest import base_digest, tensors_digest, tokenizer_digest
+from common.digest import tensors_digest
 from common.errors import StaleStateError
 from common.factors import Exchange
 from common.families import in_head
@@ -58,6 +59,7 @@ class Session:
         site: the site file's content.
         site_file: where it lies; its relative paths are relative to it.
         federation: the federation file's content, as the server sent it.
+        bases: of the sites that share this process; None: this one is alone.
 
     Attributes:
         kept: what the site keeps for its next round besides the federation's tensors: a local head, optimizer moments.
@@ -65,10 +67,13 @@ class Session:
         update_norm: L2 norm of the last update, as it is to leave.
     """
 
-    def __init__(self, site: SiteConfig, site_file: Path, federation: FederationConfig) -> None:
+    def __init__(
+        self, site: SiteConfig, site_file: Path, federation: FederationConfig, bases: Bases | None = None
+    ) -> None:
         self.site = site
         self.federation = federation
         self._site_file = site_file
+        self._bases = bases
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
         self._max_batch_size = site.max_batch_size  # less once memory has run out
@@ -285,17 +290,28 @@ class Session:
     @cached_property
     def _base(self) -> Base:
         started = time.monotonic()
-        source, revision = model_source(self.site, self._site_file, self.federation.model)
-        base = self._task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
+        base = self._read() if self._bases is None else self._bases.copy(self._key, self._read)
         self._seconds["load"] = time.monotonic() - started
         return base
 
     @cached_property
-    def _digests(self) -> tuple[str, str]:
+    def _digests(self) -> Digests:
         """Of the base model as it is on disk, and of its tokenizer."""
+        if self._bases is not None:
+            return self._bases.digests(self._key, self._read)
         if "_tuned" in self.__dict__:  # it is not any more what was loaded
             self._start_anew()
-        return base_digest(self._base.model), tokenizer_digest(self._base.tokenizer)
+        return digests(self._base)
+
+    def _read(self) -> Base:
+        source, revision = model_source(self.site, self._site_file, self.federation.model)
+        return self._task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
+
+    @property
+    def _key(self) -> str:
+        """What the base model depends on."""
+        model = model_source(self.site, self._site_file, self.federation.model)
+        return f"{model} {self.federation.model_dump_json()}"
 
     def _start_anew(self) -> None:
         """Back to the base model, from disk."""

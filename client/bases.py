@@ -1,0 +1,38 @@
+"""Base models of sites that share a process: read from disk once, copied for every site."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+from common.base_model import Base
+from common.digest import base_digest, tokenizer_digest
+
+Digests = tuple[str, str]  # of a base model, and of its tokenizer
+Read = Callable[[], Base]  # from disk
+
+
+class Bases:
+    """The base models that were read, as they are on disk; the first who asks for one reads it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Base, Digests]] = {}
+
+    def copy(self, key: str, read: Read) -> Base:
+        """The base model of ``key``, which its taker may change."""
+        base, _ = self._get(key, read)
+        return replace(base, model=copy.deepcopy(base.model))
+
+    def digests(self, key: str, read: Read) -> Digests:
+        """Of the base model of ``key``."""
+        return self._get(key, read)[1]
+
+    def _get(self, key: str, read: Read) -> tuple[Base, Digests]:
+        if key not in self._known:
+            base = read()
+            self._known[key] = base, digests(base)
+        return self._known[key]
+
+
+def digests(base: Base) -> Digests:
+    """Of a base model that is as it was read."""
+    return base_digest(base.model), tokenizer_digest(base.tokenizer)
