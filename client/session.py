@@ -314,7 +314,7 @@ class Session:
         return f"{model} {self.federation.model_dump_json()}"
 
     def _start_anew(self) -> None:
-        """Back to the base model, from disk."""
+        """Back to the base model."""
         for made in ("_base", "_tuned", "_weights"):
             self.__dict__.pop(made, None)
 

@@ -41,7 +41,7 @@ ALPHAS = (1.0, 100.0)  # of the sentences: labels unequal, nearly equal
 TERMS_ALPHA = 100.0
 CODING_ALPHA = 0.3
 _SEED = 0
-_LEAST_ROWS, _LEAST_TERMS = 8, 4  # of a site
+_LEAST_ROWS = 8  # of a site
 _VALIDATION, _TEST = 1200, 1260
 _IMAGES, _VALIDATION_IMAGES, _IMAGES_ALPHA = 2000, 500, 0.3
 _CODING_SHARE = 16  # one category of so many is for validation
@@ -110,7 +110,7 @@ def _terms(folder: Path) -> None:
     for split in ("validation", "test"):
         _write(folder / f"{split}.jsonl", splits[split])
     for clients in CLIENTS:
-        parts = dirichlet(splits["train"], "chapter", clients, TERMS_ALPHA, _LEAST_TERMS)
+        parts = dirichlet(splits["train"], "chapter", clients, TERMS_ALPHA)
         _site_files(folder / str(clients), parts, prompt="term", answer="chapter", system=None)
 
 
@@ -143,13 +143,13 @@ def _images(folder: Path) -> None:
     _site_files(folder / f"4-{_IMAGES_ALPHA}", parts, prompt="image", answer="label", system=None)
 
 
-def dirichlet(rows: list[Row], label: str, clients: int, alpha: float, least: int = _LEAST_ROWS) -> list[list[Row]]:
+def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[list[Row]]:
     """Rows by site: the share of a label's rows that a site gets is drawn from Dirichlet(alpha) (arXiv 1909.06335)."""
     from datasets import Dataset
     from flwr_datasets.partitioner import DirichletPartitioner
 
     partitioner = DirichletPartitioner(
-        clients, label, alpha, min_partition_size=least, self_balancing=True, shuffle=True, seed=_SEED
+        clients, label, alpha, min_partition_size=_LEAST_ROWS, self_balancing=True, shuffle=True, seed=_SEED
     )
     partitioner.dataset = Dataset.from_list(rows)
     return [partitioner.load_partition(number).to_list() for number in range(clients)]

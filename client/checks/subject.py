@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from client.bases import Digests, digests
 from client.checks.finding import Skip
 from client.checks.memory import Batch
 from client.checks.superlink import stranger
@@ -15,7 +16,6 @@ from client.trainer import steps_per_round
 from common import tuning
 from common.base_model import Base
 from common.config import FederationConfig, ModelConfig, SiteConfig, TaskConfig
-from common.digest import base_digest, tokenizer_digest
 from common.rows import Row, load_rows, split_held_out
 from common.tasks import Task, make_task
 
@@ -99,9 +99,9 @@ class Subject:
         return self.task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
 
     @cached_property
-    def digests(self) -> tuple[str, str]:
+    def digests(self) -> Digests:
         """Of the base model and of its tokenizer, as the federation compares them."""
-        return base_digest(self.base.model), tokenizer_digest(self.base.tokenizer)
+        return digests(self.base)
 
     @cached_property
     def tuned(self) -> tuning.Tuned:

@@ -1,7 +1,9 @@
 """Sites of one process: each begins with the base model as it is on disk, whatever the others made of theirs."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from client.bases import Bases
@@ -13,17 +15,19 @@ from common.yaml_file import load
 from tests.tiny import make_federation
 
 
-def test_model_is_read_once_and_no_site_sees_what_another_made_of_it(tmp_path: Path, monkeypatch: object) -> None:
+def test_model_is_read_once_and_no_site_sees_what_another_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = make_federation(tmp_path, {"site-a": 12, "site-b": 12})
     federation = resolved(load(file, FederationConfig), file)
     read: list[str] = []
     from_disk = CausalLM.load
 
-    def counted(self: CausalLM, source: str, *about: object) -> Base:
+    def counted(self: CausalLM, source: str, *about: Any) -> Base:
         read.append(source)
-        return from_disk(self, source, *about)  # type: ignore[arg-type]
+        return from_disk(self, source, *about)
 
-    monkeypatch.setattr(CausalLM, "load", counted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(CausalLM, "load", counted)
     bases = Bases()
 
     def session(site: str, shared: Bases | None) -> Session:
