@@ -83,7 +83,7 @@ class Nodes:
 
         active = self._registry.active(datetime.now(UTC))
         whose: dict[str, dict[str, str | float]] = {}
-        with _control(self._superlink) as client:
+        with control(self._superlink) as client:
             nodes = {node.public_key.decode(): node for node in client.ListNodes(ListNodesRequest()).nodes_info}
             for key, node in nodes.items():
                 if key not in active and node.status != _GONE:
@@ -145,7 +145,7 @@ def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str
 
 
 @contextmanager
-def _control(superlink: OwnSuperLink) -> Iterator["ControlHttpClient"]:
+def control(superlink: OwnSuperLink) -> Iterator["ControlHttpClient"]:
     """A client of the SuperLink's Control API."""
     from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
     from flwr.supercore.control import ControlHttpClient

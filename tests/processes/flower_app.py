@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
+from flwr.proto.control_pb2 import ListRunsRequest
 
 from common.processes import ProcessGroup, free_ports, listens
+from server.nodes import control
+from server.superlink import OwnSuperLink
 from tests.processes.launcher import ROOT, environment
 
 BIN = Path(sysconfig.get_path("scripts"))
@@ -79,17 +82,18 @@ class Flower:
         assert self._flwr("run", str(app), "local", "--run-config", config)["success"]
 
     def wait(self, seconds: float = 180.0) -> None:
-        """Wait for the run to end, and well."""
+        """Wait for the latest run to end, and well. Flower's command line would take seconds of computing each time."""
+        with control(OwnSuperLink(self._control, "")) as client:
 
-        def ended() -> bool:
-            runs: Any = self._flwr("list", "local")["runs"]
-            status = str(runs[0]["status"])  # of the latest
-            assert not status.startswith("finished") or status == "finished:completed", (
-                self._logs / "superlink.log"
-            ).read_text()[-3000:]
-            return status == "finished:completed"
+            def ended() -> bool:
+                runs = client.ListRuns(ListRunsRequest()).run_dict.values()
+                status = max(runs, key=lambda run: run.pending_at).status
+                assert status.status != "finished" or status.sub_status == "completed", (
+                    self._logs / "superlink.log"
+                ).read_text()[-3000:]
+                return bool(status.status == "finished")
 
-        wait_for(ended, seconds, every=1.0)
+            wait_for(ended, seconds)
 
     def _flwr(self, *arguments: str) -> dict[str, object]:
         command = [str(BIN / "flwr"), *arguments, "--format", "json"]

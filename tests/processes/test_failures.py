@@ -22,6 +22,7 @@ def edit_site(federation: Path, site: str, **changes: object) -> None:
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
 
 
+@pytest.mark.long
 def test_site_with_another_base_model_is_refused_by_name_with_both_digests(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 9})
     make_model(tmp_path / "other", seed=1)

@@ -73,13 +73,13 @@ class Gate:
         self.nodes._looked = 0.0
         self.nodes.look()
 
-    def online(self, site: str) -> bool:
-        """Whether Flower's own command line says so; it lists nodes by their ids."""
+    def online(self) -> set[str | None]:
+        """Which sites are, as Flower's own command line says; it lists nodes by their ids."""
         env = {**environment(), "FLWR_HOME": str(self.folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
         command = [str(BIN / "flwr"), "supernode", "list", "local", "--format", "json"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         listed = json.loads(done.stdout[done.stdout.index("{") :])["nodes"]
-        return any(n["status"] == "online" and site_of(self.folder, int(n["node-id"])) == site for n in listed)
+        return {site_of(self.folder, int(node["node-id"])) for node in listed if node["status"] == "online"}
 
 
 def last_words(node: Started, code: int = 1) -> str:
@@ -219,7 +219,7 @@ def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_le
     nodes = {
         site: gate.supernode(here, *gate.ca, *gate.key(site), deadline=90.0) for site in ("site-b", "site-c", "late")
     }
-    wait_for(lambda: gate.online("site-b") and gate.online("site-c"), 120, every=1.0)
+    wait_for(lambda: {"site-b", "site-c"} <= gate.online(), 120, every=1.0)
     registry.revoke(gate.register, "site-b")
     expire(gate.register, "site-c")
     registry.add(gate.register, "late", gate.folder / "late.pub", None)  # it has been trying since
@@ -228,6 +228,6 @@ def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_le
         mark = fingerprint(read_public(gate.folder / f"{site}.pub"))
         assert f"has shut the key {mark} out: it was revoked, or has expired" in last_words(nodes[site])
     assert sorted(text.partition(" ")[0] for text in gate.told) == ["site-b", "site-c"]
-    wait_for(lambda: gate.online("late"), 120, every=1.0)
+    wait_for(lambda: "late" in gate.online(), 120, every=1.0)
     again = gate.supernode(here, *gate.ca, *gate.key("site-b"))
     assert "does not let the key" in last_words(again)

@@ -13,7 +13,7 @@ from tests.processes.launcher import launch, survivors
 from tests.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
-ROUNDS = 3
+ROUNDS = 2
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedftg, shared, bfloat16, moments averaged": {
         "name": "fedftg",
@@ -67,8 +67,7 @@ def test_warm_is_cold(tmp_path: Path, name: str) -> None:
     assert down == bytes_down(runs / "cold")
     if "fedftg" in name:
         assert down[1] == {0}  # the base model is there
-        assert len(down[2]) == len(down[3]) == 1
-        assert down[2] == down[3]
+        assert len(down[2]) == 1
     for site in SIZES:
         status = json.loads((runs / "warm" / "logs" / f"{site}-worker.json").read_text())
         assert status["messages"] == ROUNDS + 2  # the hello, the rounds, the last evaluation

@@ -95,17 +95,10 @@ def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(f
     assert not psutil.pid_exists(third["pid"])
 
 
-def test_keeper_that_is_killed_takes_its_process_along(flower: Flower, tmp_path: Path) -> None:
-    _, worker = flower.start_warm_node("site", "x=1", tmp_path / "worker.json")
-    out = tmp_path / "answers.json"
-    submit(flower, out, "answer")
-    flower.wait(150)
-    worker.kill()
-    wait_for(lambda: not psutil.pid_exists(answers(out)[0]["pid"]), 20)
-
-
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's pathspec
-def test_worker_runs_only_what_its_site_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_runs_only_what_its_site_trusts_and_takes_its_process_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))  # where benches unpack what they run
@@ -127,10 +120,13 @@ def test_worker_runs_only_what_its_site_trusts(tmp_path: Path, monkeypatch: pyte
         assert [list(folder.iterdir()) for folder in scratch.glob("fedspan-bundle-*")] == [[]]
         doubting.terminate()
         doubting.wait(20)
-        flower.start_worker("site", "--site", str(tmp_path / "reviewer.yaml"))
+        keeper = flower.start_worker("site", "--site", str(tmp_path / "reviewer.yaml"))
         go.touch()
         flower.wait(150)
-    refused, answered = answers(out)
+        refused, answered = answers(out)
+        assert psutil.pid_exists(answered["pid"])
+        keeper.kill()
+        wait_for(lambda: not psutil.pid_exists(answered["pid"]), 20)
     reason = f"site-a: the app bundle {digest} is not signed by a key in its trust list and not pinned"
     assert refused["error"] == f"{reason}; nothing of it was run"
     assert (answered["bundle"], answered["vetted"], answered["installed"]) == (digest, "1", [])
