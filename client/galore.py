@@ -303,12 +303,12 @@ class GaLore(torch.optim.Optimizer):
             KeyError: no weight of this name.
         """
         parameter, state = self._of(name)
-        if not state:
-            return Factors(1.0, [])
-        right = projects_right(parameter.shape)
-        pairs = zip(state["updates"], state["bases"], strict=True)
+        pairs = list(zip(state["updates"], state["bases"], strict=True)) if state else []
+        right, (rows, columns), rank = projects_right(parameter.shape), parameter.shape, self.defaults["rank"]
+        if self._basis is not None and not pairs:  # it got no gradient; what travels is R, which is zero
+            pairs = [(torch.zeros((rows, rank) if right else (rank, columns)), self._basis(name, parameter.shape))]
         terms = [(update, basis) if right else (basis, update) for update, basis in pairs]
-        return Factors(state["decay"], terms, common=self._basis is not None)
+        return Factors(state["decay"] if state else 1.0, terms, common=self._basis is not None)
 
     def whole(self, name: str, start: Tensor) -> Tensor:
         """What an unprojected tensor has become since then if it was ``start``, in float32 beside it.

@@ -84,7 +84,8 @@ def train(
         seed: of the order of rows.
 
     Raises:
-        TrainingError: the loss is not finite, or memory runs out with one row per forward pass.
+        TrainingError: the loss is not finite, memory runs out with one row per forward pass, or gradients are to be
+            scaled whose weights are float16.
     """
     rows_per_step = config.batch_size * config.gradient_accumulation
     micro = min(config.batch_size, max_batch_size or config.batch_size)
@@ -94,6 +95,11 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     galore = optimizer if isinstance(optimizer, GaLore) else None
+    if scaler.is_enabled() and any(p.dtype == torch.float16 for p in parameters):
+        raise TrainingError(
+            "`precision` float16 scales gradients, which float16 weights do not allow; allowed with `model.dtype` "
+            "float16: `precision` float32 or bfloat16; with `precision` float16: `model.dtype` float32"
+        )
     passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer)
     for_bases = _shuffled(len(examples), rows_per_step, f"{seed}/bases", carry_over=True)
     if device.type == "cuda":
@@ -108,8 +114,8 @@ def train(
         place = f"round {server_round}, step {step + 1}"
         optimizer.zero_grad(set_to_none=True)
         if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
-            passes.backward([[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)], place)
-            galore.refresh()
+            batches = [[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)]
+            _refresh(galore, passes, batches, place)
         rows = [examples[i] for i in next(order)]
         # A scaler must see the gradients before they are projected.
         with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
@@ -150,8 +156,8 @@ class _Passes(Generic[E]):
         max_length: int,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.tokens, self.micro = 0, micro
-        self._model, self._collate, self._loss_sum, self._scaler = model, collate, loss_sum, scaler
+        self.tokens, self.micro, self.scaler = 0, micro, scaler
+        self._model, self._collate, self._loss_sum = model, collate, loss_sum
         self._device, self._autocast, self._max_length, self._optimizer = device, autocast, max_length, optimizer
 
     def backward(self, batches: list[list[E]], place: str) -> float:
@@ -192,9 +198,28 @@ class _Passes(Generic[E]):
                 loss += float(summed.detach()) / counted
                 if not math.isfinite(loss):
                     raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
-                self._scaler.scale(summed / counted).backward()
+                self.scaler.scale(summed / counted).backward()
                 tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
         return loss, tokens
+
+
+def _refresh(galore: GaLore, passes: _Passes[E], batches: list[list[E]], place: str) -> None:
+    """Take new bases from these batches; where scaled gradients overflow, as a step would be skipped, at a lower scale.
+
+    Raises:
+        TrainingError: see ``_Passes.backward`` and ``GaLore.refresh``.
+    """
+    while True:
+        passes.backward(batches, place)
+        if not passes.scaler.is_enabled():
+            break
+        scale = passes.scaler.get_scale()
+        passes.scaler.unscale_(galore)
+        passes.scaler.update()
+        if passes.scaler.get_scale() >= scale or scale < 1.0:
+            break
+        galore.zero_grad()
+    galore.refresh()
 
 
 def steps_per_round(config: TrainingConfig, rows: int) -> int:

@@ -87,6 +87,12 @@ class AdmissionConfig(Section):
         description="Largest noise that a site may add for differential privacy, standard deviation per number; what "
         "its update may move grows by it. 0: a site that adds noise is not admitted.",
     )
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Most training rows that a site may declare, which are its weight in the average; one that "
+        "declares more is not admitted. null: no limit.",
+    )
     max_refusals: int = Field(3, ge=1, description="A site refused so often in a row is left out until readmitted.")
 
 
@@ -150,7 +156,9 @@ class EvaluationConfig(Section):
     every: int = Field(
         1, ge=1, description="Rounds between two evaluations; before the first and after the last always."
     )
-    max_examples: int = Field(64, ge=1, description="Held-out rows for loss and perplexity.")
+    max_examples: int = Field(
+        64, ge=1, description="Held-out rows that are scored; of a longer set the same ones each time."
+    )
     generate: int = Field(
         16, ge=0, description="Held-out rows answered by generation for ROUGE-L, BLEU-4, exact match."
     )
@@ -300,6 +308,11 @@ class FederationConfig(Section):
             )
         if head is not None and not classifies:
             raise ValueError(f"`strategy.head` is {head!r}, but `task` {self.task.type} has no classification head")
+        if head == "local" and self.evaluation.server is not None:
+            raise ValueError(
+                "`strategy.head` local keeps every trained head at its site, so that the server has no model of its "
+                "own to evaluate; leave `evaluation.server` out"
+            )
         return self
 
 

@@ -21,6 +21,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 Shape = tuple[int, ...]
 _DECAY, _LEFT, _RIGHT, _SCALE = "/decay", "/left", "/right", "-scale"
 _LONG = {_LEFT: 0, _RIGHT: 1}  # the dimension of a factor that is the weight's; the other counts directions
+_DECAY_BYTES = 8
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -50,7 +51,7 @@ class Factors:
         if shrunk:
             weight = start.to(torch.float32)
             square += 2 * shrunk * float(((weight @ right.T) * left).sum(dtype=torch.float64))
-            square += shrunk**2 * float(weight.square().sum(dtype=torch.float64))
+            square += shrunk * shrunk * float(weight.square().sum(dtype=torch.float64))  # ** would raise, not overflow
         return max(square, 0.0)
 
     def change(self, start: Tensor) -> Tensor:
@@ -106,12 +107,13 @@ def pack(name: str, factors: Factors, start: Tensor, exchange: Exchange) -> dict
     Returns:
         ``name/decay`` () with ``name/left`` (m, R) and ``name/right`` (R, n), the shared one of them left out, int8
         factors with a scale for every direction (``name/left-scale`` (1, R), ``name/right-scale`` (R, 1)); or the
-        whole weight (m, n) in float32 as ``name``, when that is not larger.
+        whole weight (m, n) in float32 as ``name``, when that is not larger, or R above min(m, n).
     """
-    parts = {_DECAY: torch.tensor(factors.decay, dtype=torch.float64), **_stored(factors, start.shape, exchange)}
-    if num_bytes(parts.values()) < 4 * start.numel():
-        return {name + part: tensor for part, tensor in parts.items()}
-    return {name: factors.apply(start).cpu()}
+    sent = _stored(factors, start.shape, exchange)
+    if sent is None:
+        return {name: factors.apply(start).cpu()}
+    parts = {_DECAY: torch.tensor(factors.decay, dtype=torch.float64), **sent}
+    return {name + part: tensor for part, tensor in parts.items()}
 
 
 def unpack(
@@ -147,8 +149,9 @@ def rounding_error(factors: Mapping[str, Factors], shapes: Mapping[str, Shape], 
         left, right = exact.stacked(shapes[name])
         sent = _stored(exact, shapes[name], exchange)
         product = left @ right
-        rounded = _loaded(sent, _LEFT, left) @ _loaded(sent, _RIGHT, right)
-        lost += float((rounded - product).square().sum(dtype=torch.float64))
+        if sent is not None:
+            rounded = _loaded(sent, _LEFT, left) @ _loaded(sent, _RIGHT, right)
+            lost += float((rounded - product).square().sum(dtype=torch.float64))
         total += float(product.square().sum(dtype=torch.float64))
     return math.sqrt(lost / total) if total > 0 else 0.0
 
@@ -158,9 +161,11 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Tensor]:
-    """The factors that travel, as they travel."""
+def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Tensor] | None:
+    """The factors that travel, as they travel; None where the whole weight does."""
     result = {}
+    if sum(left.shape[1] for left, _ in factors.terms) > min(shape):  # rounded ones may still be smaller than it
+        return None
     for part, factor in zip(_LONG, factors.stacked(shape), strict=True):
         if factors.common and part == _common(shape):
             continue
@@ -169,7 +174,7 @@ def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Ten
             result[part + _SCALE] = scale = torch.where(largest > 0, largest, 1.0) / 127
             factor = (factor / scale).round()
         result[part] = factor.to(_DTYPES[exchange.precision]).contiguous()
-    return result
+    return result if num_bytes(result.values()) + _DECAY_BYTES < 4 * math.prod(shape) else None
 
 
 def _loaded(parts: Mapping[str, Tensor], part: str, common: Tensor) -> Tensor:

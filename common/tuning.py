@@ -148,7 +148,22 @@ def _adapter(
         for parameter in head.values():
             parameter.requires_grad_(False)
         head = {}
+    elif head:
+        _train_in_float32(wrapped)
     local = head if config.head == "local" else {}
     if isinstance(config, FedSALoRAConfig):
         local = local | {name: parameter for name, parameter in exchanged.items() if name.endswith(LORA_B)}
     return Tuned(wrapped, {n: p for n, p in (exchanged | head).items() if n not in local}, local)
+
+
+def _train_in_float32(wrapped: nn.Module) -> None:
+    """Have a head in float32, as PEFT has A and B: in bfloat16 most small steps would be lost."""
+    for name, module in wrapped.named_modules():
+        if name.endswith(".modules_to_save.default"):
+            module.float()
+            module.register_forward_pre_hook(_in_float32)  # what the frozen model gives it has that model's type
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    del module
+    return tuple(value.float() for value in inputs)

@@ -8,9 +8,9 @@ of computing on it; a hundred small factors take seconds, whatever the link. So 
 tensors travel in bundles: bytes in safetensors' format, as one array under the stype ``fedspan.safetensors``.
 """
 
-import io
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def _bundle(tensors: dict[str, Tensor]) -> Array:
 def _unbundled(name: str, array: Array) -> dict[str, Tensor]:
     try:
         tensors = load(array.data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise WireError(f"{name}: not a bundle of tensors ({type(error).__name__})") from None
     for inner, tensor in tensors.items():
         if tensor.dtype not in (torch.bfloat16, *_DTYPES.values()):
@@ -112,19 +112,36 @@ def _unbundled(name: str, array: Array) -> dict[str, Tensor]:
 
 
 def _decode(name: str, array: Array) -> Tensor:
-    shape = tuple(array.shape)
-    if array.stype == BF16:
-        if array.dtype != "bfloat16" or len(array.data) != 2 * math.prod(shape):
-            raise WireError(f"{name}: {len(array.data)} bytes do not make a bfloat16 tensor of shape {shape}")
-        raw = np.frombuffer(array.data, dtype="<i2").astype(np.int16).reshape(shape)  # a copy: messages are read-only
-        return torch.from_numpy(raw).view(torch.bfloat16)
-    if array.stype != _NUMPY or array.dtype not in _DTYPES:
+    shape, order = tuple(array.shape), "C"
+    if array.stype == BF16 and array.dtype == "bfloat16":
+        values, kind = memoryview(array.data), np.dtype("<i2")
+    elif array.stype == _NUMPY and array.dtype in _DTYPES:
+        values, kind, order = _npy(name, array, shape)
+    else:
         allowed = f"bfloat16 as {BF16}; {', '.join(_DTYPES)} as {_NUMPY}"
         raise WireError(f"{name}: dtype {array.dtype!r} as {array.stype!r} is not readable; allowed: {allowed}")
+    if min(shape, default=0) < 0 or len(values) != kind.itemsize * math.prod(shape):
+        raise WireError(f"{name}: {len(values)} bytes do not make a {array.dtype} tensor of shape {shape}")
     try:
-        value = np.load(io.BytesIO(array.data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
-        raise WireError(f"{name}: not a .npy array ({type(error).__name__})") from None
-    if not isinstance(value, np.ndarray) or value.shape != shape or str(value.dtype) != array.dtype:
-        raise WireError(f"{name}: declared as {array.dtype} {shape}, holds something else")
-    return torch.from_numpy(np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        flat = np.frombuffer(values, kind).astype(kind.newbyteorder("="))  # a copy: messages are read-only
+        tensor = torch.from_numpy(np.asarray(flat.reshape(shape, order=order), order="C"))  # type: ignore[call-overload]
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise WireError(f"{name}: shape {shape} is no tensor's ({type(error).__name__})") from None
+    return tensor.view(torch.bfloat16) if array.stype == BF16 else tensor
+
+
+def _npy(name: str, array: Array, shape: tuple[int, ...]) -> tuple[memoryview, "np.dtype[Any]", str]:
+    """The values of a ``.npy`` file, their type, and their order ("C" or "F").
+
+    Its header must be the one that NumPy writes for what was declared: it is compared, and never parsed.
+    """
+    data, kind = memoryview(array.data), np.dtype(array.dtype).newbyteorder("<")
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(bytes(data[:8]))  # of the header's length
+    if width is None:
+        raise WireError(f"{name}: not a .npy array")
+    start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    header = bytes(data[8 + width : start]).rstrip()
+    for order in "CF":
+        if header == f"{{'descr': '{kind.str}', 'fortran_order': {order == 'F'}, 'shape': {shape}, }}".encode():
+            return data[start:], kind, order
+    raise WireError(f"{name}: declared as {array.dtype} {shape}, holds something else")

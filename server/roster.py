@@ -44,7 +44,7 @@ class Roster:
         folder: where joins and refusals are noted.
         settings: what every message's "config" record holds.
         refusals: which sites are left out.
-        admission: how much noise a site may add.
+        admission: how much noise a site may add, and how many rows it may have.
         base_digest: of the server's base model.
         tokenizer_digest: of the server's tokenizer.
         expected: how many sites there are at most; once so many have answered, nobody is waited for. None: unknown.
@@ -66,7 +66,7 @@ class Roster:
         self.members: dict[int, Member] = {}
         self.refused: dict[int, str] = {}
         self._grid, self._mailbox, self._folder = grid, mailbox, folder
-        self._settings, self._refusals, self._max_noise = settings, refusals, admission.max_noise
+        self._settings, self._refusals, self._admission = settings, refusals, admission
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
         self._greeted: set[int] = set()
@@ -184,6 +184,12 @@ class Roster:
                 node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers"
             )
             return
+        rows, most = int(numbers[0]), self._admission.max_rows  # type: ignore[arg-type]
+        if most is not None and rows > most:
+            self._refuse(
+                node_id, site, f"{site}: it declares {rows} training rows; allowed by `admission.max_rows`: {most}"
+            )
+            return
         try:
             privacy = self._privacy(reply)
         except ValueError as reason:
@@ -195,7 +201,7 @@ class Roster:
             return
         member = Member(
             site,
-            int(numbers[0]),  # type: ignore[arg-type]
+            rows,
             int(numbers[1]),  # type: ignore[arg-type]
             str(hello.get("device", "")),
             int(numbers[2]),  # type: ignore[arg-type]
@@ -221,10 +227,10 @@ class Roster:
             ValueError: what it says cannot be, or is more than is allowed.
         """
         privacy = Declared.read(get_record(reply.content, "privacy", ConfigRecord))
-        if privacy is not None and privacy.noise > self._max_noise:
+        if privacy is not None and privacy.noise > self._admission.max_noise:
             raise ValueError(
                 f"it adds noise of standard deviation {privacy.noise:g} to every number (differential privacy); "
-                f"allowed by `admission.max_noise`: {self._max_noise:g}"
+                f"allowed by `admission.max_noise`: {self._admission.max_noise:g}"
             )
         return privacy
 

@@ -1,5 +1,6 @@
 """One round: the sites are asked, their replies are read as they come, and those that count are combined."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from strategies.messages import RuleMessages
 from strategies.norms import Moved, change_norms, check_possible, cohort_bound, moved
 from strategies.rule import Outcome, Tensors, Update
 
+log = logging.getLogger(__name__)
 #: A site of which this is heard is asked once more in the round: it lacks what it held, or one of its processes died.
 _ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
 
@@ -144,6 +146,11 @@ class Round:
                 self.notes.problem(name, "client_failed", str(refusal))
             else:
                 self._refuse(name, str(refusal))
+            return None
+        except Exception as error:  # whatever a reply may hold, it ends the round for its site alone
+            log.exception("round %d: reading the reply of %s failed", self._number, name)
+            kind = type(error).__name__
+            self._refuse(name, f"{name}: its reply cannot be used ({kind}; the server's log says where)")
             return None
         metrics = self.notes.update(sent, reply, update)
         if self._evaluate:

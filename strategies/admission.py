@@ -10,6 +10,8 @@ from common.factors import Factors
 from strategies.lora_names import LORA_A, partner
 from strategies.rule import Tensors
 
+LARGEST = 1e12  # L2 norm of a tensor in a reply: its product with another, or with a LoRA alpha, fits into float32
+
 
 def admit(
     client: str,
@@ -48,6 +50,8 @@ def admit(
         elif name.endswith(LORA_A):
             _check_ranks(client, (name, other), tensors, expected, max_rank)
         _check_values(client, name, tensors[name], expected[name])
+    if any_rank:
+        _check_one_rank(client, {name: tensors[name] for name in active if name.endswith(LORA_A)}, expected)
     return {name: tensors[name] for name in active}
 
 
@@ -55,13 +59,10 @@ def admit_factors(client: str, changes: Mapping[str, Factors]) -> None:
     """Check changes that came in factors; their shapes were checked when they were read.
 
     Raises:
-        RefusedUpdate: a number is not finite.
+        RefusedUpdate: a number is not finite, or a factor too large.
     """
     for name, change in changes.items():
-        parts = [part for term in change.terms for part in term]
-        bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
-        if bad:
-            raise RefusedUpdate(f"{client}: {name}: {bad} non-finite values in its factors")
+        _check_size(client, name, [part for term in change.terms for part in term], " in its factors")
 
 
 def _check_names(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], active: list[str]) -> None:
@@ -93,13 +94,33 @@ def _check_ranks(
     _check_shape(client, b, got[b].shape, torch.Size((out, rank)))
 
 
+def _check_one_rank(client: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """A client has one rank; a layer of which the state holds less may have just that."""
+    rank = max((len(a) for a in got.values()), default=0)
+    for name, a in got.items():
+        if len(a) not in (rank, len(want[name])):
+            raise RefusedUpdate(f"{client}: {name} has rank {len(a)}, others {rank}; allowed: one for all layers")
+
+
 def _check_values(client: str, name: str, got: Tensor, want: Tensor) -> None:
     if got.dtype != want.dtype:
         raise RefusedUpdate(f"{client}: {name} is {got.dtype}, expected {want.dtype}")
     if got.is_floating_point():
-        bad = got.numel() - int(torch.isfinite(got).sum())
-        if bad:
-            raise RefusedUpdate(f"{client}: {name}: {bad} non-finite values")
+        _check_size(client, name, [got])
+
+
+def _check_size(client: str, name: str, parts: list[Tensor], where: str = "") -> None:
+    """Finite values, and not so large that what is made of them is not: products of factors, squares."""
+    bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
+    if bad:
+        raise RefusedUpdate(f"{client}: {name}: {bad} non-finite values{where}")
+    largest = max((_norm(part) for part in parts), default=0.0)
+    if largest > LARGEST:
+        raise RefusedUpdate(f"{client}: {name}: a norm of {largest:.3g}{where}; allowed: up to {LARGEST:g}")
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

@@ -34,6 +34,8 @@ from strategies.rule import Outcome, Rule, Tensors, Update
 from strategies.server_optimizer import ServerOptimizer
 from strategies.versions import Versions
 
+_ALPHAS = (1e-6, 1e6)  # of a client's own: products in it, and what it is sent for it, stay finite
+
 
 @dataclass
 class Client:
@@ -79,16 +81,17 @@ class RuleMessages:
         self._active: list[str] = []
         self._round = 0
         self._bundled = False  # any Flower client reads plain arrays
+        self._mixed_alphas = rule.mixed_ranks
 
     def begin(self, state: Tensors, versions: Versions | None = None, moments: Tensors | None = None) -> None:
-        """Send clients only what they lack, in the form that FedSpan's own clients read.
+        """Send clients only what they lack, in the form that FedSpan's own read, whose alpha is the federation's.
 
         Args:
             state: what the first round, or the next one, starts from.
             versions: how it came about; None: it is the base model's, which the clients have.
             moments: of the server optimizer after the last round; None: there was none.
         """
-        self._bundled = True
+        self._bundled, self._mixed_alphas = True, False
         if self.server_optimizer is not None:
             self.server_optimizer.moments = dict(moments or {})
         if self.rule.exchange(1) is not None:
@@ -218,16 +221,24 @@ class RuleMessages:
         if self.versions is None and not frozen.keys() <= tensors.keys():
             _check_acknowledged(client.name, told.get("frozen-digest"), frozen)
             client.held = {name: tensor_digest(t) for name, t in frozen.items()}
-        alpha = metrics.get("lora-alpha")
-        if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
-            raise RefusedUpdate(f"{client.name}: lora-alpha is {alpha!r}; allowed: a positive number")
-        if alpha is not None and not self.rule.mixed_ranks and self.rule.lora_alpha not in (None, alpha):
-            raise RefusedUpdate(f"{client.name}: lora-alpha is {alpha}; the federation's is {self.rule.lora_alpha}")
-        client.lora_alpha = None if alpha is None else float(alpha)
+        client.lora_alpha = self._lora_alpha(client, metrics.get("lora-alpha"))
         if self.rule.mixed_ranks:
             client.rank = rank_of(admitted)
         examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
         return Update(client.name, examples, admitted, client.lora_alpha, changes)
+
+    def _lora_alpha(self, client: Client, told: object) -> float | None:
+        """The alpha of a reply; a client that tells none has the federation's, and of base weights there is none."""
+        common = self.rule.lora_alpha
+        if told is None or self.rule.trains == "weights":
+            return common
+        if not isinstance(told, (int, float)) or not 0 < told < float("inf"):
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {told!r}; allowed: a positive number")
+        if common not in (None, told) and not self._mixed_alphas:
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; the federation's is {common}")
+        if told != common and not _ALPHAS[0] <= told <= _ALPHAS[1]:
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; allowed: {_ALPHAS[0]:g} to {_ALPHAS[1]:g}")
+        return float(told)
 
     def _read_tensors(
         self, client: Client, content: RecordDict, expected: Tensors

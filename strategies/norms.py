@@ -97,6 +97,8 @@ def check_possible(
             raise RefusedUpdate(
                 f"{update.client}: {name} moved by {norm:.3g}; allowed: {bound + noise:.3g}, all that {what} can do"
             )
+        if not math.isfinite(norm):  # although nothing limits it
+            raise RefusedUpdate(f"{update.client}: {name} moved by {norm}; allowed: a finite number")
 
 
 def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Declared | None) -> float:

@@ -123,8 +123,9 @@ class Averaging(Rule):
         def contributions() -> Iterator[Contribution]:
             first: tuple[str, float | None] | None = None
             for update in updates:
-                first = first or (update.client, update.lora_alpha)
-                if update.lora_alpha != first[1]:
+                if update.lora_alpha is not None:
+                    first = first or (update.client, update.lora_alpha)
+                if first is not None and update.lora_alpha not in (None, first[1]):
                     raise AggregationError(
                         f"lora-alpha is {first[1]} at {first[0]} and {update.lora_alpha} at "
                         f"{update.client}; factors can be averaged only when all clients have the same"

@@ -161,6 +161,46 @@ def test_bases_from_several_batches_cost_their_passes_and_nothing_else() -> None
     assert torch.equal(galore_run(3)[0], galore_run(3)[0])
 
 
+def half_run(loss_scale: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Any]:
+    """Two steps of SGD in bases from two batches, in float16 arithmetic."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 12, bias=False), nn.Tanh(), nn.Linear(12, 8, bias=False), nn.Linear(8, 1))
+    model[2].to(dtype)
+    options: dict[str, Any] = {"rank": 2, "update_proj_gap": 9, "scale": 1.0, "refresh_batches": 2, "inner": "sgd"}
+    optimizer = GaLore({"w": model[2].weight}, lr=0.1 / loss_scale, **options)  # type: ignore[dict-item]
+
+    def scaled(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        summed, counted = loss_sum(model, batch)
+        return summed.float() * loss_scale, counted
+
+    result = train(
+        model,
+        optimizer,
+        rows(40),
+        collate,
+        scaled,
+        settings(local_steps=2),
+        server_round=1,
+        rounds=1,
+        max_batch_size=None,
+        device=torch.device("cpu"),
+        autocast=torch.float16,
+        seed="s",
+    )
+    return optimizer.state[model[2].weight]["bases"][-1], result  # type: ignore[return-value, index]
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 64.0])
+def test_bases_are_taken_at_a_lower_scale_where_float16_overflows(loss_scale: float) -> None:
+    """The same, whatever the scale was at the start: 2^16, which overflows here."""
+    torch.testing.assert_close(half_run(loss_scale)[0], half_run(2.0**-9)[0], rtol=0.05, atol=0.02)
+
+
+def test_float16_weights_are_refused_where_gradients_are_scaled() -> None:
+    with pytest.raises(TrainingError, match=r"with `model.dtype` float16: `precision` float32 or bfloat16; with"):
+        half_run(1.0, torch.float16)
+
+
 def cuda_runs_out() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -119,6 +119,25 @@ def test_rounded_factors_are_smaller_and_their_error_is_told(
     assert rounding_error({NAME: exact}, {NAME: (400, 240)}, Exchange(basis=exchange.basis)) == 0.0
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+def test_what_is_packed_is_unpacked_however_many_bases_there_were(precision: Precision, shape: tuple[int, int]) -> None:
+    """Rounded factors may be smaller than the weight although they have more directions than it."""
+    exchange, start = Exchange(precision), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    travelled = []
+    for bases in range(1, 33):
+        g = torch.Generator().manual_seed(bases)
+        terms = [(torch.randn(shape[0], 2, generator=g), torch.randn(2, shape[1], generator=g)) for _ in range(bases)]
+        exact = Factors(0.9, terms)
+        sent = pack(NAME, exact, start, exchange)
+        made, whole = received(sent, start, exchange), NAME in sent
+        travelled.append(not whole)
+        error = float((made - exact.apply(start)).norm() / exact.change(start).norm())
+        assert error <= (1e-6 if whole or precision == "float32" else 2e-2)
+        assert (rounding_error({NAME: exact}, {NAME: shape}, exchange) == 0) == (whole or precision == "float32")
+    assert travelled == [bases <= (6 if precision == "float32" else 8) for bases in range(1, 33)]
+
+
 def test_int8_keeps_a_direction_that_is_zero_and_the_sign_of_the_largest() -> None:
     left, right = torch.tensor([[0.0, -4.0], [0.0, 1.0]] * 20), torch.ones(2, 30)
     made = received(

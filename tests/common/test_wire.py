@@ -80,6 +80,14 @@ def test_small_tensors_travel_together_and_large_ones_alone() -> None:
     assert all(torch.equal(received[name], tensor) for name, tensor in sent.items())
 
 
+ENDLESS = ([0, 2**63], [0, 2**62, 2**62], [0] + [2] * 70)
+
+
+def header(text: str) -> bytes:
+    """A bundle without values."""
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
 def bundle(raw: bytes) -> Array:
     return Array("uint8", (len(raw),), wire.BUNDLE, raw)
 
@@ -95,6 +103,7 @@ def bundle(raw: bytes) -> Array:
         save({"x": torch.zeros(9)}).replace(b"[9]", b"[8]"),
         save({"x": torch.zeros(2, dtype=torch.float8_e5m2)}),
         save({"x": torch.zeros(2, dtype=torch.complex64)}),
+        *(header(f'{{"x":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}') for shape in ENDLESS),
     ],
 )
 def test_malformed_bundle_is_refused(raw: bytes) -> None:
@@ -121,6 +130,15 @@ class Evil:
         return exec, ("raise SystemExit('unpickled')",)
 
 
+def says(header: str, values: bytes = b"\0" * 12) -> bytes:
+    """A ``.npy`` file with this header."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + values
+
+
+def shaped(shape: object, more: str = ", }") -> str:
+    return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}{more}"
+
+
 @pytest.mark.parametrize(
     "array",
     [
@@ -134,11 +152,36 @@ class Evil:
         Array("bfloat16", (3,), wire.BF16, b"\0" * 5),
         Array("float32", (3,), wire.BF16, b"\0" * 6),
         Array("float32", (3,), "pickle", b"\0" * 12),
+        Array("float32", (3,), "numpy.ndarray", b"PK\x03\x04" + b"\0" * 60),  # np.load takes it for a .npz file
+        Array("float32", (3,), "numpy.ndarray", says(shaped((2**45,)))),  # would be allocated
+        Array("float32", (2**45,), "numpy.ndarray", says(shaped((2**45,)))),
+        Array("float32", (2**70,), "numpy.ndarray", says(shaped((2**70,)))),
+        Array("float32", (3,), "numpy.ndarray", says(shaped("((3,)", ""))),
+        Array("float32", (3,), "numpy.ndarray", says("-" * 9000 + "1")),
+        Array("float32", (3,), "numpy.ndarray", says(shaped((3,)))[:20]),
+        Array("float32", (-1, -3), "numpy.ndarray", says(shaped((-1, -3)))),
+        Array("bfloat16", (-1, -6), wire.BF16, b"\0" * 12),
+        *(Array("bfloat16", tuple(shape), wire.BF16, b"") for shape in ENDLESS),
+        *(Array("float32", tuple(shape), "numpy.ndarray", says(shaped(tuple(shape)), b"")) for shape in ENDLESS),
     ],
 )
 def test_malformed_array_is_refused_by_name(array: Array) -> None:
     with pytest.raises(WireError, match=r"layer\.weight"):
         wire.decode({"layer.weight": array})
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<i8", "|b1", "|i1", "<f2"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (0, 3)])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_arrays_are_read_as_numpy_reads_them(dtype: str, shape: tuple[int, ...], version: tuple[int, int]) -> None:
+    value = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    for one in (value, np.asfortranarray(value) if shape else value):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, one, version)
+        array = Array(value.dtype.name, shape, "numpy.ndarray", buffer.getvalue())
+        found = wire.decode({"x": array})["x"]
+        assert found.is_contiguous()
+        np.testing.assert_array_equal(found.numpy(), np.load(io.BytesIO(array.data)))
 
 
 def test_dtype_that_cannot_travel_is_refused_by_name() -> None:

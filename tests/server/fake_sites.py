@@ -1,6 +1,6 @@
 """Sites without processes: a grid that delivers at once, and sites that follow FedFTG's steps as true ones do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Site:
         self.number = number
         self.weights = Weights(base(), RULE.exchange)
         self.sent: list[tuple[int, list[int]]] = []  # (round, rounds of the steps that came)
+        self.says: dict[str, int | str] = {}  # in its hello, instead of the truth
         self.privacy: dict[str, float] = {}
         self.before_reply: Callable[[Message], Message | None] = lambda message: None
 
@@ -83,11 +84,50 @@ class Site:
             "device": "cpu",
             "rank": 2,
         }
-        facts |= {"base_digest": "base", "tokenizer_digest": "tokenizer"}
+        facts |= {"base_digest": "base", "tokenizer_digest": "tokenizer", **self.says}
         told = RecordDict({"config": ConfigRecord(facts)})
         if self.privacy:
             told["privacy"] = ConfigRecord({**self.privacy})
         return Message(told, reply_to=message)
+
+
+LORA = {"name": "flexlora", "rank": 4, "lora_alpha": 16.0}
+A, B = ".lora_A.weight", ".lora_B.weight"
+LAYERS = ("model.layers.0.q_proj", "model.layers.1.q_proj")
+
+
+def factors(*ranks: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A and B of every layer, each of its rank."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer, rank in zip(LAYERS, ranks, strict=True):
+        tensors[layer + A] = torch.randn(rank, 12, generator=g)
+        tensors[layer + B] = torch.randn(9, rank, generator=g)
+    return tensors
+
+
+class LoraSite(Site):
+    """A site that answers with factors; whatever it is sent, it moves by little.
+
+    Args:
+        number: of the site.
+        ranks: of its layers.
+        metrics: of its replies, beside the number of examples.
+    """
+
+    def __init__(self, number: int, ranks: tuple[int, int] = (4, 4), **metrics: float) -> None:
+        super().__init__(number)
+        self._ranks, self._metrics = ranks, metrics
+
+    def reply(self, message: Message) -> Message:
+        if message.metadata.message_type != MessageType.TRAIN:
+            return super().reply(message)
+        told = {"num-examples": self.number, **{key.replace("_", "-"): v for key, v in self._metrics.items()}}
+        arrays = wire.encode(factors(*self._ranks, seed=self.number))
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(told)}), reply_to=message)
+
+    def _take(self, message: Message, config: Any, steps: list[Step]) -> None:
+        pass
 
 
 #: How often a reply of this site to this message is not there yet when it is asked for.
@@ -139,9 +179,16 @@ class Evaluator:
 
 
 def run(
-    tmp_path: Path, sites: list[Site], rounds: int, *, resume: bool = False, late: Late = never_late, **changes: Any
+    tmp_path: Path,
+    sites: Sequence[Site],
+    rounds: int,
+    *,
+    resume: bool = False,
+    late: Late = never_late,
+    start: dict[str, torch.Tensor] | None = None,
+    **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """A whole run; ``changes`` are of the federation file."""
+    """A whole run from ``start``, or ``base()``; ``changes`` are of the federation file."""
     settings = {
         "name": "x",
         "model": {"path": "m"},
@@ -166,6 +213,6 @@ def run(
     )
     told: Any = {"federation": settings_for_sites(config)}
     try:
-        return RoundLoop(grid, config, told, strategy, evaluator, folder).run(base(), checkpoint)
+        return RoundLoop(grid, config, told, strategy, evaluator, folder).run(start or base(), checkpoint)
     finally:
         folder.close()

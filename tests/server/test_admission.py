@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from common import wire
 from common.errors import FederationError
 from server import refusals
 from server.checkpoint import newest
 from server.run_folder import read_lines
-from tests.server.fake_sites import NAME, Site, run
+from strategies.norms import change_norms
+from strategies.rule import Update
+from tests.server.fake_sites import LORA, NAME, LoraSite, Site, factors, run
 
 Tamper = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-LEFT = f"{NAME}/left"
+LEFT, DECAY = f"{NAME}/left", f"{NAME}/decay"
 
 
 class Faulty(Site):
@@ -64,6 +66,11 @@ BAD = {
     "a factor is missing": (lambda t: {n: v for n, v in t.items() if n != LEFT}, r"site-4: .*/left' is missing"),
     "wrong shape": (lambda t: {n: v[1:] if n == LEFT else v for n, v in t.items()}, "site-4: .* do not fit a weight"),
     "wrong type": (lambda t: {n: v.double() if n == LEFT else v for n, v in t.items()}, "site-4: .* is torch.float64"),
+    "a decay whose square overflows": (
+        lambda t: {n: torch.tensor(1e200, dtype=torch.float64) if n == DECAY else v for n, v in t.items()},
+        r"site-4: .*up.weight moved by (inf|nan); allowed",
+    ),
+    "a factor whose square overflows": (scaled(1e30), r"site-4: .* a norm of .* in its factors; allowed: up to 1e\+12"),
     "another tensor": (lambda t: {**t, "other": torch.zeros(2)}, r"site-4: 1 unexpected tensor\(s\): other"),
 }
 
@@ -85,6 +92,79 @@ def test_bad_update_is_refused_by_name_and_the_round_goes_on_without_it(tmp_path
     assert torch.equal(final[NAME], without[NAME])
     trained = [r["client"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r["phase"] == "train"]
     assert sorted(trained) == ["site-1", "site-2", "site-3"]
+
+
+def test_decay_whose_square_overflows_is_refused_where_nothing_limits_a_step(tmp_path: Path) -> None:
+    training = {"learning_rate": 1.0, "local_steps": 1, "optimizer": "sgd", "max_grad_norm": None}
+    tamper, _ = BAD["a decay whose square overflows"]
+    settings = {"cohort": cohort(1), "admission": {"norm_ratio": None}, "training": training}
+    run(tmp_path, [Site(1), Faulty(2, range(1, 2), tamper)], 1, **settings)
+    (refused,) = events(tmp_path, "update_refused")
+    assert re.search(r"site-2: .*up.weight moved by (inf|nan); allowed: a finite number", refused["reason"])
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (Array("float64", (), "numpy.ndarray", b"PK\x03\x04" + b"\0" * 60), "site-3: .*/decay: not a .npy array"),
+        (Array("bfloat16", (-1, -6), wire.BF16, b"\0" * 12), r"site-3: .*/decay: 12 bytes do not make a bfloat16"),
+        (Array("uint8", (9,), wire.BUNDLE, b"\1" * 9), "site-3: .*/decay: not a bundle of tensors"),
+    ],
+)
+def test_bytes_that_are_no_tensor_are_refused_and_the_round_goes_on(tmp_path: Path, array: Array, reason: str) -> None:
+    class Garbled(Site):
+        def reply(self, message: Message) -> Message:
+            reply = super().reply(message)
+            if message.metadata.message_type == MessageType.TRAIN:
+                reply.content["arrays"] = ArrayRecord({**reply.content.array_records["arrays"], DECAY: array})
+            return reply
+
+    run(tmp_path, [Site(1), Site(2), Garbled(3)], 1, cohort=cohort(2))
+    (refused,) = events(tmp_path, "update_refused")
+    assert re.search(reason, refused["reason"])
+
+
+def test_error_that_nobody_foresaw_costs_one_site_the_round_and_its_text_stays_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(update: Update, base: dict[str, torch.Tensor]) -> dict[str, float]:
+        if update.client == "site-3":
+            raise ZeroDivisionError("something of the site's")
+        return change_norms(update, base)
+
+    monkeypatch.setattr("server.round.change_norms", failing)
+    run(tmp_path, [Site(1), Site(2), Site(3)], 2, cohort=cohort(2))
+    reasons = [e["reason"] for e in events(tmp_path, "update_refused")]
+    assert reasons == ["site-3: its reply cannot be used (ZeroDivisionError; the server's log says where)"] * 2
+    (record, _) = [r for r in caplog.records if r.name == "server.round"]
+    assert record.getMessage() == "round 1: reading the reply of site-3 failed"
+    assert record.exc_info is not None
+
+
+@pytest.mark.parametrize("strategy", ["flexlora", "fedit"])
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        (LoraSite(3, lora_alpha=8.0), "site-3: lora-alpha is 8.0; the federation's is 16.0"),
+        (LoraSite(3, lora_alpha=5e-324), "site-3: lora-alpha is 5e-324; the federation's is 16.0"),
+        (LoraSite(3, lora_alpha=1e300), "site-3: lora-alpha is 1e\\+300; the federation's is 16.0"),
+        (LoraSite(3, lora_alpha=float("nan")), "site-3: lora-alpha is nan; allowed: a positive number"),
+        (LoraSite(3, ranks=(2, 4)), "site-3: .*0.q_proj.lora_A.weight has (rank 2, others 4|shape)"),
+        (LoraSite(3, ranks=(4, 3)), "site-3: .*1.q_proj.lora_A.weight has (rank 3, others 4|shape)"),
+        (LoraSite(3), None),
+        (LoraSite(3, lora_alpha=16.0), None),
+    ],
+)
+def test_lora_alpha_and_rank_of_a_site_are_the_federations(
+    tmp_path: Path, strategy: str, site: LoraSite, reason: str | None
+) -> None:
+    """A site that does not tell its alpha has the federation's."""
+    sites = [LoraSite(1, lora_alpha=16.0), LoraSite(2, lora_alpha=16.0), site]
+    config, training = {**LORA, "name": strategy}, {"learning_rate": 10.0, "local_steps": 1}
+    run(tmp_path, sites, 2, cohort=cohort(2), strategy=config, training=training, start=factors(4, 4))
+    reasons = [e["reason"] for e in events(tmp_path, "update_refused", "client_failed")]
+    assert len(reasons) == (0 if reason is None else 2)
+    assert all(re.search(str(reason), told) for told in reasons)
 
 
 def test_update_of_another_round_is_refused(tmp_path: Path) -> None:
@@ -272,6 +352,39 @@ def unevaluated(message: Message) -> Message | None:
     if message.metadata.message_type != MessageType.EVALUATE:
         return None
     return Message(RecordDict(), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ({"base_digest": "5eed"}, "site-3: its base model differs: digest 5eed, the federation's is base"),
+        ({"tokenizer_digest": "5eed"}, "site-3: its tokenizer differs: digest 5eed, the federation's is tokenizer"),
+        ({"train_rows": 0}, "site-3: train_rows, held_out_rows, rank are [0, 1, 2]; allowed: whole numbers"),
+        ({"rank": "2"}, "site-3: train_rows, held_out_rows, rank are [3, 1, '2']; allowed: whole numbers"),
+        ({"site": "site-2"}, "site-2: a site of this name has already joined, and is still connected"),
+    ],
+)
+def test_site_that_does_not_fit_is_refused_by_name_and_the_others_go_on(
+    tmp_path: Path, says: dict[str, int | str], reason: str
+) -> None:
+    sites = [Site(1), Site(2), Site(3)]
+    sites[2].says = says
+    run(tmp_path, sites, 1, cohort=cohort(2))
+    (refused,) = events(tmp_path, "client_refused")
+    assert refused["reason"] == reason
+    assert sites[2].sent == []
+
+
+@pytest.mark.parametrize(("limit", "declares", "taken"), [(4, 5, False), (5, 5, True), (None, 10**9, True)])
+def test_site_that_declares_more_rows_than_allowed_is_not_admitted(
+    tmp_path: Path, limit: int | None, declares: int, taken: bool
+) -> None:
+    sites = [Site(1), Site(2), Site(3)]
+    sites[2].says = {"train_rows": declares}
+    run(tmp_path, sites, 1, cohort=cohort(2), admission={"max_rows": limit})
+    reasons = [e["reason"] for e in events(tmp_path, "client_refused")]
+    assert reasons == ([] if taken else ["site-3: it declares 5 training rows; allowed by `admission.max_rows`: 4"])
+    assert bool(sites[2].sent) == taken
 
 
 DECLARED = {"clip": 100.0, "noise": 100.0, "delta": 1e-5, "max_epsilon": 8.0}

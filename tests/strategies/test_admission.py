@@ -40,6 +40,8 @@ def test_number_of_examples_must_be_a_whole_number_from_1(examples: object) -> N
         ({HEAD: torch.ones(1)}, rf"site-b: {HEAD} has shape \(1,\), expected \(3, 3\)"),
         ({A: torch.ones(3, 5)}, rf"site-b: {A} has shape \(3, 5\), expected \(2, 5\)"),
         ({B: torch.ones(6, 2).double()}, rf"site-b: {B} is torch\.float64, expected torch\.float32"),
+        ({B: torch.full((6, 2), 1e12)}, rf"site-b: {B}: a norm of 3\.46e\+12; allowed: up to 1e\+12"),
+        ({B: torch.full((6, 2), 1e38)}, rf"site-b: {B}: a norm of inf; allowed: up to 1e\+12"),
         ({B: torch.full((6, 2), float("nan"))}, rf"site-b: {B}: 12 non-finite values"),
         ({HEAD: torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, float("inf"), 1]])}, rf"site-b: {HEAD}: 1 non-finite values"),
     ],
@@ -63,6 +65,18 @@ def test_any_rank_that_the_layer_allows_is_admitted_where_ranks_are_mixed(rank: 
     assert attempt(sent, any_rank=True) == sent
     with pytest.raises(RefusedUpdate, match="has shape"):
         attempt(factors(3), any_rank=False)
+
+
+def test_client_has_one_rank_in_all_layers_but_where_the_state_holds_less() -> None:
+    other = {name.replace("q.", "v."): tensor for name, tensor in factors(3).items()}
+    expected = factors(2) | other  # of rank 2 and 3
+    for ranks in ((2, 3), (1, 1), (2, 2), (3, 3), (1, 3), (3, 2)):
+        sent = factors(ranks[0]) | {name.replace("q.", "v."): t for name, t in factors(ranks[1]).items()}
+        if ranks not in ((1, 3), (3, 2)):
+            assert admit("site-b", sent, 4, expected, list(expected), any_rank=True) == sent
+            continue
+        with pytest.raises(RefusedUpdate, match=r"site-b: .*lora_A.weight has rank \d, others 3; allowed: one for all"):
+            admit("site-b", sent, 4, expected, list(expected), any_rank=True)
 
 
 @pytest.mark.parametrize(
