@@ -3,10 +3,13 @@
 import csv
 import difflib
 import hashlib
+import io
 import json
+import logging
+import os
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,12 @@ from typing import Any
 from common.config import DataConfig, resolve
 from common.errors import DataError
 
+log = logging.getLogger(__name__)
+csv.field_size_limit(2**31 - 1)  # characters in a cell; a long note is no mistake
 _ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # in a folder written by `datasets`
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # beside the labels' folders
+_LITTER = {"thumbs.db", "desktop.ini"}  # what file managers leave, in lower case
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
 Cells = dict[str, Any]
 
@@ -59,7 +65,7 @@ def load_rows(config: DataConfig, beside: Path) -> list[Row]:
         DataError: names the shard and what is wrong: the file, a column, or a row's number (of JSONL: the line).
     """
     path = resolve(config.path, beside)
-    prompt, answer = _Template(config.prompt, "prompt"), _Template(config.answer, "answer")
+    prompt, answer = Template(config.prompt, "data.prompt"), Template(config.answer, "data.answer")
     kind = _kind(path, config.format)
     wanted = [*prompt.columns, *answer.columns]
     rows: list[Row] = []
@@ -67,10 +73,8 @@ def load_rows(config: DataConfig, beside: Path) -> list[Row]:
         table = _READERS[kind](path, wanted)
         if not table.columns:
             raise DataError(f"shard {path} has no rows")
-        # The first line of a CSV file without a header is a private row: it is listed only when it is surely a header.
-        listed = kind != "csv" or bool(set(wanted) & set(table.columns))
-        for template in (prompt, answer):
-            template.check(path, table.columns, listed=listed)
+        named = {"data.prompt": prompt.columns, "data.answer": answer.columns}
+        check_columns(path, table.columns, named, header=kind != "csv")
         for number, cells in table.rows:
             rows.append(Row(prompt.fill(path, number, cells), answer.fill(path, number, cells)))
     except DataError:
@@ -86,12 +90,12 @@ def load_cells(path: Path) -> tuple[list[str], list[Cells]]:
     """A shard as it is: its columns, and its rows' cells by column.
 
     Raises:
-        DataError: see ``load_rows``.
+        DataError: see ``load_rows``; or a cell is no text that UTF-8 can hold.
     """
     kind = _kind(path, "auto")
     try:
         table = _READERS[kind](path, None)
-        cells = [row for _, row in table.rows]
+        cells = [_writable(path, number, row) for number, row in table.rows]
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers raise anything, and their text may quote a row
@@ -99,6 +103,31 @@ def load_cells(path: Path) -> tuple[list[str], list[Cells]]:
     if not cells:
         raise DataError(f"shard {path} has no rows")
     return table.columns, cells
+
+
+def check_columns(path: Path, there: list[str], wanted: dict[str, list[str]], *, header: bool) -> None:
+    """Hold the columns of a shard against those that are wanted.
+
+    Args:
+        path: the shard, for the error.
+        there: its columns.
+        wanted: columns by the key or option that names them.
+        header: ``there`` is surely no row. The first line of a CSV file without a header is a private one, in which one
+            cell may well be a wanted name: without ``header`` it takes two of them before an error may quote it.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    told = header or len({column for columns in wanted.values() for column in columns} & set(there)) > 1
+    for key, columns in wanted.items():
+        for column in columns:
+            if column in there:
+                continue
+            near = difflib.get_close_matches(column, there, n=1)
+            hint = (f"did you mean {near[0]!r}? " if near else "") + f"columns: {', '.join(there)}"
+            if not told:
+                hint = f"its first line must hold the column names, separated by commas (it has {len(there)} cells)"
+            raise DataError(f"{key}: shard {path} has no column {column!r}; {hint}")
 
 
 def split_held_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -116,33 +145,30 @@ def split_held_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]
     return train, held_out
 
 
-class _Template:
-    """A column name, or a text with column names in braces."""
+class Template:
+    """A column name, or a text with column names in braces; ``columns`` are those it needs.
+
+    Raises:
+        DataError: it is not readable; names ``key``, which it is given by.
+    """
 
     def __init__(self, text: str, key: str) -> None:
-        self._key = key
         try:
             self._parts = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise DataError(f"data.{key}: template is not readable ({error}); columns go in braces") from None
+            raise DataError(f"{key}: template is not readable ({error}); columns go in braces") from None
         self.columns = [name for _, name, _, _ in self._parts if name is not None]
         if any(spec or conversion for _, _, spec, conversion in self._parts) or not all(self.columns):
-            raise DataError(f"data.{key}: template is not readable; between braces there must be a column's name only")
+            raise DataError(f"{key}: template is not readable; between braces there must be a column's name only")
         if not self.columns:
             self.columns, self._parts = [text], [("", text, "", None)]
 
-    def check(self, path: Path, there: list[str], *, listed: bool) -> None:
-        for column in self.columns:
-            if column not in there:
-                near = difflib.get_close_matches(column, there, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                if listed or near:
-                    hint += f"columns: {', '.join(there)}"
-                else:
-                    hint = f"its first line must hold the column names, separated by commas (it has {len(there)} cells)"
-                raise DataError(f"data.{self._key}: shard {path} has no column {column!r}; {hint}")
-
     def fill(self, path: Path, number: int, cells: Cells) -> str:
+        """Its text for row ``number``.
+
+        Raises:
+            DataError: a cell is empty or no text.
+        """
         return "".join(
             literal + ("" if column is None else _text(path, number, column, cells.get(column)))
             for literal, column, _, _ in self._parts
@@ -162,17 +188,25 @@ def _text(path: Path, number: int, column: str, value: object) -> str:
     raise DataError(f"shard {path}, row {number}: column {column!r} is {what}")
 
 
+def _writable(path: Path, number: int, cells: Cells) -> Cells:
+    """``cells``, when they can be written as UTF-8, lists and mappings in them too."""
+    for column, value in cells.items():
+        if _SURROGATE.search(column + json.dumps(value, ensure_ascii=False, default=str)):
+            raise DataError(f"shard {path}, row {number}: column {column!r} is no text but half of a surrogate pair")
+    return cells
+
+
 def _kind(path: Path, kind: str) -> str:
     """The format to read ``path`` with: ``kind``, or what ``auto`` comes to."""
     try:
         size = path.stat().st_size
+        saved = path.is_dir() and any((path / name).exists() for name in _SAVED)
     except FileNotFoundError:
         raise DataError(f"shard {path} does not exist") from None
     except OSError as error:
         raise DataError(f"shard {path} cannot be read ({error.strerror})") from None
     if kind == "auto":
-        folder = "dataset" if any((path / name).exists() for name in _SAVED) else "image-folder"
-        found = folder if path.is_dir() else _ENDINGS.get(path.suffix.lower())
+        found = ("dataset" if saved else "image-folder") if path.is_dir() else _ENDINGS.get(path.suffix.lower())
         if found is None:
             raise DataError(f"shard {path}: ending {path.suffix!r} is unknown; name it in data.format")
         return found
@@ -181,10 +215,18 @@ def _kind(path: Path, kind: str) -> str:
     return kind
 
 
+def _utf8(path: Path) -> str:
+    """A file's text without a byte order mark, its line ends as they are."""
+    try:
+        return path.read_bytes().decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"shard {path} is not UTF-8 (at byte offset {error.start}); save it as UTF-8") from None
+
+
 def _jsonl(path: Path, wanted: list[str] | None) -> _Table:
     """One object per line; or a file that is one array of objects."""
     del wanted
-    text = path.read_text(encoding="utf-8-sig")
+    text = _utf8(path).replace("\r\n", "\n").replace("\r", "\n")
     if text.lstrip().startswith("["):
         rows = list(enumerate(_json(path, 1, text), start=1))
     else:
@@ -205,18 +247,22 @@ def _json(path: Path, line: int, text: str) -> Any:  # noqa: ANN401
 
 def _csv(path: Path, wanted: list[str] | None) -> _Table:
     """Comma-separated, with a header; a row's number counts from the line after it."""
-    del wanted
     rows: list[tuple[int, Cells]] = []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for number, cells in enumerate(reader, start=1):
-                if None in cells:
-                    raise DataError(f"shard {path}, row {number}: has more cells than the first line")
-                rows.append((number, cells))
-        except csv.Error as error:
-            raise DataError(f"shard {path}, line {reader.line_num}: not valid CSV ({error})") from None
-    return _Table(list(reader.fieldnames or []), rows)
+    reader = csv.DictReader(io.StringIO(_utf8(path), newline=""), strict=True)
+    try:
+        columns = list(reader.fieldnames or [])
+        for column in columns if wanted is None else wanted:
+            if column and columns.count(column) > 1:
+                places = " and ".join(str(place) for place, name in enumerate(columns, start=1) if name == column)
+                what = "have one name" if wanted is None else f"are both named {column!r}"  # unasked, it may be a cell
+                raise DataError(f"shard {path}: columns {places} {what}; rename or delete one")
+        for number, cells in enumerate(reader, start=1):
+            if None in cells:
+                raise DataError(f"shard {path}, row {number}: has more cells than the first line")
+            rows.append((number, cells))
+    except csv.Error as error:
+        raise DataError(f"shard {path}, line {reader.reader.line_num}: not valid CSV ({error})") from None
+    return _Table(columns, rows)
 
 
 def _parquet(path: Path, wanted: list[str] | None) -> _Table:
@@ -239,11 +285,44 @@ def _dataset(path: Path, wanted: list[str] | None) -> _Table:
 
 
 def _image_folder(path: Path, wanted: list[str] | None) -> _Table:
-    """One sub-folder per label, with images in it or below it; by name."""
+    """One sub-folder per label, with images in it or below it, by name; every file there counts as an image."""
     del wanted
-    files = sorted(file for file in path.glob("*/**/*") if file.suffix.lower() in _IMAGES and file.is_file())
-    labelled = [{"image": str(file), "label": file.relative_to(path).parts[0]} for file in files]
-    return _Table(["image", "label"] if files else [], enumerate(labelled, start=1))
+    rows: list[Cells] = []
+    beside = 0
+    for entry in _entries(path, path):
+        if os.path.isfile(entry):  # noqa: PTH113 - of a link that leads nowhere, Path.is_file may raise
+            beside += Path(entry).suffix.lower() in _IMAGES
+        else:
+            label = path / entry.name
+            rows += [{"image": str(file), "label": entry.name} for file in _files(label, label)]
+    if beside:
+        raise DataError(
+            f"shard {path}: {beside} image(s) beside the labels' folders; move each into its label's folder"
+        )
+    return _Table(["image", "label"] if rows else [], enumerate(rows, start=1))
+
+
+def _files(folder: Path, label: Path) -> Iterator[Path]:
+    """Files in a folder and below it. A link to a folder is not followed but given, as an image that is unreadable."""
+    for entry in _entries(folder, label):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(folder / entry.name, label)
+        elif entry.is_file(follow_symlinks=False) or entry.is_symlink():
+            yield folder / entry.name
+
+
+def _entries(folder: Path, label: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name, but dot files and litter. Below ``label``, only the log names the folder."""
+    try:
+        with os.scandir(folder) as found:
+            kept = [entry for entry in found if not entry.name.startswith(".") and entry.name.lower() not in _LITTER]
+    except OSError as error:
+        log.error("folder %s cannot be listed", folder)  # the preflight shows no warnings of this module
+        where = (
+            f"folder {label}" if folder == label else f"a folder below {label}, which the log of this machine names,"
+        )
+        raise DataError(f"{where} cannot be listed ({error.strerror})") from None
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], _Table]] = {

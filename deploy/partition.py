@@ -1,12 +1,14 @@
 """Split one data set among sites: ``python -m deploy.partition DATA --by HOW ... --out DIR``; see ``--help``.
 
-Leaves in DIR a shard and a site file for every site, ``partition.json`` (who holds how much of what: counts only) and
-``partition.svg``, a picture of that. The splitting is flwr-datasets'; the same seed gives the same shards.
+Leaves in DIR a shard and a site file for every site, ``partition.json`` (who holds how much of what: counts, and with
+``--by column`` the column's values) and ``partition.svg``, a picture of that. The splitting is flwr-datasets'; the same
+seed gives the same shards.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -17,9 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
-from common.config import ClassificationTask, FederationConfig, SiteConfig
+from common.config import ClassificationTask, FederationConfig, ImageClassificationTask, SiteConfig, TaskConfig
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError
-from common.rows import Cells, load_cells
+from common.rows import Cells, Template, check_columns, load_cells
 from common.yaml_file import load, parse
 from deploy.partition_picture import draw
 
@@ -48,8 +50,8 @@ class Plan:
     sizes: tuple[float, ...] | None = None
 
 
-def split(rows: list[Cells], plan: Plan) -> list[list[int]]:
-    """Row numbers, from 0 and ascending, of every site.
+def split(rows: list[Cells], plan: Plan, source: Path) -> list[list[int]]:
+    """Row numbers, from 0 and ascending, of every site; errors name ``source``.
 
     Raises:
         DataError: a site would be empty, or a row would be nobody's.
@@ -72,7 +74,7 @@ def split(rows: list[Cells], plan: Plan) -> list[list[int]]:
             partitioner = by.NaturalIdPartitioner("key")
         case "quantity":
             partitioner = by.SizePartitioner(_rows_each(plan.sizes or (), len(rows)))
-    table = datasets.Dataset.from_dict({"key": _keys(rows, plan), "row": list(range(len(rows)))})
+    table = datasets.Dataset.from_dict({"key": _keys(rows, plan, source), "row": list(range(len(rows)))})
     partitioner.dataset = table if plan.by == "column" else table.shuffle(seed=plan.seed)
     try:
         with warnings.catch_warnings(action="ignore"):  # of attempts that left a site empty
@@ -88,12 +90,12 @@ def split(rows: list[Cells], plan: Plan) -> list[list[int]]:
     return found
 
 
-def _keys(rows: list[Cells], plan: Plan) -> list[str]:
+def _keys(rows: list[Cells], plan: Plan, source: Path) -> list[str]:
     """What decides, of every row, where it goes."""
     column = plan.column if plan.by == "column" else plan.label
     if column is None:
         return [""] * len(rows)
-    keys = [_value(row, column, number) for number, row in enumerate(rows, start=1)]
+    keys = [_value(source, row, column, number) for number, row in enumerate(rows, start=1)]
     if plan.by != "label" or plan.labels_per_site is None:
         return keys
     place = {label: number // plan.labels_per_site for number, label in enumerate(sorted(set(keys)))}
@@ -109,10 +111,10 @@ def _rows_each(sizes: tuple[float, ...], rows: int) -> list[int]:
     return each
 
 
-def _value(row: Cells, column: str, number: int) -> str:
+def _value(source: Path, row: Cells, column: str, number: int) -> str:
     value = row.get(column)
     if value is None or not str(value).strip():
-        raise DataError(f"row {number}: column {column!r} is empty")
+        raise DataError(f"{source}, row {number}: column {column!r} is empty")
     return str(value).strip()
 
 
@@ -120,20 +122,35 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def check_labels(rows: list[Cells], column: str, federation: Path) -> None:
+def check_labels(labels: list[str], task: TaskConfig, federation: Path) -> None:
     """Hold the labels of the data against those that all sites of a federation must have in common.
 
     Raises:
         ConfigError: the federation is no classification.
         DataError: a label is not listed.
     """
-    task = load(federation, FederationConfig).task
     if not isinstance(task, ClassificationTask):
         raise ConfigError(f"{federation}: `task` is {task.type}, which has no labels")
-    unknown = sorted({_value(row, column, n) for n, row in enumerate(rows, start=1)} - set(task.labels))
+    unknown = sorted(set(labels) - set(task.labels))
     if unknown:
         some = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise DataError(f"label(s) {some} of the data are not in `task.labels` of {federation}: {task.labels}")
+
+
+def _from_anywhere(template: str, prompts: list[str], folder: Path, task: TaskConfig | None) -> str:
+    """The prompt's template, with ``folder`` before it where ``prompts`` are paths of images relative to that.
+
+    They are when the task has images; without a task, when every one names a file.
+    """
+    if task is None:
+        images = all(os.path.isfile(folder / prompt) for prompt in prompts)  # noqa: PTH113 - Path's raises for long texts
+    else:
+        images = isinstance(task, ImageClassificationTask)
+    if not images or any(Path(prompt).is_absolute() for prompt in prompts):
+        return template
+    absolute = f"{folder}/".replace("{", "{{").replace("}", "}}") + (template if "{" in template else f"{{{template}}}")
+    Template(absolute, "--prompt")  # a column's name may be one that cannot stand in braces
+    return absolute
 
 
 def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, site: dict[str, Any], out: Path) -> None:
@@ -154,7 +171,7 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
         raise LaunchError(f"{out} exists already; name another folder with --out")
     names = [f"site-{number}" for number in range(1, len(parts) + 1)]
     counts = [
-        dict(sorted(Counter(_value(rows[i], plan.label, i + 1) for i in part).items())) if plan.label else {}
+        dict(sorted(Counter(_value(source, rows[i], plan.label, i + 1) for i in part).items())) if plan.label else {}
         for part in parts
     ]
     told: list[dict[str, object]] = [
@@ -162,7 +179,7 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
     ]
     if plan.by == "column" and plan.column:
         for site_, part in zip(told, parts, strict=True):
-            site_[plan.column] = _value(rows[part[0]], plan.column, part[0] + 1)
+            site_["value"] = _value(source, rows[part[0]], plan.column, part[0] + 1)
     settings = {key: value for key, value in asdict(plan).items() if value is not None}
     record = {"source": source.name, "rows": len(rows), "rows_sha256": _digest(rows), "plan": settings, "sites": told}
     try:
@@ -187,7 +204,7 @@ def _line(row: Cells) -> str:
 
 
 def _digest(rows: list[Cells]) -> str:
-    return hashlib.sha256("".join(map(_line, rows)).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("".join(map(_line, rows)).encode()).hexdigest()
 
 
 _NEEDS: dict[By, tuple[str, ...]] = {
@@ -232,6 +249,8 @@ def _plan(given: argparse.Namespace) -> Plan:
     for name, least in (("sites", 1), ("labels_per_site", 1)):
         if getattr(given, name) is not None and getattr(given, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(given, name)}; allowed: {least} or more")
+    if given.seed < 0:
+        raise ConfigError(f"--seed is {given.seed}; allowed: 0 or more")
     if given.alpha is not None and not given.alpha > 0:
         raise ConfigError(f"--alpha is {given.alpha}; allowed: above 0")
     try:
@@ -250,19 +269,29 @@ def partition(given: argparse.Namespace) -> str:
         FedSpanError: the arguments, the data or the folder do not allow it.
     """
     plan = _plan(given)
-    columns, rows = load_cells(given.data)
+    source = given.data.resolve()
+    columns, rows = load_cells(source)
+    header = source.suffix.lower() != ".csv"
     images = columns == ["image", "label"]
     prompt, answer = given.prompt or (images and "image"), given.answer or (images and "label")
     if not prompt or not answer:
-        raise ConfigError(f"--prompt and --answer are needed for the site files; columns: {', '.join(columns)}")
-    for name in (plan.label, plan.column):
-        if name is not None and name not in columns:
-            raise DataError(f"{given.data} has no column {name!r}; columns: {', '.join(columns)}")
-    if given.federation is not None:
-        check_labels(rows, plan.label or answer, given.federation)
-    parts = split(rows, plan)
+        there = f"; columns: {', '.join(columns)}" if header else ""
+        raise ConfigError(f"--prompt and --answer are needed for the site files{there}")
+    templates = {"--prompt": Template(prompt, "--prompt"), "--answer": Template(answer, "--answer")}
+    wanted = {flag: template.columns for flag, template in templates.items()}
+    wanted |= {flag: [name] for flag, name in (("--label", plan.label), ("--column", plan.column)) if name is not None}
+    check_columns(source, columns, wanted, header=header)
+    prompts, answers = (
+        [template.fill(source, number, row) for number, row in enumerate(rows, start=1)]
+        for template in templates.values()
+    )
+    task = None if given.federation is None else load(given.federation, FederationConfig).task
+    if task is not None:
+        check_labels(answers, task, given.federation)
+    prompt = _from_anywhere(prompt, prompts, source.parent, task)
+    parts = split(rows, plan, source)
     site = {"prompt": prompt, "answer": answer, "held_out": given.held_out}
-    write(rows, parts, plan, given.data, site, given.out)
+    write(rows, parts, plan, source, site, given.out)
     sizes = sorted(map(len, parts))
     return f"{len(rows):,} rows at {len(parts)} sites ({sizes[0]:,} to {sizes[-1]:,}) in {given.out}"
 

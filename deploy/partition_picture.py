@@ -29,7 +29,9 @@ def draw(file: Path, names: list[str], rows: list[int], labels: list[dict[str, i
     if rest:
         bars.append((f"{len(rest)} more", [sum(c.get(label, 0) for label in rest) for c in labels]))
     bars = bars or [("rows", rows)]
-    with mpl.rc_context({"svg.hashsalt": "fedspan", "hatch.linewidth": 0.6, "svg.fonttype": "none"}):
+    with mpl.rc_context(
+        {"svg.hashsalt": "fedspan", "hatch.linewidth": 0.6, "svg.fonttype": "none", "text.parse_math": False}
+    ):
         figure = Figure(figsize=(8, 1.4 + 0.38 * len(names)), layout="constrained")
         axes = figure.subplots()
         begin = [0] * len(names)

@@ -19,7 +19,7 @@ def by_group(rows: list[Cells], column: str, share: float, left_out: int = 0) ->
     """About ``share`` of the rows as test: all rows that agree in ``column`` are on one side, everywhere the same."""
 
     def drawn(row: Cells) -> bool:
-        digest = hashlib.sha256(str(row[column]).casefold().encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(str(row[column]).casefold().encode()).hexdigest()
         return int(digest[:13], 16) / 16**13 < share
 
     return Splits([row for row in rows if not drawn(row)], [row for row in rows if drawn(row)], left_out)

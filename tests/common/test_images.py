@@ -6,11 +6,13 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.config import DataConfig, ImageClassificationTask
 from common.errors import DataError
-from common.images import load_images
+from common.images import load_images, read_image
 from common.rows import Row, split_held_out
 from common.tasks import ImageClassification, make_task
 from tests.tiny_images import COLORS, make_images
@@ -72,6 +74,47 @@ def test_unreadable_image_is_counted_in_the_error_and_named_in_the_log_only(
     assert (len(rows), left_out) == (8, 2)
 
 
+@pytest.mark.parametrize(
+    ("mode", "order", "name"),
+    [("I;16", "<u2", "0.png"), ("I;16", "<u2", "0.tif"), ("I;16B", ">u2", "0.tif"), ("I;16", "<u2", "0.jp2")],
+)
+def test_sixteen_bits_become_eight_over_the_whole_range(tmp_path: Path, mode: str, order: str, name: str) -> None:
+    pixels = np.array([[0, 128, 129, 257], [4095, 128 * 257, 65534, 65535]])
+    file = tmp_path / name
+    Image.frombytes(mode, (4, 2), pixels.astype(order).tobytes()).save(file)
+    with Image.open(file) as image:
+        assert image.mode == mode  # or this would be a test of something else
+    found = read_image(str(file))
+    assert found.mode == "RGB"
+    expected = [[0, 0, 1, 1], [16, 128, 255, 255]]
+    assert np.asarray(found).tolist() == [[[grey] * 3 for grey in row] for row in expected]
+
+
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+def test_pixels_without_a_fixed_range_are_unreadable_and_the_log_says_why(
+    folder: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    Image.fromarray(np.full((4, 4), 7, kind)).save(folder / "blue" / "0.tif")
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(DataError, match=r"1 of 10 images cannot be read \(numbers 2;"),
+    ):
+        load(folder)
+    mode = "I" if kind == "int32" else "F"
+    assert f"blue/0.tif (pixels of mode {mode} have no fixed range; save it with 8 bits, or 16 unsigned)" in caplog.text
+    rows, left_out = load(folder, skip_unreadable=True)
+    assert (len(rows), left_out) == (9, 1)
+
+
+def test_file_that_is_no_image_counts_as_unreadable_whatever_its_ending(folder: Path) -> None:
+    (folder / "blue" / "IM0001").write_bytes(b"DICM")
+    (folder / "red" / "0.png").rename(folder / "red" / "0.jfif")
+    (folder / "red" / "Thumbs.db").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"1 of 10 images cannot be read \(numbers 4;"):
+        load(folder)
+    assert len(load(folder, skip_unreadable=True)[0]) == 9
+
+
 def test_shard_without_a_readable_image_is_refused_even_when_some_may_be_skipped(tmp_path: Path) -> None:
     (tmp_path / "scans" / "red").mkdir(parents=True)
     with pytest.raises(DataError, match="has no rows"):
@@ -94,7 +137,9 @@ def test_image_that_vanishes_later_is_an_error_without_its_name(folder: Path) ->
 
 def test_label_that_is_not_listed_is_counted_not_quoted(folder: Path) -> None:
     task = make_task(ImageClassificationTask(labels=["blue", "green"]))
-    with pytest.raises(DataError, match=r"3 of 9 rows have a label that is not in task.labels: \['blue', 'green'\]"):
+    with pytest.raises(
+        DataError, match=r"3 of 9 rows .numbers 7, 8, 9. have a label that is not in task.labels: \['blue', 'green'\]"
+    ):
         task.examples(None, load(folder)[0], None, 8)
 
 

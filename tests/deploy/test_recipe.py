@@ -127,6 +127,16 @@ def test_dolly_puts_the_context_under_the_instruction(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["rows"]["left_out"] == 1
 
 
+def test_half_a_character_is_refused_with_its_row_and_nothing_is_left(tmp_path: Path) -> None:
+    file = dolly(tmp_path)
+    row = {"instruction": "secret \ud83d", "context": "", "response": "x", "category": "open_qa"}
+    file.write_text(file.read_text() + "\n" + json.dumps(row))
+    with pytest.raises(DataError, match=r"jsonl, row 102: column 'instruction' is no text but half of") as caught:
+        make("dolly", file, tmp_path / "out")
+    assert "secret" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_glue_is_the_same_from_tsv_and_parquet(tmp_path: Path, name: str) -> None:
     tsv, hub = tmp_path / "tsv", tmp_path / "hub"
