@@ -46,6 +46,7 @@ app = ClientApp()
 log = logging.getLogger("site")
 
 SITE_KEY = "site"  # node-config key: path of the site file
+LEDGERS_KEY = "ledgers"  # node-config key of an experiment's cell: folder of its ledgers, instead of the site file's
 _FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
@@ -215,7 +216,9 @@ def _gate(kind: str, context: Context) -> "Gate":
     site_file = _site_file(context)
     if not site_file.is_file():
         raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
-    return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id)
+    ledgers = context.node_config.get(LEDGERS_KEY)
+    folder = None if ledgers is None else Path(str(ledgers))
+    return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id, folder)
 
 
 def _site_file(context: Context) -> Path:

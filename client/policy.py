@@ -72,9 +72,10 @@ class Totals:
             self.mu_squared += cost(entry["privacy"]["noise_multiplier"])
 
 
-def ledger_of(site: SiteConfig, site_file: Path) -> Path:
-    """Where a site's ledger lies."""
-    return resolve(site.ledger or f"{site.name}-ledger.jsonl", site_file)
+def ledger_of(site: SiteConfig, site_file: Path, folder: Path | None = None) -> Path:
+    """Where a site's ledger lies; in ``folder`` those of an experiment's cell (``server.cell``)."""
+    name = f"{site.name}-ledger.jsonl"
+    return resolve(site.ledger or name, site_file) if folder is None else folder / name
 
 
 _books: dict[Path, tuple[Ledger, Totals]] = {}  # by file, so that a process reads a ledger once
@@ -88,11 +89,12 @@ class Gate:
         site_file: where it lies.
         message: "hello", "train" or "evaluate".
         run: Flower's number of the run.
+        ledgers: folder of the ledger; None: where the site file says.
     """
 
-    def __init__(self, site: SiteConfig, site_file: Path, message: str, run: int) -> None:
+    def __init__(self, site: SiteConfig, site_file: Path, message: str, run: int, ledgers: Path | None = None) -> None:
         self.site = site
-        path = ledger_of(site, site_file)
+        path = ledger_of(site, site_file, ledgers)
         if path not in _books:
             totals = Totals()
             _books[path] = Ledger(path, totals.add), totals

@@ -26,7 +26,8 @@ from common.errors import FedSpanError, LaunchError
 from server import comparison_plots as plots
 from server.comparison_facts import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from server.comparison_page import PAGE
-from server.report import MEANINGS, STRATEGIES
+from server.comparison_words import headline, notes, strategy_title, unscored
+from server.report import MEANINGS
 from server.report_facts import SCORES
 from server.report_format import precise, score, seconds, whole
 from server.report_page import STYLE
@@ -48,7 +49,8 @@ def write_comparison(out: Path) -> Path:
         "comparison.html": render(found),
         "comparison.md": markdown(found),
         "comparison.csv": _csv(
-            ("strategy", *_SETTING, "learning_rate", "measure", "mean", "deviation", "seeds"), _final(found)
+            ("strategy", *_SETTING, "learning_rate", "measure", "mean", "deviation", "seeds", "rates_without_score"),
+            _final(found),
         ),
         "comparison-rounds.csv": _csv(("strategy", *_SETTING, "seed", "round", "measure", "value"), _rounds(found)),
     }
@@ -62,7 +64,7 @@ def write_comparison(out: Path) -> Path:
 
 def markdown(found: Comparison) -> str:
     """The final tables of every setting: at equal rounds, and at equal bytes."""
-    parts = [f"# {found.name}", "", "Mean ± standard deviation over seeds, on the test set; the best mean is bold."]
+    parts = [f"# {found.name}", *(line for note in notes(found) for line in ("", note))]
     for title, heads, rows in (table for group in found.groups for table in _tables(group)):
         parts += ["", f"**{title}**", "", _cells(heads), _cells(["---", *["---:"] * (len(heads) - 1)])]
         parts += [_cells([f"**{text}**" if best else text for text, best in row]) for row in rows]
@@ -87,10 +89,10 @@ def render(found: Comparison) -> str:
     return environment.from_string(PAGE).render(
         style=Markup(STYLE),  # noqa: S704 - a constant
         name=found.name,
-        select_by=next(s.title for s in SCORES if s.key == found.select_by),
-        missing=sum(line.missing or (line.rate is None) for line in lines),
-        wanted=sum(line.missing + len(line.seeds) or 1 for line in lines),
+        missing=sum(line.missing for line in lines),
+        wanted=sum(line.missing + len(line.seeds) for line in lines),
         headline=headline(found),
+        notes=notes(found),
         contents=contents,
         groups=groups,
         scores=[s for s in SCORES if any(s in group.scores() for group in found.groups)],
@@ -102,27 +104,9 @@ def render(found: Comparison) -> str:
     )
 
 
-def headline(found: Comparison) -> list[str]:
-    """Which strategy was best in how many settings, by the last of the scores that were measured."""
-    sentences = []
-    for key in ("loss", "accuracy", "rouge_l"):
-        (how,) = [s for s in SCORES if s.key == key]
-        judged = [group for group in found.groups if how in group.scores() and len(group.lines) > 1]
-        wins: dict[str, int] = {}
-        for strategy in (strategy for group in judged for strategy in group.best(how)):
-            wins[_title(strategy)] = wins.get(_title(strategy), 0) + 1
-        name = how.title if key == "rouge_l" else how.title.lower()
-        if len(judged) == 1:
-            sentences.append(f"Best mean {name}: {' and '.join(wins)}.")
-        elif wins:
-            told = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda w: (-w[1], w[0])))
-            sentences.append(f"Best mean {name} of {len(judged)} settings: {told}.")
-    return sentences or ["There is no result to compare yet."]
-
-
 def _shown(group: Group, number: int) -> dict[str, Any]:
     """A setting as the page shows it."""
-    lines = [(_title(line.strategy), line) for line in group.lines if line.seeds]
+    lines = [(strategy_title(line.strategy), line) for line in group.lines if line.seeds]
     curves = []
     for how in [s for s in group.scores() if s.key in _CURVES]:
         ends = "; ".join(f"{title} {_estimate(line.final(how.key))}" for title, line in lines)
@@ -156,7 +140,12 @@ def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[st
 
     def row(line: Line, before: list[str], after: list[str], most: float = math.inf) -> list[tuple[str, bool]]:
         told = [(_estimate(line.final(s.key, most)), line.strategy in group.best(s, most)) for s in scores]
-        return [(_title(line.strategy), False), *((b, False) for b in before), *told, *((a, False) for a in after)]
+        return [
+            (strategy_title(line.strategy), False),
+            *((b, False) for b in before),
+            *told,
+            *((a, False) for a in after),
+        ]
 
     rows = []
     for line in group.lines:
@@ -197,7 +186,7 @@ def _partition_figure(held: Partition, number: int) -> Markup:
 def _samples(groups: list[Group]) -> tuple[str, list[dict[str, Any]]]:
     """Of the first setting that has answers: its title, and each question with the answers of all strategies."""
     for group in groups:
-        answered = [(_title(line.strategy), line.seeds[0].samples) for line in group.lines if line.seeds]
+        answered = [(strategy_title(line.strategy), line.seeds[0].samples) for line in group.lines if line.seeds]
         answered = [(title, samples) for title, samples in answered if samples]
         if answered:
             questions = []
@@ -211,10 +200,13 @@ def _samples(groups: list[Group]) -> tuple[str, list[dict[str, Any]]]:
 
 def _final(found: Comparison) -> Iterator[tuple[object, ...]]:
     for group, line in _lines(found):
-        for key in (*(s.key for s in SCORES), BYTES, SECONDS):
-            estimate = line.final(key)
-            if estimate is not None:
-                yield *_place(group, line), line.rate, key, estimate.mean, estimate.deviation, estimate.seeds
+        without = "; ".join(unscored(line.unscored))
+        finals = {key: line.final(key) for key in (*(s.key for s in SCORES), BYTES, SECONDS)}
+        known = {key: estimate for key, estimate in finals.items() if estimate is not None}
+        for key, estimate in known.items():
+            yield *_place(group, line), line.rate, key, estimate.mean, estimate.deviation, estimate.seeds, without
+        if without and not known:
+            yield *_place(group, line), line.rate, None, None, None, 0, without
 
 
 def _rounds(found: Comparison) -> Iterator[tuple[object, ...]]:
@@ -244,10 +236,6 @@ def _csv(head: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> str:
 
 def _cells(texts: list[str]) -> str:
     return f"| {' | '.join(texts)} |"
-
-
-def _title(strategy: str) -> str:
-    return STRATEGIES.get(strategy, strategy)
 
 
 def _estimate(value: Estimate | None) -> str:

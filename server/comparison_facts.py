@@ -42,6 +42,7 @@ class Seed:
         bytes: moved so far, up and down, of all sites together; ``seconds``: so far if all sites work at once, that is
             the slowest site's training and the server's combining of every round.
         diagnostics: mean over the layer groups by name and round.
+        examples: rows of the server's set that were scored; ``generated``: how many of them were answered.
     """
 
     seed: int
@@ -51,6 +52,8 @@ class Seed:
     seconds: Values
     diagnostics: dict[str, Values]
     samples: list[dict[str, str]]
+    examples: int | None
+    generated: int | None
 
     def last(self, most: float = math.inf) -> int:
         """The last version that was evaluated, of those within ``most`` bytes."""
@@ -63,13 +66,17 @@ class Line:
 
     Attributes:
         rate: the learning rate that was picked; None: none of those tried gave a result.
+        tried: how many were; 0: one was given.
         edge: whether the rate is the smallest or largest of several that were tried.
+        unscored: rates that gave no score on the validation set, with what became of them.
         missing: final runs that are not there, or failed.
     """
 
     strategy: str
     rate: float | None
+    tried: int
     edge: bool
+    unscored: dict[float, str]
     seeds: list[Seed]
     missing: int
 
@@ -173,21 +180,24 @@ def read_comparison(out: Path) -> Comparison:
         raise LaunchError(f"{out} holds no experiment: there is no {SUMMARY}") from None
     except (OSError, ValueError) as error:
         raise LaunchError(f"{out / SUMMARY} cannot be read: {error}") from None
+    most = max((len(setting["cells"]) for setting in summary["settings"]), default=0)
+    seeds = len(summary.get("seeds", ())) or most or 1  # an earlier version's summary does not name them
     groups: dict[tuple[Any, ...], Group] = {}
     for setting in summary["settings"]:
         about = {key: setting[key] for key in ("clients", "alpha", "rank", "local_steps")}
         group = groups.setdefault(tuple(about.values()), Group(**about, lines=[]))
-        group.lines.append(_line(out, setting))
+        group.lines.append(_line(out, setting, seeds))
     partitions = [Partition(p["clients"], p["alpha"], p["sites"]) for p in summary["partitions"]]
     return Comparison(summary["name"], summary["select_by"], list(groups.values()), partitions)
 
 
-def _line(out: Path, setting: dict[str, Any]) -> Line:
+def _line(out: Path, setting: dict[str, Any], wanted: int) -> Line:
+    """Of a setting that is wanted with so many seeds."""
     seeds = [_seed(out / cell) for cell in setting["cells"] if outcome(out / cell).get("status") == "completed"]
     rates = [tried["learning_rate"] for tried in setting["tried"]]
     edge = len(rates) > 1 and setting["learning_rate"] in (min(rates), max(rates))
-    missing = len(setting["cells"]) - len(seeds)
-    return Line(setting["strategy"], setting["learning_rate"], edge, seeds, missing)
+    unscored = {t["learning_rate"]: t.get("status", "no result") for t in setting["tried"] if t["score"] is None}
+    return Line(setting["strategy"], setting["learning_rate"], len(rates), edge, unscored, seeds, wanted - len(seeds))
 
 
 def _seed(folder: Path) -> Seed:
@@ -203,7 +213,9 @@ def _seed(folder: Path) -> Seed:
         by_round = {n: [g[n] for g in table.groups.values() if g.get(n) is not None] for n in table.rounds}
         means[table.name] = {n: statistics.fmean(v for v in vs if v is not None) for n, vs in by_round.items() if vs}
     shown = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else []
-    return Seed(cell["seed"], [*versions], {k: v for k, v in scores.items() if v}, *_costs(records), means, shown)
+    counts = [next((int(t[key]) for t in versions.values() if t.get(key)), None) for key in ("examples", "generated")]
+    scores = {key: values for key, values in scores.items() if values}
+    return Seed(cell["seed"], [*versions], scores, *_costs(records), means, shown, *counts)
 
 
 def _costs(records: list[Record]) -> tuple[Values, Values]:

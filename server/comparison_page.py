@@ -30,10 +30,9 @@ PAGE = """<!DOCTYPE html>
 
 <section>
 <h2 id="result">Result on the test set</h2>
-<p class="note">After the last round: mean ± sample standard deviation over the seeds. The best mean of a setting is
-bold; a difference smaller than the deviations may be chance. The learning rate is the one with the best
-{{ select_by }} on the validation set, with one seed; † marks the smallest or largest of those tried, beyond which there
-may be a better one.</p>
+{% for note in notes %}
+<p class="note">{{ note }}</p>
+{% endfor %}
 {% for group in groups %}
 {% for title, heads, rows in group.tables %}
 <div class="scroll wide" tabindex="0" role="region" aria-label="{{ title }}"><table>

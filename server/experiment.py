@@ -4,13 +4,14 @@ For every setting of the grid (strategy, clients, alpha, rank, local steps) the 
 validation set; with it, every seed is run and judged on the test set. All runs are federations in one process each
 (``server.inprocess``) on the round loop, strategies and ClientApp of a real one.
 
-    DIR/experiment.json   the settings with their learning rates, and who holds which labels
+    DIR/experiment.json   the settings with their learning rates and how they were picked, and who holds which labels
     DIR/select/CELL/      a run folder per learning rate, evaluated on the validation set
     DIR/final/CELL/       a run folder per seed, evaluated on the test set
     DIR/comparison.*      see ``server.comparison``
 
-Called again, it skips cells that have ended well, lets killed ones go on, and tries failed ones once more. Exit codes:
-0 all is there, 1 a cell failed, 2 a file or an argument is wrong, 130 interrupted.
+Called again, it skips cells that have ended well, lets killed ones of the selection go on, and tries failed ones once
+more; a learning rate whose training diverges has lost the selection and is not tried again. Exit codes: 0 all is there,
+1 a cell failed, 2 a file or an argument is wrong, 130 interrupted; what there is to compare is written then too.
 """
 
 import argparse
@@ -21,9 +22,10 @@ import os
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,11 +34,8 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from common.config import ClassificationTask, DataConfig, SiteConfig
 from common.errors import FedSpanError, LaunchError
 from common.processes import last_lines
-from common.rows import load_rows
-from common.yaml_file import load
 from server import cell as cells
 from server.experiment_config import load_experiment
 from server.experiment_plan import Cell, Plan, Setting
@@ -61,38 +60,50 @@ class Experiment:
         self._plan, self._out, self._jobs, self._console = plan, out, jobs, console
         self._threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         self._running: dict[BaseProcess, tuple[Cell, float]] = {}
+        self._rates: dict[Setting, float | None] = {}
 
     def run(self) -> None:
         """All cells, as far as they are not there yet."""
         plan = self._plan
-        rates: dict[Setting, float | None] = dict.fromkeys(plan.settings)
-        partitions = _partitions(plan)
-        self._write(rates, partitions)
+        self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
+        self._write()  # an interrupt leaves what earlier calls have found
         self._cells("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
-        rates = {setting: self._pick(setting) for setting in plan.settings}
-        self._write(rates, partitions)
-        final = [cell for setting, rate in rates.items() if rate is not None for cell in plan.final(setting, rate)]
-        self._cells("seeds", final)
+        self._rates = {setting: self._pick(setting) for setting in plan.settings}
+        self._write()
+        self._cells("seeds", self._final())
 
     def complete(self) -> bool:
-        """Whether every setting has all of its seeds."""
-        for setting in self._plan.settings:
-            rate = self._pick(setting)
-            if rate is None or not all(_is_done(self._out / cell.folder) for cell in self._plan.final(setting, rate)):
-                return False
-        return True
+        """Whether every setting has the scores of all of its learning rates, and all of its seeds."""
+        selected = all(self._is_selected(setting) for setting in self._plan.settings)
+        return selected and None not in self._rates.values() and all(map(self._is_settled, self._final()))
+
+    def has_results(self) -> bool:
+        """Whether there is something to compare."""
+        return any(map(self._is_settled, self._final()))
+
+    def _final(self) -> list[Cell]:
+        """The cells that judge settings whose learning rate is known."""
+        found = ((setting, rate) for setting, rate in self._rates.items() if rate is not None)
+        return [cell for setting, rate in found for cell in self._plan.final(setting, rate)]
+
+    def _is_selected(self, setting: Setting) -> bool:
+        """Whether it is known how every learning rate of a setting does."""
+        return all(map(self._is_settled, self._plan.selection(setting)))
+
+    def _is_settled(self, cell: Cell) -> bool:
+        return cells.is_settled(self._out / cell.folder, cell.facts())
 
     def _cells(self, what: str, wanted: list[Cell]) -> None:
         """Run cells, some at a time."""
-        waiting = deque(cell for cell in wanted if not _is_done(self._out / cell.folder))
+        waiting = deque(cell for cell in wanted if not self._is_settled(cell))
         done, spent = len(wanted) - len(waiting), list[float]()
         self._console.print(f"{what}: {len(wanted)} cells, {done} of them done")
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self._jobs:
                     cell = waiting.popleft()
-                    federation = self._plan.federation(cell)
-                    process = cells.start(self._out / cell.folder, federation, cell.facts(), self._threads)
+                    federation, facts = self._plan.federation(cell), self._plan.facts(cell)
+                    process = cells.start(self._out / cell.folder, federation, facts, self._threads)
                     self._running[process] = cell, time.monotonic()
                 wait([process.sentinel for process in self._running])
                 for process in [p for p in self._running if not p.is_alive()]:
@@ -110,12 +121,13 @@ class Experiment:
         """How a cell ended, in words."""
         folder = self._out / cell.folder
         process.join()
-        if _is_done(folder):
+        status = cells.status(folder)
+        if status == "completed":
             key = self._plan.config.select_by
             return f"{key} {last_scores(folder).get(key, math.nan):.4f}"
         reason = cells.outcome(folder).get("reason") if process.exitcode == 1 else None
         reason = reason or f"its process ended with {process.exitcode}: {last_lines(folder / cells.LOG)}"
-        return f"failed: {reason}"
+        return f"{'diverged' if status == 'diverged' else 'failed'}: {reason}"
 
     def _stop(self) -> None:
         for process in self._running:
@@ -128,64 +140,44 @@ class Experiment:
         self._running.clear()
 
     def _pick(self, setting: Setting) -> float | None:
-        """The learning rate with the best score on the validation set, of equals the smallest; None: all failed."""
-        found = self._tried(setting)
-        if not found:
+        """The learning rate with the best score on the validation set, of equals the smallest; None: none has one."""
+        if not self._plan.selection(setting):
             return self._plan.rates(setting)[0]
         (how,) = [score for score in SCORES if score.key == self._plan.config.select_by]
         sign = 1 if how.lower_is_better else -1
-        ranked = sorted((sign * score, rate) for rate, score in found.items() if score is not None)
-        return ranked[0][1] if ranked else None
+        tried = ((sign * t["score"], t["learning_rate"]) for t in self._tried(setting) if t["score"] is not None)
+        return min(tried, default=(0.0, None))[1]
 
-    def _tried(self, setting: Setting) -> dict[float, float | None]:
-        """Scores on the validation set by learning rate; None where the cell failed."""
-        key = self._plan.config.select_by
-        return {c.learning_rate: last_scores(self._out / c.folder).get(key) for c in self._plan.selection(setting)}
+    def _tried(self, setting: Setting) -> list[dict[str, Any]]:
+        """Every learning rate with its score on the validation set; without one, with what became of its cell."""
+        key, found = self._plan.config.select_by, []
+        for cell in self._plan.selection(setting):
+            folder = self._out / cell.folder
+            score, status = last_scores(folder).get(key), cells.status(folder)
+            if score is None and status == "completed":  # the score was not finite
+                status = "diverged"
+            found.append({"learning_rate": cell.learning_rate, "score": score, "status": status})
+        return found
 
-    def _write(self, rates: dict[Setting, float | None], partitions: list[dict[str, Any]]) -> None:
+    def _write(self) -> None:
         settings = []
-        for setting, rate in rates.items():
+        for setting, rate in self._rates.items():
             final = [] if rate is None else self._plan.final(setting, rate)
-            tried = [{"learning_rate": r, "score": s} for r, s in self._tried(setting).items()]
-            about = {k: v for k, v in Cell(setting, 0.0, 0, final=True).facts().items() if k in _SETTING}
-            settings.append({**about, "learning_rate": rate, "tried": tried, "cells": [cell.folder for cell in final]})
+            about = {**asdict(setting), "learning_rate": rate, "tried": self._tried(setting)}
+            settings.append({**about, "cells": [cell.folder for cell in final]})
         config = self._plan.config
-        summary = {"name": config.name, "select_by": config.select_by, "settings": settings, "partitions": partitions}
+        summary = {"name": config.name, "select_by": config.select_by, "seeds": config.grid.seeds}
+        summary |= {"settings": settings, "partitions": self._plan.partitions}
         write_atomically(self._out / cells.SUMMARY, json.dumps(summary, indent=2) + "\n")
-
-
-_SETTING = ("strategy", "clients", "alpha", "rank", "local_steps")
 
 
 def last_scores(folder: Path) -> dict[str, float]:
     """The server's scores of the final state; empty when the cell did not end well."""
-    if not _is_done(folder):
+    if cells.status(folder) != "completed":
         return {}
     measured = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
     newest = max(measured, key=lambda r: r["round"], default={})
     return {key: value for key, value in newest.get("evaluate", {}).items() if value is not None}
-
-
-def _is_done(folder: Path) -> bool:
-    return bool(cells.outcome(folder).get("status") == "completed")
-
-
-def _partitions(plan: Plan) -> list[dict[str, Any]]:
-    """How many rows of which label every site has; of all rows together where nothing is a label."""
-    found = []
-    for (clients, alpha), files in plan.sites.items():
-        sites = {}
-        for file in files:
-            site = load(file, SiteConfig)
-            data = site.data
-            task = plan.federation(plan.final(plan.settings[0], 1.0)[0]).task
-            column = plan.config.data.label or (data.answer if isinstance(task, ClassificationTask) else None)
-            wanted = DataConfig(path=data.path, format=data.format, prompt=data.prompt, answer=column or data.answer)
-            rows = load_rows(wanted, file)
-            counts = Counter(row.answer for row in rows) if column is not None else {"rows": len(rows)}
-            sites[site.name] = dict(sorted(counts.items()))
-        found.append({"clients": clients, "alpha": alpha, "sites": sites})
-    return found
 
 
 @contextmanager
@@ -227,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--jobs is {options.jobs}; allowed: 1 and more")
     console = Console(highlight=False, soft_wrap=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
     try:
         source = options.experiment.resolve()
         plan = Plan(load_experiment(source, options.scale), source)
@@ -236,7 +229,12 @@ def main(arguments: list[str] | None = None) -> int:
         plan.refuse_changed(out)
         with _alone_in(out):
             experiment = Experiment(plan, out, options.jobs, console)
-            experiment.run()
+            try:
+                experiment.run()
+            except KeyboardInterrupt:
+                if experiment.has_results():
+                    write_comparison(out)
+                raise
             page = write_comparison(out)
     except KeyboardInterrupt:
         print("stopped; called again, it goes on", file=sys.stderr)  # noqa: T201

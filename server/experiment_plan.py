@@ -1,14 +1,26 @@
 """From an experiment file to its cells: every run that it asks for, checked before the first one starts."""
 
+import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import CausalLMTask, FederationConfig, resolve, resolved
+from common.config import (
+    CausalLMTask,
+    ClassificationTask,
+    DataConfig,
+    FederationConfig,
+    SiteConfig,
+    resolve,
+    resolved,
+)
 from common.errors import ConfigError, DataError
-from common.yaml_file import parse
+from common.rows import Row, load_rows
+from common.yaml_file import load, parse
 from server.cell import refuse_changed
 from server.experiment_config import ExperimentConfig, StrategyChoice
 from server.site_files import check_sites
@@ -62,6 +74,10 @@ class Plan:
         config: the experiment.
         source: its file, which relative paths are relative to.
 
+    Attributes:
+        sites: site files by number of sites and alpha.
+        partitions: how many rows of which label every site has; of all rows together where nothing is a label.
+
     Raises:
         FedSpanError: the experiment, or one of its cells, is impossible; names key and cell.
     """
@@ -84,9 +100,9 @@ class Plan:
                 grid.clients, alphas, ranks, steps, self._choices
             )
         ]
-        for key, data in (("validation", config.data.validation), ("test", config.data.test)):
-            if not resolve(data.path, source).exists():
-                raise DataError(f"{source}: `data.{key}.path` {resolve(data.path, source)} does not exist")
+        judging = resolve(config.data.test.path, source)
+        if judging == resolve(config.data.validation.path, source):
+            raise ConfigError(f"{source}: `data.validation.path` and `data.test.path` are the same: {judging}")
         checked = set()
         for cell in self.cells():
             federation = self.federation(cell)
@@ -95,6 +111,8 @@ class Plan:
             if where not in checked:
                 check_sites(self.sites[where], federation, source)
                 checked.add(where)
+        self._digests: dict[str, str] = {}
+        self.partitions = self._read_data()
 
     def cells(self) -> Iterator[Cell]:
         """All cells that may be run; which of the final ones are depends on the rates that are picked."""
@@ -146,10 +164,60 @@ class Plan:
         }
         return resolved(parse(plain, FederationConfig, f"{self.source}, cell {cell.folder}"), self.source)
 
+    def facts(self, cell: Cell) -> dict[str, Any]:
+        """Which cell it is, and digests of its sites (file and rows) and of the set that it is evaluated on."""
+        used = [*map(str, self.sites[cell.setting.clients, cell.setting.alpha])]
+        used.append("data.test" if cell.final else "data.validation")
+        return {**cell.facts(), "digests": {what: self._digests[what] for what in used}}
+
     def refuse_changed(self, out: Path) -> None:
-        """Raise a LaunchError when a cell in the folder ``out`` was begun under other settings."""
+        """Raise a LaunchError when a cell in the folder ``out`` was begun with other settings or data."""
         for cell in self.cells():
-            refuse_changed(out / cell.folder, self.federation(cell))
+            refuse_changed(out / cell.folder, self.federation(cell), self.facts(cell))
+
+    def _read_data(self) -> list[dict[str, Any]]:
+        """Read all rows once as the task will, note their digests, and count what the sites have.
+
+        Raises:
+            DataError: rows cannot be used; names the experiment's file, the key and the site file.
+        """
+        from common.tasks import make_task
+
+        task_config = self.federation(next(self.cells())).task
+        task, labelled = make_task(task_config), isinstance(task_config, ClassificationTask)
+        for key, data in (("data.validation", self.config.data.validation), ("data.test", self.config.data.test)):
+            with self._naming(f"`{key}`"):
+                self._digests[key] = _digest(task.rows(data, self.source)[0])
+        counted: dict[Path, tuple[str, dict[str, int]]] = {}  # by site file, which may be in several partitions
+        for (clients, _), files in self.sites.items():
+            for file in [file for file in files if file not in counted]:
+                site = load(file, SiteConfig)
+                with self._naming(f"`data.sites.{clients}`: {file}"):
+                    rows, _ = task.rows(site.data, file)
+                self._digests[str(file)] = _digest(rows, file.read_bytes())
+                counted[file] = site.name, self._counts(rows, site, file, labelled=labelled)
+        return [
+            {"clients": clients, "alpha": alpha, "sites": dict(counted[file] for file in files)}
+            for (clients, alpha), files in self.sites.items()
+        ]
+
+    def _counts(self, rows: list[Row], site: SiteConfig, file: Path, *, labelled: bool) -> dict[str, int]:
+        """A site's rows by what the report counts; ``labelled``: the answers are labels."""
+        label = self.config.data.label
+        if label is None and not labelled:
+            return {"rows": len(rows)}
+        if label is not None:
+            wanted = DataConfig(**site.data.model_dump(include={"path", "format", "prompt"}), answer=label)
+            with self._naming(f"`data.label`: {file}"):
+                rows = load_rows(wanted, file)
+        return dict(sorted(Counter(row.answer for row in rows).items()))
+
+    @contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.source}: {key}: {error}") from None
 
     def _site_files(self, clients: int, alpha: float | None) -> list[Path]:
         """The site files of a partition, in the order of their names."""
@@ -192,6 +260,14 @@ def _check_score(key: str, federation: FederationConfig, source: Path) -> None:
     if key not in measured:
         allowed = ", ".join(sorted(measured))
         raise ConfigError(f"{source}: `select_by` is {key!r}; measured by this task and evaluation: {allowed}")
+
+
+def _digest(rows: list[Row], file: bytes = b"") -> str:
+    """SHA-256 (hex) of rows in their order, after a file that names them; of an image its content counts."""
+    digest = hashlib.sha256(file)
+    for row in rows:
+        digest.update(row.key().encode())
+    return digest.hexdigest()
 
 
 def _with(section: object, changes: dict[str, Any]) -> object:

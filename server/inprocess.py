@@ -36,14 +36,16 @@ class InProcessGrid(Grid):
     Args:
         sites: site files; each gets a node of its own.
         app: reference of the ClientApp, of this project when it is not installed elsewhere.
+        ledgers: an existing folder for the sites' ledgers; None: where the site files say.
     """
 
-    def __init__(self, sites: Sequence[Path], app: str = CLIENT_APP) -> None:
+    def __init__(self, sites: Sequence[Path], app: str = CLIENT_APP, ledgers: Path | None = None) -> None:
         os.environ["FEDSPAN_WORKER"], os.environ["FEDSPAN_SESSIONS"] = "1", str(len(sites))
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, SUPERLINK_NODE_ID, 0
         self._app: ClientApp = load_app(app, LoadClientAppError, ROOT)
+        told = {} if ledgers is None else {"ledgers": str(ledgers)}
         self._contexts = {
-            number: Context(_RUN, number, {"site": str(file.resolve())}, RecordDict(), {})
+            number: Context(_RUN, number, {"site": str(file.resolve()), **told}, RecordDict(), {})
             for number, file in enumerate(sites, start=SUPERLINK_NODE_ID + 1)
         }
         self._replies: dict[str, Future[Message]] = {}

@@ -1,6 +1,7 @@
 """What the gate lets in and out, and what it counts from the ledger alone."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_request_within_the_policy_passes_and_is_on_record_before_it_leaves(tmp_
     assert (dtype, shape, size, len(digest)) == ("float32", [2, 3], 24, 64)
     assert norm == pytest.approx(sent["update_norm"]) == pytest.approx(55**0.5)
     assert sent["in"]["bytes"] == sent["out"]["bytes"] == 24
+
+
+def test_cell_of_an_experiment_counts_in_a_ledger_of_its_own(tmp_path: Path) -> None:
+    own = Site(tmp_path, policy={"max_rounds": 1}, ledger="elsewhere/site-a.jsonl")
+    for cell in ("first", "second"):
+        (tmp_path / cell).mkdir()
+        for reason in (None, "`max_rounds` is 1"):
+            policy._books.clear()
+            gate = Gate(own.config, own.file, "train", 1, tmp_path / cell)
+            with nullcontext() if reason is None else pytest.raises(PolicyError, match=reason):
+                gate.check(federation(), 1, [NAME])
+                gate.admit([], [(NAME, TENSOR)], [], 12, 1.0)
+    assert [file.parent.name for file in sorted(tmp_path.rglob("*.jsonl"))] == ["first", "second"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,13 @@ def cell(folder: Path, strategy: str, seed: int, loss: float) -> None:
     folder.mkdir(parents=True)
     records: list[dict[str, object]] = []
     for number in (0, 1, 2):
-        told = {"loss": loss + 2.0 - number, "rouge_l": 0.1 * number, "perplexity": None}
+        told = {
+            "loss": loss + 2.0 - number,
+            "rouge_l": 0.1 * number,
+            "perplexity": None,
+            "examples": 64,
+            "generated": 16,
+        }
         records.append({"round": number, "client": "server", "phase": "evaluate", "evaluate": told})
     for number in (1, 2):
         for site, spent in (("site-a", 3.0), ("site-b", 5.0)):
@@ -41,19 +47,20 @@ def cell(folder: Path, strategy: str, seed: int, loss: float) -> None:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Three strategies; of the last one a seed is missing. A fourth found no learning rate."""
+    """Three strategies; of the last one a seed is missing. A fourth found no learning rate: three runs are missing."""
     settings = []
     where = {"clients": 2, "alpha": 0.5, "rank": 8, "local_steps": None}
     for number, (strategy, losses) in enumerate(LOSS.items()):
         names = [f"final/{number}-{seed}" for seed in range(3)]
         for seed, loss in enumerate(losses):
             cell(tmp_path / names[seed], strategy, seed, loss)
-        tried = [{"learning_rate": rate, "score": 1.0} for rate in (1e-3, 1e-2, 1e-1)]
+        tried: list[dict[str, object]] = [{"learning_rate": rate, "score": 1.0} for rate in (1e-3, 1e-2, 1e-1)]
         rate = 1e-1 if number == 0 else 1e-2
         settings.append({"strategy": strategy, **where, "learning_rate": rate, "tried": tried, "cells": names})
-    settings.append({"strategy": "rolora", **where, "learning_rate": None, "tried": [], "cells": []})
+    tried = [{"learning_rate": 1.0, "score": None, "status": "failed"}, {"learning_rate": 2.0, "score": None}]
+    settings.append({"strategy": "rolora", **where, "learning_rate": None, "tried": tried, "cells": []})
     partitions = [{"clients": 2, "alpha": 0.5, "sites": {"site-a": {"x": 5, "y": 1}, "site-b": {"y": 7}}}]
-    summary = {"name": "trial", "select_by": "loss", "settings": settings, "partitions": partitions}
+    summary = {"name": "trial", "select_by": "loss", "settings": settings, "partitions": partitions, "seeds": [0, 1, 2]}
     (tmp_path / "experiment.json").write_text(json.dumps(summary))
     return tmp_path
 
@@ -79,6 +86,37 @@ def test_final_table_holds_mean_and_deviation_over_seeds_and_marks_the_best(out:
     moved = (2 * 3000 * 2 + 2 * 1000) / 2 / 2  # both rounds and sites, per round and site
     assert f"{moved / 1000:.1f} kB" in rows["FlexLoRA"]
     assert "Perplexity" not in text  # not measured
+
+
+def test_notes_say_on_how_many_rows_and_by_what_rates_and_are_the_same_everywhere(out: Path) -> None:
+    write_comparison(out)
+    text, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
+    for told in (
+        "Judged on 64 rows of it; 16 of them were answered.",
+        "The learning rate is the one with the best loss on the validation set, with one seed.",
+        "† marks the smallest or largest of those tried",
+        "rates without a score: RoLoRA with 2 clients, Dirichlet alpha 0.5, rank 8: 1 (failed), 2 (no result).",
+    ):
+        assert told in text, told
+        assert told in page, told
+
+
+def test_nothing_is_said_of_a_choice_where_one_rate_was_given_nor_of_a_best_where_all_are_the_same(out: Path) -> None:
+    summary = json.loads((out / "experiment.json").read_text())
+    for setting in summary["settings"]:
+        setting["tried"] = []
+    del summary["seeds"]  # as an earlier version wrote it
+    for number, strategy in enumerate(("fedit", "flexlora")):
+        cell(out / f"again/{number}", strategy, 0, 0.5)
+        summary["settings"][number]["cells"] = [f"again/{number}"]
+    summary["settings"] = summary["settings"][:2]
+    (out / "experiment.json").write_text(json.dumps(summary))
+    text = write_comparison(out).read_text()
+    assert "Mean loss: the same of all strategies." in text
+    assert "One learning rate was given, and none picked." in text
+    assert "†" not in text
+    assert "validation set" not in text
+    assert "are not there" not in text
 
 
 def test_second_table_compares_at_the_bytes_that_the_thriftiest_strategy_moved(out: Path) -> None:
@@ -141,7 +179,7 @@ def test_page_is_whole_fetches_nothing_and_is_the_same_again(out: Path) -> None:
     assert (page.open, page.fetched) == ([], [])
     assert "script" not in page.tags
     assert "b" not in page.tags  # a label is text
-    for words in ("2 of 10 runs are not there", "Truncation loss", "Numerical rank", "&lt;b&gt;ours", "a &amp; b?"):
+    for words in ("4 of 12 runs are not there", "Truncation loss", "Numerical rank", "&lt;b&gt;ours", "a &amp; b?"):
         assert words in text, words
     assert "Stable rank" not in text  # nobody reported it
     assert len(re.findall(r"<svg", text)) == 2 + 1 + 1  # loss and ROUGE-L, updates, partition
