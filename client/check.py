@@ -163,7 +163,10 @@ def main() -> int:
     """Command line."""
     options = _arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable(logging.WARNING)  # libraries'; what matters here is a line of its own
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    logging.getLogger().setLevel(logging.ERROR)  # libraries'; what matters here is a line of its own
+    logging.getLogger("common.images").setLevel(logging.WARNING)  # names the files that cannot be read
     try:
         site = load(options.site, SiteConfig)
         federation = None

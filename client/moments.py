@@ -36,7 +36,8 @@ class EightBitMoments:
             from bitsandbytes import functional
         except ImportError:
             raise TrainingError(
-                "strategy.moments is 8bit, which needs bitsandbytes at this site: pip install 'fedspan[8bit]'"
+                "strategy.moments is 8bit, which needs bitsandbytes at this site: `make setup` installs it, and an "
+                "image has it with --build-arg EXTRAS=8bit"
             ) from None
         self._functional = functional
         self._codes: dict[str, Tensor] = {

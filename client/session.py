@@ -4,6 +4,7 @@ A session holds everything that is expensive to make (model, tokenizer, encoded 
 than one message makes it once.
 """
 
+import random
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from client.trainer import steps_per_round, train
 from client.weights import Weights
 from common import second_moments, tuning
 from common.adapters import cut
-from common.base_model import Base
+from common.base_model import Base, check_length
 from common.config import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
 from common.digest import tensors_digest
 from common.errors import StaleStateError
@@ -90,6 +91,7 @@ class Session:
         """
         train_rows, held_out = self._rows
         model, tokenizer = self._digests
+        check_length(self._base.model, self.federation.training.max_length)
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
@@ -180,7 +182,7 @@ class Session:
         encoded = self._encoded
         received = {} if isinstance(federation.strategy, FedFTGConfig) else _copy(parameters)
         seed = f"{training.seed}/{self.site.name}/{server_round}"
-        torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)  # dropout
+        torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311 - dropout
         mine = parameters | self._tuned.local
         optimizer = self._optimizer(mine, server_round)
         keep = federation.strategy.optimizer_state == "keep"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from common.chat import pad_id
 from common.config import Dtype
 from common.errors import ModelError
 
@@ -23,6 +24,10 @@ _AUTO: dict[Kind, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
+
+
+#: Families with a table of positions, and how many of its entries are none.
+_TABLES = {"bert": 0, "gpt2": 0, "roberta": 2}
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,21 @@ def load_base(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = getattr(hf, _AUTO[kind]).from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
-        if kind == "sequence-classification" and model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id  # finds a row's last token
+        if kind == "sequence-classification":  # a decoder finds a row's last token by it
+            model.config.pad_token_id = pad_id(tokenizer)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model.train(False)
     return Base(model, tokenizer)
+
+
+def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401
+    """Raise a ModelError when rows of ``max_length`` tokens are longer than the model's table of positions."""
+    kind = getattr(model.config, "model_type", None)
+    if kind not in _TABLES:
+        return
+    most = model.config.max_position_embeddings - _TABLES[kind]
+    if max_length > most:
+        raise ModelError(
+            f"`training.max_length` is {max_length}, but this {kind} model has {most} positions; allowed: up to {most}"
+        )

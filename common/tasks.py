@@ -21,6 +21,7 @@ from common.config import (
     ImageClassificationTask,
     SequenceClassificationTask,
     TaskConfig,
+    resolve,
 )
 from common.errors import DataError
 from common.evaluation import evaluate_model, in_fixed_order
@@ -143,6 +144,18 @@ class Classification(Task[E]):
     def __init__(self, config: ClassificationTask) -> None:
         self._labels = {label: number for number, label in enumerate(config.labels)}
 
+    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        """See ``Task.rows``; every row has a label that the task knows."""
+        rows, left_out = self._unlabelled(config, beside)
+        try:
+            self._numbers(rows)
+        except DataError as error:
+            raise DataError(f"shard {resolve(config.path, beside)}: {error}") from None
+        return rows, left_out
+
+    def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        return super().rows(config, beside)
+
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See ``Task.loss_sum``."""
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
@@ -181,10 +194,12 @@ class Classification(Task[E]):
 
     def _numbers(self, rows: list[Row]) -> list[int]:
         """The rows' labels as numbers."""
-        unknown = sum(row.answer not in self._labels for row in rows)
+        unknown = [number for number, row in enumerate(rows, start=1) if row.answer not in self._labels]
         if unknown:
+            some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise DataError(
-                f"{unknown} of {len(rows)} rows have a label that is not in task.labels: {list(self._labels)}"
+                f"{len(unknown)} of {len(rows)} rows (numbers {some}) have a label that is not in task.labels: "
+                f"{list(self._labels)}"
             )
         return [self._labels[row.answer] for row in rows]
 
@@ -241,8 +256,7 @@ class ImageClassification(Classification[LabelledImage]):
         """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
         return load_base(source, revision, dtype, kind="image-classification", labels=list(self._labels), seed=seed)
 
-    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
-        """See ``Task.rows`` and ``load_images``."""
+    def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
         return load_images(config, beside)
 
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledImage]:  # noqa: ANN401

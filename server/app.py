@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import logs
 from common.adapters import BASE_WEIGHT
-from common.config import FederationConfig, FedSALoRAConfig, LoraConfig, resolved, settings_for_sites
+from common.config import FederationConfig, FedSALoRAConfig, resolved, settings_for_sites
 from common.errors import ConfigError, FedSpanError
 from common.yaml_file import load
 from server import signatures
@@ -128,8 +128,6 @@ def _run(
 def lost_with_the_run(config: FederationConfig) -> str | None:
     """What sites keep for themselves, and no longer have in a new Flower run."""
     strategy = config.strategy
-    if not isinstance(strategy, LoraConfig):
-        return None
     kept = {
         "optimizer moments": strategy.optimizer_state == "keep",
         "local heads": strategy.head == "local",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from common import tuning
+from common.base_model import check_length
 from common.config import CausalLMTask, FederationConfig, LoraConfig, MergingLoraConfig
 from common.digest import base_digest, tokenizer_digest
 from common.evaluation import generate_answers, in_fixed_order
@@ -36,6 +37,7 @@ class Evaluator:
         self._rows: list[Row] = self._task.rows(data, source)[0] if data is not None else []
         seed = config.training.seed
         self._base = self._task.load(str(model.path or model.hub), model.revision, model.dtype, seed)
+        check_length(self._base.model, config.training.max_length)
         self.model_parameters = sum(p.numel() for p in self._base.model.parameters())
         self.base_digest = base_digest(self._base.model)
         self.tokenizer_digest = tokenizer_digest(self._base.tokenizer)

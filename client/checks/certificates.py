@@ -1,16 +1,14 @@
 """Files by which a site knows its server, and its server the site."""
 
-import base64
-import hashlib
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 
 from client.checks.finding import Finding, Skip
 from client.checks.subject import Subject
+from common.errors import ConfigError
+from common.keys import fingerprint, read_bytes, read_private
 
 _SOON = timedelta(days=30)
 
@@ -54,27 +52,15 @@ def private_key(subject: Subject) -> Finding:
     file = subject.private_key
     if file is None:
         raise Skip("needs --auth-supernode-private-key")
-    make = f'make one: ssh-keygen -t ecdsa -b 384 -N "" -f {file}; then send {file}.pub to the operator'
+    prefix = file.parent / subject.site.name
+    make = f"make one: python -m deploy.certs site {prefix}; then send {prefix}.pub to the operator"
     try:
-        mode = file.stat().st_mode & 0o777
-        text = file.read_bytes()
-    except OSError as error:
-        return Finding("FAIL", f"{file} cannot be read ({error.strerror})", make)
-    if mode & 0o077:
-        return Finding("FAIL", f"{file} may be read or written by others (mode {mode:03o})", f"chmod 600 {file}")
-    try:
-        key = load_ssh_private_key(text, password=None)
-    except TypeError:
-        return Finding("FAIL", f"{file} has a passphrase, which a SuperNode cannot be asked for", make)
-    except (ValueError, UnsupportedAlgorithm):
-        return Finding("FAIL", f"{file} holds no private key in OpenSSH form", make)
+        key, content = read_private(file), read_bytes(file)
+    except ConfigError as error:
+        found, _, command = str(error).partition("; run: ")
+        return Finding("FAIL", found, command or make)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         return Finding("FAIL", f"{file} holds a key of another kind than ECDSA", make)
-    return Finding("ok", f"{file}, {key.curve.name}, public key {fingerprint(key)}")
-
-
-def fingerprint(key: ec.EllipticCurvePrivateKey) -> str:
-    """Fingerprint of the public key, as ``ssh-keygen -l`` shows it."""
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
-    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+    if b"OPENSSH" not in content:
+        return Finding("FAIL", f"{file} is in PEM format, but a SuperNode reads OpenSSH's alone", make)
+    return Finding("ok", f"{file}, {key.curve.name}, public key {fingerprint(key.public_key())}")

@@ -47,8 +47,9 @@ def training_memory(subject: Subject) -> Finding:
         return memory.estimate(subject.tuned, settings, subject.largest(rows), subject.steps, autocast)
 
     wanted = peak(asked)
-    tokens = sum(len(e.input_ids) for e in subject.examples) * len(subject.split[0]) // len(subject.examples)
-    on_host = memory.host_bytes(subject.tuned, settings.strategy, tokens, 0 if picked.type == "cpu" else wanted.weights)
+    on_host = memory.host_bytes(
+        subject.tuned, settings.strategy, subject.tokens, 0 if picked.type == "cpu" else wanted.weights
+    )
     free_host = _free_host()
     if picked.type == "cpu":
         free, besides, where = free_host, on_host, "the host's"
@@ -58,7 +59,7 @@ def training_memory(subject: Subject) -> Finding:
     else:
         free, besides, where = torch.cuda.mem_get_info(picked)[0], 0, f"{picked}'s"
     need = wanted.total + besides
-    found = f"about {size(need)} at the peak, {asked} row(s) of {subject.largest(asked).width} tokens in a forward pass"
+    found = f"about {size(need)} at the peak, {subject.largest(asked)} in a forward pass"
     found += f"; {size(free)} of {where} memory are free"
     if need <= free:
         return Finding("ok", found)

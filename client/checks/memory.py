@@ -38,13 +38,20 @@ class Batch:
 
     Attributes:
         rows: in one forward pass.
-        width: tokens of the longest row.
+        width: tokens of the longest row; 0 of images.
         counted: share of the tokens that the loss counts.
+        pixels: shape of an image as the model takes it, (channels, height, width); empty of text.
     """
 
     rows: int
     width: int
-    counted: float
+    counted: float = 1.0
+    pixels: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.pixels:
+            return f"{self.rows} image(s) of {' x '.join(map(str, self.pixels))}"
+        return f"{self.rows} row(s) of {self.width} tokens"
 
 
 @dataclass(frozen=True)
@@ -190,15 +197,18 @@ def _trace(
     weights = alive.peak
     with fake, alive:
         ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if batch.pixels:
+            inputs = {"pixel_values": torch.zeros(batch.rows, *batch.pixels)}
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            loss = _loss(model, ids, batch)
+            loss = _loss(model, inputs, batch)
         loss.backward()
     return weights, alive.peak - weights
 
 
-def _loss(model: Any, ids: Tensor, batch: Batch) -> Tensor:  # noqa: ANN401
+def _loss(model: Any, inputs: Mapping[str, Tensor], batch: Batch) -> Tensor:  # noqa: ANN401
     """As ``common.tasks`` has it, but for masks, whose counts have no values here to be taken from."""
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    logits = model(**inputs).logits
     if logits.ndim == 3:  # a language model's
         per_row = max(1, math.ceil(batch.counted * batch.width))
         column = torch.arange(min(per_row, batch.width - 1)).repeat(batch.rows)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from client.checks.finding import Finding
 from client.checks.subject import Subject
+from common.base_model import check_length
 from common.errors import ModelError
 from common.families import FAMILIES
 
@@ -63,6 +64,7 @@ def digests(subject: Subject) -> Finding:
 def selection(subject: Subject) -> Finding:
     """Which tensors are trained and exchanged."""
     settings, tuned = subject.settings, subject.tuned
+    check_length(subject.base.model, settings.training.max_length)
     text = f"{len(tuned.parameters)} tensors, {_count(p.numel() for p in tuned.parameters.values())}"
     text += f" of {_count(p.numel() for p in tuned.model.parameters())}"
     if tuned.local:

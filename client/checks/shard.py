@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from client.checks.finding import Finding
+from client.checks.finding import Finding, Skip
 from client.checks.subject import MOST_ROWS, Subject
+from common.tasks import ImageClassification
 
 _CUT = 0.05  # share of cut rows that deserves a warning
 
@@ -11,7 +12,10 @@ _CUT = 0.05  # share of cut rows that deserves a warning
 def rows(subject: Subject) -> Finding:
     """Columns are there, every row has a prompt and an answer."""
     data = subject.site.data
-    return Finding("ok", f"{len(subject.rows):,} rows with prompt ({data.prompt}) and answer ({data.answer})")
+    found = f"{len(subject.rows):,} rows with prompt ({data.prompt}) and answer ({data.answer})"
+    if subject.left_out:
+        return Finding("warning", f"{found}; {subject.left_out:,} images cannot be read and are left out", "mend them")
+    return Finding("ok", found)
 
 
 def duplicates(subject: Subject) -> Finding:
@@ -40,6 +44,8 @@ def held_out(subject: Subject) -> Finding:
 
 def lengths(subject: Subject) -> Finding:
     """How long rows are in tokens, and how many are cut."""
+    if isinstance(subject.task, ImageClassification):
+        raise Skip("images are brought to the size that the model takes")
     counts = sorted(len(example.input_ids) for example in subject.examples)
     middle, high = counts[len(counts) // 2], counts[min(len(counts) - 1, int(0.95 * len(counts)))]
     found = f"{counts[0]} to {counts[-1]} tokens a row, median {middle}, 95 % up to {high}"

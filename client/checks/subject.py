@@ -1,5 +1,6 @@
 """What the checks look at: the site's file, the federation's, and what is made of them, once."""
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,12 @@ from client.link import LinkReport, probe
 from client.trainer import steps_per_round
 from common import tuning
 from common.base_model import Base
-from common.config import FederationConfig, ModelConfig, SiteConfig, TaskConfig
-from common.rows import Row, load_rows, split_held_out
-from common.tasks import Task, make_task
+from common.config import FederationConfig, ModelConfig, SiteConfig, TaskConfig, resolve
+from common.rows import Row, split_held_out
+from common.tasks import ImageClassification, Task, make_task
 
 WHOLE = 10**9  # tokens: no row is longer
+_CLASSIFIERS = ("bert", "roberta", "vit", "siglip", "siglip_vision_model", "dinov2")  # with a head that is made anew
 MOST_ROWS = 20_000  # of a longer shard so many are tokenized
 
 
@@ -63,24 +65,38 @@ class Subject:
         return self.federation
 
     @cached_property
+    def _shard(self) -> tuple[list[Row], int]:
+        return self.task.rows(self.site.data, self.site_file)
+
+    @property
     def rows(self) -> list[Row]:
-        """All rows of the shard."""
-        return load_rows(self.site.data, self.site_file)
+        """All usable rows of the shard."""
+        return self._shard[0]
+
+    @property
+    def left_out(self) -> int:
+        """Images that cannot be read, where the site allows it."""
+        return self._shard[1]
 
     @cached_property
     def split(self) -> tuple[list[Row], list[Row]]:
         """Rows for training, and rows held out."""
         return split_held_out(self.rows, self.site.data.held_out)
 
-    @property
+    @cached_property
     def task(self) -> Task[Any]:
-        """What is learned."""
-        return make_task(self._task)
+        """What is learned.
 
-    @property
-    def _task(self) -> TaskConfig:
+        Raises:
+            Skip: that is not known.
+        """
+        if self.federation is None and self.site.model is not None:
+            config = resolve(self.site.model, self.site_file) / "config.json"
+            kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else None
+            if kind in _CLASSIFIERS:
+                raise Skip(f"needs --federation: what a {kind} model learns, and so how it is read, is said there")
         default: TaskConfig = FederationConfig.model_fields["task"].default
-        return default if self.federation is None else self.federation.task
+        return make_task(default if self.federation is None else self.federation.task)
 
     @property
     def source(self) -> tuple[str, str | None]:
@@ -131,6 +147,13 @@ class Subject:
         return self.task.examples(self.base.tokenizer, some, self.site.data.system, length)
 
     @property
+    def tokens(self) -> int:
+        """Of all training rows, about; 0 of images, which are read anew for every batch."""
+        if isinstance(self.task, ImageClassification):
+            return 0
+        return sum(len(e.input_ids) for e in self.examples) * len(self.split[0]) // len(self.examples)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of a round."""
         return steps_per_round(self.settings.training, len(self.split[0]))
@@ -139,6 +162,8 @@ class Subject:
         """The largest batch of so many rows that the shard can give."""
         limit = self.settings.training.max_length
         collate = self.task.collater(self.base.tokenizer)
+        if isinstance(self.task, ImageClassification):
+            return Batch(rows, 0, pixels=tuple(collate(self._cut[:1])["pixel_values"].shape[1:]))
         train = sorted(self._cut, key=lambda example: len(example.input_ids))[-rows:]
         labels = collate(train)["labels"]
         return Batch(rows, min(limit, len(train[-1].input_ids)), float((labels != -100).float().mean()))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from client.checks.subject import Subject
 from client.ledger import Ledger
 from common.config import FederationConfig, SiteConfig, resolved
 from common.yaml_file import load
+from deploy.certs import make_site
 from tests.certificates import Authority
 from tests.programs import needs
 from tests.tiny import make_federation, make_tokenizer
@@ -67,9 +69,11 @@ def output(capfd: pytest.CaptureFixture[str]) -> Iterator[Output]:
         assert MARKER not in out + err
         return out, err
 
-    before = logging.root.manager.disable
+    loggers = [logging.getLogger(), logging.getLogger("common.images")]
+    levels = [logger.level for logger in loggers]
     yield read
-    logging.disable(before)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
     read()
 
 
@@ -391,7 +395,7 @@ def test_root_certificate_that_is_none_fails(files: Files, tmp_path: Path) -> No
 
 
 def key_file(folder: Path, *options: str) -> Path:
-    """A new private key, made as the README says."""
+    """A new private key, by another program than ours."""
     file = folder / "key"
     file.unlink(missing_ok=True)
     command = ["ssh-keygen", "-q", *(options or ("-t", "ecdsa", "-b", "384", "-N", "")), "-f", str(file)]
@@ -417,16 +421,28 @@ def test_private_key_that_others_may_read_fails(files: Files, tmp_path: Path) ->
         assert (finding.level, finding.mend) == ("FAIL", f"chmod 600 {file}")
 
 
+def test_private_key_of_somebody_else_may_be_mounted_for_our_group(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_site(tmp_path / "site")
+    file = tmp_path / "site.key"
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    for mode, level in ((0o440, "ok"), (0o444, "FAIL")):
+        file.chmod(mode)
+        assert look("private key", files.subject(private_key=file)).level == level
+
+
 @needs("ssh-keygen")
 def test_private_key_that_cannot_be_used_fails(files: Files, tmp_path: Path) -> None:
     cases = [
         (("-t", "ed25519", "-N", ""), "another kind than ECDSA"),
-        (("-t", "ecdsa", "-N", "secret"), "has a passphrase"),
+        (("-t", "ecdsa", "-N", "secret"), "without a passphrase"),
+        (("-t", "ecdsa", "-N", "", "-m", "PEM"), "OpenSSH's alone"),
     ]
     for options, found in cases:
         finding = look("private key", files.subject(private_key=key_file(tmp_path, *options)))
         assert (finding.level, found in finding.found) == ("FAIL", True)
-        assert "ssh-keygen -t ecdsa" in finding.mend
+        assert f"python -m deploy.certs site {tmp_path / 'site-a'}" in finding.mend
     files.site.chmod(0o600)
     assert "no private key" in look("private key", files.subject(private_key=files.site)).found
     assert "cannot be read" in look("private key", files.subject(private_key=tmp_path / "none")).found

@@ -15,7 +15,8 @@ from tests.tiny_images import make_image_federation
 
 
 def session(tmp_path: Path, family: str = "vit", **strategy: Any) -> Session:
-    file = make_image_federation(tmp_path, {"site-a": 8}, family, strategy=strategy)
+    server = {"evaluation": {}} if strategy.get("head") == "local" else {}
+    file = make_image_federation(tmp_path, {"site-a": 8}, family, strategy=strategy, **server)
     site = tmp_path / "site-a.yaml"
     return Session(load(site, SiteConfig), site, resolved(load(file, FederationConfig), file))
 

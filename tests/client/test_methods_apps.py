@@ -145,7 +145,7 @@ def test_fedftg_averages_a_head_whole_beside_the_factors(
         {"aggregation": {"method": "median"}},
         {"server_optimizer": {"method": "fedavgm"}},
         {"strategy": {"wire_precision": "int8"}},
-        {"strategy": {"head": "local"}},
+        {"strategy": {"head": "local"}, "evaluation": {}},
     ],
     ids=str,
 )

@@ -43,6 +43,7 @@ def classifier(tmp_path: Path, **strategy: Any) -> Session:
     tokenizer.save_pretrained(tmp_path / "bert")
     rows = [f'{{"text": "{w} {i}", "label": "{w}"}}' for i in range(20) for w in ("pain", "swelling")]
     (tmp_path / "labelled.jsonl").write_text("\n".join(rows))
+    server = {"server": None} if strategy.get("head") == "local" else {}
     data = {"path": "labelled.jsonl", "prompt": "text", "answer": "label", "held_out": 0.2}
     return session(
         tmp_path,
@@ -51,6 +52,7 @@ def classifier(tmp_path: Path, **strategy: Any) -> Session:
         task={"type": "sequence-classification", "labels": ["pain", "swelling"]},
         strategy={**LORA, "blocks": "all", **strategy},
         training={"local_steps": 20, "learning_rate": 0.05},
+        evaluation=server,
     )
 
 
@@ -165,15 +167,43 @@ def test_rank_above_a_layer_is_refused_by_name(tmp_path: Path) -> None:
         state(session(tmp_path, strategy={**LORA, "rank": 33}))
 
 
-def test_label_that_is_not_listed_is_counted_not_quoted(tmp_path: Path) -> None:
+def test_label_that_is_not_listed_is_counted_at_hello_not_quoted(tmp_path: Path) -> None:
     own = classifier(tmp_path, head="train")
     file = tmp_path / "labelled.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines, '{"text": "secret text", "label": "secret label"}']))
-    own.set_state(state(own), None, list(state(own)))
-    with pytest.raises(DataError, match=r"1 of \d+ rows have a label that is not in task.labels") as caught:
-        own.train(1, list(state(own)))
+    file.write_text(file.read_text() + '\n{"text": "secret text", "label": "secret label"}')
+    reason = (
+        rf"shard {file}: 1 of 41 rows \(numbers 41\) have a label that is not in task.labels: \['pain', 'swelling'\]"
+    )
+    with pytest.raises(DataError, match=reason) as caught:
+        own.hello()
     assert "secret" not in str(caught.value)
+
+
+def test_rows_longer_than_the_models_positions_are_refused_at_hello(tmp_path: Path) -> None:
+    own = classifier(tmp_path, head="train")  # of 512 positions
+    own.hello()
+    longer = own.federation.training.model_copy(update={"max_length": 513})
+    own = Session(own.site, tmp_path / "site-a.yaml", own.federation.model_copy(update={"training": longer}))
+    with pytest.raises(
+        ModelError, match=r"`training.max_length` is 513, but this bert model has 512 positions; allowed"
+    ):
+        own.hello()
+
+
+def test_dropout_differs_by_seed_site_and_round(tmp_path: Path) -> None:
+    """Also where their names end alike."""
+
+    def drawn(name: str, seed: int, server_round: int) -> float:
+        folder = tmp_path / f"{name}-{seed}"
+        own = session(folder, {"name": name}, training={"seed": seed, "local_steps": 1})
+        own.set_state(state(own), None, list(state(own)))
+        torch.manual_seed(0)
+        own.train(server_round, list(state(own)))
+        return float(torch.rand(1))
+
+    settings = [("north-ward-1", 0, 1), ("north-ward-1", 7, 1), ("south-ward-1", 0, 1), ("north-ward-1", 0, 12)]
+    assert len({drawn(*setting) for setting in settings}) == len(settings)
+    assert drawn("again", 3, 2) == drawn("again", 3, 2)
 
 
 def test_fewer_rows_per_pass_stay_for_later_rounds(tmp_path: Path) -> None:
