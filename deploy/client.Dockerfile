@@ -2,7 +2,8 @@
 #
 #   docker build -f deploy/client.Dockerfile -t fedspan-client .
 #
-# Build arguments: see server.Dockerfile; without any, PyTorch is the build for CUDA (on Linux x86-64).
+# Build arguments: see server.Dockerfile; without any, PyTorch is the build for CUDA (on Linux x86-64). EXTRAS=8bit brings
+# bitsandbytes, for federations with `moments: 8bit`.
 #
 # It runs as any user id with a read-only root, opens outbound connections only and listens on its own loopback alone.
 # Places: /etc/fedspan the site file, /certs ca.crt and the site's key, /model the base model, /data the rows (all
@@ -12,10 +13,12 @@ ARG BASE=python:3.11-slim-bookworm
 # Everything that constraints.txt pins, in /opt/venv. This stage is the same in both Dockerfiles, so it is built once.
 FROM ${BASE} AS build
 ARG TORCH_INDEX=""
+ARG EXTRAS=""
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 RUN python -m venv /opt/venv \
- && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+ && python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = os.environ['EXTRAS'].split(); \
+      print(*project['dependencies'], *sum([project['optional-dependencies'][extra] for extra in extras], []), sep='\n')" > requirements.txt \
  && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
 
@@ -37,15 +40,16 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=lean /opt/venv /opt/venv
 # HOME and USER, because an arbitrary user id has neither; nothing is installed and nobody is called while it runs.
+# FLWR_HOME is where client.join is told to work (--home), so that client.check looks there.
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+    FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_HOME=/var/lib/fedspan
 WORKDIR /app
 COPY --from=metadata /metadata /metadata
 COPY LICENSE pyproject.toml ./
 COPY common common
 COPY strategies strategies
 COPY client client
-COPY deploy/__init__.py deploy/health.py deploy/
+COPY deploy/__init__.py deploy/certs.py deploy/health.py deploy/
 RUN python -m compileall -q . && install -d -m 1777 /var/lib/fedspan
 LABEL org.opencontainers.image.title="FedSpan client" \
       org.opencontainers.image.description="Federated fine-tuning in gradient subspaces: one site's link and worker" \

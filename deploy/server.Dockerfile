@@ -4,6 +4,7 @@
 #
 #   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu   PyTorch for CPU alone, gigabytes smaller; without it
 #                                                                  PyPI's build, which on Linux x86-64 is for CUDA
+#   --build-arg EXTRAS=NAMES                                       optional dependencies of pyproject.toml besides, by name
 #   --build-arg BASE=IMAGE                                         any image with Python 3.11 and apt, the same at both stages
 #
 # It runs as any user id with a read-only root. Places: /etc/fedspan the federation file, /certs certificate, key and
@@ -13,10 +14,12 @@ ARG BASE=python:3.11-slim-bookworm
 # Everything that constraints.txt pins, in /opt/venv. This stage is the same in both Dockerfiles, so it is built once.
 FROM ${BASE} AS build
 ARG TORCH_INDEX=""
+ARG EXTRAS=""
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 RUN python -m venv /opt/venv \
- && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+ && python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = os.environ['EXTRAS'].split(); \
+      print(*project['dependencies'], *sum([project['optional-dependencies'][extra] for extra in extras], []), sep='\n')" > requirements.txt \
  && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
 

@@ -1,7 +1,10 @@
 """The Dockerfiles and the compose file, as far as they can be checked without an engine (see tests/compose)."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -82,9 +85,41 @@ def test_both_images_share_the_stage_with_the_packages() -> None:
     assert server[-1][:3] == client[-1][:3]  # FROM, tini, packages
 
 
+@pytest.mark.parametrize("extras", ["", "8bit", "8bit demo"])
+def test_image_is_given_the_dependencies_of_the_extras_that_are_asked_for(tmp_path: Path, extras: str) -> None:
+    (run,) = [a for i, a in stages(DOCKERFILES[0])[0] if i == "RUN"]
+    program = re.search(r'python -c "(.*?)"', run)
+    assert program is not None
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    env = {**os.environ, "EXTRAS": extras}
+    done = subprocess.run([sys.executable, "-c", program[1]], cwd=tmp_path, env=env, capture_output=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    more = [line for name in extras.split() for line in project["optional-dependencies"][name]]
+    assert done.stdout.decode().splitlines() == [*project["dependencies"], *more]
+
+
 def test_client_image_holds_nothing_of_the_server() -> None:
     copied = [a for i, a in stages(DOCKERFILES[1])[-1] if i == "COPY"]
     assert not [a for a in copied if a.startswith(("server", "deploy ", "."))]
+
+
+def test_client_image_can_make_the_sites_key(tmp_path: Path) -> None:
+    for argument in (a for i, a in stages(DOCKERFILES[1])[-1] if i == "COPY" and "--from" not in a):
+        *sources, target = argument.split()
+        for source in sources:
+            place = tmp_path / (target if (ROOT / source).is_dir() else target + Path(source).name)
+            place.parent.mkdir(exist_ok=True)
+            place.symlink_to(ROOT / source)
+    command = [sys.executable, "-m", "deploy.certs", "site", str(tmp_path / "site-a")]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "site-a.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_client_image_checks_the_folder_that_it_works_in() -> None:
+    settings = " ".join(a for i, a in stages(DOCKERFILES[1])[-1] if i == "ENV").split()
+    homes = {understood(site["command"]).home for site in SITES.values()}
+    assert [f"FLWR_HOME={home}" for home in homes] == [s for s in settings if s.startswith("FLWR_HOME=")]
 
 
 def test_server_image_holds_what_the_bundle_for_the_sites_is_made_of() -> None:
@@ -163,3 +198,4 @@ def test_federation_and_site_files_are_read() -> None:
     sites = [load(ROOT / "deploy" / "compose" / f"site-{letter}.yaml", SiteConfig) for letter in "abc"]
     assert [site.name for site in sites] == ["site-a", "site-b", "site-c"]
     assert federation.cohort.min_clients == len(sites)
+    assert all(site.policy.federations == [federation.name] for site in sites)

@@ -17,6 +17,7 @@ from tests.deploy.manifests import ROOT, paths, read, understood, within
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 VERSIONS = ["1.34", "1.37"]  # the oldest that is supported by its makers today, and the newest
+FILL = read(FOLDER / "fill.yaml")[0]
 RESOURCES = [
     (file.parent.name, data) for file in sorted(FOLDER.glob("*/*.yaml")) for data in read(file) if "spec" in data
 ]
@@ -28,7 +29,9 @@ PODS = [
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("folder", "data"), [pytest.param(*r, id=f"{r[0]}-{r[1]['kind']}") for r in RESOURCES])
+@pytest.mark.parametrize(
+    ("folder", "data"), [pytest.param(f, d, id=f"{f}-{d['kind']}") for f, d in [*RESOURCES, ("", FILL)]]
+)
 def test_manifest_is_valid(folder: str, data: dict[str, Any], version: str) -> None:
     kubernetes_validate.validate(data, version, strict=True)
 
@@ -50,7 +53,7 @@ def test_kustomization_lists_every_manifest_and_every_file_of_it_exists(folder: 
     assert images == {used}
 
 
-@pytest.mark.parametrize(("pod", "folder"), PODS)
+@pytest.mark.parametrize(("pod", "folder"), [*PODS, pytest.param(FILL["spec"], "fill", id="fill")])
 def test_pod_keeps_the_restricted_profile(pod: dict[str, Any], folder: str) -> None:
     (container,) = pod["containers"]
     security = container["securityContext"]
@@ -90,6 +93,26 @@ def test_example_files_are_read_and_their_places_are_mounted(file: str, section:
     named = [v for v in _strings(yaml.safe_load((FOLDER / file).read_text())) if v.startswith("/")]
     assert len(named) >= 2
     assert all(within(path, mounts) for path in named)
+
+
+def test_site_may_take_part_in_the_federation_of_the_server() -> None:
+    federation = load(FOLDER / "server" / "federation.yaml", FederationConfig)
+    assert load(FOLDER / "site" / "site.yaml", SiteConfig).policy.federations == [federation.name]
+
+
+def test_claims_that_are_filled_are_those_that_the_pods_read() -> None:
+    claims = {
+        param.values[1]: {
+            volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+            for volume in param.values[0]["volumes"]
+            if volume.get("persistentVolumeClaim", {}).get("readOnly")
+        }
+        for param in PODS
+    }
+    filled = [volume["persistentVolumeClaim"]["claimName"] for volume in FILL["spec"]["volumes"]]
+    assert filled == list(claims["site"].values())
+    assert claims["server"]["data"] in (FOLDER / "fill.yaml").read_text()  # said beside the site's
+    assert claims["server"]["model"] == claims["site"]["model"]
 
 
 def test_site_lets_nobody_in_and_the_server_goes_nowhere() -> None:
