@@ -6,7 +6,7 @@ from server.report_facts import SCORES, Score
 
 
 def headline(found: Comparison) -> list[str]:
-    """Which strategy was best in how many settings, by the last of the scores that were measured."""
+    """Which strategy was best in how many settings, by loss, accuracy and ROUGE-L where they were measured."""
     sentences = []
     for key in ("loss", "accuracy", "rouge_l"):
         (how,) = [s for s in SCORES if s.key == key]

@@ -91,8 +91,7 @@ class Subject:
             Skip: that is not known.
         """
         if self.federation is None and self.site.model is not None:
-            config = resolve(self.site.model, self.site_file) / "config.json"
-            kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else None
+            kind = _model_type(resolve(self.site.model, self.site_file) / "config.json")
             if kind in _CLASSIFIERS:
                 raise Skip(f"needs --federation: what a {kind} model learns, and so how it is read, is said there")
         default: TaskConfig = FederationConfig.model_fields["task"].default
@@ -195,3 +194,11 @@ class Subject:
         if self.superlink is None or self.root_certificates is None:
             raise Skip("needs --superlink and --root-certificates")
         return self.superlink, self.root_certificates
+
+
+def _model_type(config: Path) -> str | None:
+    """What a model's folder says of its family; None when it cannot be read, of which loading it tells more."""
+    try:
+        return str(json.loads(config.read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -71,3 +71,11 @@ def test_task_must_be_known(federation: Path) -> None:
             "skipped",
             True,
         )
+
+
+def test_damaged_configuration_is_a_fault_of_the_model(federation: Path) -> None:
+    (federation.parent / "model" / "config.json").write_text("{")
+    found = findings(subject(federation, known=False))
+    assert found["model files"].level == "FAIL"
+    assert "cannot be loaded" in found["model files"].found
+    assert "fault of FedSpan" not in " ".join(finding.mend for finding in found.values())
