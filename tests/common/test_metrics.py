@@ -1,8 +1,12 @@
-"""Scores are those of their definitions, offline, and from many processes at once."""
+"""Scores are those of their definitions, offline, and from many threads and processes at once."""
 
 import itertools
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +59,36 @@ def test_processes_that_start_together_do_not_meet_in_a_cache() -> None:
     ]
     answers = [process.communicate(timeout=280)[0] for process in processes]
     assert [float(answer) for answer in answers] == pytest.approx([1.0, 1.0])
+
+
+THREADS = 4
+
+
+def _of_thread(turn: int) -> dict[str, float]:
+    """Scores of answers and of labels that no other turn has."""
+    words = [f"w{i}" for i in range(turn + 4)]
+    answers = [" ".join(words[: turn % 5 + 1]), " ".join(words)]
+    right = [i % 3 for i in range(10 + turn)]
+    chosen = [(label + (i < turn)) % 3 for i, label in enumerate(right)]
+    return score(answers, [" ".join(words)] * 2) | classified(chosen, right, 3)
+
+
+def test_threads_that_score_at_once_get_their_own_scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    alone = [_of_thread(turn) for turn in range(24)]
+    assert len({tuple(scores.values()) for scores in alone}) == len(alone)
+    state = np.random.get_state(legacy=False)  # noqa: NPY002 - `evaluate` seeds the global generator while it computes
+    together = threading.Barrier(THREADS)
+
+    def a_share(first: int) -> list[dict[str, float]]:
+        together.wait(timeout=60)
+        return [_of_thread(turn) for turn in range(first, len(alone), THREADS)]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        shares = list(pool.map(a_share, range(THREADS)))
+    assert [shares[turn % THREADS][turn // THREADS] for turn in range(len(alone))] == alone
+    np.testing.assert_equal(np.random.get_state(legacy=False), state)  # noqa: NPY002
+    assert list(tmp_path.iterdir()) == []
 
 
 CHOSEN = [0, 1, 1, 2, 0, 0, 1]
