@@ -9,8 +9,8 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor
 
 from benchmarks.table import Cell, Table
-from common.factors import Factors
-from common.subspace import SharedBasis
+from common.linalg.subspace import SharedBasis
+from common.protocol.factors import Factors
 from strategies.fedftg import FedFTGRule
 from strategies.rule import Update
 

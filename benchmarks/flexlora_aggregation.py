@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Cell, Table
-from common.lowrank import Term, TruncatedSVD, truncated_svd
+from common.linalg.lowrank import Term, TruncatedSVD, truncated_svd
 
 T = TypeVar("T")
 SHAPES = {"TinyLlama": (5632, 2048), "Gemma-2B": (16384, 2048), "Llama-2-7B": (11008, 4096)}  # out, in of the MLP

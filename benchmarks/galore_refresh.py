@@ -8,7 +8,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor
 
 from benchmarks.table import Cell, Table
-from client.range_finder import range_finder
+from client.training.range_finder import range_finder
 
 SHAPES = {  # of an MLP's weight
     "SmolLM2-135M": (1536, 576),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.table import Cell, Table
-from common.memory import resident_peak
+from common.system.memory import resident_peak
 
 RANK, BLOCKS, TOKENS, STEPS, LR = 128, 3, 64, 8, 1e-4
 OPTIMIZERS = ("none", "ours", "ours, shared", "ours, 8bit", "galore-torch", "torch AdamW")
@@ -109,8 +109,8 @@ def make(name: str, model: nn.Module) -> torch.optim.Optimizer | None:
         }
         peer: torch.optim.Optimizer = GaLoreAdamW([group], lr=LR, no_deprecation_warning=True)
         return peer
-    from client.galore import GaLore
-    from common.subspace import SharedBasis
+    from client.training.galore import GaLore
+    from common.linalg.subspace import SharedBasis
 
     return GaLore(
         dict(model.named_parameters()),
@@ -124,7 +124,7 @@ def make(name: str, model: nn.Module) -> torch.optim.Optimizer | None:
 
 
 def _iterate(model: nn.Module, optimizer: torch.optim.Optimizer | None, x: Tensor) -> None:
-    from client.galore import GaLore
+    from client.training.galore import GaLore
 
     if isinstance(optimizer, GaLore):
         with optimizer.projecting():

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from benchmarks.table import Cell, Table
-from common.config import FederationConfig, resolved
-from common.yaml_file import load
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
 from deploy.demo.prepare import DEFAULT_CACHE, prepare
-from server.run_folder import read_lines
+from server.run.folder import read_lines
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "deploy" / "demo" / "federation.yaml"

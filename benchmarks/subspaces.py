@@ -11,14 +11,14 @@ import torch
 
 from benchmarks.table import Cell, Table
 from client.session import Session
-from common.config import FederationConfig, SiteConfig, resolved
-from common.factors import unpack
-from common.yaml_file import load
+from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.load import load
+from common.protocol.factors import unpack
 from deploy.demo.prepare import DEFAULT_CACHE, prepare
 from strategies.fedftg import FedFTGRule
-from strategies.named import make_rule
+from strategies.flower.named import make_rule
+from strategies.flower.versions import Versions
 from strategies.rule import Update
-from strategies.versions import Versions
 
 DEMO = Path(__file__).parents[1] / "deploy" / "demo" / "federation.yaml"
 ROUNDS = 3

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from benchmarks.table import Cell, Table
 from common.errors import AggregationError
-from deploy.recipes.mnist import digits
+from deploy.data.recipes.mnist import digits
 from strategies.fedit import FedITRule
 from strategies.ffa_lora import FFALoRARule
 from strategies.rolora import RoLoRARule

@@ -3,9 +3,9 @@
 import torch
 
 from benchmarks.table import Cell, Table
-from common import wire
-from common.factors import Exchange, Factors, pack
-from common.subspace import SharedBasis
+from common.linalg.subspace import SharedBasis
+from common.protocol import wire
+from common.protocol.factors import Exchange, Factors, pack
 
 # Trained: the three MLP matrices of the lower third of the blocks, (rows, columns) and how many of them.
 MODELS: dict[str, dict[tuple[int, int], int]] = {

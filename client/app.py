@@ -26,21 +26,21 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from common import logs
-from common.config import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig, SiteConfig
+from common.config.load import load, parse
 from common.errors import ConfigError, FedSpanError, StaleStateError, WireError
-from common.privacy import Declared
-from common.records import get_record, get_records
-from common.yaml_file import load, parse
+from common.protocol.declared_noise import Declared
+from common.protocol.records import get_record, get_records
+from common.system import logs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from client.bases import Bases
-    from client.policy import Gate
+    from client.held_weights import Weights
+    from client.privacy.guard import Gate
     from client.session import Session
-    from client.weights import Weights
-    from common.versions import Step
+    from client.shared_base import Bases
+    from common.protocol.versions import Step
 
 app = ClientApp()
 log = logging.getLogger("site")
@@ -126,7 +126,7 @@ def hello(session: "Session", message: Message, context: Context) -> RecordDict:
 @_answering
 def train(session: "Session", message: Message, context: Context) -> RecordDict:
     """Evaluate the state that came in, when asked to; train; send back the active tensors."""
-    from common import wire
+    from common.protocol import wire
 
     request = get_record(message.content, "config", ConfigRecord)
     active = _names(request)
@@ -157,7 +157,7 @@ def _receive(
     session: "Session", message: Message, context: Context, active: list[str]
 ) -> dict[str, ConfigRecordValues]:
     """Bring the session to the state of a message; what the reply says of what this site holds from now on."""
-    from common import wire
+    from common.protocol import wire
 
     session.kept = wire.decode(get_record(context.state, _KEPT, ArrayRecord))
     request = get_record(message.content, "config", ConfigRecord)
@@ -180,7 +180,7 @@ def _receive(
 
 def _keep_steps(weights: "Weights", context: Context) -> dict[str, ConfigRecordValues]:
     """Let the next process make the weights again from the base model, as long as that takes little to keep."""
-    from common import wire
+    from common.protocol import wire
 
     steps = {f"{_STEP}{step.server_round:06}": step for step in weights.steps or []}
     for key in [key for key in context.state if key.startswith(_STEP) and key not in steps]:
@@ -197,8 +197,8 @@ def _keep_steps(weights: "Weights", context: Context) -> dict[str, ConfigRecordV
 
 def _steps(content: RecordDict) -> "list[Step]":
     """The steps among the records of a message or of the context, in order."""
-    from common import wire
-    from common.versions import Step
+    from common.protocol import wire
+    from common.protocol.versions import Step
 
     arrays = get_records(content, ArrayRecord)
     found = {int(key.removeprefix(_STEP)): r for key, r in arrays.items() if key.startswith(_STEP)}
@@ -211,7 +211,7 @@ def _gate(kind: str, context: Context) -> "Gate":
     Raises:
         ConfigError: the site file is wrong.
     """
-    from client.policy import Gate
+    from client.privacy.guard import Gate
 
     site_file = _site_file(context)
     if not site_file.is_file():
@@ -231,8 +231,8 @@ def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
     Raises:
         ConfigError: what the server sent is wrong.
     """
-    from client.bases import Bases
     from client.session import Session
+    from client.shared_base import Bases
 
     site_file = _site_file(context)
     sent = _text(get_record(message.content, "config", ConfigRecord), "federation")
@@ -242,7 +242,8 @@ def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
         if site.trust is not None and VETTED not in os.environ:
             raise ConfigError(
                 f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
-                f"run python -m client.worker --site {site_file.name} beside a SuperNode with --isolation process"
+                f"run python -m client.connect.worker --site {site_file.name} beside a "
+                f"SuperNode with --isolation process"
             )
         most = int(os.environ.get(SESSIONS, "1"))
         while len(_sessions) >= most:
@@ -264,7 +265,7 @@ def _federation(sent: str | None) -> FederationConfig:
 
 def _tensors(message: Message, context: Context) -> "dict[str, Tensor]":
     """Tensors that came with the message, and those kept from an earlier one."""
-    from common import wire
+    from common.protocol import wire
 
     kept = get_record(context.state, _FROZEN, ArrayRecord)
     sent = message.content.get("arrays")
@@ -275,7 +276,7 @@ def _tensors(message: Message, context: Context) -> "dict[str, Tensor]":
 
 def _each(content: RecordDict) -> "Iterator[tuple[str, Tensor]]":
     """Every tensor of a message, one at a time."""
-    from common import wire
+    from common.protocol import wire
 
     for key, record in get_records(content, ArrayRecord).items():
         for part, array in record.items():

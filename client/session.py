@@ -14,27 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client.bases import Bases, Digests, digests, own
-from client.choices import lora_rank, make_optimizer, model_source
-from client.device import pick_autocast, pick_device
-from client.galore import GaLore, SecondMoments
-from client.optimizer_state import capture, restore
-from client.outgoing import Outgoing, factored_weights, trained_tensors
-from client.trainer import steps_per_round, train
-from client.weights import Weights
-from common import second_moments, tuning
-from common.adapters import cut
-from common.base_model import Base, check_length
-from common.config import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
-from common.digest import tensors_digest
+from client.held_weights import Weights
+from client.shared_base import Bases, Digests, digests, own
+from client.training.device import pick_autocast, pick_device
+from client.training.galore import GaLore, SecondMoments
+from client.training.optimizer_state import capture, restore
+from client.training.settings import lora_rank, make_optimizer, model_source
+from client.training.trainer import steps_per_round, train
+from client.update import Outgoing, factored_weights, trained_tensors
+from common.config.federation import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
+from common.data.rows import Row, split_held_out
+from common.data.tasks import Place, make_task
 from common.errors import StaleStateError
-from common.factors import Exchange
-from common.families import in_head
 from common.metrics import COUNTS
+from common.model import second_moments, tuning
+from common.model.adapters import cut
+from common.model.base_model import Base, check_length
+from common.model.families import in_head
 from common.packages import installed
-from common.rows import Row, split_held_out
-from common.tasks import Place, make_task
-from common.versions import Step
+from common.protocol.digest import tensors_digest
+from common.protocol.factors import Exchange
+from common.protocol.versions import Step
 
 Tensors = dict[str, Tensor]
 
@@ -167,7 +167,7 @@ class Session:
 
         Returns:
             What is to be sent: the active tensors after training, with FedFTG in factors where these are smaller (see
-            ``common.factors``), clipped and noised as the site file says; and metrics with "num-examples".
+            ``common.protocol.factors``), clipped and noised as the site file says; and metrics with "num-examples".
 
         Raises:
             TrainingError: training cannot start or go on.

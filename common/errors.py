@@ -46,7 +46,7 @@ class TrainingError(FedSpanError):
     """Local training cannot start or cannot go on."""
 
 
-#: Code of the reply that a site's worker gives when the process that did the work has died (``client.worker``).
+#: Code of the reply that a site's worker gives when the process that did the work has died (``client.connect.worker``).
 WORKER_DIED = 1002
 
 

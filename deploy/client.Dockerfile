@@ -40,7 +40,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=lean /opt/venv /opt/venv
 # HOME and USER, because an arbitrary user id has neither; nothing is installed and nobody is called while it runs.
-# FLWR_HOME is where client.join is told to work (--home), so that client.check looks there.
+# FLWR_HOME is where client.connect.join is told to work (--home), so that client.preflight.check looks there.
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_HOME=/var/lib/fedspan
 WORKDIR /app
@@ -49,7 +49,8 @@ COPY LICENSE pyproject.toml ./
 COPY common common
 COPY strategies strategies
 COPY client client
-COPY deploy/__init__.py deploy/certs.py deploy/health.py deploy/
+COPY deploy/__init__.py deploy/health.py deploy/
+COPY deploy/keys deploy/keys
 RUN python -m compileall -q . && install -d -m 1777 /var/lib/fedspan
 LABEL org.opencontainers.image.title="FedSpan client" \
       org.opencontainers.image.description="Federated fine-tuning in gradient subspaces: one site's link and worker" \
@@ -59,4 +60,4 @@ USER 10001:0
 HEALTHCHECK --interval=15s --timeout=20s --start-period=120s --retries=4 \
   CMD ["python", "-m", "deploy.health", "site", "/var/lib/fedspan/status.json", "--linked"]
 ENTRYPOINT ["tini", "--", "python", "-m"]
-CMD ["client.join", "--help"]
+CMD ["client.connect.join", "--help"]

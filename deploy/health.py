@@ -43,7 +43,7 @@ def check_superlink(address: str, ca: Path, timeout: float = TIMEOUT) -> None:
 
 
 def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
-    """Read what ``client.join`` says of a site, twice a second.
+    """Read what ``client.connect.join`` says of a site, twice a second.
 
     Args:
         status: its status file.
@@ -57,7 +57,7 @@ def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
         told = json.loads(status.read_text(encoding="utf-8"))
         age, link, worker = time.time() - told["time"], told["link"], told["worker"].get("state", "not started")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise LaunchError(f"{status} is not there, or is not what client.join writes with --status") from None
+        raise LaunchError(f"{status} is not there, or is not what client.connect.join writes with --status") from None
     if age > max_age:
         raise LaunchError(f"{status} is {age:.0f} seconds old; allowed: {max_age:g}")
     if worker not in ("idle", "working"):

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.config import FederationConfig, resolved
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
 from common.errors import ConfigError, FedSpanError, LaunchError
-from common.logs import configure as configure_logs
-from common.processes import ProcessGroup, Started, free_ports, last_lines, port_in_use
-from common.yaml_file import load
-from server.progress import teller
-from server.run_folder import check_resumable, read_lines, refuse_existing
-from server.site_files import check_sites
-from server.superlink import OwnSuperLink, environment
-from server.supervise import ROOT, Supervised, add_run_options, follow, to_the_end
+from common.system.logs import configure as configure_logs
+from common.system.processes import ProcessGroup, Started, free_ports, last_lines, port_in_use
+from server.operate.progress import teller
+from server.operate.site_files import check_sites
+from server.operate.supervise import ROOT, Supervised, add_run_options, follow, to_the_end
+from server.run.folder import check_resumable, read_lines, refuse_existing
+from server.superlink.process import OwnSuperLink, environment
 
 POLL_SECONDS = 0.2  # how often a SuperNode asks for messages
 _ATTEMPTS = 3
@@ -122,7 +122,7 @@ class _Reviver:
 
 def _supernode(file: Path, fleet: str, port: int, *, warm: bool) -> list[str]:
     return [
-        *(sys.executable, "-P", str(ROOT / "client" / "supernode.py"), "--poll", str(POLL_SECONDS)),
+        *(sys.executable, "-P", str(ROOT / "client" / "connect" / "supernode.py"), "--poll", str(POLL_SECONDS)),
         *("--isolation", "process" if warm else "subprocess"),
         *("--insecure", "--grpc-rere", "--superlink", fleet),
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -131,7 +131,7 @@ def _supernode(file: Path, fleet: str, port: int, *, warm: bool) -> list[str]:
 
 
 def _worker(port: int, file: Path, status: Path) -> list[str]:
-    program = [sys.executable, "-P", str(ROOT / "client" / "worker.py")]
+    program = [sys.executable, "-P", str(ROOT / "client" / "connect" / "worker.py")]
     return [*program, "--runtime-api", f"127.0.0.1:{port}", "--site", str(file), "--status", str(status)]
 
 

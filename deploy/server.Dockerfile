@@ -82,4 +82,4 @@ EXPOSE 9092
 HEALTHCHECK --interval=15s --timeout=20s --start-period=120s --retries=4 \
   CMD ["python", "-m", "deploy.health", "superlink", "127.0.0.1:9092", "--root-certificates", "/certs/ca.crt"]
 ENTRYPOINT ["tini", "--", "python", "-m"]
-CMD ["server.supervise", "--help"]
+CMD ["server.operate.supervise", "--help"]

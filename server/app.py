@@ -5,13 +5,13 @@ from pathlib import Path
 from flwr.app import ConfigRecordValues, Context
 from flwr.serverapp import Grid, ServerApp
 
-from common import logs
-from common.adapters import BASE_WEIGHT
-from common.config import FederationConfig, FedSALoRAConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, FedSALoRAConfig, resolved, settings_for_sites
+from common.config.load import load
 from common.errors import ConfigError, FedSpanError
-from common.yaml_file import load
-from server import signatures
-from server.run_folder import RunFolder
+from common.model.adapters import BASE_WEIGHT
+from common.system import logs
+from server.run.folder import RunFolder
+from server.superlink import signatures
 
 app = ServerApp()
 
@@ -67,10 +67,10 @@ def federate(
 def _run(
     grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, *, resume: bool, keep_model: bool
 ) -> None:
-    from server.checkpoint import newest
-    from server.evaluation import Evaluator
-    from server.rounds import RoundLoop
-    from strategies.named import make_strategy
+    from server.loop.checkpoint import newest
+    from server.loop.rounds import RoundLoop
+    from server.loop.server_model import Evaluator
+    from strategies.flower.named import make_strategy
 
     evaluator = Evaluator(config, source)
     state = evaluator.initial_state()
@@ -120,7 +120,7 @@ def _run(
         evaluator.export(state, folder.path)
     folder.finish()
     if keep_model:
-        from server.report import write_report
+        from server.report.write import write_report
 
         write_report(folder.path)
 

@@ -7,7 +7,7 @@ strategies. They are imported when asked for, so that the rules themselves need 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from strategies.named import FedExLoRA, FedFTG, FedIT, FedSALoRA, FFALoRA, FlexLoRA, FLoRA, RoLoRA
+    from strategies.flower.named import FedExLoRA, FedFTG, FedIT, FedSALoRA, FFALoRA, FlexLoRA, FLoRA, RoLoRA
 
 __all__ = ["FFALoRA", "FLoRA", "FedExLoRA", "FedFTG", "FedIT", "FedSALoRA", "FlexLoRA", "RoLoRA"]
 
@@ -15,6 +15,6 @@ __all__ = ["FFALoRA", "FLoRA", "FedExLoRA", "FedFTG", "FedIT", "FedSALoRA", "Fle
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'strategies' has no attribute {name!r}")
-    from strategies import named
+    from strategies.flower import named
 
     return getattr(named, name)

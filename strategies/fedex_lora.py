@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from common.adapters import BASE_WEIGHT, scaling
-from common.factors import Exchange, Factors
-from common.versions import Step
+from common.model.adapters import BASE_WEIGHT, scaling
+from common.protocol.factors import Exchange, Factors
+from common.protocol.versions import Step
+from strategies.combine.weighted_mean import WeightedMean, change_square, layer_group
 from strategies.lora_names import layers
 from strategies.rule import Averaging, Outcome, Tensors, Update
-from strategies.running import WeightedMean, change_square, layer_group
 
 
 class FedExLoRARule(Averaging):

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from common.config import AggregationConfig
-from common.factors import Exchange, Factors, Precision, rounding_error
-from common.versions import Step
+from common.config.federation import AggregationConfig
+from common.protocol.factors import Exchange, Factors, Precision, rounding_error
+from common.protocol.versions import Step
+from strategies.combine.weighted_mean import Means
 from strategies.rule import Averaging, Outcome
-from strategies.running import Means
 
 
 class FedFTGRule(Averaging):

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.config import MeanConfig
-from common.lowrank import Term, inner_products
+from common.config.federation import MeanConfig
+from common.linalg.lowrank import Term, inner_products
+from strategies.combine.weighted_mean import layer_group
 from strategies.lora_names import pairs
 from strategies.rule import Averaging, Outcome, Tensors, Update
-from strategies.running import layer_group
 
 
 class FedITRule(Averaging):

@@ -7,8 +7,8 @@ of its own. The state holds no B.
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from common.adapters import LORA_B
 from common.errors import AggregationError
+from common.model.adapters import LORA_B
 from strategies.rule import Averaging
 
 

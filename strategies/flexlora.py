@@ -2,7 +2,7 @@
 
 Source: arXiv 2402.11505. Per layer, dW = sum_k p_k s_k B_k A_k with every client's own scaling s_k; the state holds
 factors of its best approximation of rank R, and a client of rank r <= R receives the best one of rank r, in its own
-scaling. dW is never formed (``common.lowrank``).
+scaling. dW is never formed (``common.linalg.lowrank``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.adapters import scaling
 from common.errors import AggregationError
-from common.lowrank import Term, TruncatedSVD, truncated_svd
+from common.linalg.lowrank import Term, TruncatedSVD, truncated_svd
+from common.model.adapters import scaling
+from strategies.combine.weighted_mean import Drift, WeightedMean, applied, layer_group
 from strategies.lora_names import LORA_A, LORA_B, pairs
 from strategies.rule import Outcome, Rule, Tensors, Update
-from strategies.running import Drift, WeightedMean, applied, layer_group
 
 ROUNDING = 1e-9  # a change whose square is below this share of the products' squares counts as none
 

@@ -12,13 +12,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a, scaling
-from common.config import AggregationConfig
-from common.factors import Exchange, Factors
-from common.versions import Step
+from common.config.federation import AggregationConfig
+from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a, scaling
+from common.protocol.factors import Exchange, Factors
+from common.protocol.versions import Step
+from strategies.combine.weighted_mean import Means
 from strategies.lora_names import layers
 from strategies.rule import Averaging, Outcome, Tensors, Update
-from strategies.running import Means
 
 
 class FLoRARule(Averaging):

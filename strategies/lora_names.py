@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from common.adapters import BASE_WEIGHT, LORA_A as LORA_A, LORA_B as LORA_B
 from common.errors import AggregationError
+from common.model.adapters import BASE_WEIGHT, LORA_A as LORA_A, LORA_B as LORA_B
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:

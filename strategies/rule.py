@@ -2,7 +2,7 @@
 
 A rule is told the round, the global state and the clients' updates, and returns the next global state. Everything a
 rule knows between rounds is in that state, so a checkpoint of the state is a checkpoint of the federation, and a
-rule may be built anew in every round. ``strategies.flower`` makes a Flower strategy of a rule.
+rule may be built anew in every round. ``strategies.flower.strategy`` makes a Flower strategy of a rule.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from common.config import AggregationConfig, MeanConfig
+from common.config.federation import AggregationConfig, MeanConfig
 from common.errors import AggregationError
-from common.factors import Exchange, Factors
-from common.versions import Step
-from strategies.robust import Contribution, combine
-from strategies.running import Drift, Means, applied
+from common.protocol.factors import Exchange, Factors
+from common.protocol.versions import Step
+from strategies.combine.robust import Contribution, combine
+from strategies.combine.weighted_mean import Drift, Means, applied
 
 Tensors = dict[str, Tensor]
 
@@ -102,7 +102,7 @@ class Rule(ABC):
 class Averaging(Rule):
     """Rules that take the example-weighted mean of every active tensor: ``X <- sum_k p_k X_k``, p_k = n_k / sum n.
 
-    Or combine them in another way (``strategies.robust``), whose diagnostics they add. ``client-norm`` and
+    Or combine them in another way (``strategies.combine.robust``), whose diagnostics they add. ``client-norm`` and
     ``client-cosine`` are those of all updates, as they came.
     """
 

@@ -15,15 +15,15 @@ FORBIDDEN = {
 # Files that talk to Flower; training code and strategy maths do not.
 FLOWER = {
     "client/app.py",
-    "client/bench.py",
-    "client/checks/superlink.py",
-    "client/supernode.py",
-    "client/worker.py",
-    "common/records.py",
-    "common/wire.py",
-    "strategies/flower.py",
-    "strategies/messages.py",
-    "strategies/streaming.py",
+    "client/connect/worker_process.py",
+    "client/preflight/superlink.py",
+    "client/connect/supernode.py",
+    "client/connect/worker.py",
+    "common/protocol/records.py",
+    "common/protocol/wire.py",
+    "strategies/flower/strategy.py",
+    "strategies/flower/messages.py",
+    "strategies/flower/streaming.py",
     "server",
     "deploy",
 }
@@ -58,10 +58,10 @@ def test_only_named_files_know_flower() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("file", ["bench.py", "vetting.py"])
+@pytest.mark.parametrize("file", ["worker_process.py", "verify.py"])
 def test_site_leaves_fedspans_code_to_the_bundle(file: str) -> None:
     """What it imported of an installed FedSpan would stand in for the bundle's own."""
-    assert not imported(ROOT / "client" / file) & {*FORBIDDEN, "deploy"}
+    assert not imported(ROOT / "client" / "connect" / file) & {*FORBIDDEN, "deploy"}
 
 
 def test_the_check_sees_an_import_inside_a_function(tmp_path: Path) -> None:

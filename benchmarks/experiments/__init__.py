@@ -1,1 +1,1 @@
-"""Experiments: strategies compared on real models and data; see ``server.experiment``."""
+"""Experiments: strategies compared on real models and data; see ``deploy.experiment.run``."""

@@ -29,9 +29,9 @@ import yaml
 
 from benchmarks.experiments.dinov2 import convert
 from common.errors import DataError
+from deploy.data.recipes.packaged import mnist
 from deploy.demo.icd import DEPARTMENTS
 from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, command, install, only, prepare as prepare_demo
-from deploy.recipes.packaged import mnist
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"

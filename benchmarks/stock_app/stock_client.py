@@ -18,12 +18,12 @@ def train(message: Message, context: Context) -> Message:
     import torch
     from galore_torch import GaLoreAdamW
 
-    from client.trainer import train as loop
-    from common.config import FederationConfig, FedFTGConfig, SiteConfig, resolved
-    from common.rows import load_rows, split_held_out
-    from common.tasks import make_task
-    from common.tuning import tune
-    from common.yaml_file import load
+    from client.training.trainer import train as loop
+    from common.config.federation import FederationConfig, FedFTGConfig, SiteConfig, resolved
+    from common.config.load import load
+    from common.data.rows import load_rows, split_held_out
+    from common.data.tasks import make_task
+    from common.model.tuning import tune
 
     source, site_file = Path(str(context.run_config["federation"])), Path(str(context.node_config["site"]))
     config, site = resolved(load(source, FederationConfig), source), load(site_file, SiteConfig)

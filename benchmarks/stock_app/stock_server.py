@@ -40,10 +40,10 @@ class Timed(FedAvg):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """All rounds."""
-    from common.config import FederationConfig, resolved
-    from common.tasks import make_task
-    from common.tuning import tune
-    from common.yaml_file import load
+    from common.config.federation import FederationConfig, resolved
+    from common.config.load import load
+    from common.data.tasks import make_task
+    from common.model.tuning import tune
 
     source = Path(str(context.run_config["federation"]))
     config = resolved(load(source, FederationConfig), source)

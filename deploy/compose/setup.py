@@ -25,18 +25,18 @@ def main() -> None:
                 left.unlink()
         _hand_out()
         READY.touch()
-    _python("deploy.bundle", "sign", "--key", str(CA / "release.key"), "--out", str(CERTS / "bundle.sig"))
+    _python("deploy.keys.bundle", "sign", "--key", str(CA / "release.key"), "--out", str(CERTS / "bundle.sig"))
 
 
 def _hand_out() -> None:
-    _python("deploy.certs", "ca", str(CA))
-    _python("deploy.certs", "server", str(CA), "--host", "server")
-    _python("deploy.bundle", "key", str(CA / "release"))
+    _python("deploy.keys.certs", "ca", str(CA))
+    _python("deploy.keys.certs", "server", str(CA), "--host", "server")
+    _python("deploy.keys.bundle", "key", str(CA / "release"))
     _copy(CA, CERTS, "ca.crt", "server.pem", "server.key")
     _copy(DEMO / "icd", DATA, "server.jsonl")
     for site, (certs, data) in OWN.items():
-        _python("deploy.certs", "site", str(certs / "site"))
-        _python("server.registry", str(REGISTRY / "sites.json"), "add", site, str(certs / "site.pub"))
+        _python("deploy.keys.certs", "site", str(certs / "site"))
+        _python("server.superlink.registry", str(REGISTRY / "sites.json"), "add", site, str(certs / "site.pub"))
         _copy(CA, certs, "ca.crt", "release.pub")
         _copy(DEMO / "icd", data, f"{site}.jsonl")
     _copy(DEMO / "smollm2", MODEL, *(file.name for file in (DEMO / "smollm2").iterdir()))

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.config import FederationConfig, Section, SiteConfig
-from server.experiment_config import ExperimentConfig
+from common.config.federation import FederationConfig, Section, SiteConfig
+from deploy.experiment.config import ExperimentConfig
 
 FOLDER = Path(__file__).parent
 _SECTIONS: dict[str, type[Section]] = {

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import benchmarks
-from server.experiment_config import load_experiment
+from deploy.experiment.config import load_experiment
 
 FILES = sorted((Path(benchmarks.__file__).parent / "experiments").glob("*.yaml"))
 SCALES = [(file, scale) for file in FILES for scale in (None, *yaml.safe_load(file.read_text())["scales"])]

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from client.checks.traffic import bytes_per_round
+from client.preflight.traffic import bytes_per_round
 from client.session import Session, Tensors
-from common.config import FederationConfig, SiteConfig, resolved
-from common.factors import num_bytes
-from common.yaml_file import load
-from tests.tiny_images import make_image_federation
+from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.load import load
+from common.protocol.factors import num_bytes
+from tests.harness.tiny_images import make_image_federation
 
 
 def session(tmp_path: Path, family: str = "vit", **strategy: Any) -> Session:

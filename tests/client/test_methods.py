@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from client.session import Session, Tensors
-from common import tuning
-from common.adapters import BASE_WEIGHT, LORA_A, LORA_B
 from common.errors import ModelError
-from server.evaluation import Evaluator
-from strategies.named import make_rule
+from common.model import tuning
+from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from server.loop.server_model import Evaluator
+from strategies.flower.named import make_rule
+from strategies.flower.versions import Versions
 from strategies.rule import Update
-from strategies.versions import Versions
 from tests.client.test_session import session
 
 LORA = {"rank": 4, "modules": "linear", "blocks": "lower half", "lora_alpha": 8.0}

@@ -14,17 +14,17 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app as site_app
-from common.adapters import BASE_WEIGHT, LORA_A, LORA_B
-from common.config import FederationConfig, resolved, settings_for_sites
-from common.yaml_file import load
-from server.evaluation import Evaluator
-from server.rounds import RoundLoop
-from server.run_folder import RunFolder, read_lines
-from strategies.named import make_strategy
+from common.config.federation import FederationConfig, resolved, settings_for_sites
+from common.config.load import load
+from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from server.loop.rounds import RoundLoop
+from server.loop.server_model import Evaluator
+from server.run.folder import RunFolder, read_lines
+from strategies.flower.named import make_strategy
 from strategies.rule import Tensors
-from tests.server.fake_sites import Grid
-from tests.tiny import make_federation
-from tests.tiny_images import make_image_federation
+from tests.harness.fake_sites import Grid
+from tests.harness.tiny import make_federation
+from tests.harness.tiny_images import make_image_federation
 
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from common.config import StrategyConfig
+from common.config.federation import StrategyConfig
 from tests.client.test_methods_apps import LORA, of, run
 
 RECORDED = Path(__file__).parent / "recorded" / "curves.json"

@@ -9,13 +9,13 @@ import yaml
 from transformers import BertConfig, BertForSequenceClassification
 
 from client.session import Session, Tensors
-from common.config import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.load import load
 from common.errors import DataError, ModelError, StaleStateError, TrainingError
-from common.factors import Exchange, unpack
-from common.versions import Step
-from common.yaml_file import load
-from strategies.named import make_rule
-from tests.tiny import make_federation, make_tokenizer
+from common.protocol.factors import Exchange, unpack
+from common.protocol.versions import Step
+from strategies.flower.named import make_rule
+from tests.harness.tiny import make_federation, make_tokenizer
 
 LORA = {"name": "ffa-lora", "rank": 2, "blocks": "lower half", "modules": "mlp"}
 

@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from deploy.certs import make_ca, make_server, make_site
-from server.run_folder import read_lines
+from deploy.keys.certs import make_ca, make_server, make_site
+from server.run.folder import read_lines
 from tests.compose.conftest import DEADLINE, ours
 from tests.compose.engine import ROOT, Engine
 
@@ -123,7 +123,7 @@ class Intruders:
         make_server(folder / "expired", ["expired"], 10)
         expire(folder / "expired")
         self.register("add", "site-d", "/intruder/known.pub")
-        command = "server.supervise /intruder/federation.yaml --runs=/runs --name=intruders"
+        command = "server.operate.supervise /intruder/federation.yaml --runs=/runs --name=intruders"
         command += " --fleet-api-address=0.0.0.0:9092 --ssl-ca-certfile=/certs/ca.crt --ssl-certfile=/certs/server.pem"
         command += " --ssl-keyfile=/certs/server.key --registry=/registry/sites.json"
         engine.docker("rm", "-f", engine.container("server"))
@@ -135,7 +135,9 @@ class Intruders:
         """Edit the register of sites, which the server follows."""
         self._give()
         options = ["--rm", "--user", self._engine.user, *self._mount, *self._volumes]
-        self._engine.docker("run", *options, "fedspan-server", "server.registry", "/registry/sites.json", *command)
+        self._engine.docker(
+            "run", *options, "fedspan-server", "server.superlink.registry", "/registry/sites.json", *command
+        )
 
     def _give(self) -> None:
         ours(self.folder, self._uid)
@@ -148,7 +150,12 @@ class Intruders:
 
     def join(self, *options: str, server: str = "server", docker: tuple[str, ...] = ()) -> str:
         """Start a client; its container."""
-        command = ["client.join", "/intruder/site.yaml", f"--superlink={server}:9092", "--home=/var/lib/fedspan"]
+        command = [
+            "client.connect.join",
+            "/intruder/site.yaml",
+            f"--superlink={server}:9092",
+            "--home=/var/lib/fedspan",
+        ]
         command += ["--status=/var/lib/fedspan/status.json", *options]
         return self._engine.start("fedspan-client", *command, options=[*self._mount, *docker])
 

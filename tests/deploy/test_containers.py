@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from common.config import FederationConfig, SiteConfig
-from common.yaml_file import load
-from tests.deploy.manifests import ROOT, paths, read, understood, within
+from common.config.federation import FederationConfig, SiteConfig
+from common.config.load import load
+from tests.harness.manifests import ROOT, paths, read, understood, within
 
 DOCKERFILES = [ROOT / "deploy" / f"{name}.Dockerfile" for name in ("server", "client")]
 COMPOSE = read(ROOT / "docker-compose.yml")[0]
@@ -110,7 +110,7 @@ def test_client_image_can_make_the_sites_key(tmp_path: Path) -> None:
             place = tmp_path / (target if (ROOT / source).is_dir() else target + Path(source).name)
             place.parent.mkdir(exist_ok=True)
             place.symlink_to(ROOT / source)
-    command = [sys.executable, "-m", "deploy.certs", "site", str(tmp_path / "site-a")]
+    command = [sys.executable, "-m", "deploy.keys.certs", "site", str(tmp_path / "site-a")]
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "site-a.key").stat().st_mode & 0o777 == 0o600

@@ -9,9 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from common.processes import free_ports
-from deploy.certs import make_ca, make_server
+from common.system.processes import free_ports
 from deploy.health import main
+from deploy.keys.certs import make_ca, make_server
 
 GOOD = {"time": 0.0, "superlink": "s:1", "link": "up", "worker": {"state": "idle"}}
 
@@ -67,7 +67,7 @@ def test_nobody_at_the_address_is_not_well(certs: Path, capsys: pytest.CaptureFi
         ({"time": -99.0}, "seconds old; allowed: 30"),
         ({"worker": {}}, "the worker's state is 'not started'"),
         ({"worker": {"state": "no SuperNode"}}, "the worker's state is 'no SuperNode'"),
-        ({"worker": None}, "is not there, or is not what client.join writes"),
+        ({"worker": None}, "is not there, or is not what client.connect.join writes"),
         ({"link": "down"}, "the link to s:1 is down"),
     ],
 )

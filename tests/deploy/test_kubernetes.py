@@ -8,12 +8,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from common.config import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig, SiteConfig
+from common.config.load import load
 from common.errors import ConfigError
-from common.keys import read_private
-from common.yaml_file import load
-from deploy.certs import make_site
-from tests.deploy.manifests import ROOT, paths, read, understood, within
+from common.system.keys import read_private
+from deploy.keys.certs import make_site
+from tests.harness.manifests import ROOT, paths, read, understood, within
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 VERSIONS = ["1.34", "1.37"]  # the oldest that is supported by its makers today, and the newest

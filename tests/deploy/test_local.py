@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deploy.local import main
-from tests.tiny import make_federation
+from tests.harness.tiny import make_federation
 
 
 def edit(file: Path, **changes: object) -> None:

@@ -7,10 +7,10 @@ import jsonschema
 import pytest
 import yaml
 
-from common.config import FederationConfig, Section, SiteConfig
-from common.yaml_file import load
+from common.config.federation import FederationConfig, Section, SiteConfig
+from common.config.load import load
+from deploy.experiment.config import load_experiment
 from deploy.schemas import schemas
-from server.experiment_config import load_experiment
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.yaml"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import QUIET, SIZES, Note
-from tests.faults.federation import Federation, kill, same_result, trainings
 from tests.faults.test_kills import FEDFTG, ROLORA
-from tests.tiny import make_federation
+from tests.harness.faults import Federation, kill, same_result, trainings
+from tests.harness.tiny import make_federation
 
 RESUMED = "a named reason; --resume gives the result"
 

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from common.config import FederationConfig, FFALoRAConfig
-from common.tasks import make_task
-from common.tuning import tune
-from common.yaml_file import load
+from common.config.federation import FederationConfig, FFALoRAConfig
+from common.config.load import load
+from common.data.tasks import make_task
+from common.model.tuning import tune
 from tests.faults.conftest import Note
-from tests.faults.federation import lines
-from tests.processes.flower_app import Flower, kill, wait_for
-from tests.processes.launcher import ROOT
-from tests.tiny import make_federation
+from tests.harness.faults import lines
+from tests.harness.flower_app import Flower, kill, wait_for
+from tests.harness.launcher import ROOT
+from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 4

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from tests.faults.conftest import QUIET, SIZES, Note
-from tests.faults.federation import Federation, lines, same_result, trainings
 from tests.faults.test_kills import FEDFTG, ROLORA
-from tests.processes.flower_app import Flower, wait_for
-from tests.processes.launcher import ROOT
-from tests.tiny import make_federation
+from tests.harness.faults import Federation, lines, same_result, trainings
+from tests.harness.flower_app import Flower, wait_for
+from tests.harness.launcher import ROOT
+from tests.harness.tiny import make_federation
 
 FLEXLORA, FFALORA = {**ROLORA, "name": "flexlora"}, {**ROLORA, "name": "ffa-lora"}
 POISON = Path(__file__).parent / "poison_app"

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.processes.launcher import launch, start, survivors
-from tests.tiny import make_federation, make_model
+from tests.harness.launcher import launch, start, survivors
+from tests.harness.tiny import make_federation, make_model
 
 
 def outcome(federation: Path) -> dict[str, object]:
@@ -70,7 +70,7 @@ def test_interrupt_in_the_middle_stops_everything(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 9})
     launcher = start(file)
     try:
-        wait_for(lambda: any("bench.py" in line for line in survivors(file)), 90)
+        wait_for(lambda: any("worker_process.py" in line for line in survivors(file)), 90)
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(timeout=30) == 130
     finally:
@@ -83,7 +83,7 @@ def test_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
     file = make_federation(tmp_path, {"site-a": 9})
     launcher = start(file)
     try:
-        wait_for(lambda: any("bench.py" in line for line in survivors(file)), 90)
+        wait_for(lambda: any("worker_process.py" in line for line in survivors(file)), 90)
     finally:
         launcher.kill()
         launcher.communicate()

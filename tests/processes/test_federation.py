@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client.session import Session
-from common.config import FederationConfig, SiteConfig, resolved, settings_for_sites
-from common.yaml_file import load, parse
-from tests.processes.launcher import launch, survivors
-from tests.tiny import make_federation
+from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
+from common.config.load import load, parse
+from tests.harness.launcher import launch, survivors
+from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17, "site-c": 30}
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from cryptography.x509 import load_pem_x509_certificate
 
-from common.keys import fingerprint, read_public
-from common.processes import ProcessGroup, Started, free_ports, listens
-from deploy import certs
-from server import registry
-from server.nodes import Nodes, site_of
-from server.superlink import OwnSuperLink, Tls
-from tests.processes.flower_app import BIN, wait_for
-from tests.processes.launcher import ROOT, environment
+from common.system.keys import fingerprint, read_public
+from common.system.processes import ProcessGroup, Started, free_ports, listens
+from deploy.keys import certs
+from server.superlink import registry
+from server.superlink.nodes import Nodes, site_of
+from server.superlink.process import OwnSuperLink, Tls
+from tests.harness.flower_app import BIN, wait_for
+from tests.harness.launcher import ROOT, environment
 
 SITES = ("site-a", "site-b", "site-c", "late", "stranger", "expired", "open")
 
@@ -58,7 +58,7 @@ class Gate:
         command = [
             sys.executable,
             "-P",
-            str(ROOT / "client" / "supernode.py"),
+            str(ROOT / "client" / "connect" / "supernode.py"),
             "--superlink",
             superlink,
             "--poll",

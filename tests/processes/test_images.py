@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from tests.processes.launcher import launch, survivors
-from tests.tiny_images import COLORS, make_image_federation
+from tests.harness.launcher import launch, survivors
+from tests.harness.tiny_images import COLORS, make_image_federation
 
 
 @pytest.mark.long

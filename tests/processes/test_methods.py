@@ -8,10 +8,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.adapters import BASE_WEIGHT, LORA_A, LORA_B
-from tests.processes.launcher import launch, survivors
+from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from tests.harness.launcher import launch, survivors
+from tests.harness.tiny import make_federation
 from tests.processes.test_lora import payload, records, trained_shapes
-from tests.tiny import make_federation
 
 IDS = torch.arange(5, 13)[None]
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from common.config import FederationConfig, resolved
-from common.processes import ProcessGroup, free_ports, listens
-from common.yaml_file import load
-from server.overview import overview
-from server.run_folder import check_resumable, in_use
-from server.superlink import environment as superlink_environment, flwr
-from tests.processes.flower_app import Flower, wait_for
-from tests.processes.launcher import command, environment, survivors
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
+from common.system.processes import ProcessGroup, free_ports, listens
+from server.run.folder import check_resumable, in_use
+from server.run.state import overview
+from server.superlink.process import environment as superlink_environment, flwr
+from tests.harness.flower_app import Flower, wait_for
+from tests.harness.launcher import command, environment, survivors
+from tests.harness.tiny import make_federation
 from tests.processes.test_supervise import supervise
-from tests.server.test_metrics import scrape
-from tests.tiny import make_federation
+from tests.server.operate.test_metrics import scrape
 
 
 def told(file: Path, module: str, *arguments: str) -> str:
@@ -43,7 +43,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
     try:
         wait_for(lambda: (run_dir / "supervisor.json").exists(), 60)
         wait_for(lambda: overview(run_dir).finished_rounds, 240)
-        seen = json.loads(told(file, "server.status", "tiny", "--json"))
+        seen = json.loads(told(file, "server.operate.status", "tiny", "--json"))
         assert seen["state"] == "running"
         assert {s["site"]: (s["connection"], s["device"], s["rounds"] > 0) for s in seen["sites"]} == {
             "site-a": ("up", "cpu", True),
@@ -58,7 +58,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
         (listed,) = flwr(env, "list", "local", "--run-id", seen["flower_run"])["runs"]
         assert listed["status"] == "running"
 
-        assert "tiny is stopped after round" in told(file, "server.stop", "tiny")
+        assert "tiny is stopped after round" in told(file, "server.operate.stop", "tiny")
         assert launcher.wait(60) == 130, log.read_text()
     finally:
         launcher.kill()
@@ -84,7 +84,7 @@ def test_stop_ends_the_run_on_a_superlink_that_goes_on(tmp_path: Path) -> None:
         env = {**environment(), "FLWR_HOME": str(tmp_path / "flwr")}
         supervisor = group.start("supervisor", supervise(file, "--superlink", "local"), env).process
         wait_for(lambda: overview(run_dir).state == "running" if (run_dir / "supervisor.json").exists() else None, 120)
-        told(file, "server.stop", "tiny")
+        told(file, "server.operate.stop", "tiny")
         assert supervisor.wait(60) == 130
         wait_for(lambda: not in_use(run_dir), 60)  # no site ever came: the server ends because it is told to
         assert listens(flower.fleet)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from client.ledger import Entry, main, verify
-from client.privacy import epsilon
-from server.report import read_run, render
-from tests.processes.launcher import launch, survivors
-from tests.tiny import make_federation
+from client.privacy.ledger import Entry, main, verify
+from client.privacy.noise import epsilon
+from server.report.write import read_run, render
+from tests.harness.launcher import launch, survivors
+from tests.harness.tiny import make_federation
 
 PRIVATE = {"clip": 0.01, "noise_multiplier": 1.0, "delta": 1e-5, "max_epsilon": 100.0}
 

@@ -13,20 +13,20 @@ import psutil
 import pytest
 import yaml
 
-from common.processes import ProcessGroup, free_ports
-from deploy import bundle, certs
-from server import registry
-from server.supervise import main
-from tests.processes.flower_app import Flower
-from tests.processes.launcher import ROOT, environment
-from tests.tiny import make_federation
+from common.system.processes import ProcessGroup, free_ports
+from deploy.keys import bundle, certs
+from server.operate.supervise import main
+from server.superlink import registry
+from tests.harness.flower_app import Flower
+from tests.harness.launcher import ROOT, environment
+from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 SETTINGS = {"local": None, "evaluation": {"every": 9, "max_examples": 1, "samples": 0}}
 
 
 def supervise(file: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "server.supervise", str(file), "--runs", str(file.parent / "runs"), *options]
+    return [sys.executable, "-m", "server.operate.supervise", str(file), "--runs", str(file.parent / "runs"), *options]
 
 
 def finished(folder: Path, process: "subprocess.Popen[bytes]") -> None:
@@ -62,9 +62,10 @@ def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Pat
         status = tmp_path / "status.json"
         link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(pki / "ca.crt"), "--poll", "0.5"]
         link += ["--connect-deadline", "180", "--auth-supernode-private-key"]
-        join = [sys.executable, "-m", "client.join", str(trusting), *link, str(tmp_path / "site-a.key")]
+        join = [sys.executable, "-m", "client.connect.join", str(trusting), *link, str(tmp_path / "site-a.key")]
         member = group.start("site-a", [*join, "--status", str(status)], environment())
-        node = [sys.executable, "-P", str(ROOT / "client" / "supernode.py"), *link, str(tmp_path / "site-b.key")]
+        program = str(ROOT / "client" / "connect" / "supernode.py")
+        node = [sys.executable, "-P", program, *link, str(tmp_path / "site-b.key")]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = {"FLWR_HOME": str(tmp_path / "site-b"), "HF_HUB_OFFLINE": "1", "PATH": path}
         node += ["--port", str(port), "--node-config", f'site="{tmp_path}/site-b.yaml"']

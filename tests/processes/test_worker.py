@@ -15,11 +15,11 @@ import pytest
 import yaml
 from flwr.cli.build import build_fab_from_disk
 
-from deploy import bundle
-from tests.processes.flower_app import Flower, kill, wait_for
+from deploy.keys import bundle
+from tests.harness.flower_app import Flower, kill, wait_for
 
 APP = Path(__file__).parent / "orders_app"
-WORKER = Path(__file__).parents[2] / "client" / "worker.py"
+WORKER = Path(__file__).parents[2] / "client" / "connect" / "worker.py"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import RefusedUpdate
-from strategies.admission import admit
+from strategies.admission.well_formed import admit
 from strategies.rule import Tensors
 
 A, B, HEAD = "q.lora_A.weight", "q.lora_B.weight", "head.weight"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from common.config import MedianConfig
+from common.config.federation import MedianConfig
 from common.errors import AggregationError
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
@@ -13,7 +13,7 @@ from strategies.ffa_lora import FFALoRARule
 from strategies.lora_names import LORA_A, LORA_B
 from strategies.rolora import RoLoRARule
 from strategies.rule import Rule, Tensors, Update
-from tests.strategies.rounds import (
+from tests.harness.rounds import (
     ALPHA,
     HEAD,
     LAYERS,

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from common.errors import AggregationError
 from strategies.flexlora import FlexLoRARule
 from strategies.rule import Tensors, Update
-from tests.strategies.rounds import (
+from tests.harness.rounds import (
     ALPHA,
     HEAD,
     LAYERS,

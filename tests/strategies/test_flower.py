@@ -12,18 +12,18 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 import strategies
-from common import wire
-from common.config import FederationConfig
-from common.digest import tensors_digest
+from common.config.federation import FederationConfig
+from common.config.load import parse
 from common.errors import AggregationError, RefusedUpdate
-from common.factors import Exchange, Factors, pack
-from common.yaml_file import parse
+from common.protocol import wire
+from common.protocol.digest import tensors_digest
+from common.protocol.factors import Exchange, Factors, pack
 from strategies.flora import FLoRARule
-from strategies.flower import FlowerStrategy, sample, weighted_mean
-from strategies.messages import Client
-from strategies.named import make_strategy
+from strategies.flower.messages import Client
+from strategies.flower.named import make_strategy
+from strategies.flower.strategy import FlowerStrategy, sample, weighted_mean
 from strategies.rule import Tensors, Update
-from tests.strategies.rounds import base_weights, lora, trained
+from tests.harness.rounds import base_weights, lora, trained
 
 A, B = "model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight"
 WORDS = {

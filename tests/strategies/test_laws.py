@@ -6,9 +6,16 @@ from functools import partial
 import pytest
 import torch
 
-from common.adapters import BASE_WEIGHT, LORA_B
-from common.config import AggregationConfig, KrumConfig, MeanConfig, MedianConfig, MultiKrumConfig, TrimmedMeanConfig
+from common.config.federation import (
+    AggregationConfig,
+    KrumConfig,
+    MeanConfig,
+    MedianConfig,
+    MultiKrumConfig,
+    TrimmedMeanConfig,
+)
 from common.errors import AggregationError
+from common.model.adapters import BASE_WEIGHT, LORA_B
 from strategies.fedex_lora import FedExLoRARule
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
@@ -18,7 +25,7 @@ from strategies.flexlora import FlexLoRARule
 from strategies.flora import FLoRARule
 from strategies.rolora import RoLoRARule
 from strategies.rule import Rule, Tensors, Update
-from tests.strategies.rounds import (
+from tests.harness.rounds import (
     ALPHA,
     LAYERS,
     aggregate,

@@ -9,21 +9,21 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.weights import Weights
-from common import wire
-from common.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a
+from client.held_weights import Weights
 from common.errors import AggregationError, RefusedUpdate
-from common.factors import Exchange
-from server.checkpoint import Checkpoint, newest, save
+from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a
+from common.protocol import wire
+from common.protocol.factors import Exchange
+from server.loop.checkpoint import Checkpoint, newest, save
 from strategies.fedex_lora import FedExLoRARule
 from strategies.fedit import FedITRule
 from strategies.fedsa_lora import FedSALoRARule
 from strategies.flora import FLoRARule
-from strategies.flower import FlowerStrategy
-from strategies.messages import Client
+from strategies.flower.messages import Client
+from strategies.flower.strategy import FlowerStrategy
+from strategies.flower.versions import Versions
 from strategies.rule import Tensors, Update
-from strategies.versions import Versions
-from tests.strategies.rounds import (
+from tests.harness.rounds import (
     ALPHA,
     HEAD,
     LAYERS,

@@ -7,12 +7,20 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
-from client.galore import GaLore
-from common.config import FederationConfig
+from client.training.galore import GaLore
+from common.config.federation import FederationConfig
+from common.config.load import parse
 from common.errors import RefusedUpdate
-from common.privacy import Declared
-from common.yaml_file import parse
-from strategies.norms import ADAM_STEP, change_norms, check_possible, cohort_bound, largest_change, moved, total
+from common.protocol.declared_noise import Declared
+from strategies.admission.bounds import (
+    ADAM_STEP,
+    change_norms,
+    check_possible,
+    cohort_bound,
+    largest_change,
+    moved,
+    total,
+)
 from strategies.rule import Update
 
 NAME = "model.layers.0.up.weight"

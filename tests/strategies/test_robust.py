@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import strategies
-from common.config import (
+from common.config.federation import (
     AggregationConfig,
     FedITConfig,
     FlexLoRAConfig,
@@ -19,15 +19,15 @@ from common.config import (
     TrimmedMeanConfig,
 )
 from common.errors import AggregationError
-from common.factors import Factors, num_bytes
-from common.subspace import SharedBasis, projects_right
-from strategies import robust
+from common.linalg.subspace import SharedBasis, projects_right
+from common.protocol.factors import Factors, num_bytes
+from strategies.combine import robust
+from strategies.combine.robust import Contribution, combine
+from strategies.combine.weighted_mean import applied
 from strategies.fedftg import FedFTGRule
-from strategies.named import make_rule, make_strategy
-from strategies.robust import Contribution, combine
+from strategies.flower.named import make_rule, make_strategy
 from strategies.rule import Tensors, Update
-from strategies.running import applied
-from tests.strategies.rounds import aggregate, doubles
+from tests.harness.rounds import aggregate, doubles
 
 Shape = tuple[int, ...]
 SHAPES: list[Shape] = [(60, 40), (40, 60), (7,)]  # a right and a left projection, and what has no factors

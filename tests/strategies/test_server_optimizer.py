@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import strategies
-from common.config import (
+from common.config.federation import (
     FedAdamConfig,
     FedAvgMConfig,
     FedFTGConfig,
@@ -15,16 +15,16 @@ from common.config import (
     MedianConfig,
     ServerOptimizerConfig,
 )
-from common.factors import Factors
-from server.checkpoint import Checkpoint, newest, save
+from common.protocol.factors import Factors
+from server.loop.checkpoint import Checkpoint, newest, save
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
 from strategies.ffa_lora import FFALoRARule
-from strategies.flower import FlowerStrategy
-from strategies.named import make_strategy
+from strategies.flower.named import make_strategy
+from strategies.flower.strategy import FlowerStrategy
 from strategies.rolora import RoLoRARule
 from strategies.rule import Rule, Tensors, Update
-from tests.strategies.rounds import ALPHA, Arrays, close, doubles, lora, trained, weighted_mean, weights
+from tests.harness.rounds import ALPHA, Arrays, close, doubles, lora, trained, weighted_mean, weights
 
 EXAMPLES = (3, 1, 7)
 MOMENTUM, ADAM = FedAvgMConfig(learning_rate=0.7, momentum=0.6), FedAdamConfig(learning_rate=0.05, beta2=0.9, tau=0.01)

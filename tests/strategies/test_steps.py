@@ -5,15 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from client.weights import Weights
+from client.held_weights import Weights
 from common.errors import StaleStateError
-from common.factors import Exchange, Factors, num_bytes
-from common.subspace import SharedBasis
-from common.versions import Step
+from common.linalg.subspace import SharedBasis
+from common.protocol.factors import Exchange, Factors, num_bytes
+from common.protocol.versions import Step
 from strategies.fedftg import FedFTGRule
+from strategies.flower.versions import Versions
 from strategies.rule import Outcome, Tensors, Update
-from strategies.versions import Versions
-from tests.strategies.rounds import aggregate, close, doubles
+from tests.harness.rounds import aggregate, close, doubles
 
 SHAPES = {"model.layers.0.up.weight": (60, 40), "model.layers.0.down.weight": (40, 60)}
 SHARED = (7, 2)  # seed and rank

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from flwr.clientapp import ClientApp
 
 from client.app import app as honest
-from common import wire
+from common.protocol import wire
 
 Tensors = dict[str, torch.Tensor]
 

@@ -1,1 +1,0 @@
-"""What ``python -m client.check`` looks at: one function per check, by subject."""

@@ -1,0 +1,258 @@
+"""Take part in federations: ``python -m client.connect.join SITE.yaml --superlink HOST:PORT``.
+
+Starts the link to the server (``supernode.py``) and beside it the worker that keeps model and rows in memory
+(``worker.py``), starts either again when it dies, and ends both on SIGTERM and Ctrl-C. Connections are opened to the
+outside only; what listens here, listens on the loopback interface.
+
+Exit codes: 0 it was asked to end, 1 a process died too often, 2 a file or an argument is wrong.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+
+from common.config.federation import SiteConfig, resolve
+from common.config.load import load
+from common.errors import DataError, FedSpanError, LaunchError
+from common.system.processes import ProcessGroup, Started, free_ports
+
+FOLDER = Path(__file__).resolve().parent
+POLL_SECONDS = 0.5
+_LONGEST_PAUSE = 30.0  # seconds before a process that died is started again; the first pause is one second
+_SETTLED = 300.0  # seconds after which an earlier death does not count any more
+_REFUSED, _WRONG_USE = 1, 2  # exit codes of a link that the server turns away, and of wrong files and arguments
+
+
+class Ended(Exception):  # noqa: N818 - not an error
+    """The machine, or the user, asked to end."""
+
+
+@dataclass
+class Service:
+    """One of the two processes, started again when it dies.
+
+    Attributes:
+        started: the process; None while it waits to be started again.
+        deaths: in a row.
+        since: monotonic time of the last start.
+        resume: monotonic time at which it is started again.
+        proven: whether it has been seen at work; if not, a refusal is final.
+    """
+
+    name: str
+    command: list[str]
+    started: Started | None = None
+    deaths: int = 0
+    since: float = 0.0
+    resume: float = 0.0
+    proven: bool = False
+
+    def look_after(self, group: ProcessGroup, env: dict[str, str], tries: int) -> None:
+        """Start it, or start it again.
+
+        Raises:
+            LaunchError: it has died too often.
+        """
+        now = time.monotonic()
+        if self.started is None:
+            if now >= self.resume:
+                self.started, self.since = group.start(self.name, self.command, env), now
+            return
+        code = self.started.process.poll()
+        if code is None:
+            return
+        group.forget(self.started)
+        self.started = None
+        self.deaths = 1 if now - self.since > _SETTLED else self.deaths + 1
+        if code == _WRONG_USE or (code == _REFUSED and not self.proven) or self.deaths > tries:
+            times = "" if self.deaths == 1 else f" {self.deaths} times in a row"
+            raise LaunchError(f"{self.name} ended{times} with exit code {code}; its last lines above say why")
+        pause = min(2.0 ** (self.deaths - 1), _LONGEST_PAUSE)
+        self.resume = now + pause
+        _say(f"{self.name} ended with exit code {code}; started again in {pause:g} s ({self.deaths} of {tries})")
+
+
+@dataclass(frozen=True)
+class Member:
+    """What takes part, all files read and checked.
+
+    Attributes:
+        superlink: host and port of the server.
+        status: where the state of both processes is written, as JSON; None: nowhere.
+    """
+
+    site: SiteConfig
+    link: Service
+    worker: Service
+    worker_status: Path
+    superlink: str
+    status: Path | None
+
+    def work(self, env: dict[str, str], tries: int) -> NoReturn:
+        """Keep both processes alive.
+
+        Raises:
+            LaunchError: one has died too often.
+        """
+        with ProcessGroup(None) as group:
+            while True:
+                for service in (self.link, self.worker):
+                    service.look_after(group, env, tries)
+                state = self.state()
+                self.link.proven |= state["link"] == "up"
+                self.worker.proven |= "state" in state["worker"]
+                if self.status is not None:
+                    _write(self.status, state)
+                time.sleep(POLL_SECONDS)
+
+    def state(self) -> dict[str, Any]:
+        """For the status file: when, the link (up, restarts), the worker's own status, the device asked for."""
+        try:
+            worker = json.loads(self.worker_status.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            worker = {}
+        return {
+            "time": time.time(),
+            "site": self.site.name,
+            "device": self.site.device,
+            "superlink": self.superlink,
+            "link": "up" if _connected(self.link.started, self.superlink) else "down",
+            "link_deaths": self.link.deaths,
+            "worker": worker if self.worker.started is not None else {"state": "being started again"},
+            "worker_deaths": self.worker.deaths,
+        }
+
+
+def _connected(link: Started | None, superlink: str) -> bool:
+    """Whether the link has an open connection to the server's port."""
+    port = int(superlink.rpartition(":")[2])
+    try:
+        connections = psutil.Process(link.process.pid).net_connections("tcp") if link is not None else []
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    return any(c.status == psutil.CONN_ESTABLISHED and c.raddr and c.raddr.port == port for c in connections)
+
+
+def _write(file: Path, state: dict[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:  # a full disk, say: the site works on, and whoever reads the file sees that it is old
+        _say(f"the status file cannot be written ({error.strerror})")
+
+
+def _say(text: str) -> None:
+    print(f"join: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
+    """Read and check every file before anything is started; who takes part, and its processes' environment.
+
+    Raises:
+        FedSpanError: names the file and what is wrong with it.
+    """
+    file: Path = options.site.resolve()
+    site = load(file, SiteConfig)
+    if not resolve(site.data.path, file).exists():
+        raise DataError(f"{file}: shard {resolve(site.data.path, file)} does not exist")
+    home = (options.home or file.parent / f".{site.name}").resolve()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"--home {home} cannot be made ({error.strerror}); give a folder that may be written"
+        ) from None
+    (port,) = free_ports(1)
+    link = ["--poll", f"{options.poll:g}", "--isolation", "process", "--host", "127.0.0.1", "--port", str(port)]
+    link += ["--grpc-rere", "--superlink", options.superlink, "--node-config", f"site={json.dumps(str(file))}"]
+    link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
+    if options.connect_deadline is not None:
+        link += ["--connect-deadline", f"{options.connect_deadline:g}"]
+    if options.auth_supernode_private_key is not None:
+        link += ["--auth-supernode-private-key", str(options.auth_supernode_private_key)]
+    status = home / "worker.json"
+    worker = ["--site", str(file), "--runtime-api", f"127.0.0.1:{port}"]
+    worker += ["--idle", f"{options.idle:g}", "--status", str(status)]
+    env = {
+        "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+    }
+    if site.model is not None:
+        env["HF_HUB_OFFLINE"] = "1"
+    services = _service("supernode", link), _service("worker", worker)
+    return Member(site, *services, status, options.superlink, options.status), env
+
+
+def _service(name: str, options: list[str]) -> Service:
+    return Service(name, [sys.executable, "-P", str(FOLDER / f"{name}.py"), *options])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m client.connect.join", description="Take part in federations.")
+    parser.add_argument("site", type=Path, metavar="SITE.yaml")
+    parser.add_argument("--superlink", required=True, metavar="HOST:PORT", help="the server's address for sites")
+    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
+    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
+    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    parser.add_argument(
+        "--connect-deadline", type=float, metavar="SECONDS", help="for a server that does not answer, or not yet"
+    )
+    parser.add_argument("--home", type=Path, metavar="DIR", help="working files (default: .NAME beside SITE.yaml)")
+    parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the state as JSON, twice a second")
+    parser.add_argument("--idle", type=float, default=900.0, metavar="SECONDS", help="until the device is released")
+    parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="between two questions for work")
+    parser.add_argument("--tries", type=int, default=10, help="deaths in a row before it gives up (default: 10)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.insecure == (options.root_certificates is not None):
+        parser.error("give --root-certificates, or --insecure")
+    if not options.superlink.rpartition(":")[2].isdecimal():
+        parser.error(f"--superlink is {options.superlink!r}; allowed: HOST:PORT")
+    for file in filter(None, (options.root_certificates, options.auth_supernode_private_key)):
+        if not file.is_file():
+            parser.error(f"{file} does not exist")
+    if options.status is not None and not options.status.parent.is_dir():
+        parser.error(f"--status: folder {options.status.parent} does not exist")
+    try:
+        member, env = plan(options)
+    except FedSpanError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    try:
+        member.work(env, options.tries)
+    except Ended as end:
+        _say(f"ended by {end}")
+        return 0
+    except FedSpanError as error:
+        _say(str(error))
+        return 1
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise Ended(signal.Signals(number).name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Whose code may run at a site, as its site file says."""
+
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from client.connect.verify import Trust
+from common.config.federation import SiteConfig, resolve
+from common.config.load import load
+from common.errors import ConfigError
+from common.system.keys import read_public
+
+
+def read_trust(site_file: Path) -> Trust | None:
+    """The section ``trust`` of a site file with the keys that it names; None when it has none.
+
+    Raises:
+        ConfigError: the site file, or a key, is wrong.
+    """
+    site = load(site_file, SiteConfig)
+    if site.trust is None:
+        return None
+    keys = {}
+    for name in site.trust.keys:
+        key = read_public(resolve(name, site_file))
+        if not isinstance(key, Ed25519PublicKey):
+            raise ConfigError(f"{site_file}: `trust.keys`: {name} is no Ed25519 key, as deploy.keys.bundle makes them")
+        keys[name] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    return Trust(site.name, keys, site.trust.bundles)

@@ -1,0 +1,80 @@
+"""Whether a site may run an app bundle: its SHA-256 is listed at the site, or signed with a key that the site trusts.
+
+Imports neither FedSpan nor Flower: the process that runs a bundle loads this file by its path.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+RECORD_KEY = "bundle-signatures"  # in every message's "config" record: a JSON list of signatures
+_MESSAGE = "FedSpan app bundle, signature version 1, sha256 {}\n"  # nothing else is signed in this form
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose code may run at a site.
+
+    Attributes:
+        site: its name.
+        keys: Ed25519 public keys in PEM, by file name.
+        bundles: SHA-256 (hex) of bundles that need no signature.
+    """
+
+    site: str
+    keys: dict[str, str] = field(default_factory=dict)
+    bundles: list[str] = field(default_factory=list)
+
+
+def signed_message(digest: str) -> bytes:
+    """What is signed to vouch for the bundle with this SHA-256 (hex)."""
+    return _MESSAGE.format(digest).encode()
+
+
+def refusal(content: bytes, signatures: object, trust: Trust) -> str | None:
+    """Why a bundle must not run; None when it may.
+
+    Args:
+        content: the bundle.
+        signatures: JSON text that came with the message: a list of mappings with ``digest`` and ``signature``.
+        trust: of the site.
+    """
+    digest = hashlib.sha256(content).hexdigest()
+    if digest in trust.bundles:
+        return None
+    listed = _listed(signatures)
+    if any(signed_with(key, digest, entry) for entry in listed for key in trust.keys.values()):
+        return None
+    others = sorted({str(entry.get("digest"))[:16] for entry in listed if entry.get("digest") != digest})
+    about = f" (the signatures that came with it are for {', '.join(others[:3])})" if others else ""
+    return (
+        f"{trust.site}: the app bundle {digest} is not signed by a key in its trust list and not pinned{about}; "
+        "nothing of it was run"
+    )
+
+
+def signed_with(key: str, digest: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a signature is one for the bundle with this SHA-256, made with the key (PEM)."""
+    public = load_pem_public_key(key.encode())
+    try:
+        signature = base64.b64decode(entry["signature"], validate=True)
+        assert isinstance(public, Ed25519PublicKey)  # noqa: S101 - checked when the site file was read
+        public.verify(signature, signed_message(digest))
+    except (KeyError, TypeError, ValueError, InvalidSignature):
+        return False
+    return entry.get("digest") == digest
+
+
+def _listed(signatures: object) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(signatures) if isinstance(signatures, str) else []
+    except (ValueError, RecursionError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

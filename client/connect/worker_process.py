@@ -1,0 +1,183 @@
+"""The process that does a site's work: loads the app's bundle, and answers one message after the other with it.
+
+Started by ``client.connect.worker`` alone, which hands it the tokens of messages. It checks a bundle before anything
+of it is written or run (``client.connect.verify``) and unpacks it into a folder of its own.
+
+It must not import FedSpan: it runs the code of the bundle, for which an installed FedSpan would stand in otherwise.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+from flwr.app import ConfigRecord, Error, Message
+from flwr.cli.install import install_from_fab
+from flwr.clientapp import ClientApp
+from flwr.clientapp.utils import get_load_client_app_fn
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
+BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
+VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
+_PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
+# run as a file, it stands in for no module
+_LOGS = str(Path(__file__).resolve().parents[2] / "common" / "system" / "logs.py")
+log = logging.getLogger("worker")
+
+
+@dataclass(frozen=True)
+class RuntimeApi:
+    """Where the SuperNode is asked for messages.
+
+    Attributes:
+        address: HOST:PORT.
+        root_certificates: its CA; None: without TLS.
+    """
+
+    address: str
+    root_certificates: Path | None
+
+    def connect(self, *interceptors: ProtobufClientInterceptor, patience: float = _PATIENCE) -> RuntimeHttpClient:
+        """A client of the SuperNode's Runtime API that tries again for ``patience`` seconds."""
+        certificates = self.root_certificates.read_bytes() if self.root_certificates is not None else None
+        retry = RetryInvoker(lambda: exponential(max_delay=2), httpx.TransportError, max_tries=None, max_time=patience)
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address,
+            insecure=certificates is None,
+            root_certificates=certificates,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *interceptors],
+            retry_invoker=retry,
+        )
+
+
+def work(api: RuntimeApi, tell: IO[str]) -> None:
+    """The bench: answer messages whose tokens come in on standard input, one line each, until it is closed."""
+    handed, app = json.loads(sys.stdin.readline()), None
+    for line in sys.stdin:
+        client = api.connect(RuntimeTokenHttpInterceptor(line.strip()))
+        try:
+            announcing: Any = _Announcing(client, tell)
+            message, context, run, bundle = pull_task_input(announcing)
+            try:
+                if app is None and (details := _distrust(bundle.content, message, handed["trust"])):
+                    log.error("%s", details)
+                    reply = Message(Error(ErrorCode.INVALID_FAB, details), reply_to=message)
+                else:
+                    app = app or _load(bundle.content, run, handed["folder"])
+                    reply, details = app(message=message, context=context), ""
+            except Exception as error:
+                log.exception("the app failed")
+                details = f"{type(error).__name__} in the site's worker; the site's log says more"
+                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, details), reply_to=message)
+            _tell(tell, answering=True)
+            push_message(client, reply, context)
+            push_task_output(client, context, SubStatus.FAILED if details else SubStatus.COMPLETED, details)
+            del message, reply, context
+        except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
+            # The SuperNode is gone, or the run is: nobody waits for this answer.
+            log.warning("the answer was not taken (%s)", type(error).__name__)
+            with contextlib.suppress(httpx.HTTPError):
+                push_task_output(client, None, SubStatus.FAILED, "the answer was not taken")
+        finally:
+            client.close()
+        _tell(tell, done=True, memory=_resident(), device=_on_device())
+
+
+def _distrust(content: bytes, message: Message, trust: dict[str, Any] | None) -> str | None:
+    """Why the site does not want a bundle run; None when it may be."""
+    os.environ[BUNDLE] = hashlib.sha256(content).hexdigest()
+    os.environ.pop(VETTED, None)
+    if trust is None:
+        return None
+    file = Path(__file__).with_name("verify.py")  # by its path: a module `client` is the bundle's to bring
+    found = importlib.util.spec_from_file_location("fedspan_vetting", file)
+    assert found is not None  # noqa: S101 - the file is there
+    assert found.loader is not None  # noqa: S101
+    sys.modules["fedspan_vetting"] = vetting = importlib.util.module_from_spec(found)
+    found.loader.exec_module(vetting)
+    config = message.content.get("config") if message.has_content() else None
+    signatures = config.get(vetting.RECORD_KEY) if isinstance(config, ConfigRecord) else None
+    refusal: str | None = vetting.refusal(content, signatures, vetting.Trust(**trust))
+    if refusal is None:
+        os.environ[VETTED] = "1"
+    return refusal
+
+
+def _load(content: bytes, run: Run, folder: str) -> ClientApp:
+    """Unpack a bundle and load its app from there, whatever its sender calls it."""
+    with contextlib.redirect_stdout(io.StringIO()):  # Flower says there what it has done, in no format of ours
+        path = install_from_fab(content, Path(folder), skip_prompt=True)
+    return get_load_client_app_fn("", str(path), multi_app=True)(run.fab_id, run.fab_version, "")
+
+
+class _Announcing:
+    """A client of the Runtime API that tells the keeper which message comes before its content is fetched."""
+
+    def __init__(self, client: RuntimeHttpClient, tell: IO[str]) -> None:
+        self._client, self._pipe = client, tell
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._client, name)
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802 - Flower's name
+        """As Flower's."""
+        found = self._client.PullMessages(request)
+        if found.messages_list:
+            _tell(self._pipe, pulled=announced(found))
+        return found
+
+
+def announced(found: PullAppMessagesResponse) -> dict[str, str]:
+    """The message that was found, without content, and its id, which is not part of it."""
+    return {"message": found.messages_list[0].SerializeToString().hex(), "id": found.message_object_trees[0].object_id}
+
+
+def _tell(pipe: IO[str], **told: object) -> None:
+    pipe.write(json.dumps(told) + "\n")
+    pipe.flush()
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _on_device() -> int:
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def main() -> None:
+    """Command line, for ``client.connect.worker``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runtime-api", required=True)
+    parser.add_argument("--root-certificates", type=Path)
+    parser.add_argument("--tell", type=int, required=True)
+    options = parser.parse_args()
+    runpy.run_path(_LOGS)["configure"]("worker")
+    with os.fdopen(options.tell, "w") as tell:
+        work(RuntimeApi(options.runtime_api, options.root_certificates), tell)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What the checks look at: the site's file, the federation's, and what is made of them, once."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from client.connect.probe import LinkReport, probe
+from client.preflight.finding import Skip
+from client.preflight.memory import Batch
+from client.preflight.superlink import stranger
+from client.shared_base import Digests, digests
+from client.training.settings import lora_rank, model_source
+from client.training.trainer import steps_per_round
+from common.config.federation import FederationConfig, ModelConfig, SiteConfig, TaskConfig, resolve
+from common.data.rows import Row, split_held_out
+from common.data.tasks import ImageClassification, Task, make_task
+from common.model import tuning
+from common.model.base_model import Base
+
+WHOLE = 10**9  # tokens: no row is longer
+_CLASSIFIERS = ("bert", "roberta", "vit", "siglip", "siglip_vision_model", "dinov2")  # with a head that is made anew
+MOST_ROWS = 20_000  # of a longer shard so many are tokenized
+
+
+@dataclass
+class Subject:
+    """A site before it joins; what takes long is made once, when the first check asks for it.
+
+    Attributes:
+        site: the site file's content.
+        site_file: where it lies.
+        federation: the federation file's content, its paths absolute.
+        federation_file: where it lies.
+        superlink: HOST:PORT of the server.
+        root_certificates: PEM file of who vouches for the server.
+        private_key: of the SuperNode.
+        deadline: seconds that a wait may take.
+        mbit: the link's speed in Mbit/s, where the user knows it better.
+        measure: whether to make some training steps.
+    """
+
+    site: SiteConfig
+    site_file: Path
+    federation: FederationConfig | None = None
+    federation_file: Path | None = None
+    superlink: str | None = None
+    root_certificates: Path | None = None
+    private_key: Path | None = None
+    deadline: float = 60.0
+    mbit: float | None = None
+    measure: bool = False
+
+    @property
+    def settings(self) -> FederationConfig:
+        """The federation's settings.
+
+        Raises:
+            Skip: they are not known.
+        """
+        if self.federation is None:
+            raise Skip("needs --federation")
+        return self.federation
+
+    @cached_property
+    def _shard(self) -> tuple[list[Row], int]:
+        return self.task.rows(self.site.data, self.site_file)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All usable rows of the shard."""
+        return self._shard[0]
+
+    @property
+    def left_out(self) -> int:
+        """Images that cannot be read, where the site allows it."""
+        return self._shard[1]
+
+    @cached_property
+    def split(self) -> tuple[list[Row], list[Row]]:
+        """Rows for training, and rows held out."""
+        return split_held_out(self.rows, self.site.data.held_out)
+
+    @cached_property
+    def task(self) -> Task[Any]:
+        """What is learned.
+
+        Raises:
+            Skip: that is not known.
+        """
+        if self.federation is None and self.site.model is not None:
+            kind = _model_type(resolve(self.site.model, self.site_file) / "config.json")
+            if kind in _CLASSIFIERS:
+                raise Skip(f"needs --federation: what a {kind} model learns, and so how it is read, is said there")
+        default: TaskConfig = FederationConfig.model_fields["task"].default
+        return make_task(default if self.federation is None else self.federation.task)
+
+    @property
+    def source(self) -> tuple[str, str | None]:
+        """Folder, or hub id and revision, of the base model."""
+        if self.federation is None and self.site.model is None:
+            raise Skip("the site file names no `model`; needs --federation")
+        model = ModelConfig(path="") if self.federation is None else self.federation.model
+        return model_source(self.site, self.site_file, model)
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model as the session would load it."""
+        source, revision = self.source
+        if self.federation is None:
+            return self.task.load(source, revision, ModelConfig.model_fields["dtype"].default, 0)
+        return self.task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
+
+    @cached_property
+    def digests(self) -> Digests:
+        """Of the base model and of its tokenizer, as the federation compares them."""
+        return digests(self.base)
+
+    @cached_property
+    def tuned(self) -> tuning.Tuned:
+        """The model as it is trained; the base model is part of it from then on."""
+        settings, _ = self.settings, self.digests
+        return tuning.tune(
+            self.base.model,
+            settings.strategy,
+            self.task.peft_type,
+            rank=lora_rank(self.site, settings.strategy),
+            seed=settings.training.seed,
+        )
+
+    @cached_property
+    def examples(self) -> list[Any]:
+        """Training rows as tokens, uncut: all, or ``MOST_ROWS`` spread over them."""
+        return self._encode(WHOLE)
+
+    @cached_property
+    def _cut(self) -> list[Any]:
+        """The same as they are trained on."""
+        return self._encode(self.settings.training.max_length)
+
+    def _encode(self, length: int) -> list[Any]:
+        train = self.split[0]
+        some = train[:: math.ceil(len(train) / MOST_ROWS)]
+        return self.task.examples(self.base.tokenizer, some, self.site.data.system, length)
+
+    @property
+    def tokens(self) -> int:
+        """Of all training rows, about; 0 of images, which are read anew for every batch."""
+        if isinstance(self.task, ImageClassification):
+            return 0
+        return sum(len(e.input_ids) for e in self.examples) * len(self.split[0]) // len(self.examples)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a round."""
+        return steps_per_round(self.settings.training, len(self.split[0]))
+
+    def largest(self, rows: int) -> Batch:
+        """The largest batch of so many rows that the shard can give."""
+        limit = self.settings.training.max_length
+        collate = self.task.collater(self.base.tokenizer)
+        if isinstance(self.task, ImageClassification):
+            return Batch(rows, 0, pixels=tuple(collate(self._cut[:1])["pixel_values"].shape[1:]))
+        train = sorted(self._cut, key=lambda example: len(example.input_ids))[-rows:]
+        labels = collate(train)["labels"]
+        return Batch(rows, min(limit, len(train[-1].input_ids)), float((labels != -100).float().mean()))
+
+    @cached_property
+    def link(self) -> LinkReport:
+        """The server, reached and verified; the only place that asks ``client.connect.probe``.
+
+        Raises:
+            Skip: no server is named.
+            LinkError: it is not reached, or not trusted.
+        """
+        return probe(*self.server, self.deadline)
+
+    @cached_property
+    def upload(self) -> tuple[float, float]:
+        """Bytes per second to the server, and seconds that an empty request takes.
+
+        Raises:
+            LinkError: it does not answer in time, or is no SuperLink.
+        """
+        _ = self.link
+        with stranger(*self.server, self.deadline) as somebody:
+            return somebody.upload_rate()
+
+    @property
+    def server(self) -> tuple[str, Path]:
+        """Address and root certificates of the server."""
+        if self.superlink is None or self.root_certificates is None:
+            raise Skip("needs --superlink and --root-certificates")
+        return self.superlink, self.root_certificates
+
+
+def _model_type(config: Path) -> str | None:
+    """What a model's folder says of its family; None when it cannot be read, of which loading it tells more."""
+    try:
+        return str(json.loads(config.read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,40 @@
+"""The link to the server: reached and trusted, its speed, its clock."""
+
+from client.preflight.certificates import validity
+from client.preflight.context import Subject
+from client.preflight.finding import Finding
+from client.preflight.superlink import stranger
+
+_AHEAD, _BEHIND = 5.0, 305.0  # seconds by which a SuperLink lets a SuperNode's clock differ from its own
+_SLOW = 1e6 / 8  # bytes per second
+
+
+def server(subject: Subject) -> Finding:
+    """The server is reached, vouched for, and stays so for a while."""
+    report = subject.link
+    assert report.not_before is not None and report.not_after is not None  # noqa: S101, PT018 - it has spoken TLS
+    what = f"{report.host}:{report.port} is {report.subject or 'nameless'} ({', '.join(report.names)}), "
+    what += f"{report.round_trip * 1000:.0f} ms away; its certificate"
+    return validity(what, report.not_before, report.not_after, "ask the operator to renew the server's certificate")
+
+
+def upload(subject: Subject) -> Finding:
+    """How fast the server takes bytes."""
+    rate, empty = subject.upload
+    found = f"{rate * 8 / 1e6:.1f} Mbit/s up, {empty * 1000:.0f} ms a request; the way down is not measurable from here"
+    if rate < _SLOW:
+        return Finding("warning", found, "a faster line, or ask the operator for `wire_precision` or a lower `rank`")
+    return Finding("ok", found)
+
+
+def clock(subject: Subject) -> Finding:
+    """The clocks agree well enough for signed requests to be accepted."""
+    _ = subject.link
+    with stranger(*subject.server, subject.deadline) as somebody:
+        ahead = somebody.clock_ahead()
+    found = f"{abs(ahead):.2f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    mend = "let this machine's clock follow a time server: timedatectl set-ntp true"
+    if not -_BEHIND < ahead < _AHEAD:
+        allowed = f"a server accepts {_AHEAD:g} s ahead and {_BEHIND:g} s behind"
+        return Finding("FAIL", f"{found}; {allowed}", mend)
+    return Finding("warning" if not -_BEHIND / 2 < ahead < _AHEAD / 2 else "ok", found, mend if abs(ahead) > 2 else "")

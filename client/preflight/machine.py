@@ -1,0 +1,127 @@
+"""The site's machine: device and precision, memory, disk."""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from client.preflight import memory
+from client.preflight.context import Subject
+from client.preflight.finding import Finding
+from client.privacy.guard import ledger_of
+from client.training.device import pick_autocast, pick_device
+from common.text import size
+
+_SPARE = 2_000_000_000  # bytes that should be free wherever the site writes
+_LEAST = 200_000_000
+
+
+def device(subject: Subject) -> Finding:
+    """Device and precision as the site file asks for them."""
+    asked = subject.site.device
+    picked = pick_device(asked)
+    autocast = pick_autocast(subject.site.precision, picked)
+    arithmetic = "the weights' own arithmetic" if autocast is None else str(autocast).removeprefix("torch.")
+    if picked.type == "cuda":
+        return Finding("ok", f"{torch.cuda.get_device_name(picked)} ({picked}), {arithmetic}")
+    found = f"cpu, {os.cpu_count()} cores, {arithmetic}"
+    if asked == "auto":
+        mend = "write `device: cpu` if that is meant; else check the driver, and that the container is given its GPU"
+        return Finding("warning", f"{found}; this machine has no CUDA device", mend)
+    return Finding("ok", found)
+
+
+def training_memory(subject: Subject) -> Finding:
+    """The peak of training beside what there is; and how many rows would fit."""
+    settings, site = subject.settings, subject.site
+    picked = pick_device(site.device)
+    autocast = pick_autocast(site.precision, picked)
+    asked = min(settings.training.batch_size, site.max_batch_size or settings.training.batch_size)
+
+    def peak(rows: int) -> memory.Peak:
+        return memory.estimate(subject.tuned, settings, subject.largest(rows), subject.steps, autocast)
+
+    wanted = peak(asked)
+    on_host = memory.host_bytes(
+        subject.tuned, settings.strategy, subject.tokens, 0 if picked.type == "cpu" else wanted.weights
+    )
+    free_host = _free_host()
+    if picked.type == "cpu":
+        free, besides, where = free_host, on_host, "the host's"
+    elif on_host > free_host:
+        mend = "free memory on the host, or give the container more"
+        return Finding("FAIL", f"the host needs about {size(on_host)}, {size(free_host)} are free", mend)
+    else:
+        free, besides, where = torch.cuda.mem_get_info(picked)[0], 0, f"{picked}'s"
+    need = wanted.total + besides
+    found = f"about {size(need)} at the peak, {subject.largest(asked)} in a forward pass"
+    found += f"; {size(free)} of {where} memory are free"
+    if need <= free:
+        return Finding("ok", found)
+    fit = _fitting(asked, free - besides, peak)
+    if fit == 0:
+        mend = "not even one row fits: free memory, take a larger device, or ask the operator for a lower "
+        return Finding("FAIL", found, f"{mend}`training.max_length` or `training.gradient_checkpointing: true`")
+    # On CUDA the trainer halves its batch by itself; on a CPU the kernel kills the process.
+    return Finding("warning" if picked.type == "cuda" else "FAIL", found, f"write `max_batch_size: {fit}`")
+
+
+def _fitting(asked: int, free: int, peak: Callable[[int], memory.Peak]) -> int:
+    """Most rows per forward pass, below ``asked``, whose peak fits; what a pass takes grows evenly with its rows."""
+    one = peak(1)
+    if asked == 1 or one.total > free:
+        return int(one.total <= free)
+    two = peak(2)
+    each = max(two.passes - one.passes, 1)
+    fit = min(asked - 1, 1 + math.floor((free - one.total) / each))
+    while fit > 1 and peak(fit).total > free:
+        fit -= 1
+    return fit
+
+
+def _free_host() -> int:
+    """Bytes that a process here may still take, this one's own included: of the machine, or of its container."""
+    mine = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            free = min(
+                free, int(limit) - int(used) + int(stat["inactive_file"])
+            )  # files that it reads again if need be
+    except OSError:  # no container, or an old kind
+        pass
+    return free + mine
+
+
+def disk(subject: Subject) -> Finding:
+    """Room where the site writes."""
+    beside = subject.site_file.parent / f".{subject.site.name}"  # where client.connect.join puts it
+    places = {
+        "Flower's folder": Path(os.environ.get("FLWR_HOME", beside)).expanduser(),
+        "temporary files": Path(tempfile.gettempdir()),
+        "ledger": ledger_of(subject.site, subject.site_file),
+    }
+    told, scarce = [], False
+    for what, place in places.items():
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                free = shutil.disk_usage(there).free
+        except OSError as error:
+            return Finding("FAIL", f"{what}: {there} cannot be written ({error.strerror})", f"mend that, or {_ELSE}")
+        told.append(f"{what} {place}: {size(free)} free")
+        if free < _LEAST:
+            return Finding("FAIL", told[-1], f"free at least {size(_SPARE)}, or {_ELSE}")
+        scarce = scarce or free < _SPARE
+    mend = f"free at least {size(_SPARE)}, or {_ELSE}" if scarce else ""
+    return Finding("warning" if scarce else "ok", "; ".join(told), mend)
+
+
+_ELSE = "name another folder with FLWR_HOME (Flower's), TMPDIR (temporary files) or `ledger` in the site file"

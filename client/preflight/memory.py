@@ -1,0 +1,216 @@
+"""How much memory training takes at its peak, without training.
+
+Weights, gradients and optimizer state follow from shapes. What a forward and backward pass keeps alive does not: it
+depends on the family, on which tensors are trained, on autocast and on checkpointing. So one pass is made with tensors
+that have shapes but no values (``FakeTensorMode``, which is what ``torch.compile`` traces with), and the bytes that
+are alive are counted: exact for every family, without memory or arithmetic.
+"""
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common.config.federation import FederationConfig, FedFTGConfig, TrainingConfig
+from common.model.families import in_head
+from common.model.tuning import Tuned
+from common.protocol.factors import num_bytes
+
+# Measured: docs/decisions/015-preflight.md.
+_PROCESS = 500_000_000  # a worker with Python, PyTorch, transformers and Flower, before it holds a model
+_PEFT = 50_000_000
+_ALLOCATOR = 1.2  # what is held for blocks that come and go, in shares of what lives in them
+_PER_TOKEN = 36  # bytes of an encoded row's token on the host: an int and a list's pointer to it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch that the shard can give.
+
+    Attributes:
+        rows: in one forward pass.
+        width: tokens of the longest row; 0 of images.
+        counted: share of the tokens that the loss counts.
+        pixels: shape of an image as the model takes it, (channels, height, width); empty of text.
+    """
+
+    rows: int
+    width: int
+    counted: float = 1.0
+    pixels: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.pixels:
+            return f"{self.rows} image(s) of {' x '.join(map(str, self.pixels))}"
+        return f"{self.rows} row(s) of {self.width} tokens"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the peak of training.
+
+    Attributes:
+        weights: of the whole model.
+        state: the optimizer's, and what it keeps of trained tensors.
+        gradients: those that are kept to the end of a step.
+        passes: what a forward and backward pass adds to these.
+    """
+
+    weights: int
+    state: int
+    gradients: int
+    passes: int
+
+    @property
+    def total(self) -> int:
+        """All together, on the device."""
+        return self.weights + self.state + self.gradients + self.passes
+
+
+def host_bytes(tuned: Tuned, strategy: object, tokens: int, weights: int) -> int:
+    """What a site's process holds on the host besides its training on the CPU.
+
+    Args:
+        tuned: the model.
+        strategy: the federation's.
+        tokens: of all training rows.
+        weights: bytes of the model that lie on the host; 0 when they are counted elsewhere.
+    """
+    kept = 4 * sum(p.numel() for p in tuned.parameters.values()) if isinstance(strategy, FedFTGConfig) else _PEFT
+    return _PROCESS + kept + _PER_TOKEN * tokens + weights
+
+
+def estimate(
+    tuned: Tuned, federation: FederationConfig, batch: Batch, steps: int, autocast: torch.dtype | None
+) -> Peak:
+    """The peak of a round of training.
+
+    Args:
+        tuned: the model, on any device; it is not changed.
+        federation: its settings.
+        batch: the largest one; fewer rows than ``training.batch_size`` mean several passes for a step.
+        steps: optimizer steps of a round.
+        autocast: arithmetic of forward and backward.
+    """
+    training, strategy = federation.training, federation.strategy
+    trained = {**tuned.parameters, **tuned.local}
+    several = batch.rows < training.batch_size * training.gradient_accumulation
+    freed = isinstance(strategy, FedFTGConfig) and autocast != torch.float16
+    gradients = 0
+    if isinstance(strategy, FedFTGConfig):
+        terms = 1 if strategy.subspace == "shared" else math.ceil(steps / (strategy.update_proj_gap or 200))
+        state = sum(_galore(n, p, strategy, training, terms) for n, p in trained.items())
+        if freed and (several or strategy.refresh_batches > 1):  # a basis is taken of the whole gradient
+            gradients = num_bytes(trained.values())
+    else:
+        state = (2 if training.optimizer == "adamw" else 0) * num_bytes(trained.values())
+        gradients = num_bytes(trained.values()) if several else 0
+    weights, passes = _trace(tuned, trained, training, batch, autocast, freed=freed)
+    return Peak(weights, state, gradients, int(_ALLOCATOR * passes))
+
+
+def _galore(name: str, weight: Tensor, strategy: FedFTGConfig, training: TrainingConfig, terms: int) -> int:
+    """Bytes of GaLore's state for one weight: bases and updates of every term, both moments, the projected gradient."""
+    if in_head(name):  # the same, but for the basis, of the whole weight
+        long, short, rank, terms = weight.numel(), 0, 1, 1
+    else:
+        long, short, rank = max(weight.shape), min(weight.shape), strategy.rank
+    moment = {"float32": 4, "8bit": 1}[strategy.moments] if training.optimizer == "adamw" else 0
+    state = rank * (4 * terms * (long + short) + 2 * moment * long + 4 * long)
+    start = 0 if weight.dtype == torch.float32 else weight.numel() * weight.element_size()
+    return state + start
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run an operation and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return made
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it dies."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def _trace(
+    tuned: Tuned,
+    trained: Mapping[str, nn.Parameter],
+    training: TrainingConfig,
+    batch: Batch,
+    autocast: torch.dtype | None,
+    *,
+    freed: bool,
+) -> tuple[int, int]:
+    """Bytes of the weights, and of what a forward and backward pass adds to them; as on a CPU."""
+    owned = {id(parameter) for parameter in trained.values()}
+    names = [name for name, parameter in tuned.model.named_parameters() if id(parameter) in owned]
+    fake, alive = FakeTensorMode(), _Alive()
+    with FakeCopyMode(fake):
+        model: Any = copy.deepcopy(tuned.model)
+    parameters = dict(model.named_parameters())
+    for tensor in (*parameters.values(), *model.buffers()):
+        tensor.requires_grad_(False)
+        alive.add(tensor)
+    for name in names:
+        parameters[name].requires_grad_(True)
+        if freed:
+            parameters[name].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    weights = alive.peak
+    with fake, alive:
+        ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if batch.pixels:
+            inputs = {"pixel_values": torch.zeros(batch.rows, *batch.pixels)}
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            loss = _loss(model, inputs, batch)
+        loss.backward()
+    return weights, alive.peak - weights
+
+
+def _loss(model: Any, inputs: Mapping[str, Tensor], batch: Batch) -> Tensor:  # noqa: ANN401
+    """As ``common.data.tasks`` has it, but for masks, whose counts have no values here to be taken from."""
+    logits = model(**inputs).logits
+    if logits.ndim == 3:  # a language model's
+        per_row = max(1, math.ceil(batch.counted * batch.width))
+        column = torch.arange(min(per_row, batch.width - 1)).repeat(batch.rows)
+        logits = logits[:, :-1][torch.zeros_like(column), column]
+    return functional.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long), reduction="sum")

@@ -1,0 +1,67 @@
+"""The site's shard: counts, row numbers and column names; never content."""
+
+from collections.abc import Iterable
+
+from client.preflight.context import MOST_ROWS, Subject
+from client.preflight.finding import Finding, Skip
+from common.data.tasks import ImageClassification
+
+_CUT = 0.05  # share of cut rows that deserves a warning
+
+
+def rows(subject: Subject) -> Finding:
+    """Columns are there, every row has a prompt and an answer."""
+    data = subject.site.data
+    found = f"{len(subject.rows):,} rows with prompt ({data.prompt}) and answer ({data.answer})"
+    if subject.left_out:
+        return Finding("warning", f"{found}; {subject.left_out:,} images cannot be read and are left out", "mend them")
+    return Finding("ok", found)
+
+
+def duplicates(subject: Subject) -> Finding:
+    """Rows that say the same as an earlier one."""
+    seen: set[str] = set()
+    copies = []
+    for number, row in enumerate(subject.rows, start=1):
+        if (key := row.key()) in seen:
+            copies.append(number)
+        seen.add(key)
+    if not copies:
+        return Finding("ok", "no row twice")
+    found = f"{len(copies):,} of {len(subject.rows):,} rows repeat an earlier one: row {_listed(copies)}"
+    return Finding("warning", found, "take them out, unless they are meant to count more than once")
+
+
+def held_out(subject: Subject) -> Finding:
+    """How many rows are trained on, and how many are kept for evaluation."""
+    train, kept = subject.split
+    found = f"{len(train):,} rows to train on, {len(kept):,} held out"
+    if subject.site.data.held_out > 0 and not kept:
+        mend = "raise `data.held_out`, or set it to 0 if this site shall not evaluate"
+        return Finding("warning", f"{found}: this site will not evaluate", mend)
+    return Finding("ok", found)
+
+
+def lengths(subject: Subject) -> Finding:
+    """How long rows are in tokens, and how many are cut."""
+    if isinstance(subject.task, ImageClassification):
+        raise Skip("images are brought to the size that the model takes")
+    counts = sorted(len(example.input_ids) for example in subject.examples)
+    middle, high = counts[len(counts) // 2], counts[min(len(counts) - 1, int(0.95 * len(counts)))]
+    found = f"{counts[0]} to {counts[-1]} tokens a row, median {middle}, 95 % up to {high}"
+    if len(counts) < len(subject.split[0]):
+        found += f" (of {len(counts):,} rows; more than {MOST_ROWS:,} are not counted)"
+    if subject.federation is None:
+        return Finding("ok", found)
+    limit = subject.federation.training.max_length
+    cut = sum(count > limit for count in counts) / len(counts)
+    found += f"; {cut:.1%} are longer than max_length {limit} and will be cut"
+    if cut > _CUT:
+        mend = f"shorten the rows, or ask the operator for `training.max_length: {high}`, which takes more memory"
+        return Finding("warning", found, mend)
+    return Finding("ok", found)
+
+
+def _listed(numbers: Iterable[int], most: int = 5) -> str:
+    some = list(numbers)
+    return ", ".join(map(str, some[:most])) + (" ..." if len(some) > most else "")

@@ -1,0 +1,103 @@
+"""What a round costs: bytes down and up, and minutes."""
+
+import math
+
+from torch import Tensor
+
+from client.preflight.context import Subject
+from client.preflight.finding import Finding, Skip
+from client.preflight.steps import measured
+from common.config.federation import FederationConfig, FedFTGConfig, MedianConfig, TrimmedMeanConfig
+from common.model import second_moments
+from common.model.families import in_head
+from common.protocol.factors import Exchange, Factors, num_bytes, pack
+from common.text import size
+from strategies.flower.named import make_rule
+
+_STEPS = 3  # are measured
+
+
+def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], steps: int) -> tuple[int, int]:
+    """Bytes down and up in a round after the first, of tensors' values alone.
+
+    Down they are those for a site that took part in the round before, when ``cohort.min_clients`` sites did.
+
+    Args:
+        federation: its settings.
+        tensors: that are trained, by name, in the shapes of this site.
+        steps: optimizer steps of a round.
+    """
+    strategy = federation.strategy
+    if isinstance(strategy, FedFTGConfig):
+        if strategy.optimizer_state == "averaged":
+            tensors = tensors | second_moments.first(tensors)
+        shared = strategy.subspace == "shared"
+        terms = 1 if shared else math.ceil(steps / (strategy.update_proj_gap or 200))
+        up = sum(_packed(n, t, terms, strategy) for n, t in tensors.items())
+        if isinstance(federation.aggregation, MedianConfig | TrimmedMeanConfig):
+            return sum(4 * tensor.numel() for tensor in tensors.values()), up
+        terms *= 1 if shared else federation.cohort.min_clients
+        return sum(_packed(n, t, terms, strategy) for n, t in tensors.items()), up
+    rule = make_rule(strategy, seed=federation.training.seed)
+    rounds = [num_bytes(tensors[name] for name in rule.active(number, tensors)) for number in (1, 2)]
+    mean = sum(rounds) // 2  # what a round trained goes up in it and down in the next
+    return mean, mean
+
+
+def _packed(name: str, weight: Tensor, terms: int, strategy: FedFTGConfig) -> int:
+    """Bytes of one weight's change, of as many bases as there are ``terms``."""
+    if in_head(name) or second_moments.is_second_moment(name):
+        return 4 * weight.numel()
+    (rows, columns), rank = weight.shape, strategy.rank * terms
+    left, other = weight.new_zeros(rows, rank).float(), weight.new_zeros(rank, columns).float()
+    shared = strategy.subspace == "shared"
+    exchange = Exchange.of_round(1, strategy.wire_precision, (0, strategy.rank) if shared else None)
+    return num_bytes(pack(name, Factors(1.0, [(left, other)], common=shared), weight.detach(), exchange).values())
+
+
+def traffic(subject: Subject) -> Finding:
+    """Bytes per round, and how long they take on this link."""
+    settings = subject.settings
+    down, up = bytes_per_round(settings, dict(subject.tuned.parameters), subject.steps)
+    found = f"{size(down)} down and {size(up)} up a round"
+    if isinstance(settings.strategy, FedFTGConfig) and settings.strategy.subspace == "own":
+        found += f" (down: with {settings.cohort.min_clients} sites)"
+    rate, source = _rate(subject)
+    if rate is None:
+        return Finding("ok", f"{found}; needs --superlink or --mbit for minutes")
+    seconds = (down + up) / rate
+    found += f"; {_duration(seconds)} at {rate * 8 / 1e6:.1f} Mbit/s ({source})"
+    if seconds > settings.cohort.round_deadline:
+        mend = "a faster line, or ask the operator for `wire_precision`, a lower `rank` or a longer `round_deadline`"
+        return Finding("FAIL", f"{found}; a round may take {settings.cohort.round_deadline:g} s", mend)
+    return Finding("ok", found)
+
+
+def training(subject: Subject) -> Finding:
+    """How long this machine trains for a round, measured on a few steps; and what memory they really took."""
+    settings = subject.settings
+    if not subject.measure or subject.federation_file is None:
+        raise Skip("needs --measure")
+    answer = measured(subject.site_file, subject.federation_file, min(_STEPS, subject.steps), subject.deadline)
+    seconds = answer["seconds"] * subject.steps
+    peak = answer["device"] or answer["host"]
+    found = (
+        f"{subject.steps} steps of {answer['seconds']:.2f} s are {_duration(seconds)} a round; {size(peak)} at the peak"
+    )
+    if seconds > settings.cohort.round_deadline:
+        mend = "a faster device, or ask the operator for fewer `training.local_steps` or a longer `round_deadline`"
+        return Finding("FAIL", f"{found}; a round may take {settings.cohort.round_deadline:g} s", mend)
+    return Finding("ok", found)
+
+
+def _rate(subject: Subject) -> tuple[float | None, str]:
+    """Bytes per second, and where that is from."""
+    if subject.mbit is not None:
+        return subject.mbit * 1e6 / 8, "as told"
+    if subject.superlink is None:
+        return None, ""
+    return subject.upload[0], "as measured up; --mbit tells otherwise"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,1 @@
+"""What may leave a site: policy, noise and the ledger of what left."""

@@ -1,0 +1,260 @@
+"""A site's record of all that left it: append-only, chained by hashes, written before anything leaves.
+
+    python -m client.privacy.ledger verify FILE [--head HASH]
+    python -m client.privacy.ledger summary FILE
+
+One JSON object per line. Each holds its number, the hash of the line before it, and last its own hash, the SHA-256 of
+all that stands before; so no line can be edited, inserted, removed or moved without a trace. ``FILE.head`` holds the
+number and hash of the last line, by which a cut at the end is seen. Whoever can write both files can make both anew:
+against that somebody else notes a hash now and then, and ``--head`` finds it in the chain or does not.
+
+An entry is on the disk before what it tells of leaves. A crash may leave a line without an end; nothing of that left,
+and the next entry replaces it and says so.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from common.errors import LedgerError
+
+Entry = dict[str, Any]
+FIRST = "0" * 64  # what the first line follows
+_END = re.compile(rb'\A(\{.*),"hash":"([0-9a-f]{64})"\}\n\Z', re.DOTALL)
+_LOCK_SECONDS = 10.0  # another process holds the ledger for milliseconds
+
+
+class Ledger:
+    """The ledger of one site.
+
+    Args:
+        path: of the file; it is made when there is none, readable by its owner alone.
+        each: is told every entry, in order, those of earlier processes too.
+
+    Attributes:
+        lines: how many there are.
+        head: hash of the last.
+    """
+
+    def __init__(self, path: Path, each: Callable[[Entry], None] = lambda entry: None) -> None:
+        self.path, self.lines, self.head = path, 0, FIRST
+        self._each = each
+        self._before = FIRST  # what the last line follows
+        self._read = 0  # bytes of whole lines
+        self._file: IO[bytes] | None = None
+
+    @contextlib.contextmanager
+    def opened(self, *, write: bool = True) -> Iterator["Ledger"]:
+        """Keep other processes out, read what is new, and mend a torn end.
+
+        What was read before is not read again; a new process, and ``verify``, read everything.
+
+        Raises:
+            LedgerError: it is damaged, or cannot be read or written.
+        """
+        try:
+            with _file(self.path, write=write) as self._file:
+                torn = self._catch_up()
+                self._compare_head()
+                if torn and not write:
+                    raise LedgerError(
+                        f"{self.path}, line {self.lines + 1}: it has no end; a crash while it was written, of which "
+                        "nothing left the site, or something was appended; the site mends it when it writes next"
+                    )
+                if torn:
+                    os.truncate(self._file.fileno(), self._read)
+                    self.append({"event": "mended", "bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()})
+                yield self
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise LedgerError(f"{self.path}: the ledger cannot be {'written' if write else 'read'}: {reason}") from None
+        finally:
+            self._file = None
+
+    def append(self, facts: Mapping[str, object]) -> None:
+        """Write an entry to the disk; when that fails the ledger is as it was. Only while it is opened.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        assert self._file is not None  # noqa: S101 - see above
+        descriptor, new = self._file.fileno(), self.path.with_name(f".{self.path.name}.head.{os.getpid()}")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        entry: Entry = {"line": self.lines + 1, "time": now, **facts, "before": self.head}
+        body = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode()
+        digest = hashlib.sha256(body).hexdigest()
+        line = body[:-1] + f',"hash":"{digest}"}}\n'.encode()
+        try:
+            _write(new, f"{self.lines + 1} {digest}\n".encode())
+            try:
+                rest = line
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+                new.replace(_head_of(self.path))
+            except OSError:
+                os.truncate(descriptor, self._read)  # what a full disk took of it is no torn line
+                raise
+        finally:
+            new.unlink(missing_ok=True)
+        self._take(line, entry, digest)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _take(self, line: bytes, entry: Entry, digest: str) -> None:
+        self.lines, self._before, self.head = self.lines + 1, self.head, digest
+        self._read += len(line)
+        self._each(entry)
+
+    def _catch_up(self) -> bytes:
+        """Check and take the lines that are new; what follows the last whole one."""
+        assert self._file is not None  # noqa: S101 - the caller has opened it
+        if os.fstat(self._file.fileno()).st_size < self._read:
+            raise LedgerError(f"{self.path}: it was cut off after this process had read {self.lines} lines of it")
+        self._file.seek(self._read)
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                return line
+            self._take(line, *_checked(line, self.lines + 1, self.head, self.path))
+        return b""
+
+    def _compare_head(self) -> None:
+        """Raise a LedgerError unless the head file names the last line, or the one before it (a crash in between)."""
+        file = _head_of(self.path)
+        try:
+            told = file.read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            if self.lines > 1:
+                raise LedgerError(f"{self.path}: it has {self.lines} lines, but {file.name} is missing") from None
+            return
+        if told in (f"{self.lines} {self.head}\n", f"{self.lines - 1} {self._before}\n"):
+            return
+        count = told.partition(" ")[0]
+        if count.isdigit() and int(count) > self.lines:
+            raise LedgerError(f"{self.path}: it ends with line {self.lines}, {file.name} tells of {count}: cut off")
+        raise LedgerError(f"{self.path}, line {self.lines}: {file.name} tells of another line {count[:20]!r}")
+
+
+def verify(path: Path, head: str | None = None) -> Ledger:
+    """Read a whole ledger and check every line of it.
+
+    Args:
+        path: of the file.
+        head: the hash of a line, noted elsewhere.
+
+    Raises:
+        LedgerError: names the first line that is wrong, and what is wrong with it.
+    """
+    return read(path, lambda entry: None, head)
+
+
+def read(path: Path, each: Callable[[Entry], None], head: str | None = None) -> Ledger:
+    """As ``verify``; ``each`` is told every entry."""
+    hashes = {FIRST}
+
+    def take(entry: Entry) -> None:
+        hashes.add(entry["before"])
+        each(entry)
+
+    ledger = Ledger(path, take)
+    with ledger.opened(write=False):
+        pass
+    if head is not None and head not in hashes | {ledger.head}:
+        raise LedgerError(f"{path}: no line has the hash {head}: the ledger was made anew after that was noted")
+    return ledger
+
+
+def _checked(line: bytes, number: int, before: str, path: Path) -> tuple[Entry, str]:
+    """A line's entry and hash.
+
+    Raises:
+        LedgerError: the line is not the one that follows ``before``.
+    """
+    where, found = f"{path}, line {number}", _END.match(line)
+    if found is None:
+        raise LedgerError(f"{where}: it is no entry of a ledger")
+    body, digest = found[1] + b"}", found[2].decode()
+    if hashlib.sha256(body).hexdigest() != digest:
+        raise LedgerError(f"{where}: it was changed; its content does not have its hash")
+    try:
+        entry = dict(json.loads(body))
+    except (ValueError, TypeError):
+        raise LedgerError(f"{where}: it is no entry of a ledger") from None
+    if entry.get("line") != number:
+        raise LedgerError(f"{where}: it was written as line {entry.get('line')}; lines were removed, inserted or moved")
+    if entry.get("before") != before:
+        raise LedgerError(f"{where}: it does not follow the line before it, which was changed or exchanged")
+    return entry, digest
+
+
+@contextlib.contextmanager
+def _file(path: Path, *, write: bool) -> Iterator[IO[bytes]]:
+    """The file, locked against other processes."""
+    if not path.exists() and _head_of(path).exists():
+        raise LedgerError(f"{path}: it is gone, but {_head_of(path).name} is there; put it back, or take both away")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY, 0o600)
+    with open(descriptor, "rb", closefd=True) as file:  # noqa: PTH123 - a descriptor
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LedgerError(f"{path}: another process holds the ledger for {_LOCK_SECONDS:g} s") from None
+                time.sleep(0.02)
+        yield file
+
+
+def _write(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _head_of(path: Path) -> Path:
+    return path.with_name(path.name + ".head")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0 whole, 1 damaged or unreadable."""
+    from client.privacy.ledger_summary import summary
+
+    parser = argparse.ArgumentParser(
+        prog="python -m client.privacy.ledger", description="A site's record of all that left it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("verify", "check every line"), ("summary", "say what left this site")):
+        command = commands.add_parser(name, help=about)
+        command.add_argument("file", type=Path, metavar="FILE")
+        command.add_argument("--head", metavar="HASH", help="hash of a line that was noted elsewhere")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "summary":
+            print(summary(options.file, options.head))  # noqa: T201
+        else:
+            ledger = verify(options.file, options.head)
+            print(f"{options.file}: {ledger.lines} lines, none changed; head {ledger.head}")  # noqa: T201
+    except LedgerError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

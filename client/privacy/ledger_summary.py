@@ -1,0 +1,140 @@
+"""A ledger in words: what left this site."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from client.privacy.ledger import Entry, read
+
+_SHOWN = 12  # names of tensors, reasons
+
+
+@dataclass
+class _Run:
+    """What one run of a federation had of this site."""
+
+    strategy: str
+    begun: str
+    ended: str = ""
+    rounds: set[int] = field(default_factory=set)
+    updates: int = 0
+    bytes: int = 0
+    rows: set[int] = field(default_factory=set)
+    tensors: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+    bundles: set[str] = field(default_factory=set)
+    noised: int = 0
+
+
+class _Story:
+    """All that is told of a ledger."""
+
+    def __init__(self) -> None:
+        self.site = "unknown"
+        self.runs: dict[tuple[str, str], _Run] = {}
+        self.refused: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.mended: list[str] = []
+        self.privacy: dict[str, float] = {}
+
+    def add(self, entry: Entry) -> None:
+        """Take an entry."""
+        event = entry["event"]
+        if event == "begun":
+            self.site = entry["site"]
+        elif event == "mended":
+            self.mended.append(f"line {entry['line']}, {_minute(entry['time'])}: {entry['bytes']} bytes")
+        elif event == "sent":
+            self._sent(entry)
+        else:
+            (self.refused if event == "refused" else self.failed)[entry["reason"]] += 1
+
+    def _sent(self, entry: Entry) -> None:
+        key = (entry["federation"], entry["run"])
+        run = self.runs.setdefault(key, _Run(entry["strategy"], entry["time"]))
+        run.ended = entry["time"]
+        run.rows.add(entry["rows"])
+        run.told |= set(entry["told"])
+        run.bundles.add(entry["bundle"])
+        run.bytes += entry["out"]["bytes"]
+        run.tensors |= {name.partition("/")[0] for name in entry["out"]["tensors"]}
+        if entry["message"] == "train":
+            run.rounds.add(entry["round"])
+            run.updates += 1
+            run.noised += entry["privacy"] is not None
+            self.privacy = entry["privacy"] or self.privacy
+
+
+def summary(path: Path, head: str | None = None) -> str:
+    """What left the site, for its data-protection officer.
+
+    Raises:
+        LedgerError: the ledger is not whole.
+    """
+    story = _Story()
+    ledger = read(path, story.add, head)
+    lines = [f"What left site {story.site}, by its ledger {path}", ""]
+    lines += [f"The ledger has {ledger.lines} entries, none of them changed. Its head, to be noted elsewhere:"]
+    lines += [f"  {ledger.head}", ""]
+    for (federation, number), run in story.runs.items():
+        lines += _run(federation, number, run)
+    if not story.runs:
+        lines += ["Nothing has left this site.", ""]
+    lines += _privacy(story)
+    lines += _counted("Refused by this site's policy", story.refused)
+    lines += _counted("Answered with an error, whose text left", story.failed)
+    if story.mended:
+        lines += ["Lines without an end, left by a crash, of which nothing had left the site:"]
+        lines += [f"  {text}" for text in story.mended] + [""]
+    lines += ["Nothing but what is listed here left through FedSpan: no row, prompt, answer or generated text. Tensors"]
+    lines += ["that left without noise may still reveal something about the rows that they were trained on."]
+    return "\n".join(lines)
+
+
+def _run(federation: str, number: str, run: _Run) -> list[str]:
+    rows = " to ".join(f"{n:,}" for n in sorted({min(run.rows), max(run.rows)}))
+    rounds = f"{len(run.rounds)}" + (f" ({min(run.rounds)} to {max(run.rounds)})" if run.rounds else "")
+    return [
+        f"Federation {federation}, strategy {run.strategy}, run {number}",
+        f"  from, to         {_minute(run.begun)}, {_minute(run.ended)} UTC",
+        f"  rounds trained   {rounds}; {run.updates} updates sent, {run.noised} of them noised",
+        f"  bytes of tensors {run.bytes:,}",
+        f"  training rows    {rows} (the number leaves, the rows do not)",
+        f"  tensors          {_some(run.tensors)}",
+        f"  numbers, facts   {_some(run.told)}",
+        f"  code (bundle)    {', '.join(sorted(run.bundles))}",
+        "",
+    ]
+
+
+def _privacy(story: _Story) -> list[str]:
+    updates, noised = sum(r.updates for r in story.runs.values()), sum(r.noised for r in story.runs.values())
+    if not noised:
+        return ["Differential privacy: none; no noise was added to what left.", ""] if updates else []
+    spent = story.privacy
+    lines = [
+        f"Differential privacy: {noised} updates were clipped to {spent['clip']:g} and noised; together they spent",
+        f"  epsilon {spent['epsilon_total']:.4g} at delta {spent['delta']:g}, of at most {spent['max_epsilon']:g}.",
+    ]
+    if noised < updates:
+        lines += [f"  {updates - noised} updates left WITHOUT noise; this epsilon says nothing about them."]
+    return [*lines, ""]
+
+
+def _counted(title: str, reasons: "Counter[str]") -> list[str]:
+    if not reasons:
+        return []
+    shown = [f"  {count:4} x {reason}" for reason, count in reasons.most_common(_SHOWN)]
+    more = len(reasons) - len(shown)
+    return [f"{title}:", *shown, *([f"  and {more} other reasons"] if more else []), ""]
+
+
+def _some(names: set[str]) -> str:
+    if not names:
+        return "none"
+    shown = sorted(names)[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")

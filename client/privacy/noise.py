@@ -1,0 +1,88 @@
+"""Local differential privacy of a whole shard: clip an update, add Gaussian noise, count what it costs.
+
+The mechanism. The update x is what training made of the tensors that came in, less these, over all tensors jointly;
+what leaves is min(1, C / |x|) x + N(0, (z C)^2 I), with C = `clip` and z = `noise_multiplier`. Two shards with the same
+number of rows may give updates 2 C apart, so a round is a Gaussian mechanism of sensitivity 2 C and standard deviation
+z C, which is mu-GDP with mu = 2 / z. Rounds compose, adaptively too, to the root of the sum of their mu^2, without loss
+(Dong, Roth, Su, arXiv 1905.02383, theorem 2.7 and corollary 3.3); opacus turns that into epsilon at the given delta.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config.federation import PrivacyConfig
+from common.errors import TrainingError
+
+_CHUNK = 2**20  # numbers that are noised at a time
+_MARGIN = 1e-6  # a clipped update stays below the limit by this share, whatever rounding does
+_GRID = 2.0**-20  # of the noise's standard deviation: what leaves is rounded to multiples of that
+_MOST = 500.0  # the largest epsilon that opacus looks for
+
+
+def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
+    """The changes, clipped jointly and noised, in float32 on the CPU.
+
+    Args:
+        changes: what would leave, by name: the whole update.
+        config: the site file's section.
+
+    Raises:
+        TrainingError: the update is not finite.
+    """
+    norm = norm_of(changes.values())
+    if not math.isfinite(norm):
+        raise TrainingError("the update is not finite; lower training.learning_rate")
+    kept = min(1.0, config.clip * (1 - _MARGIN) / norm) if norm > 0 else 1.0
+    std = config.noise_multiplier * config.clip
+    return {name: _noised(change, kept, std) for name, change in changes.items()}
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """L2 norm of all tensors together, accumulated in float64."""
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))
+
+
+def cost(noise_multiplier: float) -> float:
+    """mu^2 of one update; those of several add up."""
+    return (2.0 / noise_multiplier) ** 2
+
+
+def epsilon(mu_squared: float, delta: float) -> float:
+    """Epsilon of all updates whose ``cost`` adds up to ``mu_squared``, at ``delta``; infinite above 500."""
+    from opacus.accountants.analysis import gdp  # takes seconds to import
+
+    mu = math.sqrt(mu_squared)
+    if mu == 0 or gdp.delta_eps_mu(eps=0.0, mu=mu) <= delta:
+        return 0.0
+    if gdp.delta_eps_mu(eps=_MOST, mu=mu) > delta:
+        return math.inf
+    return float(gdp.eps_from_mu(mu=mu, delta=delta))
+
+
+def _noised(change: Tensor, kept: float, std: float) -> Tensor:
+    """``kept`` times the change, with noise.
+
+    Floating-point noise has gaps that depend on what it is added to (Mironov, CCS 2012). The sum is made in float64
+    and rounded to a grid that depends on nothing, coarser than these gaps by far.
+    """
+    result = change.detach().to("cpu", torch.float32, copy=True).contiguous()
+    grid = 2.0 ** math.floor(math.log2(std)) * _GRID
+    flat = result.view(-1)
+    for part in flat.split(_CHUNK):
+        exact = part.double().mul_(kept).add_(gaussian(part.numel()), alpha=std)
+        part.copy_(exact.div_(grid).round_().mul_(grid))
+    return result
+
+
+def gaussian(count: int) -> Tensor:
+    """Standard Gaussians in float64, of the operating system's cryptographic random numbers (Box and Muller, 1958)."""
+    pairs = (count + 1) // 2
+    bits = np.frombuffer(os.urandom(16 * pairs), dtype="<u8") >> np.uint64(11)
+    uniform = torch.from_numpy((bits.astype(np.float64) + 1.0) * 2.0**-53)  # in (0, 1]
+    radius, angle = uniform[:pairs].log_().mul_(-2.0).sqrt_(), uniform[pairs:].mul_(2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]

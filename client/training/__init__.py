@@ -1,0 +1,1 @@
+"""A site's training loop and its optimizers."""

@@ -1,0 +1,371 @@
+"""GaLore (arXiv 2403.03507): Adam or SGD in a low-rank subspace of the gradient.
+
+For a gradient G (m, n) every ``update_proj_gap`` steps a basis P is taken from G: for m >= n of its right singular
+vectors, P (r, n) and R = G P^T (m, r); else of its left ones, P (m, r) and R = P^T G (r, n). The inner optimizer runs
+in R's shape, its step is projected back.
+
+Differences from galore-torch: the basis comes from a randomized range finder that is warm-started with the last basis
+(a federation refreshes in every round, so a full SVD per refresh would be most of the work), or is given from outside,
+the same at all sites (``common.linalg.subspace``); the change of a weight within a round is kept in its exact factors,
+W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank and a bfloat16 weight loses no small step; a gradient
+can be projected and freed during backward, as soon as it is there; clipping is by the norm of the projected gradients,
+which is what the inner optimizer sees and does not depend on when gradients are freed; the state holds only tensors
+and numbers, so it loads with ``weights_only=True``.
+
+Tensors that have no low rank to use, such as a classifier's new head, take part unprojected: the inner optimizer sees
+their gradients, and its step is not scaled.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from client.training.moments import Moments, moment_store
+from client.training.range_finder import range_finder
+from common.errors import TrainingError
+from common.linalg.subspace import generator_for, projects_right
+from common.model.second_moments import gathered, name_of, spread
+from common.protocol.factors import Factors
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments to begin with (see ``common.model.second_moments``).
+
+    Attributes:
+        tensors: by name, (longer side,) of a weight, corrected for the bias; all zero: none yet.
+        steps: that count as done before.
+    """
+
+    tensors: Mapping[str, Tensor]
+    steps: int
+
+
+class GaLore(torch.optim.Optimizer):
+    """GaLore over named weight matrices.
+
+    Args:
+        params: the weights by name, each 2-D but for unprojected ones; the names seed the range finder and appear in
+            errors.
+        lr: learning rate.
+        rank: r, at most the smaller side of every weight.
+        update_proj_gap: steps between two refreshes of the basis.
+        scale: factor of the projected-back step (the paper's alpha).
+        inner: "adamw", or "sgd" (plain, without momentum).
+        betas: of Adam.
+        eps: of Adam.
+        weight_decay: decoupled, applied after the step.
+        max_grad_norm: limit of the L2 norm of all projected gradients together; None for none.
+        moments: how Adam's moments are kept.
+        basis: gives a weight's basis by name and shape, once; None: bases come from the gradients.
+        unprojected: names of those that are trained without projection.
+        second_moments: of Adam to begin with, of every projected weight; needs ``basis`` and float32 moments.
+        refresh_batches: how many batches the caller averages before ``refresh``; 1: a basis comes from the gradient of
+            the step that it is first used in.
+        seed: of the range finder.
+
+    Attributes:
+        last_backward: False while more backward passes of the same step follow, set by the caller.
+
+    Raises:
+        TrainingError: no weight would be projected, a weight is not 2-D, or the rank is above a weight's smaller side.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        rank: int,
+        update_proj_gap: int,
+        scale: float,
+        inner: Literal["adamw", "sgd"] = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        moments: Moments = "float32",
+        basis: Callable[[str, torch.Size], Tensor] | None = None,
+        unprojected: Collection[str] = (),
+        second_moments: SecondMoments | None = None,
+        refresh_batches: int = 1,
+        seed: int = 0,
+    ) -> None:
+        projected = {name: parameter for name, parameter in params.items() if name not in unprojected}
+        if not projected:
+            raise TrainingError("GaLore has no weight to project; `modules` and `blocks` must select at least one")
+        for name, parameter in projected.items():
+            if parameter.ndim != 2:
+                raise TrainingError(f"{name}: GaLore projects matrices, this has shape {tuple(parameter.shape)}")
+            if not 1 <= rank <= min(parameter.shape):
+                shape = tuple(parameter.shape)
+                raise TrainingError(f"{name}: GaLore rank {rank}; allowed for shape {shape}: 1 to {min(shape)}")
+        self._names = {parameter: name for name, parameter in params.items()}
+        self._projected = set(projected.values())
+        self._seed = seed
+        self._basis, self._moments, self._max_norm = basis, moment_store(moments), max_grad_norm
+        self._second_moments = second_moments
+        self.refresh_batches = refresh_batches if basis is None else 1
+        self.last_backward = True
+        defaults = {
+            "lr": lr,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "inner": inner,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(list(params.values()), defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimizer step, with the gradients that are there and those projected since the last step.
+
+        Raises:
+            TrainingError: a gradient is not finite; no weight is changed by it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for parameter in self._names:
+            self._absorb(parameter)
+        lows = [state["low"] for state in self.state.values() if "low" in state]
+        if lows:
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(low) for low in lows]))
+            if not torch.isfinite(norm):
+                raise TrainingError(f"{self._not_finite()}: its gradient is not finite; lower training.learning_rate")
+            if self._max_norm is not None:
+                torch._foreach_mul_(lows, float((self._max_norm / (norm + 1e-6)).clamp(max=1.0)))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if "low" in self.state[parameter]:
+                    self._update(parameter, group)
+        return loss
+
+    @contextmanager
+    def projecting(self) -> Iterator[None]:
+        """Within, every gradient is projected and freed during backward, as soon as it is complete.
+
+        Only in the step of a refresh, and when that has several backward passes, are gradients kept to its end.
+        """
+        handles = [p.register_post_accumulate_grad_hook(self._absorb) for p in self._names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def refresh_due(self) -> bool:
+        """Whether the next step takes new bases."""
+        return any(self._due(parameter) for parameter in self._projected)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take new bases from the gradients that are there; all gradients are freed.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+        """
+        for parameter in self._names:
+            if parameter.grad is not None and parameter in self._projected:
+                self._take_basis(parameter, self._state_of(parameter), parameter.grad.to(torch.float32))
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _absorb(self, parameter: nn.Parameter) -> None:
+        """Project a gradient and free it."""
+        if parameter.grad is None:
+            return
+        due = self._due(parameter)
+        if due and not self.last_backward:
+            return
+        state = self._state_of(parameter)
+        low = gradient = parameter.grad.to(torch.float32)
+        if due:
+            self._take_basis(parameter, state, gradient)
+        if parameter in self._projected:
+            basis = state["bases"][-1]
+            low = gradient @ basis.T if projects_right(gradient.shape) else basis.T @ gradient  # (m, r) or (r, n)
+        state["low"] = state["low"].add_(low) if "low" in state else low
+        parameter.grad = None
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            if parameter.dtype != torch.float32:
+                state["start"] = parameter.detach().clone()
+            state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
+            if parameter not in self._projected:
+                state["updates"].append(torch.zeros_like(parameter, dtype=torch.float32))
+            elif self._second_moments is not None:
+                self._begin_with(self._second_moments, parameter, state)
+        return state
+
+    def _begin_with(self, known: SecondMoments, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        """Have Adam go on from second moments that are known."""
+        moment = known.tensors[name_of(self._names[parameter])].to(parameter.device)
+        if moment.any():
+            square = spread(moment, parameter.shape, self.defaults["rank"])
+            square.mul_(1 - self.defaults["betas"][1] ** known.steps)
+            self._moments.save(state, torch.zeros_like(square), square)
+            state["before"] = known.steps
+
+    def _due(self, parameter: nn.Parameter) -> bool:
+        if parameter not in self._projected:
+            return False
+        state = self.state[parameter]
+        if not state or not state["bases"]:
+            return True
+        gap = self.defaults["update_proj_gap"]
+        return self._basis is None and state["step"] % gap == 0 and state["refreshed"] != state["step"]
+
+    def _not_finite(self) -> str:
+        """Name of a weight whose projected gradient is not finite."""
+        return next(n for p, n in self._names.items() if not torch.isfinite(self.state[p]["low"]).all())
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state, projected = self.state[parameter], parameter in self._projected
+        state["step"] += 1
+        change = self._inner_step(state, state.pop("low"), group, group["scale"] if projected else 1.0)
+        state["updates"][-1].add_(change)
+        kept = 1.0 - group["lr"] * group["weight_decay"]
+        if kept != 1.0:
+            state["decay"] *= kept
+            for update in state["updates"]:
+                update.mul_(kept)
+        if "start" in state:  # a low-precision weight: materialised from its float32 factors, so no small step is lost
+            name, start = self._names[parameter], state["start"]
+            parameter.copy_(self.factors(name).apply(start) if projected else self.whole(name, start))
+        else:
+            if not projected:
+                parameter.add_(change)
+            elif projects_right(parameter.shape):
+                parameter.addmm_(change, state["bases"][-1])
+            else:
+                parameter.addmm_(state["bases"][-1], change)
+            if kept != 1.0:
+                parameter.mul_(kept)
+
+    def _inner_step(self, state: dict[str, Any], low: Tensor, group: dict[str, Any], scale: float) -> Tensor:
+        """The change in the subspace: (m, r) or (r, n), float32, sign and learning rate included."""
+        if group["inner"] == "sgd":
+            return low.mul_(-group["lr"] * scale)
+        beta1, beta2 = group["betas"]
+        mean, square = self._moments.load(state, low)
+        mean.lerp_(low, 1 - beta1)
+        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        self._moments.save(state, mean, square)
+        correction = (1 - beta2 ** self._steps(state)) ** 0.5 / (1 - beta1 ** state["step"])
+        normalised: Tensor = mean / square.sqrt().add_(group["eps"])
+        return normalised.mul_(-group["lr"] * correction * scale)
+
+    def _steps(self, state: dict[str, Any]) -> int:
+        """That the second moment is of."""
+        return int(state["step"]) + int(state.get("before", 0))
+
+    def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
+        """Take a new basis, from ``gradient`` or the shared one, and open a new term of the factors."""
+        name, rank = self._names[parameter], self.defaults["rank"]
+        right = projects_right(gradient.shape)
+        if self._basis is not None:
+            basis = self._basis(name, gradient.shape).to(gradient.device)
+        else:
+            if not torch.isfinite(gradient).all():
+                raise TrainingError(f"{name}: its gradient is not finite; lower training.learning_rate")
+            tall = gradient if right else gradient.T  # (rows, short side)
+            last = state["bases"][-1] if state["bases"] else None
+            warm = None if last is None else (last.T if right else last)
+            generator = generator_for(self._seed, name, state["step"])
+            vectors = range_finder(tall, rank, warm, generator)  # (short side, r)
+            basis = vectors.T.contiguous() if right else vectors
+        rows, columns = gradient.shape
+        shape = (rows, rank) if right else (rank, columns)
+        update = torch.zeros(shape, dtype=torch.float32, device=gradient.device)
+        state["bases"].append(basis)  # after all that may run out of memory: a term is opened whole or not at all
+        state["updates"].append(update)
+        state["refreshed"] = state["step"]
+
+    def factors(self, name: str) -> Factors:
+        """The exact change of a projected weight since the optimizer was built or ``start_round`` was called.
+
+        Raises:
+            KeyError: no weight of this name.
+        """
+        parameter, state = self._of(name)
+        pairs = list(zip(state["updates"], state["bases"], strict=True)) if state else []
+        right, (rows, columns), rank = projects_right(parameter.shape), parameter.shape, self.defaults["rank"]
+        if self._basis is not None and not pairs:  # it got no gradient; what travels is R, which is zero
+            pairs = [(torch.zeros((rows, rank) if right else (rank, columns)), self._basis(name, parameter.shape))]
+        terms = [(update, basis) if right else (basis, update) for update, basis in pairs]
+        return Factors(state["decay"] if state else 1.0, terms, common=self._basis is not None)
+
+    def whole(self, name: str, start: Tensor) -> Tensor:
+        """What an unprojected tensor has become since then if it was ``start``, in float32 beside it.
+
+        Raises:
+            KeyError: no tensor of this name.
+        """
+        _, state = self._of(name)
+        if not state:
+            return start.to(torch.float32)
+        update: Tensor = state["updates"][0]
+        weight: Tensor = start.to(torch.float32) * state["decay"]
+        return weight.add_(update.to(start.device))
+
+    def second_moment(self, name: str) -> Tensor:
+        """Adam's second moment of a projected weight as it travels: (longer side,), corrected for the bias, on the CPU.
+
+        Raises:
+            KeyError: no weight of this name.
+        """
+        assert self._second_moments is not None  # noqa: S101 - nobody asks without
+        parameter, state = self._of(name)
+        if not state or not state["step"]:  # it got no gradient
+            return self._second_moments.tensors[name_of(name)]
+        moment = gathered(state["exp_avg_sq"], parameter.shape)
+        return moment.div_(1 - self.defaults["betas"][1] ** self._steps(state)).cpu()
+
+    def _of(self, name: str) -> tuple[nn.Parameter, dict[str, Any]]:
+        parameter = {n: p for p, n in self._names.items()}[name]
+        return parameter, self.state[parameter]
+
+    def start_round(self) -> None:
+        """Take the weights as they are now as W_0; moments and the current basis live on, the step count too."""
+        for parameter, state in self.state.items():
+            if state:
+                state["bases"], state["updates"] = state["bases"][-1:], [torch.zeros_like(state["updates"][-1])]
+                state["decay"] = 1.0
+                if "start" in state:
+                    state["start"] = parameter.detach().clone()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, also those that are projected already."""
+        super().zero_grad(set_to_none)
+        for state in self.state.values():
+            state.pop("low", None)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but float32 state stays float32 beside a bfloat16 weight."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            saved = state_dict["state"].get(index)
+            if saved is not None:
+                self.state[parameter] = {key: _to(value, parameter.device) for key, value in saved.items()}
+
+
+def _to(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors, lists of tensors and numbers
+    if isinstance(value, Tensor):
+        return value.clone().to(device)
+    return [_to(item, device) for item in value] if isinstance(value, list) else value

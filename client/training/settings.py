@@ -1,0 +1,90 @@
+"""What site file and federation file settle together: the base model, the rank, the optimizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from client.training.galore import GaLore, SecondMoments
+from common.config.federation import (
+    FedFTGConfig,
+    FlexLoRAConfig,
+    FLoRAConfig,
+    ModelConfig,
+    SiteConfig,
+    StrategyConfig,
+    TrainingConfig,
+    resolve,
+)
+from common.errors import ModelError
+from common.linalg.subspace import SharedBasis
+from common.model.families import in_head
+
+
+def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple[str, str | None]:
+    """Folder, or hub id and revision, of the base model: the site's own copy, else as the federation file says."""
+    if site.model is not None:
+        return str(resolve(site.model, site_file)), None
+    if model.path is not None:
+        return model.path, None
+    return str(model.hub), model.revision
+
+
+def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:
+    """The rank that a site trains with.
+
+    Raises:
+        ModelError: the site caps the rank, and the strategy needs equal ones.
+    """
+    wanted, cap = strategy.rank, site.max_rank
+    if cap is None or cap >= wanted or isinstance(strategy, FedFTGConfig):
+        return wanted
+    if not isinstance(strategy, FlexLoRAConfig | FLoRAConfig):
+        raise ModelError(
+            f"max_rank {cap} is below the federation's rank {wanted}, and {strategy.name} needs equal ranks; only "
+            "flexlora and flora allow mixed ones"
+        )
+    return cap
+
+
+def make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter],
+    training: TrainingConfig,
+    strategy: StrategyConfig,
+    server_round: int,
+    basis: SharedBasis | None,
+    moments: SecondMoments | None,
+) -> torch.optim.Optimizer:
+    """The optimizer of a round.
+
+    Args:
+        parameters: those that the round trains, by name.
+        training: the federation's training section.
+        strategy: its strategy section.
+        server_round: from 1.
+        basis: that all sites share in the round; None: FedFTG takes bases from the gradients.
+        moments: that the round begins with under ``optimizer_state`` averaged.
+
+    Raises:
+        TrainingError: GaLore cannot train these parameters.
+    """
+    if isinstance(strategy, FedFTGConfig):
+        return GaLore(
+            parameters,
+            lr=training.learning_rate,
+            rank=strategy.rank,
+            update_proj_gap=strategy.update_proj_gap or 200,
+            scale=strategy.scale,
+            inner=training.optimizer,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            moments=strategy.moments,
+            basis=basis,
+            second_moments=moments,
+            refresh_batches=strategy.refresh_batches,
+            unprojected=[name for name in parameters if in_head(name)],
+            seed=training.seed + server_round,
+        )
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)

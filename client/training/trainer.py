@@ -1,0 +1,257 @@
+"""One round of local training: the whole loop on one page. No Flower."""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from client.training.galore import GaLore
+from common.config.federation import TrainingConfig
+from common.errors import TrainingError
+from common.system.memory import attempt, release
+
+E = TypeVar("E")
+Batch = dict[str, Tensor]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one round of local training did.
+
+    Attributes:
+        loss: mean over all steps, in nats per counted token (or row).
+        loss_first: of the first step.
+        loss_last: of the last step.
+        steps: optimizer steps.
+        tokens: input tokens that went through the model, padding not counted; of images, how many images.
+        seconds: wall-clock time of the loop.
+        learning_rate: of the last step.
+        peak_memory_bytes: of the CUDA device; 0 on a CPU.
+        micro_batch: rows per forward pass at the end; fewer than at the start when memory ran out.
+    """
+
+    loss: float
+    loss_first: float
+    loss_last: float
+    steps: int
+    tokens: int
+    seconds: float
+    learning_rate: float
+    peak_memory_bytes: int
+    micro_batch: int
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[E],
+    collate: Callable[[list[E]], Batch],
+    loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
+    config: TrainingConfig,
+    *,
+    server_round: int,
+    rounds: int,
+    max_batch_size: int | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    seed: str,
+) -> TrainResult:
+    """Train for one round.
+
+    When memory runs out, a step is made anew with half as many rows per forward pass, which stay for the round. The
+    step's rows and its result are the same.
+
+    Args:
+        model: already on ``device``; only parameters with ``requires_grad`` are in ``optimizer``.
+        optimizer: built for this round's trained parameters.
+        examples: the site's encoded training rows.
+        collate: makes a padded batch of examples.
+        loss_sum: gives a batch's summed loss and the number of tokens (rows) it counts.
+        config: the federation's training section.
+        server_round: Flower's round, from 1; with ``rounds`` it places this round in the schedule.
+        rounds: rounds of the whole run.
+        max_batch_size: the site's cap on rows per forward pass.
+        device: where the model is.
+        autocast: arithmetic of forward and backward; None for the weights' own.
+        seed: of the order of rows.
+
+    Raises:
+        TrainingError: the loss is not finite, memory runs out with one row per forward pass, or gradients are to be
+            scaled whose weights are float16.
+    """
+    rows_per_step = config.batch_size * config.gradient_accumulation
+    micro = min(config.batch_size, max_batch_size or config.batch_size)
+    steps = steps_per_round(config, len(examples))
+    order = _shuffled(len(examples), rows_per_step, seed, carry_over=config.local_steps is not None)
+    peak = _base_rates(optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    galore = optimizer if isinstance(optimizer, GaLore) else None
+    if scaler.is_enabled() and any(p.dtype == torch.float16 for p in parameters):
+        raise TrainingError(
+            "`precision` float16 scales gradients, which float16 weights do not allow; allowed with `model.dtype` "
+            "float16: `precision` float32 or bfloat16; with `precision` float16: `model.dtype` float32"
+        )
+    passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer)
+    for_bases = _shuffled(len(examples), rows_per_step, f"{seed}/bases", carry_over=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model.train()
+    losses: list[float] = []
+    started = time.monotonic()
+    for step in range(steps):
+        factor = schedule_factor(config, (server_round - 1 + step / steps) / rounds)
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = rate * factor
+        place = f"round {server_round}, step {step + 1}"
+        optimizer.zero_grad(set_to_none=True)
+        if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
+            batches = [[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)]
+            _refresh(galore, passes, batches, place)
+        rows = [examples[i] for i in next(order)]
+        # A scaler must see the gradients before they are projected.
+        with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
+            loss = passes.backward([rows], place)
+        scaler.unscale_(optimizer)
+        if config.max_grad_norm is not None and galore is None:  # GaLore clips what it has projected
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss)
+    optimizer.zero_grad(set_to_none=True)
+    model.train(False)
+    return TrainResult(
+        loss=sum(losses) / len(losses),
+        loss_first=losses[0],
+        loss_last=losses[-1],
+        steps=steps,
+        tokens=passes.tokens,
+        seconds=time.monotonic() - started,
+        learning_rate=float(optimizer.param_groups[0]["lr"]),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        micro_batch=passes.micro,
+    )
+
+
+class _Passes(Generic[E]):
+    """Forward and backward passes over rows, in micro-batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collate: Callable[[list[E]], Batch],
+        loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        micro: int,
+        max_length: int,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.tokens, self.micro, self.scaler = 0, micro, scaler
+        self._model, self._collate, self._loss_sum = model, collate, loss_sum
+        self._device, self._autocast, self._max_length, self._optimizer = device, autocast, max_length, optimizer
+
+    def backward(self, batches: list[list[E]], place: str) -> float:
+        """Make the gradient of the sum of each batch's mean loss, where no gradient is yet; that sum.
+
+        Raises:
+            TrainingError: the loss is not finite, or a single row does not fit into memory; names the place.
+        """
+        while (done := attempt(lambda: self._backward(batches, place))) is None:
+            most = min(self.micro, max(len(rows) for rows in batches))
+            if most == 1:
+                raise TrainingError(
+                    f"out of memory in {place}: one row of up to {self._max_length} tokens does not fit on "
+                    f"{self._device}; lower training.max_length or strategy.rank, set training.gradient_checkpointing, "
+                    "or take a larger device"
+                )
+            self.micro = most // 2
+            log.warning("out of memory in %s; from now on %d row(s) per forward pass", place, self.micro)
+            # A basis that GaLore took meanwhile stays: it came from the whole gradient, which will be the same.
+            self._optimizer.zero_grad(set_to_none=True)
+            release()
+        loss, tokens = done
+        self.tokens += tokens
+        return loss
+
+    def _backward(self, batches: list[list[E]], place: str) -> tuple[float, int]:
+        """One attempt: the loss, and how many input tokens went through the model."""
+        loss, tokens = 0.0, 0
+        for rows in batches:
+            parts = [self._collate(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
+            counted = max(sum(int((part["labels"] != -100).sum()) for part in parts), 1)
+            for number, part in enumerate(parts, start=1):
+                if isinstance(self._optimizer, GaLore):
+                    self._optimizer.last_backward = number == len(parts)
+                on_device = {key: value.to(self._device) for key, value in part.items()}
+                with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                    summed, _ = self._loss_sum(self._model, on_device)
+                loss += float(summed.detach()) / counted
+                if not math.isfinite(loss):
+                    raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
+                self.scaler.scale(summed / counted).backward()
+                tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
+        return loss, tokens
+
+
+def _refresh(galore: GaLore, passes: _Passes[E], batches: list[list[E]], place: str) -> None:
+    """Take new bases from these batches; where scaled gradients overflow, as a step would be skipped, at a lower scale.
+
+    Raises:
+        TrainingError: see ``_Passes.backward`` and ``GaLore.refresh``.
+    """
+    while True:
+        passes.backward(batches, place)
+        if not passes.scaler.is_enabled():
+            break
+        scale = passes.scaler.get_scale()
+        passes.scaler.unscale_(galore)
+        passes.scaler.update()
+        if passes.scaler.get_scale() >= scale or scale < 1.0:
+            break
+        galore.zero_grad()
+    galore.refresh()
+
+
+def steps_per_round(config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps of a round on so many training rows."""
+    each = config.batch_size * config.gradient_accumulation
+    return config.local_steps or math.ceil(rows / each) * (config.local_epochs or 1)
+
+
+def schedule_factor(config: TrainingConfig, progress: float) -> float:
+    """Share of the peak learning rate at ``progress`` in [0, 1) of the whole run, all rounds together."""
+    if progress < config.warmup:
+        return max(progress / config.warmup, 1e-3)  # the first step of a warm-up still moves
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    return {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[config.schedule]
+
+
+def _base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Each group's peak rate, as it was when the optimizer was built."""
+    return [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def _shuffled(rows: int, size: int, seed: str, *, carry_over: bool) -> Iterator[list[int]]:
+    """Row numbers of one optimizer step after another, each pass in a new order.
+
+    With ``carry_over`` every step has exactly ``size`` rows and passes run into each other; without, a pass ends with
+    what is left of it.
+    """
+    generator = random.Random(seed)  # noqa: S311 - an order, not a secret
+    queue: list[int] = []
+    while True:
+        if not queue or (carry_over and len(queue) < size):
+            queue += generator.sample(range(rows), rows)
+            continue
+        yield queue[:size]
+        queue = queue[size:]

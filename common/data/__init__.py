@@ -1,0 +1,1 @@
+"""Rows, tasks and the scores of a model on them."""

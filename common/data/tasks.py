@@ -1,0 +1,285 @@
+"""What is learned: how a row becomes an example, what the loss is, what is measured. One class per task."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.config.federation import (
+    ClassificationTask,
+    DataConfig,
+    Dtype,
+    EvaluationConfig,
+    ImageClassificationTask,
+    SequenceClassificationTask,
+    TaskConfig,
+    resolve,
+)
+from common.data import chat
+from common.data.evaluation import evaluate_model, in_fixed_order
+from common.data.images import load_images, read_image
+from common.data.rows import Row, load_rows
+from common.errors import DataError
+from common.metrics import classified
+from common.model.base_model import Base, load_base
+from common.system.memory import halving
+
+Batch = dict[str, Tensor]
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a model is evaluated: device, and the arithmetic there (None: the weights' own)."""
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+
+
+class Task(ABC, Generic[E]):
+    """A task; ``E`` is its example type."""
+
+    #: PEFT's name of the task; None where it has none.
+    peft_type: ClassVar[str | None]
+
+    @abstractmethod
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+        """The base model for this task; ``seed`` decides what the base model does not hold (a new head)."""
+
+    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        """All usable rows of a shard, and how many were left out.
+
+        Raises:
+            DataError: see ``load_rows``.
+        """
+        if config.skip_unreadable:
+            raise DataError("data.skip_unreadable is true; it is for images, and the federation's task has none")
+        return load_rows(config, beside), 0
+
+    @abstractmethod
+    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[E]:  # noqa: ANN401
+        """Rows as examples of at most ``max_length`` tokens.
+
+        Raises:
+            DataError: a row's answer is not one the task knows.
+        """
+
+    @abstractmethod
+    def collater(self, tokenizer: Any) -> Callable[[list[E]], Batch]:  # noqa: ANN401
+        """What makes a batch of examples: what the model takes, and labels (-100: not counted)."""
+
+    @abstractmethod
+    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Summed loss of a batch, and of how many labels."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,  # noqa: ANN401
+        rows: list[Row],
+        config: EvaluationConfig,
+        system: str | None,
+        max_length: int,
+        place: Place,
+    ) -> dict[str, float]:
+        """Metrics of a model on held-out rows."""
+
+
+class CausalLM(Task[chat.Example]):
+    """Prompt in, answer out; the loss counts the answer's tokens."""
+
+    peft_type = "CAUSAL_LM"
+
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+        """See ``Task.load``."""
+        del seed  # a causal language model is complete
+        return load_base(source, revision, dtype)
+
+    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[chat.Example]:  # noqa: ANN401
+        """See ``Task.examples``."""
+        return [chat.encode(tokenizer, row, system, max_length) for row in rows]
+
+    def collater(self, tokenizer: Any) -> Callable[[list[chat.Example]], Batch]:  # noqa: ANN401
+        """See ``Task.collater``."""
+        padding = chat.pad_id(tokenizer)
+        return lambda examples: chat.collate(examples, padding)
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """See ``Task.loss_sum``."""
+        return chat.causal_loss_sum(model, batch)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,  # noqa: ANN401
+        rows: list[Row],
+        config: EvaluationConfig,
+        system: str | None,
+        max_length: int,
+        place: Place,
+    ) -> dict[str, float]:
+        """See ``Task.evaluate``: loss, perplexity, and scores of generated answers."""
+        return evaluate_model(
+            model,
+            tokenizer,
+            rows,
+            config,
+            system=system,
+            max_length=max_length,
+            device=place.device,
+            autocast_dtype=place.autocast,
+        )
+
+
+class Classification(Task[E]):
+    """One of a fixed set of labels out (the row's answer)."""
+
+    def __init__(self, config: ClassificationTask) -> None:
+        self._labels = {label: number for number, label in enumerate(config.labels)}
+
+    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        """See ``Task.rows``; every row has a label that the task knows."""
+        rows, left_out = self._unlabelled(config, beside)
+        try:
+            self._numbers(rows)
+        except DataError as error:
+            raise DataError(f"shard {resolve(config.path, beside)}: {error}") from None
+        return rows, left_out
+
+    def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        return super().rows(config, beside)
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """See ``Task.loss_sum``."""
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(logits)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,  # noqa: ANN401
+        rows: list[Row],
+        config: EvaluationConfig,
+        system: str | None,
+        max_length: int,
+        place: Place,
+    ) -> dict[str, float]:
+        """See ``Task.evaluate``: loss, perplexity (of the label), and what ``common.metrics.classified`` gives."""
+        model.train(False)
+        examples = self.examples(tokenizer, in_fixed_order(rows)[: config.max_examples], system, max_length)
+        collate = self.collater(tokenizer)
+        total, predicted, labels = 0.0, list[int](), list[int]()
+
+        def measure(some: list[E]) -> tuple[float, list[int], list[int]]:
+            batch = {key: value.to(place.device) for key, value in collate(some).items()}
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
+                logits = model(**inputs).logits.float()
+            loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            return loss, logits.argmax(-1).tolist(), batch["labels"].tolist()
+
+        for loss, chosen, right in halving(examples, config.batch_size, measure):
+            total, predicted, labels = total + loss, predicted + chosen, labels + right
+        loss = total / len(examples)
+        scores = classified(predicted, labels, len(self._labels))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "examples": float(len(examples)), **scores}
+
+    def _numbers(self, rows: list[Row]) -> list[int]:
+        """The rows' labels as numbers."""
+        unknown = [number for number, row in enumerate(rows, start=1) if row.answer not in self._labels]
+        if unknown:
+            some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            raise DataError(
+                f"{len(unknown)} of {len(rows)} rows (numbers {some}) have a label that is not in task.labels: "
+                f"{list(self._labels)}"
+            )
+        return [self._labels[row.answer] for row in rows]
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledText:
+    """A text as tokens, and its class."""
+
+    input_ids: list[int]
+    label: int
+
+
+class SequenceClassification(Classification[LabelledText]):
+    """A text in (the row's prompt), a label out."""
+
+    peft_type = "SEQ_CLS"
+
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+        """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
+        return load_base(source, revision, dtype, kind="sequence-classification", labels=list(self._labels), seed=seed)
+
+    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledText]:  # noqa: ANN401
+        """See ``Task.examples``."""
+        del system  # a classifier has no chat
+        labels = self._numbers(rows)
+        ids = tokenizer([row.prompt for row in rows], truncation=True, max_length=max_length)["input_ids"]
+        return [LabelledText(list(i), label) for i, label in zip(ids, labels, strict=True)]
+
+    def collater(self, tokenizer: Any) -> Callable[[list[LabelledText]], Batch]:  # noqa: ANN401
+        """See ``Task.collater``."""
+        padding = chat.pad_id(tokenizer)
+
+        def collate(examples: list[LabelledText]) -> Batch:
+            batch = chat.collate([chat.Example(e.input_ids, len(e.input_ids)) for e in examples], padding)
+            return {**batch, "labels": torch.tensor([e.label for e in examples])}
+
+        return collate
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledImage:
+    """An image's file, and its class."""
+
+    file: str
+    label: int
+
+
+class ImageClassification(Classification[LabelledImage]):
+    """An image in (the row's prompt is its file), a label out. Pixels are read anew for every batch."""
+
+    peft_type = None
+
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+        """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
+        return load_base(source, revision, dtype, kind="image-classification", labels=list(self._labels), seed=seed)
+
+    def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+        return load_images(config, beside)
+
+    def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledImage]:  # noqa: ANN401
+        """See ``Task.examples``."""
+        del tokenizer, system, max_length
+        return [LabelledImage(row.prompt, label) for row, label in zip(rows, self._numbers(rows), strict=True)]
+
+    def collater(self, tokenizer: Any) -> Callable[[list[LabelledImage]], Batch]:  # noqa: ANN401
+        """See ``Task.collater``; ``tokenizer`` is the model's image processor."""
+
+        def collate(examples: list[LabelledImage]) -> Batch:
+            pixels = tokenizer([read_image(e.file) for e in examples], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels, "labels": torch.tensor([e.label for e in examples])}
+
+        return collate
+
+
+def make_task(config: TaskConfig) -> Task[Any]:
+    """The task that a federation file names."""
+    match config:
+        case SequenceClassificationTask():
+            return SequenceClassification(config)
+        case ImageClassificationTask():
+            return ImageClassification(config)
+        case _:
+            return CausalLM()

@@ -1,0 +1,1 @@
+"""Base models: loading, families, which weights are trained."""

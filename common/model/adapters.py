@@ -1,0 +1,31 @@
+"""LoRA adapters by PEFT's names: scaling, smaller ranks and fresh factors, the same at the server and at every site."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from common.linalg.subspace import generator_for
+
+LORA_A = ".lora_A.weight"  # (rank, in)
+LORA_B = ".lora_B.weight"  # (out, rank)
+BASE_WEIGHT = ".base_layer.weight"  # (out, in), of an adapted layer
+
+
+def scaling(lora_alpha: float, rank: int, *, rslora: bool) -> float:
+    """The factor s in W + s B A: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
+    return lora_alpha / (rank**0.5 if rslora else rank)
+
+
+def fresh_a(seed: int, server_round: int, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """A (rank, in) from which a round starts: uniform in +-1/sqrt(in), as PEFT draws it; float32, on the CPU."""
+    drawn = torch.rand(*shape, generator=generator_for(seed, server_round, name))
+    return drawn.mul_(2.0).sub_(1.0).div_(shape[1] ** 0.5)
+
+
+def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The same with the first ``rank`` rows of every A and columns of every B."""
+    return {
+        name: tensor[:rank] if name.endswith(LORA_A) else tensor[:, :rank] if name.endswith(LORA_B) else tensor
+        for name, tensor in tensors.items()
+    }

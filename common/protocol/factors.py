@@ -1,0 +1,225 @@
+"""The change of a weight within a round in its exact low-rank factors, and how it travels.
+
+GaLore's change of W within a round is W - W_0 = (c - 1) W_0 + sum_j P_j R_j: the product of all decays, and one term
+for every basis that was used. What travels is (c, [P_1 P_2 ...], [R_1; R_2; ...]) where that is smaller than W; who
+receives it makes W of it and of the W_0 that both hold. In float32 nothing is approximated. Where all sites share the
+round's basis (``common.linalg.subspace``), it does not travel: only R does.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import WireError
+from common.linalg.subspace import SharedBasis, projects_right, shared_basis
+
+Precision = Literal["float32", "bfloat16", "int8"]
+Shape = tuple[int, ...]
+_DECAY, _LEFT, _RIGHT, _SCALE = "/decay", "/left", "/right", "-scale"
+_LONG = {_LEFT: 0, _RIGHT: 1}  # the dimension of a factor that is the weight's; the other counts directions
+_DECAY_BYTES = 8
+_DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change of one weight within a round: W = decay W_0 + sum_j left_j right_j.
+
+    Attributes:
+        decay: c, the product of all (1 - lr weight_decay).
+        terms: pairs (left (m, r), right (r, n)) in float32, one for every basis used.
+        common: whether the basis of the only term is the one that all sites share in this round.
+    """
+
+    decay: float
+    terms: list[tuple[Tensor, Tensor]]
+    common: bool = False
+
+    def apply(self, start: Tensor) -> Tensor:
+        """The weight (m, n), in float32, that the factors make of ``start`` (m, n)."""
+        return self._add_terms(start.to(torch.float32) * self.decay)
+
+    def square(self, start: Tensor) -> float:
+        """Squared Frobenius norm of the change, from the factors alone where there is no decay."""
+        left, right = self.stacked(tuple(start.shape))
+        square = float(((left.T @ left).double() * (right @ right.T).double()).sum())
+        shrunk = self.decay - 1.0
+        if shrunk:
+            weight = start.to(torch.float32)
+            square += 2 * shrunk * float(((weight @ right.T) * left).sum(dtype=torch.float64))
+            square += shrunk * shrunk * float(weight.square().sum(dtype=torch.float64))  # ** would raise, not overflow
+        return max(square, 0.0)
+
+    def change(self, start: Tensor) -> Tensor:
+        """The weight less ``start`` (m, n), in float32."""
+        return self._add_terms(start.to(torch.float32) * (self.decay - 1.0))
+
+    def scaled(self, shape: Shape, factor: float) -> "Factors":
+        """The change of a weight of this shape times ``factor``, which goes into those factors that are no basis."""
+        right = projects_right(shape)
+        terms = [(a * factor, b) if right else (a, b * factor) for a, b in self.terms]
+        return Factors(1.0 + factor * (self.decay - 1.0), terms, self.common)
+
+    def stacked(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """[left_1 left_2 ...] (m, R) and [right_1; right_2; ...] (R, n), on the CPU."""
+        lefts, rights = [left.cpu() for left, _ in self.terms], [right.cpu() for _, right in self.terms]
+        return torch.cat([*lefts, torch.zeros(shape[0], 0)], 1), torch.cat([*rights, torch.zeros(0, shape[1])], 0)
+
+    def _add_terms(self, weight: Tensor) -> Tensor:
+        """All terms are added up before the much larger weight is, so that it is rounded only once."""
+        products = [left.to(weight.device) @ right.to(weight.device) for left, right in self.terms]
+        for product in products[1:]:
+            products[0].add_(product)
+        return weight.add_(products[0]) if products else weight
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How factors travel in a round; sender and receiver have the same.
+
+    Attributes:
+        precision: of every factor.
+        basis: the round's shared basis; None when every sender has its own, which then travels too.
+    """
+
+    precision: Precision = "float32"
+    basis: SharedBasis | None = None
+
+    @classmethod
+    def of_round(cls, server_round: int, precision: Precision, shared: tuple[int, int] | None) -> "Exchange":
+        """The exchange of ``server_round``; ``shared`` is seed and rank of the shared bases, None for own ones."""
+        return cls(precision, None if shared is None else shared_basis(shared[0], server_round, shared[1]))
+
+
+def pack(name: str, factors: Factors, start: Tensor, exchange: Exchange) -> dict[str, Tensor]:
+    """What travels for a weight, on the CPU.
+
+    Args:
+        name: of the weight.
+        factors: its change.
+        start: W_0 (m, n), what the change is relative to.
+        exchange: how factors travel.
+
+    Returns:
+        ``name/decay`` () with ``name/left`` (m, R) and ``name/right`` (R, n), the shared one of them left out, int8
+        factors with a scale for every direction (``name/left-scale`` (1, R), ``name/right-scale`` (R, 1)); or the
+        whole weight (m, n) in float32 as ``name``, when that is not larger, or R above min(m, n).
+    """
+    sent = _stored(factors, start.shape, exchange)
+    if sent is None:
+        return {name: factors.apply(start).cpu()}
+    parts = {_DECAY: torch.tensor(factors.decay, dtype=torch.float64), **sent}
+    return {name + part: tensor for part, tensor in parts.items()}
+
+
+def unpack(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], exchange: Exchange
+) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """The other way round: what came whole, and what came in factors.
+
+    Args:
+        tensors: what arrived.
+        shapes: shape by name of every weight that may come in factors.
+        exchange: how factors travel.
+
+    Raises:
+        WireError: a factor is missing, was not to come, or does not fit its weight.
+    """
+    whole, made = dict(tensors), {}
+    for name, shape in shapes.items():
+        known = (_DECAY, *_LONG, *(part + _SCALE for part in _LONG))
+        parts = {part: whole.pop(name + part) for part in known if name + part in whole}
+        if parts and name in whole:
+            raise WireError(f"{name} came both whole and in factors")
+        if parts and len(shape) != 2:
+            raise WireError(f"{name}: shape {tuple(shape)} has no factors; send it whole")
+        if parts:
+            made[name] = _factors(name, parts, tuple(shape), exchange)
+    return whole, made
+
+
+def rounding_error(factors: Mapping[str, Factors], shapes: Mapping[str, Shape], exchange: Exchange) -> float:
+    """What ``exchange.precision`` does to the changes sum_j left_j right_j: relative error in the Frobenius norm."""
+    lost = total = 0.0
+    for name, exact in factors.items():
+        left, right = exact.stacked(shapes[name])
+        sent = _stored(exact, shapes[name], exchange)
+        product = left @ right
+        if sent is not None:
+            rounded = _loaded(sent, _LEFT, left) @ _loaded(sent, _RIGHT, right)
+            lost += float((rounded - product).square().sum(dtype=torch.float64))
+        total += float(product.square().sum(dtype=torch.float64))
+    return math.sqrt(lost / total) if total > 0 else 0.0
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' values."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Tensor] | None:
+    """The factors that travel, as they travel; None where the whole weight does."""
+    result = {}
+    if sum(left.shape[1] for left, _ in factors.terms) > min(shape):  # rounded ones may still be smaller than it
+        return None
+    for part, factor in zip(_LONG, factors.stacked(shape), strict=True):
+        if factors.common and part == _common(shape):
+            continue
+        if exchange.precision == "int8":
+            largest = factor.abs().amax(_LONG[part], keepdim=True)
+            result[part + _SCALE] = scale = torch.where(largest > 0, largest, 1.0) / 127
+            factor = (factor / scale).round()
+        result[part] = factor.to(_DTYPES[exchange.precision]).contiguous()
+    return result if num_bytes(result.values()) + _DECAY_BYTES < 4 * math.prod(shape) else None
+
+
+def _loaded(parts: Mapping[str, Tensor], part: str, common: Tensor) -> Tensor:
+    """A factor in float32; ``common`` where it did not travel."""
+    if part not in parts:
+        return common
+    factor = parts[part].to(torch.float32)
+    return factor * parts[part + _SCALE] if part + _SCALE in parts else factor
+
+
+def _common(shape: Shape) -> str:
+    """Which factor is the basis."""
+    return _RIGHT if projects_right(shape) else _LEFT
+
+
+def _factors(name: str, parts: Mapping[str, Tensor], shape: Shape, exchange: Exchange) -> Factors:
+    """Check the parts of one weight and make factors of them."""
+    travelling = [part for part in _LONG if exchange.basis is None or part != _common(shape)]
+    scales = [part + _SCALE for part in travelling] if exchange.precision == "int8" else []
+    expected = (_DECAY, *travelling, *scales)
+    for what, some in (("is missing", set(expected) - parts.keys()), ("was not to come", parts.keys() - set(expected))):
+        if some:
+            allowed = ", ".join(f"{name}{part}" for part in expected)
+            raise WireError(f"{name}: its factor '{name}{min(some)}' {what}; allowed in this federation: {allowed}")
+    any_part = parts[travelling[0]]
+    rank = exchange.basis.rank if exchange.basis is not None else any_part.shape[1] if any_part.ndim == 2 else -1
+    shapes = {_DECAY: (), _LEFT: (shape[0], rank), _RIGHT: (rank, shape[1])}
+    shapes |= {_LEFT + _SCALE: (1, rank), _RIGHT + _SCALE: (rank, 1)}
+    dtypes = {part: _DTYPES[exchange.precision] if part in _LONG else torch.float32 for part in shapes}
+    dtypes[_DECAY] = torch.float64
+    if rank > min(shape) or any(parts[part].shape != shapes[part] for part in expected):
+        came = ", ".join(str(tuple(parts[part].shape)) for part in expected)
+        form = {_LEFT: f"({shape[0]}, R)", _RIGHT: f"(R, {shape[1]})", _DECAY: "()"}
+        form |= {_LEFT + _SCALE: "(1, R)", _RIGHT + _SCALE: "(R, 1)"}
+        fits = ", ".join(form[part] for part in expected)
+        raise WireError(
+            f"{name}: factors of shape {came} do not fit a weight of shape {shape}; allowed: {fits} with R up to "
+            f"{exchange.basis.rank if exchange.basis is not None else min(shape)}"
+        )
+    for part in expected:
+        if parts[part].dtype != dtypes[part]:
+            raise WireError(f"{name}: '{name}{part}' is {parts[part].dtype}; allowed: {dtypes[part]}")
+    decay = parts[_DECAY].item()
+    if not math.isfinite(decay):
+        raise WireError(f"{name}: decay is {decay}; allowed: a finite number")
+    basis = exchange.basis(name, shape) if exchange.basis is not None else any_part
+    pair = (_loaded(parts, _LEFT, basis), _loaded(parts, _RIGHT, basis))
+    return Factors(float(decay), [pair], common=exchange.basis is not None)

@@ -1,0 +1,1 @@
+"""Processes, files, locks, logs, keys and memory of this machine."""

@@ -1,0 +1,90 @@
+"""How FedSpan's processes log: readable lines, or with FEDSPAN_LOG=json one JSON object per line.
+
+Its keys: time (UTC), level, component, message, and where they are known run, site, round, event. Of an exception the
+type and the places that it passed through are logged, never its text, which might quote a row; FEDSPAN_TRACEBACK=1
+adds the text, for the eyes of those who may see the data.
+
+``client.connect.worker`` loads this file by its path, so it imports nothing of FedSpan.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from datetime import UTC, datetime
+from types import TracebackType
+
+FORMAT, TRACEBACK = "FEDSPAN_LOG", "FEDSPAN_TRACEBACK"  # environment variables
+_KNOWN = ("run", "site", "round", "event")  # given with `extra`
+
+
+class _Lines(logging.Formatter):
+    """Readable lines."""
+
+    def formatException(  # noqa: N802 - logging's name
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        """The stack and the type of an exception and of those that led to it."""
+        error = ei[1]
+        if os.environ.get(TRACEBACK) == "1":
+            return super().formatException(ei)
+        parts = []
+        while error is not None:
+            parts.append("".join(traceback.format_tb(error.__traceback__)) + type(error).__name__)
+            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        return "\nraised after\n".join(parts) + f"\n(its text is left out; {TRACEBACK}=1 shows it)"
+
+
+class _Json(_Lines):
+    """One JSON object per line."""
+
+    def __init__(self, component: str) -> None:
+        super().__init__()
+        self._component = component
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as one line."""
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "component": self._component,
+        }
+        line |= {key: value for key in _KNOWN if (value := getattr(record, key, None)) is not None}
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def as_json() -> bool:
+    """Whether JSON is asked for.
+
+    Raises:
+        ValueError: FEDSPAN_LOG is neither "json" nor "text".
+    """
+    chosen = os.environ.get(FORMAT) or "text"
+    if chosen not in ("json", "text"):
+        raise ValueError(f"{FORMAT} is {chosen!r}; allowed: json, text")
+    return chosen == "json"
+
+
+def configure(component: str) -> None:
+    """Set up this process's log on standard error, Flower's lines included, unless it is set up already.
+
+    Raises:
+        ValueError: FEDSPAN_LOG is neither "json" nor "text".
+    """
+    formatter = _Json(component) if as_json() else _Lines("%(asctime)s %(name)s: %(message)s")
+    root = logging.getLogger()
+    if root.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    handler.setLevel(logging.INFO)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("flwr").handlers.clear()  # it would print the same once more, in a format of its own
+    sys.excepthook = lambda *error: root.critical("the process ends on an error", exc_info=error)

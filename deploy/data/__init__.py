@@ -1,0 +1,1 @@
+"""Recipes that make shards, and partitions of them."""

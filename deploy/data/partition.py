@@ -1,0 +1,318 @@
+"""Split one data set among sites: ``python -m deploy.data.partition DATA --by HOW ... --out DIR``; see ``--help``.
+
+Leaves in DIR a shard and a site file for every site, ``partition.json`` (who holds how much of what: counts, and with
+``--by column`` the column's values) and ``partition.svg``, a picture of that. The splitting is flwr-datasets'; the same
+seed gives the same shards.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.config.federation import (
+    ClassificationTask,
+    FederationConfig,
+    ImageClassificationTask,
+    SiteConfig,
+    TaskConfig,
+)
+from common.config.load import load, parse
+from common.data.rows import Cells, Template, check_columns, load_cells
+from common.errors import ConfigError, DataError, FedSpanError, LaunchError
+from deploy.data.partition_picture import draw
+
+By = Literal["iid", "dirichlet", "label", "column", "quantity"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows are split.
+
+    Attributes:
+        by: ``iid``; ``dirichlet``: every label's rows in shares drawn from Dirichlet(``alpha``); ``label``: a site has
+            ``labels_per_site`` labels, or what is left of them; ``column``: a site per value of ``column``;
+            ``quantity``: sites as large as ``sizes`` say, relative to each other.
+        sites: how many; None for ``column`` and ``quantity``, which say it themselves.
+        label: the column with labels; None: rows have none.
+    """
+
+    by: By
+    seed: int
+    sites: int | None = None
+    label: str | None = None
+    column: str | None = None
+    alpha: float | None = None
+    labels_per_site: int | None = None
+    sizes: tuple[float, ...] | None = None
+
+
+def split(rows: list[Cells], plan: Plan, source: Path) -> list[list[int]]:
+    """Row numbers, from 0 and ascending, of every site; errors name ``source``.
+
+    Raises:
+        DataError: a site would be empty, or a row would be nobody's.
+    """
+    import datasets
+    from flwr_datasets import partitioner as by
+
+    sites = plan.sites or 0
+    if sites > len(rows):
+        raise DataError(f"{sites} sites for {len(rows)} rows: some would be empty; take fewer sites")
+    partitioner: by.Partitioner
+    match plan.by:
+        case "iid":
+            partitioner = by.IidPartitioner(sites)
+        case "dirichlet":
+            partitioner = by.DirichletPartitioner(sites, "key", plan.alpha, min_partition_size=1, seed=plan.seed)
+        case "label":
+            partitioner = by.PathologicalPartitioner(sites, "key", 1, "deterministic", seed=plan.seed)
+        case "column":
+            partitioner = by.NaturalIdPartitioner("key")
+        case "quantity":
+            partitioner = by.SizePartitioner(_rows_each(plan.sizes or (), len(rows)))
+    table = datasets.Dataset.from_dict({"key": _keys(rows, plan, source), "row": list(range(len(rows)))})
+    partitioner.dataset = table if plan.by == "column" else table.shuffle(seed=plan.seed)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of attempts that left a site empty
+            found = [sorted(partitioner.load_partition(i)["row"]) for i in range(partitioner.num_partitions)]
+    except ValueError as error:
+        raise DataError(f"the {len(rows)} rows cannot be split so: {' '.join(str(error).split())[:300]}") from None
+    empty = [number for number, part in enumerate(found, start=1) if not part]
+    if empty:
+        raise DataError(f"site(s) {_listed(empty)} of {len(found)} would be empty; take fewer sites, or another split")
+    lost = len(rows) - sum(map(len, found))
+    if lost:
+        raise DataError(f"{lost} of {len(rows)} rows would be at no site; take more sites, or more labels per site")
+    return found
+
+
+def _keys(rows: list[Cells], plan: Plan, source: Path) -> list[str]:
+    """What decides, of every row, where it goes."""
+    column = plan.column if plan.by == "column" else plan.label
+    if column is None:
+        return [""] * len(rows)
+    keys = [_value(source, row, column, number) for number, row in enumerate(rows, start=1)]
+    if plan.by != "label" or plan.labels_per_site is None:
+        return keys
+    place = {label: number // plan.labels_per_site for number, label in enumerate(sorted(set(keys)))}
+    return [f"{place[key]:06}" for key in keys]  # labels that follow each other stay together
+
+
+def _rows_each(sizes: tuple[float, ...], rows: int) -> list[int]:
+    """Whole numbers in the ratio of ``sizes`` that add up to ``rows``."""
+    ends = [round(rows * sum(sizes[: i + 1]) / sum(sizes)) for i in range(len(sizes))]
+    each = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    if 0 in each:
+        raise DataError(f"site(s) {_listed([i for i, n in enumerate(each, start=1) if n == 0])} would be empty")
+    return each
+
+
+def _value(source: Path, row: Cells, column: str, number: int) -> str:
+    value = row.get(column)
+    if value is None or not str(value).strip():
+        raise DataError(f"{source}, row {number}: column {column!r} is empty")
+    return str(value).strip()
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def check_labels(labels: list[str], task: TaskConfig, federation: Path) -> None:
+    """Hold the labels of the data against those that all sites of a federation must have in common.
+
+    Raises:
+        ConfigError: the federation is no classification.
+        DataError: a label is not listed.
+    """
+    if not isinstance(task, ClassificationTask):
+        raise ConfigError(f"{federation}: `task` is {task.type}, which has no labels")
+    unknown = sorted(set(labels) - set(task.labels))
+    if unknown:
+        some = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(f"label(s) {some} of the data are not in `task.labels` of {federation}: {task.labels}")
+
+
+def _from_anywhere(template: str, prompts: list[str], folder: Path, task: TaskConfig | None) -> str:
+    """The prompt's template, with ``folder`` before it where ``prompts`` are paths of images relative to that.
+
+    They are when the task has images; without a task, when every one names a file.
+    """
+    if task is None:
+        images = all(os.path.isfile(folder / prompt) for prompt in prompts)  # noqa: PTH113 - Path's raises for long texts
+    else:
+        images = isinstance(task, ImageClassificationTask)
+    if not images or any(Path(prompt).is_absolute() for prompt in prompts):
+        return template
+    absolute = f"{folder}/".replace("{", "{{").replace("}", "}}") + (template if "{" in template else f"{{{template}}}")
+    Template(absolute, "--prompt")  # a column's name may be one that cannot stand in braces
+    return absolute
+
+
+def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, site: dict[str, Any], out: Path) -> None:
+    """Write shards, site files, ``partition.json`` and the picture; all of it or nothing.
+
+    Args:
+        rows: of the whole data set.
+        parts: row numbers of every site.
+        plan: what made them.
+        source: the data set, for the record.
+        site: ``data`` section of every site file, without ``path``.
+        out: a folder that does not exist yet.
+
+    Raises:
+        LaunchError: ``out`` exists or cannot be written.
+    """
+    if out.exists():
+        raise LaunchError(f"{out} exists already; name another folder with --out")
+    names = [f"site-{number}" for number in range(1, len(parts) + 1)]
+    counts = [
+        dict(sorted(Counter(_value(source, rows[i], plan.label, i + 1) for i in part).items())) if plan.label else {}
+        for part in parts
+    ]
+    told: list[dict[str, object]] = [
+        {"name": n, "rows": len(p), "labels": c} for n, p, c in zip(names, parts, counts, strict=True)
+    ]
+    if plan.by == "column" and plan.column:
+        for site_, part in zip(told, parts, strict=True):
+            site_["value"] = _value(source, rows[part[0]], plan.column, part[0] + 1)
+    settings = {key: value for key, value in asdict(plan).items() if value is not None}
+    record = {"source": source.name, "rows": len(rows), "rows_sha256": _digest(rows), "plan": settings, "sites": told}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as building:
+            folder = Path(building) / "made"
+            folder.mkdir()
+            for name, part in zip(names, parts, strict=True):
+                (folder / f"{name}.jsonl").write_text("".join(_line(rows[i]) for i in part), encoding="utf-8")
+                file = {"name": name, "data": {"path": f"{name}.jsonl", **site}}
+                parse(file, SiteConfig, f"{name}.yaml")
+                (folder / f"{name}.yaml").write_text(yaml.safe_dump(file, sort_keys=False), encoding="utf-8")
+            (folder / "partition.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            draw(folder / "partition.svg", names, [len(part) for part in parts], counts)
+            folder.rename(out)
+    except OSError as error:
+        raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+def _line(row: Cells) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def _digest(rows: list[Cells]) -> str:
+    return hashlib.sha256("".join(map(_line, rows)).encode()).hexdigest()
+
+
+_NEEDS: dict[By, tuple[str, ...]] = {
+    "iid": ("sites",),
+    "dirichlet": ("sites", "label", "alpha"),
+    "label": ("sites", "label", "labels_per_site"),
+    "column": ("column",),
+    "quantity": ("sizes",),
+}
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.data.partition", description="Split a data set among sites."
+    )
+    parser.add_argument("data", type=Path, help="JSONL, CSV, Parquet, a folder saved by `datasets`, or of images")
+    parser.add_argument("--by", choices=list(_NEEDS), required=True, help="how rows are split")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for shards, site files and the picture")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--sites", type=int, help="how many (iid, dirichlet, label)")
+    parser.add_argument("--label", help="the labels' column; with any split, for the counts")
+    parser.add_argument(
+        "--alpha", type=float, help="dirichlet: small for unequal sites, e.g. 0.1; large for equal ones"
+    )
+    parser.add_argument("--labels-per-site", type=int, help="label: how many labels a site has")
+    parser.add_argument("--column", help="column: whose values are the sites, e.g. a hospital's number")
+    parser.add_argument("--sizes", help="quantity: the sites' sizes relative to each other, e.g. 6,3,1")
+    parser.add_argument("--prompt", help="for the site files: column or template; of images: image")
+    parser.add_argument("--answer", help="for the site files: column or template; of images: label")
+    parser.add_argument("--held-out", type=float, default=0.1, help="for the site files; default: %(default)s")
+    parser.add_argument("--federation", type=Path, help="hold the labels against this federation file's task.labels")
+    return parser
+
+
+def _plan(given: argparse.Namespace) -> Plan:
+    """Raises ConfigError: an option is missing, does not belong to ``--by``, or is out of range."""
+    options = {"sites", "label", "alpha", "labels_per_site", "column", "sizes"}
+    for name in sorted(options):
+        flag, needed = f"--{name.replace('_', '-')}", name in _NEEDS[given.by]
+        if needed and getattr(given, name) is None:
+            raise ConfigError(f"--by {given.by} needs {flag}")
+        if not needed and name != "label" and getattr(given, name) is not None:
+            raise ConfigError(f"--by {given.by} takes no {flag}")
+    for name, least in (("sites", 1), ("labels_per_site", 1)):
+        if getattr(given, name) is not None and getattr(given, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(given, name)}; allowed: {least} or more")
+    if given.seed < 0:
+        raise ConfigError(f"--seed is {given.seed}; allowed: 0 or more")
+    if given.alpha is not None and not given.alpha > 0:
+        raise ConfigError(f"--alpha is {given.alpha}; allowed: above 0")
+    try:
+        sizes = None if given.sizes is None else tuple(float(size) for size in given.sizes.split(","))
+    except ValueError:
+        sizes = (0.0,)
+    if sizes is not None and not all(0 < size < float("inf") for size in sizes):
+        raise ConfigError(f"--sizes is {given.sizes!r}; allowed: positive numbers with commas between them, e.g. 6,3,1")
+    return Plan(given.by, given.seed, given.sites, given.label, given.column, given.alpha, given.labels_per_site, sizes)
+
+
+def partition(given: argparse.Namespace) -> str:
+    """What the command does; a sentence about what was made.
+
+    Raises:
+        FedSpanError: the arguments, the data or the folder do not allow it.
+    """
+    plan = _plan(given)
+    source = given.data.resolve()
+    columns, rows = load_cells(source)
+    header = source.suffix.lower() != ".csv"
+    images = columns == ["image", "label"]
+    prompt, answer = given.prompt or (images and "image"), given.answer or (images and "label")
+    if not prompt or not answer:
+        there = f"; columns: {', '.join(columns)}" if header else ""
+        raise ConfigError(f"--prompt and --answer are needed for the site files{there}")
+    templates = {"--prompt": Template(prompt, "--prompt"), "--answer": Template(answer, "--answer")}
+    wanted = {flag: template.columns for flag, template in templates.items()}
+    wanted |= {flag: [name] for flag, name in (("--label", plan.label), ("--column", plan.column)) if name is not None}
+    check_columns(source, columns, wanted, header=header)
+    prompts, answers = (
+        [template.fill(source, number, row) for number, row in enumerate(rows, start=1)]
+        for template in templates.values()
+    )
+    task = None if given.federation is None else load(given.federation, FederationConfig).task
+    if task is not None:
+        check_labels(answers, task, given.federation)
+    prompt = _from_anywhere(prompt, prompts, source.parent, task)
+    parts = split(rows, plan, source)
+    site = {"prompt": prompt, "answer": answer, "held_out": given.held_out}
+    write(rows, parts, plan, source, site, given.out)
+    sizes = sorted(map(len, parts))
+    return f"{len(rows):,} rows at {len(parts)} sites ({sizes[0]:,} to {sizes[-1]:,}) in {given.out}"
+
+
+def main() -> int:
+    """Command line."""
+    try:
+        sys.stdout.write(partition(_arguments().parse_args()) + "\n")
+    except FedSpanError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, (ConfigError, DataError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

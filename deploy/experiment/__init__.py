@@ -1,0 +1,1 @@
+"""Compares strategies: plans trials, runs them, writes one page."""

@@ -1,0 +1,237 @@
+"""What an experiment's cells say, ready to be put on a page: no markup, no drawing."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import LaunchError
+from deploy.experiment.trial import FACTS, SUMMARY, outcome
+from server.run.folder import read_lines
+from server.run.records import SCORES, SERVER, Record, Score, diagnostics, evaluations
+
+Values = dict[int, float]  # by rounds of training behind the model
+#: What a round was measured by besides scores.
+BYTES, SECONDS = "bytes", "seconds"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over the seeds, and its sample standard deviation; None of one seed alone."""
+
+    mean: float
+    deviation: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Estimate":
+        """Of one value per seed."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One finished run.
+
+    Attributes:
+        versions: those evaluated on the server's set.
+        scores: of that set, by score and version.
+        bytes: moved so far, up and down, of all sites together; ``seconds``: so far if all sites work at once, that is
+            the slowest site's training and the server's combining of every round.
+        diagnostics: mean over the layer groups by name and round.
+        examples: rows of the server's set that were scored; ``generated``: how many of them were answered.
+    """
+
+    seed: int
+    versions: list[int]
+    scores: dict[str, Values]
+    bytes: Values
+    seconds: Values
+    diagnostics: dict[str, Values]
+    samples: list[dict[str, str]]
+    examples: int | None
+    generated: int | None
+
+    def last(self, most: float = math.inf) -> int:
+        """The last version that was evaluated, of those within ``most`` bytes."""
+        return max((version for version in self.versions if self.bytes.get(version, math.inf) <= most), default=0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A strategy in one setting, with all of its seeds.
+
+    Attributes:
+        rate: the learning rate that was picked; None: none of those tried gave a result.
+        tried: how many were; 0: one was given.
+        edge: whether the rate is the smallest or largest of several that were tried.
+        unscored: rates that gave no score on the validation set, with what became of them.
+        missing: final runs that are not there, or failed.
+    """
+
+    strategy: str
+    rate: float | None
+    tried: int
+    edge: bool
+    unscored: dict[float, str]
+    seeds: list[Seed]
+    missing: int
+
+    def curve(self, key: str) -> dict[int, Estimate]:
+        """A score by version, of the versions that all seeds have."""
+        return _over_seeds([seed.scores.get(key, {}) for seed in self.seeds])
+
+    def diagnostic(self, name: str) -> dict[int, Estimate]:
+        """A diagnostic by round."""
+        return _over_seeds([seed.diagnostics.get(name, {}) for seed in self.seeds])
+
+    def cost(self, key: str) -> dict[int, float]:
+        """Mean bytes or seconds so far, by version."""
+        return {v: e.mean for v, e in _over_seeds([getattr(seed, key) for seed in self.seeds]).items()}
+
+    def final(self, key: str, most: float = math.inf) -> Estimate | None:
+        """A score, or what the run cost, after the last round, or at the last evaluation within ``most`` bytes."""
+        values = [self._of(seed, key).get(seed.last(most)) for seed in self.seeds]
+        known = [value for value in values if value is not None]
+        return Estimate.of(known) if known and len(known) == len(values) else None
+
+    def _of(self, seed: Seed, key: str) -> Values:
+        return getattr(seed, key) if key in (BYTES, SECONDS) else seed.scores.get(key, {})
+
+
+@dataclass(frozen=True)
+class Group:
+    """The strategies in one setting, to be compared with each other."""
+
+    clients: int
+    alpha: float | None
+    rank: int | None
+    local_steps: int | None
+    lines: list[Line]
+
+    @property
+    def title(self) -> str:
+        """The setting in words."""
+        parts = [f"{self.clients} clients"]
+        parts += [f"Dirichlet alpha {self.alpha:g}"] if self.alpha is not None else []
+        parts += [f"rank {self.rank}"] if self.rank is not None else []
+        parts += [f"{self.local_steps} local steps"] if self.local_steps is not None else []
+        return ", ".join(parts)
+
+    def scores(self) -> list[Score]:
+        """The scores that were measured."""
+        return [score for score in SCORES if any(line.final(score.key) for line in self.lines)]
+
+    def thriftiest(self) -> float:
+        """Bytes of the whole run of the strategy that moved least."""
+        ran = [line for line in self.lines if line.seeds]
+        return min((max(seed.bytes[seed.last()] for seed in line.seeds) for line in ran), default=0)
+
+    def best(self, score: Score, most: float = math.inf) -> list[str]:
+        """The strategies with the best mean, to the three decimals that are shown; none when all are the same."""
+        finals = {line.strategy: line.final(score.key, most) for line in self.lines}
+        means = {strategy: round(final.mean, 3) for strategy, final in finals.items() if final is not None}
+        if len(means) > 1 and len(set(means.values())) == 1:
+            return []
+        pick: Callable[[Iterable[float]], float] = min if score.lower_is_better else max
+        return [strategy for strategy, mean in means.items() if mean == pick(means.values())]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Who holds how many rows of which label."""
+
+    clients: int
+    alpha: float | None
+    sites: dict[str, dict[str, int]]
+
+    @property
+    def labels(self) -> list[str]:
+        """All labels, those with most rows first."""
+        totals: dict[str, int] = {}
+        for counts in self.sites.values():
+            for label, count in counts.items():
+                totals[label] = totals.get(label, 0) + count
+        return sorted(totals, key=lambda label: (-totals[label], label))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that an experiment's folder holds."""
+
+    name: str
+    select_by: str
+    groups: list[Group]
+    partitions: list[Partition]
+
+
+def read_comparison(out: Path) -> Comparison:
+    """Read an experiment's folder; runs that have not ended well are counted as missing.
+
+    Raises:
+        LaunchError: the folder holds no experiment, or a file of it cannot be read.
+    """
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LaunchError(f"{out} holds no experiment: there is no {SUMMARY}") from None
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{out / SUMMARY} cannot be read: {error}") from None
+    most = max((len(setting["cells"]) for setting in summary["settings"]), default=0)
+    seeds = len(summary.get("seeds", ())) or most or 1  # an earlier version's summary does not name them
+    groups: dict[tuple[Any, ...], Group] = {}
+    for setting in summary["settings"]:
+        about = {key: setting[key] for key in ("clients", "alpha", "rank", "local_steps")}
+        group = groups.setdefault(tuple(about.values()), Group(**about, lines=[]))
+        group.lines.append(_line(out, setting, seeds))
+    partitions = [Partition(p["clients"], p["alpha"], p["sites"]) for p in summary["partitions"]]
+    return Comparison(summary["name"], summary["select_by"], list(groups.values()), partitions)
+
+
+def _line(out: Path, setting: dict[str, Any], wanted: int) -> Line:
+    """Of a setting that is wanted with so many seeds."""
+    seeds = [_seed(out / cell) for cell in setting["cells"] if outcome(out / cell).get("status") == "completed"]
+    rates = [tried["learning_rate"] for tried in setting["tried"]]
+    edge = len(rates) > 1 and setting["learning_rate"] in (min(rates), max(rates))
+    unscored = {t["learning_rate"]: t.get("status", "no result") for t in setting["tried"] if t["score"] is None}
+    return Line(setting["strategy"], setting["learning_rate"], len(rates), edge, unscored, seeds, wanted - len(seeds))
+
+
+def _seed(folder: Path) -> Seed:
+    records = read_lines(folder / "metrics.jsonl")
+    samples, cell = folder / "samples.json", json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    versions = evaluations(records).get(SERVER, {})
+    scores = {
+        score.key: {v: float(told[score.key]) for v, told in versions.items() if told.get(score.key) is not None}
+        for score in SCORES
+    }
+    means: dict[str, Values] = {}
+    for table in diagnostics(records):
+        by_round = {n: [g[n] for g in table.groups.values() if g.get(n) is not None] for n in table.rounds}
+        means[table.name] = {n: statistics.fmean(v for v in vs if v is not None) for n, vs in by_round.items() if vs}
+    shown = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else []
+    counts = [next((int(t[key]) for t in versions.values() if t.get(key)), None) for key in ("examples", "generated")]
+    scores = {key: values for key, values in scores.items() if values}
+    return Seed(cell["seed"], [*versions], scores, *_costs(records), means, shown, *counts)
+
+
+def _costs(records: list[Record]) -> tuple[Values, Values]:
+    """Bytes and seconds so far, by version."""
+    moved: Values = {0: 0.0}
+    spent: Values = {0: 0.0}
+    trained = [record for record in records if record["phase"] == "train"]
+    for number in sorted({record["round"] for record in trained}):
+        those = [record for record in trained if record["round"] == number]
+        combining = [r["seconds"]["aggregate"] for r in records if r["phase"] == "aggregate" and r["round"] == number]
+        moved[number] = moved[max(moved)] + sum(r["bytes"]["down"] + r["bytes"]["up"] for r in those)
+        slowest = max(record["seconds"].get("train", 0.0) for record in those)
+        spent[number] = spent[max(spent)] + slowest + sum(combining)
+    return moved, spent
+
+
+def _over_seeds(values: list[Values]) -> dict[int, Estimate]:
+    common = set.intersection(*map(set, values)) if values else set()
+    return {version: Estimate.of([seed[version] for seed in values]) for version in sorted(common)}

@@ -1,0 +1,137 @@
+"""The comparison's figures, in the report's manner: lines differ in dash and marker, so none needs colour."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from common import text as units
+from deploy.experiment.compare_data import BYTES, SECONDS, Estimate, Line, Partition
+from server.report.plots import DASHES, INK, MARKERS, STYLE, colour, inline, short
+
+_COLOURS = (2, 3, 4, 7, 6, 0)  # of the report, those that are dark enough for a thin line
+_LARGEST = 160.0  # area of a partition's largest dot, points squared
+
+
+def curves(lines: Sequence[tuple[str, Line]], key: str, *, name: str, axis: str, label: str) -> str:
+    """A score against rounds, bytes and seconds; a line and a band of one deviation for every strategy.
+
+    Args:
+        lines: by the strategy's title.
+        key: of the score.
+        name: unique on the page.
+        axis: what the y axis says.
+        label: the figure in words.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.2), layout="constrained")
+        rounds, moved, spent = figure.subplots(1, 3, sharey=True)
+        for number, (title, line) in enumerate(lines):
+            curve = line.curve(key)
+            _band(rounds, {float(v): e for v, e in curve.items()}, number, title)
+            total, since = line.cost(BYTES), line.cost(SECONDS)
+            _band(moved, {total[v]: e for v, e in curve.items() if total.get(v)}, number, None)
+            _band(spent, {since[v]: e for v, e in curve.items() if v in since}, number, None)
+        rounds.set_ylabel(axis)
+        rounds.set_xlabel("rounds")
+        rounds.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+        moved.set_xlabel("tensors moved, up and down, all sites (log scale)")
+        if moved.lines:
+            moved.set_xscale("log")
+            places = [float(x) for drawn in moved.lines for x in drawn.get_xdata()]
+            wide = max(places, default=1.0) > 10 * min(places, default=1.0)
+            moved.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6) if wide else MaxNLocator(4))
+            moved.xaxis.set_minor_formatter(NullFormatter())
+            moved.xaxis.set_major_formatter(FuncFormatter(lambda value, _: units.size(value)))
+        spent.set_xlabel("seconds, all sites at once, without transport")
+        for axes in (rounds, moved, spent):
+            _plain(axes)
+        handles, labels = rounds.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(6, len(labels)), handlelength=3.2)
+        return inline(figure, name, label)
+
+
+def over_rounds(panels: Mapping[str, Sequence[tuple[str, Mapping[int, Estimate]]]], *, name: str, label: str) -> str:
+    """One small figure per diagnostic, with a line for every strategy that reports it.
+
+    Args:
+        panels: by title, each strategy's values; a strategy has the same place in every panel.
+        name: unique on the page.
+        label: the figure in words.
+    """
+    with mpl.rc_context(STYLE):
+        columns = min(3, len(panels))
+        rows = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(3.5 * columns, 0.5 + 2.6 * rows), layout="constrained")
+        found: dict[str, Artist] = {}
+        for place, (title, lines) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            for number, (strategy, values) in enumerate(lines):
+                if values:
+                    _band(axes, {float(n): e for n, e in values.items()}, number, strategy)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel("round")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+            _plain(axes)
+            handles, labels = axes.get_legend_handles_labels()
+            found |= dict(zip(labels, handles, strict=True))
+        figure.legend(found.values(), found, loc="outside upper left", ncols=min(6, len(found)), handlelength=3.2)
+        return inline(figure, name, label)
+
+
+def partition(held: Partition, *, name: str, label: str) -> str:
+    """Sites against labels; a dot's area is a site's number of rows with the label."""
+    with mpl.rc_context(STYLE):
+        sites, labels = list(held.sites), held.labels
+        figure = Figure(figsize=(min(10.4, 1.6 + 0.34 * len(sites)), 1.0 + 0.26 * len(labels)), layout="constrained")
+        axes = figure.add_subplot()
+        dots = [(x, y, held.sites[s].get(one, 0)) for x, s in enumerate(sites) for y, one in enumerate(labels)]
+        most = max((count for *_, count in dots), default=1)
+        there = [dot for dot in dots if dot[2]]
+        sizes = [_LARGEST * count / most for *_, count in there]
+        axes.scatter([x for x, *_ in there], [y for _, y, _ in there], s=sizes, color=INK, linewidths=0)
+        axes.set_yticks(range(len(labels)), [short(one) for one in labels])
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_xlim(-0.7, len(sites) - 0.3)
+        shown = len(sites) <= 24
+        axes.set_xticks(
+            range(len(sites)) if shown else [], [short(site) for site in sites] if shown else [], rotation=90
+        )
+        axes.set_xlabel(f"{len(sites)} sites; the largest dot: {most:,} rows")
+        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        return inline(figure, name, label)
+
+
+def _band(axes: Axes, values: Mapping[float, Estimate], number: int, title: str | None) -> None:
+    """A strategy's line and its band."""
+    places, means = list(values), [estimate.mean for estimate in values.values()]
+    axes.plot(
+        places,
+        means,
+        color=_colour(number),
+        linestyle=("-", *DASHES)[number % (len(DASHES) + 1)],
+        linewidth=1.4,
+        marker=("o" + MARKERS)[number % (len(MARKERS) + 1)],
+        markersize=3.5,
+        markevery=max(1, len(places) // 8),
+        label=title,
+    )
+    spread = [estimate.deviation or 0.0 for estimate in values.values()]
+    if any(spread):
+        low, high = ([m + sign * d for m, d in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=_colour(number), alpha=0.15, linewidth=0)
+
+
+def _colour(number: int) -> str:
+    return colour(_COLOURS[number % len(_COLOURS)])
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(axis="y", linewidth=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=8)

@@ -1,0 +1,73 @@
+"""What a comparison says in sentences, the same on the page and in Markdown."""
+
+from deploy.experiment.compare_data import Comparison
+from server.report.write import STRATEGIES
+from server.run.records import SCORES, Score
+
+
+def headline(found: Comparison) -> list[str]:
+    """Which strategy was best in how many settings, by loss, accuracy and ROUGE-L where they were measured."""
+    sentences = []
+    for key in ("loss", "accuracy", "rouge_l"):
+        (how,) = [s for s in SCORES if s.key == key]
+        judged = [group for group in found.groups if how in group.scores() and len(group.lines) > 1]
+        wins: dict[str, int] = {}
+        for strategy in (strategy for group in judged for strategy in group.best(how)):
+            wins[strategy_title(strategy)] = wins.get(strategy_title(strategy), 0) + 1
+        name = _in_text(how)
+        if judged and not wins:
+            sentences.append(f"Mean {name}: the same of all strategies.")
+        elif len(judged) == 1:
+            sentences.append(f"Best mean {name}: {' and '.join(wins)}.")
+        elif wins:
+            told = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda w: (-w[1], w[0])))
+            sentences.append(f"Best mean {name} of {len(judged)} settings: {told}.")
+    return sentences or ["There is no result to compare yet."]
+
+
+def notes(found: Comparison) -> list[str]:
+    """How the tables are to be read: paragraphs."""
+    lines = [line for group in found.groups for line in group.lines]
+    first = ["After the last round, on the test set: mean ± sample standard deviation over the seeds."]
+    seeds = [seed for line in lines for seed in line.seeds]
+    judged = _range({seed.examples for seed in seeds if seed.examples})
+    generated = _range({seed.generated for seed in seeds if seed.generated})
+    if judged:
+        first.append(f"Judged on {judged} rows of it{f'; {generated} of them were answered' if generated else ''}.")
+    first.append("The best mean of a setting is bold; a difference smaller than the deviations may be chance.")
+    tried = [line for line in lines if line.tried]
+    if tried:
+        name = next(_in_text(s) for s in SCORES if s.key == found.select_by)
+        several = "" if len(tried) == len(lines) else ", where several were tried"
+        first.append(
+            f"The learning rate is the one with the best {name} on the validation set, with one seed{several}."
+        )
+    else:
+        first.append("One learning rate was given, and none picked.")
+    if any(line.edge for line in lines):
+        first.append("† marks the smallest or largest of those tried, beyond which there may be a better one.")
+    without = [
+        f"{strategy_title(line.strategy)} with {group.title}: {', '.join(unscored(line.unscored))}"
+        for group in found.groups
+        for line in group.lines
+        if line.unscored
+    ]
+    return [" ".join(first), *([f"Learning rates without a score: {'; '.join(without)}."] if without else [])]
+
+
+def unscored(rates: dict[float, str]) -> list[str]:
+    """Learning rates that gave no score, each with the reason."""
+    return [f"{rate:g} ({why})" for rate, why in rates.items()]
+
+
+def strategy_title(strategy: str) -> str:
+    """A strategy's name to be shown."""
+    return STRATEGIES.get(strategy, strategy)
+
+
+def _in_text(how: Score) -> str:
+    return how.title if how.key in ("rouge_l", "bleu_4") else how.title.lower()
+
+
+def _range(counts: set[int]) -> str:
+    return "–".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else ""

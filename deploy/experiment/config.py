@@ -1,0 +1,142 @@
+"""The experiment file: one federation, many ways to run it. See ``deploy.experiment.run``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, field_validator
+
+from common.config.federation import DataConfig, Name, Section
+from common.config.load import load, parse
+from common.errors import ConfigError
+
+Rate = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+#: Keys of the federation that the experiment itself decides, with what to write instead.
+_DECIDED = {
+    "name": "`name` of the experiment",
+    "strategy": "`grid.strategies`",
+    "local": "`data.sites`",
+    "evaluation.server": "`data.validation` and `data.test`",
+    "training.learning_rate": "`grid.learning_rates`",
+    "training.seed": "`grid.seeds`",
+}
+
+
+class StrategyChoice(Section):
+    """A strategy with its options, as in a federation file, and what the experiment says of it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    name: str = Field(description="As in a federation file; further keys are the strategy's own.")
+    label: Name | None = Field(None, description="What the report calls it; default: the name.")
+    learning_rates: list[Rate] | None = Field(None, min_length=1, description="Default: those of the grid.")
+
+    @property
+    def called(self) -> str:
+        """Its name in folders and the report."""
+        return self.label or self.name
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The federation file's section."""
+        return {"name": self.name, **(self.model_extra or {})}
+
+
+class GridConfig(Section):
+    """What is varied: every combination is a setting; each is run with every seed."""
+
+    strategies: list[StrategyChoice] = Field(min_length=1)
+    clients: list[Count] = Field(min_length=1, description="Numbers of sites; keys of `data.sites`.")
+    alphas: list[Rate] | None = Field(
+        None, min_length=1, description="Partitions: put for {alpha} into the folders of `data.sites`."
+    )
+    ranks: list[Count] | None = Field(None, min_length=1, description="Default: each strategy's own.")
+    local_steps: list[Count] | None = Field(None, min_length=1, description="Default: the federation's.")
+    learning_rates: list[Rate] = Field(min_length=1, description="Of strategies that do not give their own.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+
+    @field_validator("clients", "alphas", "ranks", "local_steps", "learning_rates", "seeds")
+    @classmethod
+    def _once(cls, values: list[float] | None) -> list[float] | None:
+        _refuse_twice(values or [])
+        return values
+
+    @field_validator("strategies")
+    @classmethod
+    def _named_once(cls, strategies: list[StrategyChoice]) -> list[StrategyChoice]:
+        _refuse_twice([s.called for s in strategies], "; give one of them a `label`")
+        for choice in strategies:
+            _refuse_twice(choice.learning_rates or [], f" in `learning_rates` of {choice.called}")
+        return strategies
+
+
+class ExperimentData(Section):
+    """Whose rows are trained on, and the two sets that are not."""
+
+    sites: dict[Count, str | list[str]] = Field(
+        min_length=1,
+        description="By number of sites: a folder that holds so many site files and no other *.yaml, which may have "
+        "{alpha} in its name; or a list of site files.",
+    )
+    validation: DataConfig = Field(description="Picks the learning rate.")
+    test: DataConfig = Field(description="Judges, once the learning rate is picked; nothing else reads it.")
+    label: str | None = Field(
+        None, description="Column whose values per site the report counts; a classifier's default is its answer."
+    )
+
+
+class ExperimentConfig(Section):
+    """An experiment: a federation, its data, and a grid."""
+
+    name: Name = Field(description="Results go to runs/<name>.")
+    federation: dict[str, Any] = Field(description="The sections of a federation file that all runs share.")
+    data: ExperimentData
+    grid: GridConfig
+    select_by: Literal["loss", "accuracy", "rouge_l", "bleu_4", "exact_match"] = Field(
+        "loss", description="The score after the last round, on the validation set, by which a rate is picked."
+    )
+    scales: dict[Name, dict[str, Any]] = Field(
+        {}, description="Variants by name: sections of this file, of which they replace single keys."
+    )
+
+    @field_validator("federation")
+    @classmethod
+    def _leaves_the_grid_alone(cls, federation: dict[str, Any]) -> dict[str, Any]:
+        for key, instead in _DECIDED.items():
+            section, _, leaf = key.rpartition(".")
+            within = federation.get(section) if section else federation
+            if isinstance(within, Mapping) and leaf in within:
+                raise ValueError(f"`{key}` is decided by the experiment; give {instead}")
+        return federation
+
+
+def load_experiment(source: Path, scale: str | None) -> ExperimentConfig:
+    """Read an experiment file, in one of its scales.
+
+    Raises:
+        ConfigError: names the file, key, value and what is allowed.
+    """
+    config = load(source, ExperimentConfig)
+    if scale is None:
+        return config
+    if scale not in config.scales:
+        raise ConfigError(f"{source}: there is no scale {scale!r}; allowed: {', '.join(config.scales) or 'none'}")
+    plain = yaml.safe_load(source.read_text(encoding="utf-8"))
+    return parse(_merged(plain, config.scales[scale]), ExperimentConfig, f"{source}, scale {scale}")
+
+
+def _merged(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged, anything else is replaced."""
+    merged = dict(plain)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(plain.get(key), Mapping)
+        merged[key] = _merged(plain[key], value) if both else value
+    return merged
+
+
+def _refuse_twice(values: list[Any], hint: str = "") -> None:
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{value} appears twice{hint}")

@@ -1,0 +1,255 @@
+"""Compare strategies: ``python -m deploy.experiment.run EXPERIMENT.yaml [--scale NAME] [--out DIR] [--jobs N]``.
+
+For every setting of the grid (strategy, clients, alpha, rank, local steps) the learning rate is picked on the
+validation set; with it, every seed is run and judged on the test set. All runs are federations in one process each
+(``deploy.experiment.simulate``) on the round loop, strategies and ClientApp of a real one.
+
+    DIR/experiment.json   the settings with their learning rates and how they were picked, and who holds which labels
+    DIR/select/CELL/      a run folder per learning rate, evaluated on the validation set
+    DIR/final/CELL/       a run folder per seed, evaluated on the test set
+    DIR/comparison.*      see ``deploy.experiment.compare``
+
+Called again, it skips cells that have ended well, lets killed ones of the selection go on, and tries failed ones once
+more; a learning rate whose training diverges has lost the selection and is not tried again. Exit codes: 0 all is there,
+1 a cell failed, 2 a file or an argument is wrong, 130 interrupted; what there is to compare is written then too.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from common.errors import FedSpanError, LaunchError
+from common.system.processes import last_lines
+from deploy.experiment import trial as cells
+from deploy.experiment.config import load_experiment
+from deploy.experiment.plan import Cell, Plan, Setting
+from server.report.format import clock
+from server.run.folder import read_lines, write_atomically
+from server.run.records import SCORES, SERVER
+
+_GRACE = 5.0  # seconds between asking a cell to end and ending it
+
+
+class Experiment:
+    """An experiment at work in its folder.
+
+    Args:
+        plan: what is to be run.
+        out: the experiment's folder.
+        jobs: cells at a time.
+        console: where progress is shown.
+    """
+
+    def __init__(self, plan: Plan, out: Path, jobs: int, console: Console) -> None:
+        self._plan, self._out, self._jobs, self._console = plan, out, jobs, console
+        self._threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        self._running: dict[BaseProcess, tuple[Cell, float]] = {}
+        self._rates: dict[Setting, float | None] = {}
+
+    def run(self) -> None:
+        """All cells, as far as they are not there yet."""
+        plan = self._plan
+        self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
+        self._write()  # an interrupt leaves what earlier calls have found
+        self._cells("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
+        self._rates = {setting: self._pick(setting) for setting in plan.settings}
+        self._write()
+        self._cells("seeds", self._final())
+
+    def complete(self) -> bool:
+        """Whether every setting has the scores of all of its learning rates, and all of its seeds."""
+        selected = all(self._is_selected(setting) for setting in self._plan.settings)
+        return selected and None not in self._rates.values() and all(map(self._is_settled, self._final()))
+
+    def has_results(self) -> bool:
+        """Whether there is something to compare."""
+        return any(map(self._is_settled, self._final()))
+
+    def _final(self) -> list[Cell]:
+        """The cells that judge settings whose learning rate is known."""
+        found = ((setting, rate) for setting, rate in self._rates.items() if rate is not None)
+        return [cell for setting, rate in found for cell in self._plan.final(setting, rate)]
+
+    def _is_selected(self, setting: Setting) -> bool:
+        """Whether it is known how every learning rate of a setting does."""
+        return all(map(self._is_settled, self._plan.selection(setting)))
+
+    def _is_settled(self, cell: Cell) -> bool:
+        return cells.is_settled(self._out / cell.folder, cell.facts())
+
+    def _cells(self, what: str, wanted: list[Cell]) -> None:
+        """Run cells, some at a time."""
+        waiting = deque(cell for cell in wanted if not self._is_settled(cell))
+        done, spent = len(wanted) - len(waiting), list[float]()
+        self._console.print(f"{what}: {len(wanted)} cells, {done} of them done")
+        try:
+            while waiting or self._running:
+                while waiting and len(self._running) < self._jobs:
+                    cell = waiting.popleft()
+                    federation, facts = self._plan.federation(cell), self._plan.facts(cell)
+                    process = cells.start(self._out / cell.folder, federation, facts, self._threads)
+                    self._running[process] = cell, time.monotonic()
+                wait([process.sentinel for process in self._running])
+                for process in [p for p in self._running if not p.is_alive()]:
+                    cell, began = self._running.pop(process)
+                    done += 1
+                    told = self._ended(cell, process)
+                    spent.append(time.monotonic() - began)
+                    left = len(wanted) - done
+                    rest = f"; about {clock(fmean(spent) * left / self._jobs)} left" if left else ""
+                    self._console.print(f"{done}/{len(wanted)} {cell.folder}: {told} ({clock(spent[-1])}{rest})")
+        finally:
+            self._stop()
+
+    def _ended(self, cell: Cell, process: BaseProcess) -> str:
+        """How a cell ended, in words."""
+        folder = self._out / cell.folder
+        process.join()
+        status = cells.status(folder)
+        if status == "completed":
+            key = self._plan.config.select_by
+            return f"{key} {last_scores(folder).get(key, math.nan):.4f}"
+        reason = cells.outcome(folder).get("reason") if process.exitcode == 1 else None
+        reason = reason or f"its process ended with {process.exitcode}: {last_lines(folder / cells.LOG)}"
+        return f"{'diverged' if status == 'diverged' else 'failed'}: {reason}"
+
+    def _stop(self) -> None:
+        for process in self._running:
+            process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for process in self._running:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        self._running.clear()
+
+    def _pick(self, setting: Setting) -> float | None:
+        """The learning rate with the best score on the validation set, of equals the smallest; None: none has one."""
+        if not self._plan.selection(setting):
+            return self._plan.rates(setting)[0]
+        (how,) = [score for score in SCORES if score.key == self._plan.config.select_by]
+        sign = 1 if how.lower_is_better else -1
+        tried = ((sign * t["score"], t["learning_rate"]) for t in self._tried(setting) if t["score"] is not None)
+        return min(tried, default=(0.0, None))[1]
+
+    def _tried(self, setting: Setting) -> list[dict[str, Any]]:
+        """Every learning rate with its score on the validation set; without one, with what became of its cell."""
+        key, found = self._plan.config.select_by, []
+        for cell in self._plan.selection(setting):
+            folder = self._out / cell.folder
+            score, status = last_scores(folder).get(key), cells.status(folder)
+            if score is None and status == "completed":  # the score was not finite
+                status = "diverged"
+            found.append({"learning_rate": cell.learning_rate, "score": score, "status": status})
+        return found
+
+    def _write(self) -> None:
+        settings = []
+        for setting, rate in self._rates.items():
+            final = [] if rate is None else self._plan.final(setting, rate)
+            about = {**asdict(setting), "learning_rate": rate, "tried": self._tried(setting)}
+            settings.append({**about, "cells": [cell.folder for cell in final]})
+        config = self._plan.config
+        summary = {"name": config.name, "select_by": config.select_by, "seeds": config.grid.seeds}
+        summary |= {"settings": settings, "partitions": self._plan.partitions}
+        write_atomically(self._out / cells.SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def last_scores(folder: Path) -> dict[str, float]:
+    """The server's scores of the final state; empty when the cell did not end well."""
+    if cells.status(folder) != "completed":
+        return {}
+    measured = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
+    newest = max(measured, key=lambda r: r["round"], default={})
+    return {key: value for key, value in newest.get("evaluate", {}).items() if value is not None}
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep a second experiment out of a folder.
+
+    Raises:
+        LaunchError: there is one already, or the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise LaunchError(f"{out}: another experiment is at work in this folder") from None
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.experiment.run", description="Compare strategies on a grid."
+    )
+    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("--scale", metavar="NAME", help="one of the file's `scales`")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME, with a scale runs/NAME-SCALE")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time; they share the cores")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    from deploy.experiment.compare import write_comparison
+
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; allowed: 1 and more")
+    console = Console(highlight=False, soft_wrap=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
+    try:
+        source = options.experiment.resolve()
+        plan = Plan(load_experiment(source, options.scale), source)
+        name = "-".join(filter(None, (plan.config.name, options.scale)))
+        out = (options.out or Path("runs") / name).resolve()
+        plan.refuse_changed(out)
+        with _alone_in(out):
+            experiment = Experiment(plan, out, options.jobs, console)
+            try:
+                experiment.run()
+            except KeyboardInterrupt:
+                if experiment.has_results():
+                    write_comparison(out)
+                raise
+            page = write_comparison(out)
+    except KeyboardInterrupt:
+        print("stopped; called again, it goes on", file=sys.stderr)  # noqa: T201
+        return 130
+    except FedSpanError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    console.print(f"comparison: {page}")
+    return 0 if experiment.complete() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Many sites in one process: a Flower grid that hands each message to the ClientApp itself.
+
+Round loop, strategies and ClientApp are those of a federation of processes, and so are the messages: each goes through
+Flower's serialisation, there and back, so that the two sides share nothing. What is left out is the transport.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.client_app import LoadClientAppError
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.object_ref import load_app
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+ROOT = Path(__file__).parents[2]
+CLIENT_APP = "client.app:app"
+_RUN = 1
+_POLL_SECONDS = 0.05
+
+
+class InProcessGrid(Grid):
+    """Sites of this process, which work one after the other in a thread of their own. Use as a context manager.
+
+    The environment variables that tell the ClientApp what its process is are set for good: a process holds one such
+    grid in its life.
+
+    Args:
+        sites: site files; each gets a node of its own.
+        app: reference of the ClientApp, of this project when it is not installed elsewhere.
+        ledgers: an existing folder for the sites' ledgers; None: where the site files say.
+    """
+
+    def __init__(self, sites: Sequence[Path], app: str = CLIENT_APP, ledgers: Path | None = None) -> None:
+        os.environ["FEDSPAN_WORKER"], os.environ["FEDSPAN_SESSIONS"] = "1", str(len(sites))
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, SUPERLINK_NODE_ID, 0
+        self._app: ClientApp = load_app(app, LoadClientAppError, ROOT)
+        told = {} if ledgers is None else {"ledgers": str(ledgers)}
+        self._contexts = {
+            number: Context(_RUN, number, {"site": str(file.resolve()), **told}, RecordDict(), {})
+            for number, file in enumerate(sites, start=SUPERLINK_NODE_ID + 1)
+        }
+        self._replies: dict[str, Future[Message]] = {}
+        self._numbers = itertools.count(1)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sites")
+
+    def __enter__(self) -> "InProcessGrid":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def get_node_ids(self) -> list[int]:
+        """All sites, always."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Put messages into the sites' queue. A question (the hello) is answered before this returns.
+
+        So every site is known before a cohort is drawn, and the cohorts of two runs are the same.
+        """
+        ids = []
+        for message in messages:
+            ids.append(f"{next(self._numbers)}")
+            self._replies[ids[-1]] = self._worker.submit(self._answer, ids[-1], message)
+            if message.metadata.message_type == MessageType.QUERY:
+                self._replies[ids[-1]].result()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that are there; each once."""
+        done = [i for i in message_ids if i in self._replies and self._replies[i].done()]
+        return [self._replies.pop(i).result() for i in done]
+
+    def _answer(self, message_id: str, sent: Message) -> Message:
+        proto = message_to_proto(sent)  # only now: one in memory at a time
+        proto.metadata.message_id = message_id
+        message = message_from_proto(proto)
+        try:
+            reply = self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # noqa: BLE001 - answered as flwr-clientapp does
+            reason = f"{type(error)}:<'{error}'>"
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        return message_from_proto(message_to_proto(reply))
+
+    # What Flower's own strategies ask a grid for besides
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """See ``Grid.send_and_receive``."""
+        left, replies, started = self.push_messages(messages), [], time.monotonic()
+        while left and (timeout is None or time.monotonic() < started + timeout):
+            replies += self.pull_messages(left)
+            left = [i for i in left if i in self._replies]
+            time.sleep(_POLL_SECONDS)
+        return replies
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See ``Grid.create_message``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> None:
+        """See ``Grid.set_run``; here there is one run."""
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return Run.create_empty(_RUN)

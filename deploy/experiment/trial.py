@@ -1,0 +1,149 @@
+"""One cell of an experiment: a whole federation in a process of its own.
+
+That process is forked from one that has imported everything, so a cell costs no import, gives all of its memory back at
+its end, and can be killed without harm.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config.federation import FederationConfig
+from common.config.load import load
+from common.errors import FedSpanError, LaunchError
+from common.system.processes import die_with_parent
+from server.run.folder import changes, write_atomically
+
+SUMMARY = "experiment.json"  # of the whole experiment, in its folder
+FACTS = "cell.json"
+LOG = "log"
+_FEDERATION = "federation.yaml"
+_LEDGERS = "ledgers"
+#: How sites and server say that numbers overflowed, or soon would (client/training, client/privacy/guard.py and
+#: strategies/admission/well_formed.py).
+_DIVERGED = re.compile(r"loss is -?(nan|inf)\b|\bnot finite\b|\bnon-finite\b|: a norm of ")
+#: What every cell needs, imported before it is forked; by name, because the server's code imports no client's.
+_PRELOAD = ["torch.utils.tensorboard", "transformers.models.auto", "peft", "evaluate", "rouge_score.rouge_scorer"]
+_PRELOAD += [
+    "server.app",
+    "deploy.experiment.simulate",
+    "server.loop.server_model",
+    "server.loop.rounds",
+    "strategies.flower.named",
+    "client.session",
+]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says of a cell; empty when it did not begin."""
+    file = folder / "run.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def status(folder: Path) -> str:
+    """How a cell stands: missing, running (or killed), completed, failed, or diverged: failed by its learning rate."""
+    told = outcome(folder)
+    if told.get("status") == "failed" and _DIVERGED.search(told.get("reason") or ""):
+        return "diverged"
+    return str(told.get("status", "missing"))
+
+
+def is_settled(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a cell is not run again: it ended well, or picks a learning rate and showed that this one diverges."""
+    return status(folder) in (("completed",) if facts["final"] else ("completed", "diverged"))
+
+
+def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> None:
+    """Raise a LaunchError when a cell that is settled, or would go on, was begun with other settings or data.
+
+    Args:
+        folder: of the cell.
+        federation: its federation file, with absolute paths.
+        facts: see ``start``; cells of earlier versions have no ``digests``, and are not asked for them.
+    """
+    file = folder / _FEDERATION
+    if not file.exists() or not (is_settled(folder, facts) or _goes_on(folder, federation, facts)):
+        return
+    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), federation.model_dump(mode="json")
+    how = changes(before, now)
+    if not how:
+        other = sorted({*before["local"]["sites"]} ^ {*now["local"]["sites"]})
+        how = f"`data.sites` has other files: {', '.join(other[:3])}" if other else ""
+    if not how:
+        digests = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("digests", {})
+        changed = [what for what, digest in digests.items() if facts["digests"].get(what) != digest]
+        how = f"{', '.join(changed[:3])}: other content" if changed else ""
+    if how:
+        raise LaunchError(f"{folder}: the experiment has changed since this cell began: {how}; choose another --out")
+
+
+def _goes_on(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> bool:
+    """Whether a killed cell goes on after its last round.
+
+    A final one does not, because its sites would hold nothing and be sent everything once more: bytes that a run in one
+    go does not move. Nor does one whose sites have lost what they kept for themselves.
+    """
+    from server.app import lost_with_the_run
+
+    return not facts["final"] and status(folder) == "running" and lost_with_the_run(federation) is None
+
+
+def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], threads: int) -> BaseProcess:
+    """Start a cell, or let a killed one go on where that changes no result.
+
+    Args:
+        folder: of the cell, not that of a settled one.
+        federation: its federation file, with absolute paths.
+        facts: which cell it is; ``final``: whether it judges, and ``digests`` by name of the data it runs on.
+        threads: that PyTorch may use.
+    """
+    resume = _goes_on(folder, federation, facts)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+        write_atomically(folder / _FEDERATION, yaml.safe_dump(federation.model_dump(mode="json"), sort_keys=False))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    process = context.Process(target=_run, args=(folder, resume, threads), daemon=True)
+    process.start()
+    return process
+
+
+def _run(folder: Path, resume: bool, threads: int) -> None:
+    """The process of a cell."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the experiment, which ends its cells
+    with (folder / LOG).open("ab") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    import torch
+
+    from deploy.experiment.simulate import InProcessGrid
+    from server.app import federate
+    from server.loop.checkpoint import FOLDER as CHECKPOINTS
+
+    torch.set_num_threads(threads)
+    source = folder / _FEDERATION
+    local = load(source, FederationConfig).local
+    assert local is not None  # noqa: S101 - the plan wrote it
+    ledgers = folder / _LEDGERS  # the sites' own would count every cell against their limits
+    ledgers.mkdir(exist_ok=True)
+    try:
+        with InProcessGrid([Path(site) for site in local.sites], ledgers=ledgers) as grid:
+            federate(grid, source, folder, resume=resume, flower_run=None, keep_model=False)
+    except FedSpanError as error:
+        sys.exit(str(error))
+    finally:  # a killed cell keeps what it goes on with
+        for only_to_go_on in (folder / CHECKPOINTS, ledgers):
+            shutil.rmtree(only_to_go_on, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Certificates, keys and signatures of the app bundle."""

@@ -1,1 +1,0 @@
-"""Public data sets as rows of a federation, one function each; ``python -m deploy.recipe`` runs them."""

@@ -1,0 +1,166 @@
+"""The state after a round, from which a run goes on when its server has died.
+
+    checkpoints/round-000003/
+        checkpoint.json        round, versions, how much of metrics.jsonl belongs to it, SHA-256 of the files below
+        state.safetensors      the global state
+        steps.safetensors      the last steps that led to it
+        moments.safetensors    of the server optimizer, where there is one
+
+A folder is written under another name, flushed to the disk and renamed, so that it is there whole or not at all; what
+is read is compared with its digests first. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import FederationError
+from common.protocol.versions import Step
+from strategies.flower.versions import Versions
+
+Tensors = dict[str, Tensor]
+FOLDER = "checkpoints"
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        round: the last finished round.
+        state: the global state after it.
+        versions: how it came about; None under a strategy that has no steps.
+        metrics_bytes: length of metrics.jsonl after it; what follows there belongs to a round that was not finished.
+        refusals: how many updates in a row were refused, by site.
+        moments: of the server optimizer; empty without one.
+    """
+
+    round: int
+    state: Tensors
+    versions: Versions | None
+    metrics_bytes: int
+    refusals: dict[str, int] = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
+
+
+def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Write a checkpoint and remove all but the newest ``keep``.
+
+    Raises:
+        FederationError: it cannot be written, e.g. on a full disk; the ones before it are as they were.
+    """
+    folder = run_dir / FOLDER
+    final = folder / f"round-{checkpoint.round:06}"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    versions = checkpoint.versions
+    steps = {} if versions is None else {
+        f"{step.server_round}|{name}": tensor for _, step in versions.steps for name, tensor in step.tensors.items()
+    }  # fmt: skip
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = {"state": checkpoint.state, "steps": steps}
+        for name, tensors in (files | {"moments": checkpoint.moments} if checkpoint.moments else files).items():
+            file = temporary / f"{name}.safetensors"
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+            _flush(file)
+        facts: dict[str, Any] = {
+            "format": _FORMAT,
+            "round": checkpoint.round,
+            "metrics_bytes": checkpoint.metrics_bytes,
+            "refusals": checkpoint.refusals,
+        }
+        facts["sha256"] = {file.name: _digest(file) for file in sorted(temporary.glob("*.safetensors"))}
+        if versions is not None:
+            facts["versions"] = {"first": versions.first, "latest": versions.latest}
+            facts["versions"]["steps"] = [[since, step.server_round] for since, step in versions.steps]
+        file = temporary / "checkpoint.json"
+        file.write_text(json.dumps({**facts, "checksum": _checksum(facts)}, indent=2) + "\n", encoding="utf-8")
+        _flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise FederationError(f"round {checkpoint.round}: checkpoint {final} cannot be written: {error}") from None
+    for old in _all(run_dir)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None when there is none at all.
+
+    Args:
+        run_dir: the run's folder.
+        warn: is told of each damaged one that was passed over.
+
+    Raises:
+        FederationError: there are checkpoints, and all are damaged.
+    """
+    found = _all(run_dir)
+    for folder in found:
+        try:
+            return _load(folder)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            warn(f"checkpoint {folder} is damaged ({error}); the one before it is taken")
+    if found:
+        raise FederationError(f"all {len(found)} checkpoints in {run_dir / FOLDER} are damaged; nothing to resume from")
+    return None
+
+
+def _load(folder: Path) -> Checkpoint:
+    facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    checksum = facts.pop("checksum")
+    if checksum != _checksum(facts):
+        raise ValueError("checkpoint.json does not fit its checksum")
+    if facts["format"] != _FORMAT:
+        raise ValueError(f"format {facts['format']} is not {_FORMAT}")
+    for name, digest in facts["sha256"].items():
+        if _digest(folder / name) != digest:
+            raise ValueError(f"{name} does not fit its digest")
+    state = load_file(folder / "state.safetensors")
+    versions = None
+    if "versions" in facts:
+        tensors: dict[int, Tensors] = {}
+        for key, tensor in load_file(folder / "steps.safetensors").items():
+            number, _, name = key.partition("|")
+            tensors.setdefault(int(number), {})[name] = tensor
+        told = facts["versions"]
+        steps = [(since, Step(number, tensors.get(number, {}))) for since, number in told["steps"]]
+        versions = Versions(state, told["first"], told["latest"], steps)
+    file = folder / "moments.safetensors"
+    moments = load_file(file) if file.name in facts["sha256"] else {}
+    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"], moments)
+
+
+def _all(run_dir: Path) -> list[Path]:
+    """All checkpoints, the newest first."""
+    return sorted((run_dir / FOLDER).glob("round-*"), reverse=True)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself; a folder's entries likewise."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""What happens in one round, on its way to the run folder."""
+
+import time
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from common.protocol import wire
+from common.protocol.records import get_record, get_records
+from server.loop.inflight import Sent
+from server.run.folder import RunFolder
+from strategies.rule import Update
+
+
+class RoundNotes:
+    """Notes of the round under way.
+
+    Args:
+        number: of the round.
+        folder: where they are written to.
+
+    Attributes:
+        admitted: the sites whose updates count, with the seconds each took.
+        problems: the reason by site of those that failed, were refused or stayed away.
+        elsewhere: seconds that the server did not spend on combining: waiting for replies, evaluating.
+    """
+
+    def __init__(self, number: int, folder: RunFolder) -> None:
+        self.number = number
+        self.started = time.monotonic()
+        self.admitted: dict[str, float] = {}
+        self.problems: dict[str, str] = {}
+        self.elsewhere = 0.0
+        self._folder = folder
+        self._records: dict[str, tuple[float, dict[str, object]]] = {}  # site -> (when it was done, metrics record)
+        self._sent: dict[int, int] = {}  # node id -> bytes
+        self._bytes_up = 0
+
+    def asked(self, message: Message) -> None:
+        """A training message goes out."""
+        node_id = message.metadata.dst_node_id
+        self._sent[node_id] = self._sent.get(node_id, 0) + _payload(message)
+
+    def problem(self, site: str, kind: str, reason: str) -> None:
+        """A site failed, was refused or stayed away; ``kind`` is the event's."""
+        self.problems[site] = reason
+        self.admitted.pop(site, None)
+        self._records.pop(site, None)
+        self._folder.event(kind, round=self.number, client=site, reason=reason)
+
+    def update(self, sent: Sent, reply: Message, update: Update) -> dict[str, float]:
+        """An update came in; the metrics that its reply holds."""
+        metrics = scalars(reply)
+        up = _payload(reply)
+        self._bytes_up += up
+        trained = {**under("train.", metrics), "num_examples": update.num_examples}
+        if trained.get("seconds"):
+            trained["tokens_per_second"] = trained.get("tokens", 0.0) / trained.pop("seconds")
+        record = {
+            "round": self.number,
+            "client": update.client,
+            "phase": "train",
+            "train": trained,
+            "bytes": {"down": self._sent[sent.node_id], "up": up},
+            "seconds": _transport(sent, metrics) | under("seconds.", metrics),
+        }
+        self._records[update.client] = (time.monotonic(), record)
+        self.admitted[update.client] = spent = round(time.time() - sent.at, 3)
+        loss = metrics.get("train.loss")
+        self._folder.event("reply", round=self.number, client=update.client, phase="train", loss=loss, seconds=spent)
+        return metrics
+
+    def close(self, diagnostics: dict[str, float]) -> None:
+        """Write the records, now that it is known how long each site waited for the others."""
+        end = time.monotonic()
+        for done, record in self._records.values():
+            record["seconds"]["wait"] = end - done  # type: ignore[index]
+            self._folder.metrics(record)
+            rounding = record["train"].get("wire_error")  # type: ignore[attr-defined]
+            if rounding is not None:
+                diagnostics = {**diagnostics, f"wire-error/{record['client']}": rounding}
+        self._folder.metrics(
+            {
+                "round": self.number,
+                "client": "server",
+                "phase": "aggregate",
+                "diagnostics": diagnostics,
+                "seconds": {"aggregate": end - self.started - self.elsewhere},
+            }
+        )
+        self._folder.event(
+            "round_finished",
+            round=self.number,
+            seconds=round(end - self.started, 3),
+            bytes_down=sum(self._sent.values()),
+            bytes_up=self._bytes_up,
+        )
+
+
+def record_evaluation(
+    folder: RunFolder, version: int, client: str, metrics: dict[str, float], seconds: float | None = None
+) -> None:
+    """Write down what ``client`` measured of the state after round ``version``; nothing when it measured nothing."""
+    if not metrics:
+        return
+    record: dict[str, object] = {"round": version, "client": client, "phase": "evaluate", "evaluate": metrics}
+    if seconds is not None:
+        record["seconds"] = {"evaluate": seconds}
+    folder.metrics(record)
+    folder.event("evaluated", round=version, client=client, loss=metrics.get("loss"), rouge_l=metrics.get("rouge_l"))
+
+
+def scalars(reply: Message) -> dict[str, float]:
+    """The numbers among a reply's metrics."""
+    metrics = get_record(reply.content, "metrics", MetricRecord)
+    return {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
+
+
+def under(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics whose names begin with ``prefix``, without it."""
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def _payload(message: Message) -> int:
+    return sum(wire.num_bytes(arrays) for arrays in get_records(message.content, ArrayRecord).values())
+
+
+def _transport(sent: Sent, metrics: dict[str, float]) -> dict[str, float]:
+    """Seconds from the SuperLink to the site's code and back, polling and process start included.
+
+    Taken from both machines' clocks, so only as good as these agree; never below zero.
+    """
+    now = time.time()
+    started, finished = metrics.get("clock.started", sent.at), metrics.get("clock.finished", now)
+    return {"download": max(0.0, started - sent.at), "upload": max(0.0, now - finished)}

@@ -1,0 +1,208 @@
+"""One round: the sites are asked, their replies are read as they come, and those that count are combined."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecordValues, Message
+from flwr.common.constant import ErrorCode
+
+from common.config.federation import FederationConfig
+from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
+from server.loop.clients import Roster
+from server.loop.inflight import LOST, Mailbox, Sent
+from server.loop.pending_updates import Spool
+from server.loop.recorder import RoundNotes, record_evaluation, under
+from server.run.folder import RunFolder
+from server.run.quarantine import Refusals
+from strategies.admission.bounds import Moved, change_norms, check_possible, cohort_bound, moved
+from strategies.flower.messages import RuleMessages
+from strategies.rule import Outcome, Tensors, Update
+
+log = logging.getLogger(__name__)
+#: A site of which this is heard is asked once more in the round: it lacks what it held, or one of its processes died.
+_ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all rounds share; see ``RoundLoop``."""
+
+    config: FederationConfig
+    settings: Mapping[str, ConfigRecordValues]
+    strategy: RuleMessages
+    mailbox: Mailbox
+    roster: Roster
+    refusals: Refusals
+    folder: RunFolder
+
+    @property
+    def lifetime(self) -> float:
+        """Seconds that a message and its reply live: beyond the deadline, so that a late reply is told from none."""
+        return 2 * self.config.cohort.round_deadline
+
+
+class Round:
+    """The round under way.
+
+    Args:
+        parts: of the federation.
+        number: of the round, from 1.
+        state: that the sites start from.
+        evaluate: whether they evaluate it first.
+        patience: seconds after which the round closes once it has ``min_clients`` updates.
+    """
+
+    def __init__(self, parts: Parts, number: int, state: Tensors, *, evaluate: bool, patience: float) -> None:
+        self.notes = RoundNotes(number, parts.folder)
+        self._parts, self._number, self._state, self._evaluate = parts, number, state, evaluate
+        self._group = f"train/{number}"
+        self._asked = time.monotonic()
+        self._patience, self._cohort = patience, parts.config.cohort
+        self._lost: dict[str, str] = {}  # sites whose work was lost with their connection or worker, with the reason
+        self._again: set[str] = set()
+
+    def ask(self, nodes: list[int]) -> None:
+        """Send the round's work to nodes."""
+        settings = {**self._parts.settings, "evaluate": self._evaluate}
+        strategy, lifetime = self._parts.strategy, self._parts.lifetime
+        messages = strategy.train_messages(self._number, self._state, nodes, settings, lifetime)
+        for message in messages:
+            self.notes.asked(message)
+        self._parts.mailbox.push(messages, self._group)
+
+    def combine(self) -> Outcome:
+        """Wait for the replies and combine those that count.
+
+        Raises:
+            FederationError: there are too few valid updates, or they cannot be combined.
+        """
+        try:
+            outcome = self._parts.strategy.combine(self._number, self._state, self._counted())
+        except AggregationError as error:
+            raise FederationError(f"round {self._number}: {error}{self._reasons()}") from None
+        valid, needed = len(self.notes.admitted), self._cohort.min_clients
+        if valid < needed:
+            raise FederationError(f"round {self._number}: {valid} valid updates, {needed} needed{self._reasons()}")
+        self.notes.close(outcome.diagnostics)
+        return outcome
+
+    def _counted(self) -> Iterator[Update]:
+        """The updates that count: all of them as they arrive, or, by name, those that move as far as most do."""
+        ratio, refusals = self._parts.config.admission.norm_ratio, self._parts.refusals
+        if ratio is None:
+            for update, _ in self._updates():
+                refusals.note(update.client, refused=False)
+                yield update
+                del update
+            return
+        moves: dict[str, Moved] = {}
+        with Spool(self._parts.folder.path / "incoming") as spool:
+            for update, how_far in self._updates():
+                moves[update.client] = how_far
+                spool.put(update)
+                del update
+            bound = cohort_bound({client: how_far.signal for client, how_far in moves.items()}, ratio)
+            for update in spool.updates():
+                norm, noise = moves[update.client].norm, moves[update.client].noise
+                if norm <= bound + noise:
+                    refusals.note(update.client, refused=False)
+                    yield update
+                else:
+                    limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
+                    limit += f", and {noise:.3g} for the declared noise" if noise else ""
+                    self._refuse(update.client, f"{update.client}: its update moved by {norm:.3g}; {limit}")
+                del update
+
+    def _updates(self) -> Iterator[tuple[Update, Moved]]:
+        """Well-formed updates with their norms as they arrive; what is refused, fails or stays away is noted."""
+        mailbox, since = self._parts.mailbox, time.monotonic()
+        for sent, reply in mailbox.replies(self._group, self._deadline, self._look_after_lost):
+            self.notes.elsewhere += time.monotonic() - since
+            found = self._take(sent, reply)
+            del reply
+            if found is not None:
+                yield found
+                del found
+            since = time.monotonic()
+        self.notes.elsewhere += time.monotonic() - since
+        for node_id in mailbox.forget(self._group):
+            name = self._parts.strategy.client(node_id).name
+            self._lost[name] = f"{name}: no answer within {self._deadline() - self._asked:.4g} seconds"
+        for name, reason in self._lost.items():
+            self.notes.problem(name, "client_failed", reason)
+
+    def _take(self, sent: Sent, reply: Message) -> tuple[Update, Moved] | None:
+        """The update in a reply and how far it moves; None when there is none that is well formed."""
+        name, code = self._parts.strategy.client(sent.node_id).name, reply.error.code if reply.has_error() else None
+        try:
+            update, how_far = self._read(reply, sent.node_id)
+        except RefusedUpdate as refusal:
+            if code == ErrorCode.NODE_UNAVAILABLE or (code in _ONCE_MORE and name not in self._again):
+                self._again |= {name} if code in _ONCE_MORE else set()
+                self._lost[name] = str(refusal)
+            elif code is not None:
+                self.notes.problem(name, "client_failed", str(refusal))
+            else:
+                self._refuse(name, str(refusal))
+            return None
+        except Exception as error:  # whatever a reply may hold, it ends the round for its site alone
+            log.exception("round %d: reading the reply of %s failed", self._number, name)
+            kind = type(error).__name__
+            self._refuse(name, f"{name}: its reply cannot be used ({kind}; the server's log says where)")
+            return None
+        metrics = self.notes.update(sent, reply, update)
+        if self._evaluate:
+            record_evaluation(self._parts.folder, self._number - 1, name, under("evaluate.", metrics))
+        return update, how_far
+
+    def _read(self, reply: Message, node_id: int) -> tuple[Update, Moved]:
+        """The update in a reply, and how far it moves.
+
+        Raises:
+            RefusedUpdate: with the reason.
+        """
+        strategy, config = self._parts.strategy, self._parts.config
+        update = strategy.read_update(reply, node_id)
+        member = self._parts.roster.members[node_id]
+        rows = member.train_rows
+        if update.num_examples != rows:
+            raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {rows} rows")
+        base = strategy.base_of(node_id)
+        norms = change_norms(update, base)
+        check_possible(update, norms, base, config.training, config.strategy, member.privacy)
+        return update, moved(norms, rows, base, config.training, config.strategy, member.privacy)
+
+    def _look_after_lost(self) -> bool:
+        """Give work that was lost to sites that are back; whether to wait for those that are not."""
+        mailbox, roster, strategy = self._parts.mailbox, self._parts.roster, self._parts.strategy
+        roster.greet()  # who comes late joins the next round
+        returned = roster.returned(self._group)
+        for node_id in mailbox.waiting(self._group):
+            name = strategy.client(node_id).name
+            if node_id in returned or roster.node_of(name) not in (node_id, None):  # it came back, maybe as a new node
+                mailbox.forget(self._group, node_id)
+                self._lost[name] = f"{name}: its connection was lost"
+        for name in list(self._lost):
+            back = roster.node_of(name)
+            if back is not None:
+                del self._lost[name]
+                roster.introduce(strategy)
+                self.ask([back])
+        return bool(self._lost) and len(self.notes.admitted) < self._cohort.min_clients
+
+    def _deadline(self) -> float:
+        enough = len(self.notes.admitted) >= self._cohort.min_clients
+        return self._asked + (self._patience if enough else self._cohort.round_deadline)
+
+    def _refuse(self, site: str, reason: str) -> None:
+        self.notes.problem(site, "update_refused", reason)
+        refusals = self._parts.refusals
+        before = refusals.excluded()
+        refusals.note(site, refused=True)
+        for left_out in refusals.excluded().keys() - before.keys():
+            self._parts.folder.event("client_excluded", client=left_out, reason=refusals.excluded()[left_out])
+
+    def _reasons(self) -> str:
+        return "".join(f"; {reason}" for reason in self.notes.problems.values())

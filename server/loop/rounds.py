@@ -1,0 +1,157 @@
+"""The federation's life in one place: gather, train round by round, evaluate, finish."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+
+from flwr.app import ConfigRecordValues
+from flwr.serverapp import Grid
+
+from common.config.federation import FederationConfig
+from server.loop.checkpoint import Checkpoint, save
+from server.loop.clients import Roster
+from server.loop.inflight import Mailbox
+from server.loop.recorder import record_evaluation, scalars, under
+from server.loop.round import Parts, Round
+from server.loop.server_model import Evaluator
+from server.run.folder import RunFolder
+from server.run.quarantine import Refusals
+from strategies.flower.messages import RuleMessages
+from strategies.flower.strategy import sample
+from strategies.rule import Tensors
+
+_MEMORY = 5  # rounds whose slowest replies set an adaptive deadline
+_LEAST_DEADLINE = 10.0  # seconds
+
+
+class RoundLoop:
+    """Runs a federation from the first hello to the last evaluation.
+
+    Args:
+        grid: Flower's grid.
+        config: the federation file.
+        settings: what every message's "config" record holds, the federation settings among it.
+        strategy: how updates are combined.
+        evaluator: holds the server's model.
+        folder: where everything is written down.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: FederationConfig,
+        settings: Mapping[str, ConfigRecordValues],
+        strategy: RuleMessages,
+        evaluator: Evaluator,
+        folder: RunFolder,
+    ) -> None:
+        self._config, self._strategy, self._evaluator, self._folder = config, strategy, evaluator, folder
+        self._settings, self._mailbox = settings, Mailbox(grid)
+        self._refusals = Refusals(folder.path, config.admission.max_refusals)
+        self._roster = Roster(
+            grid,
+            self._mailbox,
+            folder,
+            settings,
+            self._refusals,
+            config.admission,
+            base_digest=evaluator.base_digest,
+            tokenizer_digest=evaluator.tokenizer_digest,
+            expected=None if config.local is None else len(config.local.sites),
+        )
+        self._parts = Parts(config, settings, strategy, self._mailbox, self._roster, self._refusals, folder)
+        self._slowest: deque[float] = deque(maxlen=_MEMORY)
+
+    def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
+        """All rounds, or those that are left, to the final state.
+
+        Args:
+            state: of the base model.
+            resumed: the round to go on after; None: begin with the first.
+
+        Raises:
+            FederationError: a round, or the start, had too few valid sites, or the disk is full.
+        """
+        done, versions, moments = 0, None, None
+        if resumed is not None:
+            done, versions, moments, state = resumed.round, resumed.versions, resumed.moments, resumed.state
+            self._refusals.counts = dict(resumed.refusals)
+        self._strategy.begin(state, versions, moments)
+        self._roster.gather(self._config.cohort)
+        for number in range(done + 1, self._config.rounds + 1):
+            state = self._train(number, state)
+            if number % self._config.checkpoint.every == 0:
+                self._save(number, state)
+        self._evaluate(self._config.rounds, state)
+        self._note_late()
+        return state
+
+    def _train(self, number: int, state: Tensors) -> Tensors:
+        """One round: the sites evaluate the state, when that is due, and train it."""
+        self._note_late()
+        nodes, patience = self._cohort(number), self._patience()
+        due = (number - 1) % self._config.evaluation.every == 0
+        names = [self._roster.members[n].site for n in nodes]
+        self._folder.event("round_started", round=number, clients=names, deadline=round(patience, 1))
+        this = Round(self._parts, number, state, evaluate=due, patience=patience)
+        this.ask(nodes)
+        if due:
+            this.notes.elsewhere += self._evaluate_here(number - 1, state)  # while the sites work
+        outcome = this.combine()
+        self._slowest.append(max(this.notes.admitted.values()))
+        return outcome.state
+
+    def _save(self, number: int, state: Tensors) -> None:
+        bytes_, optimizer = self._folder.metrics_bytes(), self._strategy.server_optimizer
+        moments = {} if optimizer is None else optimizer.moments
+        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._refusals.counts, moments)
+        save(self._folder.path, checkpoint, self._config.checkpoint.keep)
+
+    def _cohort(self, number: int) -> list[int]:
+        """The sites of a round, sampled from those that are connected."""
+        cohort = self._config.cohort
+        self._roster.gather(cohort)
+        self._roster.introduce(self._strategy)
+        nodes = self._roster.connected()
+        return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
+
+    def _patience(self) -> float:
+        """Seconds after which a round closes once it has ``min_clients`` updates."""
+        cohort = self._config.cohort
+        if cohort.deadline_factor is None or not self._slowest:
+            return cohort.round_deadline
+        return min(cohort.round_deadline, max(_LEAST_DEADLINE, cohort.deadline_factor * max(self._slowest)))
+
+    def _note_late(self) -> None:
+        """Say so when an answer has come after its round was closed; it is dropped."""
+        for sent in self._mailbox.late(self._parts.lifetime):
+            name, after = self._strategy.client(sent.node_id).name, time.time() - sent.at
+            reason = f"{name}: its answer to {sent.group} was seen after {after:.4g} seconds, too late; it is dropped"
+            self._folder.event("late_reply", client=name, reason=reason)
+
+    def _evaluate(self, version: int, state: Tensors) -> None:
+        """The final state, at every site that is still connected and at the server."""
+        nodes, lifetime = self._roster.connected(), self._parts.lifetime
+        group = f"evaluate/{version}"
+        patience = self._config.cohort.round_deadline
+        self._mailbox.push(self._strategy.evaluate_messages(version, state, nodes, self._settings, lifetime), group)
+        deadline = time.monotonic() + patience
+        self._evaluate_here(version, state)
+        for sent, reply in self._mailbox.replies(group, lambda: deadline):
+            name = self._strategy.client(sent.node_id).name
+            if reply.has_error():
+                self._folder.event("client_failed", round=version, client=name, reason=f"{name}: {reply.error.reason}")
+            else:
+                record_evaluation(self._folder, version, name, under("evaluate.", scalars(reply)))
+        for node_id in self._mailbox.forget(group):
+            name = self._strategy.client(node_id).name
+            reason = f"{name}: no evaluation within {patience:g} seconds"
+            self._folder.event("client_failed", round=version, client=name, reason=reason)
+
+    def _evaluate_here(self, version: int, state: Tensors) -> float:
+        """Evaluate on the server's own set; the seconds that took."""
+        started = time.monotonic()
+        metrics = self._evaluator.evaluate(state)
+        seconds = time.monotonic() - started
+        record_evaluation(self._folder, version, "server", metrics, seconds)
+        return seconds

@@ -1,0 +1,116 @@
+"""The server's own model: where the federation starts, how the global state does, and what is exported."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.federation import CausalLMTask, FederationConfig, LoraConfig, MergingLoraConfig
+from common.data.evaluation import generate_answers, in_fixed_order
+from common.data.rows import Row
+from common.data.tasks import Place, make_task
+from common.model import tuning
+from common.model.base_model import check_length
+from common.protocol.digest import base_digest, tokenizer_digest
+from strategies.rule import Tensors
+
+
+class Evaluator:
+    """The base model in the server's memory.
+
+    Args:
+        config: the federation file, with absolute paths.
+        source: where that file lies, for errors.
+
+    Raises:
+        ModelError: the base model cannot be used.
+        DataError: the server's evaluation set cannot be used.
+    """
+
+    def __init__(self, config: FederationConfig, source: Path) -> None:
+        self._config = config
+        data = config.evaluation.server
+        model = config.model
+        self._task = make_task(config.task)
+        self._rows: list[Row] = self._task.rows(data, source)[0] if data is not None else []
+        seed = config.training.seed
+        self._base = self._task.load(str(model.path or model.hub), model.revision, model.dtype, seed)
+        check_length(self._base.model, config.training.max_length)
+        self.model_parameters = sum(p.numel() for p in self._base.model.parameters())
+        self.base_digest = base_digest(self._base.model)
+        self.tokenizer_digest = tokenizer_digest(self._base.tokenizer)
+        self._tuned = tuning.tune(self._base.model, config.strategy, self._task.peft_type, seed=seed)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._tuned.model.to(self._device)
+
+    def initial_state(self) -> Tensors:
+        """The federation's tensors of the base model, from which round 1 starts."""
+        return tuning.first_state(self._tuned, self._config.strategy, self._config.training.seed)
+
+    def evaluate(self, state: Tensors) -> dict[str, float]:
+        """Metrics of a state on the server's own set; empty when there is none."""
+        if not self._rows:
+            return {}
+        self._tuned.set(state)
+        return self._task.evaluate(
+            self._tuned.model,
+            self._base.tokenizer,
+            self._rows,
+            self._config.evaluation,
+            self._system,
+            self._config.training.max_length,
+            Place(self._device),
+        )
+
+    def answers(self, state: Tensors) -> list[dict[str, str]]:
+        """Questions of the server's own set with the expected and the generated answer."""
+        rows = in_fixed_order(self._rows)[: self._config.evaluation.samples]
+        if not rows or not isinstance(self._config.task, CausalLMTask):
+            return []
+        self._tuned.set(state)
+        generated = generate_answers(
+            self._tuned.model,
+            self._base.tokenizer,
+            rows,
+            system=self._system,
+            max_length=self._config.training.max_length,
+            max_new_tokens=self._config.evaluation.max_new_tokens,
+            batch_size=self._config.evaluation.batch_size,
+            device=self._device,
+            autocast_dtype=None,
+        )
+        return [
+            {"prompt": row.prompt, "expected": row.answer, "answer": answer}
+            for row, answer in zip(rows, generated, strict=True)
+        ]
+
+    def export(self, state: Tensors, run_dir: Path) -> None:
+        """Write the fine-tuned result with its tokenizer as ``model/``; with ``merge``, also ``merged/``.
+
+        ``model/`` is a full model where base weights change, otherwise a PEFT adapter. A folder appears whole or not at
+        all.
+        """
+        self._tuned.set(state)
+        strategy = self._config.strategy
+        if isinstance(strategy, MergingLoraConfig):
+            self._write(self._tuned.model.merge_and_unload(), run_dir / "model")
+            return
+        self._write(self._tuned.model, run_dir / "model")
+        if isinstance(strategy, LoraConfig) and strategy.merge:
+            self._write(self._tuned.model.merge_and_unload(), run_dir / "merged")
+
+    def _write(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers or a peft model
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            model.save_pretrained(temporary)
+            self._base.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between this and its end
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @property
+    def _system(self) -> str | None:
+        return self._config.evaluation.server.system if self._config.evaluation.server is not None else None

@@ -1,0 +1,1 @@
+"""Keeps a run alive, shows it and stops it. Stays at home."""

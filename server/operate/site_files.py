@@ -1,0 +1,43 @@
+"""Site files on this machine, checked before anything is started."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.config.federation import FederationConfig, SiteConfig, resolve
+from common.config.load import load
+from common.errors import ConfigError, DataError, ModelError
+
+
+def check_sites(files: Iterable[Path], federation: FederationConfig, source: Path) -> dict[str, Path]:
+    """Read site files; the files by the sites' names.
+
+    Args:
+        files: absolute paths.
+        federation: with absolute paths.
+        source: the federation's file, for errors.
+
+    Raises:
+        ConfigError: a file is wrong, two sites have the same name, or there are too few sites.
+        DataError: a shard does not exist.
+        ModelError: a model's folder does not exist.
+    """
+    sites: dict[str, Path] = {}
+    for path in files:
+        site = load(path, SiteConfig)
+        if site.name in sites:
+            raise ConfigError(f"{path}: `name` {site.name!r} is also the name of {sites[site.name]}")
+        shard = resolve(site.data.path, path)
+        if not shard.exists():
+            raise DataError(f"{path}: shard {shard} does not exist")
+        model = federation.model.path if site.model is None else str(resolve(site.model, path))
+        _check_model(model, path if site.model is not None else source)
+        sites[site.name] = path
+    if federation.cohort.min_clients > len(sites):
+        needed = federation.cohort.min_clients
+        raise ConfigError(f"{source}: `cohort.min_clients` is {needed}, but `local.sites` lists {len(sites)}")
+    return sites
+
+
+def _check_model(path: str | None, file: Path) -> None:
+    if path is not None and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{file}: model folder {path} does not exist or holds no config.json")

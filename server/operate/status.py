@@ -1,0 +1,186 @@
+"""What runs do and did, on the terminal or as JSON. Only reads their folders."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import FedSpanError, LaunchError
+from common.text import size
+from server.operate.progress import clock
+from server.report.format import score, seconds, whole
+from server.run import records as facts
+from server.run.state import Overview, overview, runs
+
+_ROUNDS, _PROBLEMS = 10, 5  # so many are shown, the last ones; JSON has all
+_SCORES = ("loss", "accuracy", "rouge_l")  # likewise
+_WIDTH = 200  # where there is no terminal
+_COLORS = {"running": "green", "starting": "green", "failed": "red", "dead": "red", "interrupted": "yellow"}
+
+
+def listing(folder: Path) -> list[Overview]:
+    """All runs in a folder; one that cannot be read is there with its reason.
+
+    Raises:
+        LaunchError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise LaunchError(f"{folder} does not exist; --runs names the folder of all runs")
+    found = []
+    for path in runs(folder):
+        try:
+            found.append(overview(path))
+        except LaunchError as error:
+            found.append(Overview(path.name, "unreadable", str(error)))
+    return found
+
+
+def show_all(found: list[Overview]) -> RenderableType:
+    """Runs as a table."""
+    table = _table(
+        "run", "state", "round", "strategy", "started", "lasted", "to go", right=("round", "lasted", "to go")
+    )
+    for run in found:
+        lasted, eta = _clock(run.seconds), _clock(run.eta)
+        table.add_row(run.name, _state(run), _round(run), run.strategy, _moment(run.started), lasted, eta)
+    reasons = [Text(f"{run.name}: {run.reason}") for run in found if run.reason]
+    return Group(table, *reasons) if found else Text("no runs")
+
+
+def show_one(run: Overview) -> RenderableType:
+    """A run with its rounds, sites and last problems."""
+    head = Text.assemble((run.name, "bold"), "  ", _state(run), f"  round {_round(run)}  {run.strategy}")
+    times = f"started {_moment(run.started)}, lasted {_clock(run.seconds)}, to go {_clock(run.eta)}"
+    lines = [f"{times}, {size(run.bytes_down)} down, {size(run.bytes_up)} up"]
+    lines += [f"Flower's run {run.flower_run}"] if run.flower_run else []
+    lines += [f"reason: {run.reason}"] if run.reason else []
+    lines += [f"to go on: {run.to_go_on}"] if run.to_go_on else []
+    parts: list[RenderableType] = [head, *map(Text, lines)]
+    if run.finished_rounds:
+        parts += [Text(), _show_rounds(run)]
+    parts += _show_sites(run) if run.sites else []
+    troubles = [f"{_moment(problem.time)}  {problem.what}: {problem.reason}" for problem in run.problems[-_PROBLEMS:]]
+    return Group(*parts, *map(Text, ["", *troubles] if troubles else []))
+
+
+def _show_rounds(run: Overview) -> Table:
+    last = run.finished_rounds[-_ROUNDS:]
+    scores = [s for s in facts.SCORES if s.key in _SCORES and any(s.key in line.scores for line in last)]
+    names = ("round", *(known.title for known in scores), "seconds", "down", "up", "sites")
+    table = _table(*names, right=names)
+    for line in last:
+        values = [score(line.scores.get(known.key)) for known in scores]
+        moved = size(line.bytes_down), size(line.bytes_up)
+        table.add_row(str(line.round), *values, seconds(line.seconds), *moved, f"{line.sites} of {line.asked}")
+    return table
+
+
+def _show_sites(run: Overview) -> list[RenderableType]:
+    """Who is there, and what each has done: two tables, which fit 80 columns."""
+    numbers = ("rows", "held out", "rounds", "refused", "down", "up", "train s")
+    there = _table("site", "link", "doing", "last seen", "FedSpan", "device", right=())
+    done = _table("site", *numbers, right=numbers)
+    for site in run.sites:
+        doing, last = site.doing if site.left_out is None else "left out", _moment(site.last_seen)
+        there.add_row(site.site, site.connection, doing, last, site.version or "–", site.device or "–")
+        counts = whole(site.rows), whole(site.held_out), str(site.rounds), str(site.refusals)
+        done.add_row(site.site, *counts, size(site.bytes_down), size(site.bytes_up), seconds(site.seconds))
+    return [Text(), there, Text(), done]
+
+
+def _table(*columns: str, right: tuple[str, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+    return table
+
+
+def _state(run: Overview) -> Text:
+    return Text(run.state, style=_COLORS.get(run.state, ""))
+
+
+def _round(run: Overview) -> str:
+    return f"{run.round} of {run.rounds}" if run.rounds else "–"
+
+
+def _moment(time_: float | None) -> str:
+    return "–" if time_ is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_))
+
+
+def _clock(lasted: float | None) -> str:
+    return "–" if lasted is None else clock(max(0.0, lasted))
+
+
+def watch(look: Callable[[], RenderableType], console: Console, every: float | None) -> None:
+    """Show what ``look`` gives; with ``every``, again after so many seconds, until it is interrupted."""
+    if every is None or not console.is_terminal:
+        _print(look(), console)
+        while every is not None:
+            time.sleep(every)
+            _print(look(), console)
+        return
+    with Live(look(), console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            time.sleep(every)
+            live.update(look(), refresh=True)
+
+
+def _print(shown: RenderableType, console: Console) -> None:
+    console.out(shown, highlight=False) if isinstance(shown, str) else console.print(shown)
+
+
+def _seconds(text: str) -> float:
+    try:
+        every = float(text)
+    except ValueError:
+        every = 0.0
+    if not 0.1 <= every <= 86400.0:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0.1 to 86400 seconds")
+    return every
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server.operate.status", description="Show all runs, or one of them."
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of one run: its rounds and sites")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--watch", type=_seconds, metavar="SECONDS", help="show it again after so many seconds")
+    parser.add_argument("--json", action="store_true", help="one JSON document, times in Unix seconds")
+    options = parser.parse_args(arguments)
+
+    def look() -> RenderableType:
+        one = None if options.name is None else overview(options.runs / options.name)
+        if options.json:
+            data = asdict(one) if one is not None else {"runs": [_summary(run) for run in listing(options.runs)]}
+            return json.dumps(data)
+        return show_one(one) if one is not None else show_all(listing(options.runs))
+
+    console = Console()
+    if options.json or not console.is_terminal:
+        console = Console(width=_WIDTH, force_terminal=False)
+    try:
+        watch(look, console, options.watch)
+    except KeyboardInterrupt:
+        return 0
+    except FedSpanError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def _summary(run: Overview) -> dict[str, object]:
+    return {k: v for k, v in asdict(run).items() if k not in ("finished_rounds", "sites", "problems")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

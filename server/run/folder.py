@@ -1,0 +1,297 @@
+"""The folder of one run: everything that a person, a program or the launcher reads about it.
+
+    federation.yaml   the federation file with all defaults and absolute paths
+    run.json          status, reason of a failure, versions, machine, digests
+    signatures.json   of the app bundle, if the supervisor was given some
+    nodes.json        whose keys the SuperNodes have, if it was given a register of sites
+    events.jsonl      what happened, one line each, as it happens
+    metrics.jsonl     numbers: one record per round, site and phase
+    checkpoints/      the state after the last rounds, to go on from
+    samples.json      the server's own questions, answered before and after
+    tensorboard/      the same numbers for TensorBoard
+    model/            the fine-tuned result
+    report.html       all of it on one page
+    supervisor.json   who looks after the run (``server.run.supervisor_lock``)
+
+The supervisor writes supervisor.json, signatures.json and nodes.json, the ServerApp all else. A whole file appears at
+once or not at all; a line is flushed as soon as it is written.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from common.config.federation import FederationConfig, resolved
+from common.errors import LaunchError
+from common.packages import installed
+from common.system.lock import hold, is_held
+from server.operate.progress import log_event
+
+#: Any of these is a run, or what is left of one.
+_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", "checkpoints")
+_LOCK = ".lock"
+_PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
+
+
+class RunFolder:
+    """Writes a run's folder, which is locked until it is closed. Make one with ``create`` or ``reopen``."""
+
+    def __init__(self, path: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = path
+        lock = hold(path / _LOCK)
+        if lock is None:
+            raise LaunchError(f"{path}: another server is at work on this run")
+        self._lock = lock
+        self._started = time.time()
+        self._run: dict[str, Any] = {}
+        self._board = SummaryWriter(str(path / "tensorboard"))
+
+    @classmethod
+    def create(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
+        """Make the folder of a new run.
+
+        Args:
+            path: the folder; it may exist as long as it holds no run.
+            federation: the federation file's content.
+            source: where that file lies; its relative paths are relative to its folder.
+
+        Raises:
+            LaunchError: the folder already holds a run, or cannot be written.
+        """
+        refuse_existing(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            settings = yaml.safe_dump(
+                resolved(federation, source).model_dump(mode="json"), sort_keys=False, allow_unicode=True
+            )
+            write_atomically(path / "federation.yaml", settings)
+            folder = cls(path)
+        except OSError as error:
+            raise LaunchError(f"run folder {path} cannot be written: {error.strerror or error}") from None
+        folder.model_info(
+            {
+                "status": "running",
+                "name": federation.name,
+                "started": folder._started,
+                "federation_digest": hashlib.sha256(settings.encode()).hexdigest(),
+                "versions": {
+                    "python": platform.python_version(),
+                    **{package: installed(package) for package in _PACKAGES},
+                },
+                "machine": _machine(),
+            }
+        )
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
+        """The folder of a run that was begun and is to go on.
+
+        Args:
+            path: the run's folder.
+            federation: the federation file's content; it must be as it was, but for ``local``.
+            source: where that file lies.
+
+        Raises:
+            LaunchError: there is no run to go on with, or the federation file has changed; says how.
+        """
+        check_resumable(path, resolved(federation, source))
+        folder = cls(path)  # from here on it is ours alone
+        folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        folder.model_info({"status": "running", "reason": None})
+        return folder
+
+    def close(self) -> None:
+        """Let another server write to it."""
+        self._board.close()
+        os.close(self._lock)
+
+    def same_models(self, digests: Mapping[str, str]) -> None:
+        """Refuse to go on with another base model or tokenizer.
+
+        Raises:
+            LaunchError: a digest is not the one that was noted when the run began.
+        """
+        for what, digest in digests.items():
+            if self._run.get(what, digest) != digest:
+                raise LaunchError(f"{self.path}: {what} was {self._run[what]} when the run began, it is {digest} now")
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def rewind(self, metrics_bytes: int) -> None:
+        """Forget the numbers of what came after; events stay, they did happen."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            os.truncate(file, min(metrics_bytes, file.stat().st_size))
+
+    def model_info(self, facts: Mapping[str, object]) -> None:
+        """Add facts to run.json."""
+        self._run |= facts
+        write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Note that something happened, and log it."""
+        event = {"time": round(time.time(), 3), "event": kind, **fields}
+        self._append("events.jsonl", event)
+        log_event(self.path.name, event)
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Note numbers of one round, client and phase (train, evaluate or aggregate), here and for TensorBoard."""
+        self._append("metrics.jsonl", dict(record))
+        for section in ("train", "evaluate", "seconds", "bytes", "diagnostics"):
+            for key, value in record.get(section, {}).items():
+                if value is not None and math.isfinite(value):
+                    tag = f"{section}/{key}/{record['client']}"
+                    self._board.add_scalar(tag, value, record["round"])
+
+    def samples(self, samples: list[dict[str, str]]) -> None:
+        """Keep questions of the server's own set with their answers before and after; never a site's rows."""
+        write_atomically(self.path / "samples.json", json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        """The run ended well."""
+        self._end("completed", None)
+
+    def fail(self, reason: str) -> None:
+        """The run ended with a reason."""
+        self._end("failed", reason)
+
+    def interrupt(self) -> None:
+        """The run was stopped, and can go on later."""
+        self._end("interrupted", "the server was stopped, by Flower or a signal")
+
+    def _end(self, status: str, reason: str | None) -> None:
+        seconds = round(time.time() - self._started, 3)
+        if reason is None:
+            self.event("finished", seconds=seconds)
+        else:
+            self.event(status, reason=reason)
+        self.model_info({"status": status, "reason": reason, "finished": time.time(), "seconds": seconds})
+
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+
+def in_use(path: Path) -> bool:
+    """Whether a living server writes to the folder ``path``."""
+    return is_held(path / _LOCK)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise a LaunchError when ``path`` already holds a run; logs and Flower's own files are none."""
+    try:
+        found = [name for name in _RESULTS if (path / name).exists()]
+    except OSError as error:
+        raise LaunchError(f"run folder {path} cannot be read: {error.strerror or error}") from None
+    if found:
+        raise LaunchError(f"{path} already holds a run ({found[0]}); choose another `name`, or remove the folder")
+
+
+def check_resumable(path: Path, federation: FederationConfig) -> None:
+    """Raise a LaunchError when ``path`` holds no run that can go on under this (resolved) federation file."""
+    try:
+        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        before = yaml.safe_load((path / "federation.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise LaunchError(f"{path} holds no run that could go on; leave out --resume") from None
+    if run.get("status") == "completed":
+        raise LaunchError(f"{path}: the run has ended well, nothing is left to do")
+    how = changes(before, federation.model_dump(mode="json"))
+    if how:
+        raise LaunchError(f"{path}: the federation file has changed since the run began: {how}")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What differs between two federation files but for ``local``, in words; empty when nothing does."""
+    then, now = (_flat({k: v for k, v in data.items() if k != "local"}) for data in (before, after))
+    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    return "; ".join(f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file so that a reader, or a crash, never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The run.json of the folder ``path``; empty when there is none.
+
+    Raises:
+        LaunchError: it cannot be read.
+    """
+    file = path / "run.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{file} cannot be read: {error}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, without a last line that is still being written; none when there is no file.
+
+    Raises:
+        LaunchError: a complete line is no JSON; names file and line.
+    """
+    if not path.exists():
+        return []
+    records = []
+    # Bytes, because what follows the last line break is not complete yet and may end within a character.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise LaunchError(f"{path}, line {number}: not valid JSON") from None
+    return records
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """The same value with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _machine() -> dict[str, object]:
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "gpus": gpus}

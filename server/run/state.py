@@ -1,0 +1,277 @@
+"""A run as its folder tells it to the operator: its state, its rounds and its sites. Only reads; the run goes on."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import LaunchError
+from server.operate.progress import Picture
+from server.run import records as facts
+from server.run.folder import in_use, read_lines, read_run
+from server.run.quarantine import Refusals
+from server.run.supervisor_lock import Supervisor, is_looked_after, supervisor_of
+
+Event = dict[str, Any]
+STATES = ("starting", "running", "completed", "failed", "interrupted", "dead")
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round.
+
+    Attributes:
+        seconds: it took; ``bytes_down``: to the sites; ``bytes_up``: from them, refused updates included.
+        sites: whose updates came in; ``asked``: how many were asked.
+        scores: of the state after it, on the server's own set; empty where it was not evaluated.
+    """
+
+    round: int
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    sites: int
+    asked: int
+    scores: dict[str, float | None]
+
+
+@dataclass
+class Site:
+    """A site's part.
+
+    Attributes:
+        connection: "up", "down", "refused" (at its hello), or "unknown" when no server is at work.
+        doing: what it does in the round under way.
+        last_seen: Unix time of its last message or of its connection; Flower notices a lost one after about a minute.
+        version: of the FedSpan that is installed there.
+        rounds: it has trained in.
+        refusals: of its updates, in a row.
+        left_out: why it is not asked any more.
+        seconds: of its last training.
+    """
+
+    site: str
+    connection: str
+    doing: str = ""
+    last_seen: float | None = None
+    version: str = ""
+    device: str = ""
+    rows: int | None = None
+    held_out: int | None = None
+    rounds: int = 0
+    refusals: int = 0
+    left_out: str | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float | None = None
+
+
+@dataclass
+class Overview:
+    """A run.
+
+    Attributes:
+        state: one of ``STATES``; "dead": nobody is at work on it any more, and nobody said why.
+        reason: of a failure or an interruption.
+        round: the last one that was begun; ``rounds``: how many there are to be.
+        started: Unix time; ``seconds``: from then to its end, or until now; ``eta``: to go.
+        flower_run: by which Flower's own commands know it.
+        to_go_on: the command that goes on with a run that has stopped short.
+        bytes_down: to all sites, in finished rounds; ``bytes_up``: from them.
+        loss: on the server's own set, of the last state that was evaluated.
+        problems: refusals and failures of sites, in order.
+    """
+
+    name: str
+    state: str
+    reason: str | None = None
+    strategy: str = ""
+    round: int = 0
+    rounds: int = 0
+    started: float | None = None
+    seconds: float | None = None
+    eta: float | None = None
+    last_event: float | None = None
+    flower_run: str | None = None
+    to_go_on: str | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    loss: float | None = None
+    finished_rounds: list[Round] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    problems: list[facts.Problem] = field(default_factory=list)
+
+
+def overview(run_dir: Path, now: float | None = None) -> Overview:
+    """Read a run's folder.
+
+    Raises:
+        LaunchError: there is no run, or a file of it cannot be read; names it.
+    """
+    now = time.time() if now is None else now
+    run, supervisor = read_run(run_dir), supervisor_of(run_dir)
+    if not run and supervisor is None:
+        raise LaunchError(f"{run_dir} holds no run")
+    state, reason = _state(run_dir, run, supervisor)
+    alive = state in ("starting", "running")
+    settings = _settings(run_dir)
+    events, records = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
+    picture = Picture()
+    for event in events[_last(events, "resumed") :]:
+        picture.take(event)
+    last = events[-1]["time"] if events else None
+    started = run.get("started")
+    end = now if alive else run.get("finished") or last
+    closed = [event for event in events if event["event"] == "round_finished"]
+    return Overview(
+        name=run_dir.name,
+        state=state,
+        reason=reason,
+        strategy=str(settings.get("strategy", {}).get("name", "")),
+        round=max(picture.round, picture.finished_rounds),
+        rounds=int(settings.get("rounds", 0)),
+        started=started,
+        seconds=end - started if started and end else None,
+        eta=picture.eta(now) if alive else None,
+        last_event=last,
+        flower_run=str(run["flower_run"]) if "flower_run" in run else None,
+        to_go_on=supervisor.to_go_on() if supervisor and run and not alive and state != "completed" else None,
+        bytes_down=sum(event["bytes_down"] for event in closed),
+        bytes_up=sum(event["bytes_up"] for event in closed),
+        loss=next(reversed(facts.curve(records, "loss").get(facts.SERVER, {}).values()), None),
+        finished_rounds=_rounds(events, records),
+        sites=_sites(run_dir, events, records, settings, picture if alive else None),
+        problems=facts.problems(events),
+    )
+
+
+def runs(folder: Path) -> list[Path]:
+    """The folders of all runs in ``folder``, by name."""
+    return sorted({file.parent for name in ("run.json", "supervisor.json") for file in folder.glob(f"*/{name}")})
+
+
+def _state(run_dir: Path, run: dict[str, Any], supervisor: Supervisor | None) -> tuple[str, str | None]:
+    """What a run does, and why it does not go on."""
+    status = str(run.get("status", ""))
+    if status == "completed":
+        return status, None
+    if in_use(run_dir):
+        return "running", None
+    if is_looked_after(run_dir):
+        return "starting", None
+    if status in ("failed", "interrupted"):
+        return status, str(run.get("reason"))
+    if supervisor is not None and supervisor.outcome is not None:
+        return supervisor.outcome, supervisor.reason
+    return "dead", "its processes ended without a word"
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "federation.yaml"
+    try:
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise LaunchError(f"{file} cannot be read: {error}") from None
+
+
+def _last(events: list[Event], kind: str) -> int:
+    """Where the last event of a kind is; 0 when there is none."""
+    return max((i for i, event in enumerate(events) if event["event"] == kind), default=0)
+
+
+def _rounds(events: list[Event], records: list[facts.Record]) -> list[Round]:
+    """The finished rounds; of one that was done again after a crash, the last time."""
+    scores = facts.evaluations(records).get(facts.SERVER, {})
+    asked: dict[int, set[str]] = {}
+    came: dict[int, set[str]] = {}
+    found: dict[int, Round] = {}
+    for event in events:
+        number = event.get("round", 0)
+        if event["event"] == "round_started":
+            asked[number], came[number] = set(event["clients"]), set()
+        elif event["event"] == "reply":
+            came[number].add(event["client"])
+        elif event["event"] == "round_finished":
+            down, up = event["bytes_down"], event["bytes_up"]
+            counts = len(came[number]), len(asked[number])
+            found[number] = Round(number, event["seconds"], down, up, *counts, scores.get(number, {}))
+    return [found[number] for number in sorted(found)]
+
+
+def _sites(
+    run_dir: Path,
+    events: list[Event],
+    records: list[facts.Record],
+    settings: dict[str, Any],
+    picture: Picture | None,
+) -> list[Site]:
+    refused = {e["client"] for e in events if e["event"] == "client_refused"}
+    outcomes = {site.who: site for site in facts.sites(events, facts.rounds_begun(events))}
+    costs = {cost.who: cost for cost in facts.costs(records)}
+    trained = {record["client"]: record for record in facts.trainings(records)}
+    refusals = _refusals(run_dir, events, settings)
+    joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
+    connections = _connections(events)
+    found = []
+    for name in facts.order(outcomes.keys() | refused):
+        site = Site(name, connections.get(name, "down") if picture is not None else "unknown")
+        site.last_seen = max(
+            (e["time"] for e in events if e.get("client") == name and e["event"] in _ALIVE), default=None
+        )
+        site.version, site.device = (str(joined.get(name, {}).get(key, "")) for key in ("version", "device"))
+        site.refusals, site.left_out = refusals.counts.get(name, 0), refusals.excluded().get(name)
+        if name in outcomes:
+            site.rows, site.held_out = outcomes[name].rows, outcomes[name].held_out
+            site.rounds = sum(outcome == "trained" for outcome in outcomes[name].rounds.values())
+        if name in costs:
+            site.bytes_down, site.bytes_up = int(costs[name].down), int(costs[name].up)
+            site.seconds = trained[name].get("seconds", {}).get("train")
+        if picture is not None and name in picture.sites:
+            site.doing = picture.sites[name].state
+        found.append(site)
+    return found
+
+
+#: Events that show that a site is there.
+_ALIVE = {"client_joined", "client_connected", "client_refused", "reply", "evaluated", "update_refused"}
+_CONNECTIONS = {"client_joined": "up", "client_connected": "up", "client_disconnected": "down"}
+
+
+def _connections(events: list[Event]) -> dict[str, str]:
+    """Whether a site is connected, since the server began."""
+    found: dict[str, str] = {}
+    for event in events[_last(events, "started") :]:
+        kind, name = event["event"], event.get("client", "")
+        if kind in _CONNECTIONS:
+            found[name] = _CONNECTIONS[kind]
+        elif kind == "client_refused" and found.get(name) != "up":  # else a namesake was
+            found[name] = "refused"
+    return found
+
+
+def _refusals(run_dir: Path, events: list[Event], settings: dict[str, Any]) -> Refusals:
+    """Refusals in a row, counted as the server does: again from where a run was resumed."""
+    refusals = Refusals(run_dir, int(settings.get("admission", {}).get("max_refusals", sys.maxsize)))
+    after: dict[int, dict[str, int]] = {}
+    good: set[str] = set()
+    for event in events:
+        kind, name = event["event"], event.get("client", "")
+        if kind == "round_started":
+            good = set()
+        elif kind == "reply":
+            good.add(name)
+        elif kind == "update_refused":
+            good.discard(name)
+            refusals.note(name, refused=True)
+        elif kind == "client_readmitted":
+            refusals.counts.pop(name, None)
+        elif kind == "round_finished":
+            for admitted in good:
+                refusals.note(admitted, refused=False)
+            after[event["round"]] = dict(refusals.counts)
+        elif kind == "resumed":
+            refusals.counts = dict(after.get(event["round"], {}))
+    return refusals

@@ -1,0 +1,142 @@
+"""Who looks after a run: its supervisor's process, as the run's folder has it, and how it is asked to end the run.
+
+supervisor.json   that process, how it was started, and in the end how the run ended
+.supervisor       locked for as long as it lives; the kernel frees it, however it dies
+"""
+
+import contextlib
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ValidationError
+
+from common.errors import LaunchError
+from common.system.lock import hold, is_held
+from server.run.folder import in_use, write_atomically
+
+_FILE, _LOCK = "supervisor.json", ".supervisor"
+_SAME_BIRTH = 2.0  # seconds: a corrected clock moves a process's birth a little
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The user, or the machine, asked to stop."""
+
+
+class Supervisor(BaseModel):
+    """The process that looks after a run, or did so last.
+
+    Attributes:
+        pid: its process id.
+        born: Unix time of its start, by which it is told from a later process of the same id.
+        host: the machine, or container, that it runs on.
+        command: how it was started; ``folder``: where.
+        outcome: how the run ended; None while it runs, or when the supervisor was killed.
+        reason: of a failure or an interruption.
+    """
+
+    pid: int
+    born: float
+    host: str
+    command: list[str]
+    folder: str
+    outcome: Literal["completed", "failed", "interrupted"] | None = None
+    reason: str | None = None
+
+    def to_go_on(self) -> str:
+        """The command that goes on with the run."""
+        resume = [] if "--resume" in self.command else ["--resume"]
+        return f"cd {shlex.quote(self.folder)} && {shlex.join([*self.command, *resume])}"
+
+
+@contextlib.contextmanager
+def looking_after(run_dir: Path) -> Iterator[None]:
+    """Note that this process looks after a run, and how that ends.
+
+    Raises:
+        LaunchError: another process does, or the run's folder cannot be written.
+    """
+    own = Supervisor(
+        pid=os.getpid(),
+        born=psutil.Process().create_time(),
+        host=platform.node(),
+        command=sys.orig_argv,
+        folder=str(Path.cwd()),
+    )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = hold(run_dir / _LOCK)
+        if lock is None:
+            raise LaunchError(
+                f"{run_dir}: another supervisor looks after this run; see python -m server.operate.status"
+            )
+        _write(run_dir, own)
+    except OSError as error:
+        raise LaunchError(f"run folder {run_dir} cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+        own.outcome = "completed"
+    except BaseException as error:
+        own.outcome, own.reason = "interrupted" if isinstance(error, Interrupted) else "failed", str(error)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: then the lock alone tells
+            _write(run_dir, own)
+        os.close(lock)
+
+
+def _write(run_dir: Path, supervisor: Supervisor) -> None:
+    write_atomically(run_dir / _FILE, supervisor.model_dump_json(indent=2) + "\n")
+
+
+def supervisor_of(run_dir: Path) -> Supervisor | None:
+    """The process that looks after a run, or did so last; None when there never was one.
+
+    Raises:
+        LaunchError: what the folder says of it cannot be read.
+    """
+    try:
+        return Supervisor.model_validate_json((run_dir / _FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise LaunchError(f"{run_dir / _FILE} cannot be read: {error}") from None
+
+
+def is_looked_after(run_dir: Path) -> bool:
+    """Whether a living supervisor looks after a run."""
+    return is_held(run_dir / _LOCK)
+
+
+def stop(run_dir: Path, deadline: float) -> bool:
+    """Ask a run's supervisor to end the run with all its processes, and wait for that; False when there is none.
+
+    Args:
+        run_dir: the run's folder.
+        deadline: seconds to wait.
+
+    Raises:
+        LaunchError: the supervisor cannot be reached from here, or has not ended in time.
+    """
+    found = supervisor_of(run_dir)
+    if found is None or not is_looked_after(run_dir):
+        if in_use(run_dir):
+            raise LaunchError(f"{run_dir}: its server has no supervisor; stop it with `flwr stop`, by its flower_run")
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(found.pid)
+        if found.host != platform.node() or abs(process.create_time() - found.born) > _SAME_BIRTH:
+            raise LaunchError(f"{run_dir}: its supervisor is process {found.pid} on {found.host}; stop it there")
+        process.terminate()
+    until = time.monotonic() + deadline
+    while is_looked_after(run_dir):
+        if time.monotonic() > until:
+            raise LaunchError(f"{run_dir}: process {found.pid} has not ended within {deadline:g} seconds")
+        time.sleep(0.1)
+    return True

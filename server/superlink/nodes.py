@@ -1,0 +1,163 @@
+"""Flower's register of SuperNodes, made to follow the operator's register of sites.
+
+Flower's command line lists nodes without their keys, so this speaks to the SuperLink's Control API, where a node is
+known by its key; what was registered before a crash is found again and nothing has to be remembered.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from common.errors import ConfigError, LaunchError
+from server.run.folder import write_atomically
+from server.superlink import registry
+from server.superlink.process import OwnSuperLink
+
+if TYPE_CHECKING:
+    from flwr.supercore.control import ControlHttpClient
+
+_FILE = "nodes.json"  # in the run folder: whose key a node has
+_LOOK_SECONDS = 5.0
+_GONE = "unregistered"
+
+
+class Nodes:
+    """Keeps the nodes of a SuperLink to what the register of sites says.
+
+    Args:
+        file: the register of sites.
+        superlink: whose nodes these are.
+        run_dir: the run's folder, where the ServerApp finds out whose key a node has.
+        tell: is told of what changes.
+    """
+
+    def __init__(self, file: Path, superlink: OwnSuperLink, run_dir: Path, tell: Callable[[str], None]) -> None:
+        self._file, self._superlink, self._run_dir, self._tell = file, superlink, run_dir, tell
+        self._seen, self._looked = 0, 0.0
+        self._registry = registry.Registry()
+        self._whose: dict[str, dict[str, str | float]] = {}
+        self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """Bring a SuperLink that has just started to what the file says.
+
+        Raises:
+            ConfigError: the file is wrong.
+            LaunchError: the SuperLink does not take it.
+        """
+        self._read()
+        try:
+            self._follow()
+        except httpx.HTTPError as error:
+            raise LaunchError(f"the SuperLink does not take the register of sites ({error})") from None
+
+    def look(self) -> None:
+        """Follow a changed file, keys that expire, and sites that return. To be called again and again."""
+        if time.monotonic() < self._looked + _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        try:
+            if self._file.stat().st_mtime_ns != self._seen:
+                self._read()
+            self._follow()
+        except httpx.HTTPError as error:  # a SuperLink that has just died: it is started again
+            self._once(f"the SuperLink does not take the register of sites ({type(error).__name__}); trying on")
+            self._seen = 0
+        except (ConfigError, OSError) as error:
+            self._once(f"{error}; the register of sites stays as it was")
+
+    def _read(self) -> None:
+        seen = self._file.stat().st_mtime_ns if self._file.exists() else 0
+        self._registry = registry.read(self._file)
+        self._seen = seen
+
+    def _follow(self) -> None:
+        """Register and unregister until Flower's register is what the file says, and write down whose node is whose."""
+        from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+
+        active = self._registry.active(datetime.now(UTC))
+        whose: dict[str, dict[str, str | float]] = {}
+        with control(self._superlink) as client:
+            nodes = {node.public_key.decode(): node for node in client.ListNodes(ListNodesRequest()).nodes_info}
+            for key, node in nodes.items():
+                if key not in active and node.status != _GONE:
+                    client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+                    self._tell(f"{self._named(key)} may not connect any more")
+            for key, site in active.items():
+                if key not in nodes:
+                    node_id = client.RegisterNode(RegisterNodeRequest(public_key=key.encode(), name=site.name)).node_id
+                elif nodes[key].status != _GONE:
+                    node_id = nodes[key].node_id
+                else:
+                    self._once(
+                        f"{site.name}: its key was unregistered in this run, and Flower takes no key twice; "
+                        "the site makes a new pair"
+                    )
+                    continue
+                whose[str(node_id)] = {"site": site.name, "key": site.fingerprint}
+                if key in nodes and nodes[key].last_activated_at:
+                    came = datetime.fromisoformat(nodes[key].last_activated_at)
+                    whose[str(node_id)]["activated"] = came.timestamp()
+        if whose != self._whose:
+            write_atomically(self._run_dir / _FILE, json.dumps(whose, indent=2) + "\n")
+            self._whose = whose
+
+    def _named(self, key: str) -> str:
+        return next((f"{s.name} ({s.fingerprint})" for s in self._registry.sites if s.key == key), "an unknown key")
+
+    def _once(self, text: str) -> None:
+        if text not in self._told:
+            self._tell(text)
+            self._told.add(text)
+
+
+def site_of(run_dir: Path, node_id: int) -> str | None:
+    """To which site the key of a node is registered; "" for none, None when the run has no register of sites."""
+    file = run_dir / _FILE
+    if not file.exists():
+        return None
+    return str(json.loads(file.read_text(encoding="utf-8")).get(str(node_id), {}).get("site", ""))
+
+
+def activated(run_dir: Path, node_id: int) -> float:
+    """Unix time at which the SuperNode with a registered key connected last; 0 when that is not known.
+
+    A SuperNode that was killed comes back as the same node, but without the messages that it had received.
+    """
+    file = run_dir / _FILE
+    if not file.exists():
+        return 0.0
+    return float(json.loads(file.read_text(encoding="utf-8")).get(str(node_id), {}).get("activated", 0.0))
+
+
+def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str], None]) -> Nodes | None:
+    """What keeps a SuperLink of our own to its register of sites; None, and nothing left of an earlier one, without."""
+    if superlink is not None and superlink.registry is not None:
+        return Nodes(superlink.registry, superlink, run_dir, tell)
+    (run_dir / _FILE).unlink(missing_ok=True)
+    return None
+
+
+@contextmanager
+def control(superlink: OwnSuperLink) -> Iterator["ControlHttpClient"]:
+    """A client of the SuperLink's Control API."""
+    from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+    client = ControlHttpClient.from_server_address(
+        server_address=f"127.0.0.1:{superlink.port}",
+        insecure=superlink.tls is None,
+        root_certificates=None if superlink.tls is None else superlink.tls.ca.read_bytes(),
+        interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+    )
+    try:
+        yield client
+    finally:
+        client.close()

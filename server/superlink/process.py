@@ -1,0 +1,109 @@
+"""A SuperLink of our own, and how Flower's programs are called."""
+
+import json
+import os
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config.federation import FederationConfig
+from common.errors import LaunchError
+
+#: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
+#: which would keep one for every thread that pulls replies.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files of a SuperLink that speaks TLS; its certificate must be good for 127.0.0.1 as well."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
+class OwnSuperLink:
+    """A SuperLink that is started here, and started again when it dies.
+
+    Attributes:
+        port: of its control interface, on the loopback interface.
+        fleet: host and port for SuperNodes.
+        tls: None for a federation on one machine.
+        registry: the register of sites; only SuperNodes with a key in it may connect. None: all may.
+    """
+
+    port: int
+    fleet: str
+    tls: Tls | None = None
+    registry: Path | None = None
+
+    def command(self, home: Path) -> list[str]:
+        """How it is started; its database is in ``home``."""
+        command = [*_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--fleet-api-address", self.fleet, "--disable-runtime-dependency-installation"]
+        command += ["--database", str(home / "superlink.sqlite")]
+        if self.tls is None:
+            command += ["--insecure"]
+        else:
+            command += ["--ssl-ca-certfile", str(self.tls.ca), "--ssl-certfile", str(self.tls.certificate)]
+            command += ["--ssl-keyfile", str(self.tls.key)]
+        return [*command, "--enable-supernode-auth"] if self.registry is not None else command
+
+    def connection(self) -> str:
+        """Flower's configuration file with this SuperLink as ``local``."""
+        trust = "insecure = true" if self.tls is None else f"root-certificates = {json.dumps(str(self.tls.ca))}"
+        link = f'[superlink.local]\naddress = "127.0.0.1:{self.port}"\n{trust}\n'
+        return f'[superlink]\ndefault = "local"\n\n{link}'
+
+
+def environment(home: Path, federation: FederationConfig, share: int = 1) -> dict[str, str]:
+    """Environment of a run's processes: Flower's files in ``home``, no telemetry, no hub for a local model.
+
+    Args:
+        home: Flower's folder.
+        federation: the federation file.
+        share: how many sites share this machine's cores.
+    """
+    threads = max(1, (os.cpu_count() or 1) // share)
+    defaults = {"OMP_NUM_THREADS": str(threads), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+    fixed = {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if federation.model.path is not None:
+        fixed["HF_HUB_OFFLINE"] = "1"
+    scripts = sysconfig.get_path("scripts")  # where Flower's programs find each other
+    return {**defaults, **os.environ, **fixed, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
+
+
+def flwr(env: Mapping[str, str], *arguments: str) -> dict[str, Any]:
+    """Run Flower's own command line and read its JSON answer.
+
+    Raises:
+        LaunchError: it did not answer, or not with JSON.
+    """
+    command = [*_program("flwr"), *arguments, "--format", "json"]
+    try:
+        done = subprocess.run(  # noqa: S603 - Flower's own program
+            command, env=dict(env), capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"`flwr {arguments[0]}` did not answer within 120 seconds") from None
+    start = done.stdout.find("{")
+    try:
+        return dict(json.loads(done.stdout[start:]))
+    except ValueError:
+        text = " ".join((done.stdout + done.stderr).split())[-500:]
+        raise LaunchError(f"`flwr {arguments[0]}` failed: {text}") from None
+
+
+def _program(name: str) -> list[str]:
+    """A console script of the environment that this runs in."""
+    return [str(Path(sysconfig.get_path("scripts")) / name)]

@@ -1,0 +1,1 @@
+"""Which updates are let into the average."""

@@ -1,0 +1,1 @@
+"""Weighted means and robust means of updates."""

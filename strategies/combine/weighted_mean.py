@@ -1,0 +1,155 @@
+"""Sums that take one client's update after another and drop it: the weighted mean, and how the clients drift apart."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from common.errors import AggregationError
+from common.linalg.subspace import projects_right
+from common.model.second_moments import without
+from common.protocol.factors import Factors
+
+Tensors = dict[str, Tensor]
+Changed = Mapping[str, Tensor | Factors]
+Means = dict[str, Tensor | Factors]
+NO_UPDATE = "no update to average: every client failed or was refused"
+
+
+class WeightedMean:
+    """Running example-weighted mean of tensors, as a change relative to a base (arXiv 2410.23111, section 3).
+
+    Sums ``n_k (W_k - W_0)`` in float32 and returns ``W_0 + sum / n`` in the base's dtype, so equal tensors average
+    to themselves bit for bit. Changes that come in factors stay in factors as long as these, all together, are
+    smaller than the weight; so memory is bounded, however many clients there are.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor]) -> None:
+        self._base = base
+        self._sums: dict[str, _Sum] = {}
+        self._weight = 0
+
+    def fold(self, tensors: Changed, num_examples: int) -> None:
+        """Add one client's tensors (shapes as in the base), or their changes in factors."""
+        for name, value in tensors.items():
+            if name not in self._sums:
+                self._sums[name] = _Sum(self._base[name])
+            self._sums[name].add(value, float(num_examples))
+        self._weight += num_examples
+
+    def means(self) -> Means:
+        """The weighted mean of all that was folded: the tensor, or its change where that is known in factors.
+
+        Raises:
+            AggregationError: nothing was folded.
+        """
+        if self._weight == 0:
+            raise AggregationError(NO_UPDATE)
+        return {name: total.mean(float(self._weight)) for name, total in self._sums.items()}
+
+
+def applied(means: Changed, base: Mapping[str, Tensor]) -> Tensors:
+    """Means, all as tensors in the base's types."""
+    return {
+        name: value.apply(base[name]).to(base[name].dtype) if isinstance(value, Factors) else value
+        for name, value in means.items()
+    }
+
+
+class _Sum:
+    """Weighted sum of one tensor's changes, in factors while these are smaller than the tensor."""
+
+    def __init__(self, base: Tensor) -> None:
+        self._base = base
+        self._whole: Tensor | None = None
+        self._factors = Factors(1.0, [])  # of the sum; decay: 1 + sum of w_k (c_k - 1)
+
+    def add(self, value: Tensor | Factors, weight: float) -> None:
+        if isinstance(value, Tensor):
+            self._whole = self._melted().add_(_change(value, self._base), alpha=weight)
+            return
+        terms = value.scaled(self._base.shape, weight).terms
+        if value.common and self._factors.terms:  # one basis: the other factors add up
+            ((left, right),), ((more_left, more_right),) = self._factors.terms, terms
+            terms = [(left + more_left, right) if projects_right(self._base.shape) else (left, right + more_right)]
+        else:
+            terms = self._factors.terms + terms
+        self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, value.common)
+        if self._whole is not None or sum(len(r) for _, r in terms) * sum(self._base.shape) >= self._base.numel():
+            self._whole = self._melted()
+
+    def mean(self, weight: float) -> Tensor | Factors:
+        if self._whole is not None:
+            return (self._base.to(torch.float32) + self._whole / weight).to(self._base.dtype)
+        return self._factors.scaled(self._base.shape, 1.0 / weight)
+
+    def square(self) -> float:
+        """Squared Frobenius norm of the sum."""
+        if self._whole is None:
+            return self._factors.square(self._base)
+        return float(self._whole.square().sum(dtype=torch.float64))
+
+    def _melted(self) -> Tensor:
+        """The whole sum; nothing is left in factors."""
+        factors, self._factors = self._factors, Factors(1.0, [])
+        if not factors.terms and factors.decay == 1.0:
+            return torch.zeros(self._base.shape) if self._whole is None else self._whole
+        change = factors.change(self._base)
+        return change if self._whole is None else self._whole.add_(change)
+
+
+class Drift:
+    """How far and in how different directions the clients moved, per layer group, without keeping their updates.
+
+    The mean pairwise cosine of unit vectors u_k is ``(|sum u_k|^2 - K) / (K (K - 1))``, so one running sum is enough.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor]) -> None:
+        self._base = base
+        self._units: dict[str, dict[str, _Sum]] = {}
+        self._norms: dict[str, list[float]] = {}
+
+    def fold(self, tensors: Changed) -> None:
+        """Add one client's tensors, or their changes in factors; second moments do not count."""
+        groups: dict[str, list[str]] = {}
+        for name in without(tensors):
+            groups.setdefault(layer_group(name), []).append(name)
+        for group, names in groups.items():
+            norm = math.sqrt(sum(change_square(tensors[name], self._base[name]) for name in names))
+            self._norms.setdefault(group, []).append(norm)
+            units = self._units.setdefault(group, {})
+            for name in names if norm > 0 else []:
+                if name not in units:
+                    units[name] = _Sum(self._base[name])
+                units[name].add(tensors[name], 1.0 / norm)
+
+    def diagnostics(self) -> dict[str, float]:
+        """``client-norm/<group>``: mean L2 norm; ``client-cosine/<group>`` when at least two clients moved."""
+        result = {}
+        for group, norms in self._norms.items():
+            result[f"client-norm/{group}"] = sum(norms) / len(norms)
+            k = sum(n > 0 for n in norms)
+            if k > 1:
+                square = sum(units.square() for units in self._units[group].values())
+                result[f"client-cosine/{group}"] = (square - k) / (k * (k - 1))
+        return result
+
+
+def layer_group(name: str) -> str:
+    """The transformer block a tensor belongs to, ``"...layers.7"``; its parent module when it is in no block."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match.group(1) if match else name.rpartition(".")[0] or name
+
+
+def _change(value: Tensor, base: Tensor) -> Tensor:
+    """A new tensor in float32."""
+    return value.to(torch.float32) - base.to(torch.float32)
+
+
+def change_square(value: Tensor | Factors, base: Tensor) -> float:
+    """Squared Frobenius norm of a change."""
+    if isinstance(value, Factors):
+        return value.square(base)
+    return float(_change(value, base).square_().sum(dtype=torch.float64))

@@ -1,0 +1,1 @@
+"""The strategies as Flower knows them: messages, and Flower's Strategy interface."""

@@ -1,0 +1,272 @@
+"""The messages of a round under a rule: what is sent to whom, and which replies are believed.
+
+A client is sent just the tensors it does not hold yet: it keeps the tensors that were frozen in its last round (their
+digest comes back in its reply), all others are sent anew. So FFA-LoRA's A and RoLoRA's idle factor travel once, and a
+late joiner or a returner receives what it lacks without any special case.
+
+Where a rule makes each state of the last one by a step (FedFTG, in factors), a client under FedSpan's round loop is
+sent the steps from the version that it holds, if these are smaller than the state; who has the base model holds the
+first version.
+
+Records, as in Flower's own strategies: "arrays", "config", "metrics" with "num-examples". The config that a client
+receives holds ``server-round``, ``active`` (names of the tensors to train and return) and ``frozen-digest`` (see
+``common.protocol.digest``). A client returns the active tensors, and for the frozen ones either the tensors themselves
+or, when it keeps them for its next round, their digest as ``frozen-digest`` in its own "config" record. With steps,
+"arrays" is empty, records ``step-<round>`` hold them, and the config says from which version (``since``) to which
+(``version``) they lead; a client that keeps what it has read returns ``version``.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MessageType, MetricRecord, RecordDict
+
+from common.config.federation import ServerOptimizerConfig
+from common.errors import RefusedUpdate, WireError
+from common.protocol import wire
+from common.protocol.digest import tensor_digest, tensors_digest
+from common.protocol.factors import Factors, unpack
+from common.protocol.records import get_record
+from common.protocol.versions import Step
+from strategies.admission.well_formed import admit, admit_factors
+from strategies.flower.versions import Versions
+from strategies.lora_names import rank_of
+from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.server_optimizer import ServerOptimizer
+
+_ALPHAS = (1e-6, 1e6)  # of a client's own: products in it, and what it is sent for it, stay finite
+
+
+@dataclass
+class Client:
+    """What the server knows of one client node."""
+
+    name: str
+    rank: int | None = None
+    lora_alpha: float | None = None
+    held: dict[str, str] = field(default_factory=dict)  # tensor name -> digest
+    has_base: bool = False  # whether it has the base model, which is the first version
+    version: str | None = None  # which version it holds besides
+
+
+class RuleMessages:
+    """Makes the messages of a ``Rule`` and reads the replies: all that FedSpan's round loop asks of a strategy.
+
+    Args:
+        rule: what is trained and how replies are combined.
+        server_optimizer: how the server goes along the averaged change; None: as far as it goes.
+
+    Attributes:
+        clients: what is known of every node, by its id.
+        versions: of the state, when it travels in steps; None: it does not.
+
+    Raises:
+        ValueError: the rule takes no server optimizer.
+    """
+
+    #: Names of the records, and of the metric that weighs a reply, as in ``flwr.serverapp.strategy.FedAvg``.
+    arrayrecord_key: str
+    configrecord_key: str
+    weighted_by_key: str
+
+    def __init__(self, rule: Rule, server_optimizer: ServerOptimizerConfig | None) -> None:
+        if server_optimizer is not None and not rule.takes_server_optimizer:
+            name = type(rule).__name__
+            raise ValueError(f"{name}: the change of its state is no mean of changes; it takes no server_optimizer")
+        self.rule = rule
+        self.clients: dict[int, Client] = {}
+        self.server_optimizer = None if server_optimizer is None else ServerOptimizer(server_optimizer)
+        self.versions: Versions | None = None
+        self._state: Tensors = {}
+        self._active: list[str] = []
+        self._round = 0
+        self._bundled = False  # any Flower client reads plain arrays
+        self._mixed_alphas = rule.mixed_ranks
+
+    def begin(self, state: Tensors, versions: Versions | None = None, moments: Tensors | None = None) -> None:
+        """Send clients only what they lack, in the form that FedSpan's own read, whose alpha is the federation's.
+
+        Args:
+            state: what the first round, or the next one, starts from.
+            versions: how it came about; None: it is the base model's, which the clients have.
+            moments: of the server optimizer after the last round; None: there was none.
+        """
+        self._bundled, self._mixed_alphas = True, False
+        if self.server_optimizer is not None:
+            self.server_optimizer.moments = dict(moments or {})
+        if self.rule.exchange(1) is not None:
+            self.versions = versions or Versions(state)
+
+    def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
+        """The outcome of a round; see ``Rule.aggregate``."""
+        outcome = self.rule.aggregate(server_round, state, updates)
+        if self.server_optimizer is not None:
+            outcome = self.server_optimizer.step(self.rule.active(server_round, state), state, outcome)
+        if self.versions is not None:
+            self.versions.advance(outcome)
+        return outcome
+
+    def client(self, node_id: int) -> Client:
+        """What is known of a node; a node never seen before holds nothing."""
+        return self.clients.setdefault(node_id, Client(f"node-{node_id}"))
+
+    def train_messages(
+        self,
+        server_round: int,
+        state: Tensors,
+        node_ids: Iterable[int],
+        config: Mapping[str, ConfigRecordValues],
+        ttl: float,
+    ) -> list[Message]:
+        """The training messages of a round, one for each node."""
+        self._state, self._active, self._round = state, self.rule.active(server_round, state), server_round
+        return self._messages(MessageType.TRAIN, server_round, node_ids, config, ttl)
+
+    def evaluate_messages(
+        self,
+        server_round: int,
+        state: Tensors,
+        node_ids: Iterable[int],
+        config: Mapping[str, ConfigRecordValues],
+        ttl: float,
+    ) -> list[Message]:
+        """Messages that have nodes evaluate ``state``; nothing is trained, so ``active`` is empty."""
+        self._state, self._active = state, []
+        return self._messages(MessageType.EVALUATE, server_round, node_ids, config, ttl)
+
+    def _messages(
+        self,
+        kind: str,
+        server_round: int,
+        node_ids: Iterable[int],
+        config: Mapping[str, ConfigRecordValues],
+        ttl: float,
+    ) -> list[Message]:
+        records: dict[object, ArrayRecord] = {}  # clients that need the same tensors share one record
+        messages = []
+        for node_id in node_ids:
+            client = self.client(node_id)
+            content = ConfigRecord({**config, "server-round": server_round, "active": self._active})
+            start, steps = self._steps_for(client)
+            if steps is not None:
+                for step in steps:
+                    if step.server_round not in records:
+                        records[step.server_round] = wire.encode(step.tensors, bundled=True)
+                content["since"] = start
+                arrays = {f"step-{s.server_round:06}": records[s.server_round] for s in steps}
+                arrays[self.arrayrecord_key] = ArrayRecord()
+            else:
+                fitted = self.rule.state_for(self._state, client.rank, client.lora_alpha)
+                frozen = {name: tensor for name, tensor in fitted.items() if name not in self._active}
+                need = [n for n, t in fitted.items() if not (n in client.held and client.held[n] == tensor_digest(t))]
+                key = (client.rank, client.lora_alpha, *need)
+                if key not in records:
+                    records[key] = wire.encode({name: fitted[name] for name in need}, bundled=self._bundled)
+                arrays = {self.arrayrecord_key: records[key]}
+                if frozen and kind == MessageType.TRAIN and self.versions is None:
+                    content["frozen-digest"] = tensors_digest(frozen)
+            if self.versions is not None:
+                content["version"] = self.versions.latest
+            whole = RecordDict({**arrays, self.configrecord_key: content})
+            messages.append(Message(whole, node_id, kind, ttl=ttl, group_id=str(server_round)))
+        return messages
+
+    def _steps_for(self, client: Client) -> tuple[str, list[Step] | None]:
+        """From which version the client is sent steps, and these; None when it is sent the state."""
+        if self.versions is not None and self.versions.state is self._state:
+            for version in (client.version, self.versions.first if client.has_base else None):
+                if version is not None and (steps := self.versions.since(version)) is not None:
+                    return version, steps
+        return "", None
+
+    def base_of(self, node_id: int) -> Tensors:
+        """What a node trained from in the current round, in the rank and scaling of its last reply."""
+        client = self.client(node_id)
+        return self.rule.state_for(self._state, client.rank, client.lora_alpha)
+
+    def read_update(self, message: Message, node_id: int | None = None) -> Update:
+        """The update in a reply to a training message of the current round.
+
+        Args:
+            message: the reply.
+            node_id: whom it answers for; None: its sender. An error that the SuperLink reports has another sender.
+
+        Raises:
+            RefusedUpdate: the reply is an error, cannot be read, or is not admitted; the text says why and whose.
+        """
+        client = self.client(message.metadata.src_node_id if node_id is None else node_id)
+        client.held, client.version = {}, None  # until this reply proves otherwise, the client holds nothing
+        if message.has_error():
+            raise RefusedUpdate(f"{client.name}: {message.error.reason}")
+        metrics = get_record(message.content, "metrics", MetricRecord)
+        told = get_record(message.content, self.configrecord_key, ConfigRecord)
+        if self.versions is not None and told.get("version") == self.versions.latest:
+            client.version = self.versions.latest  # whatever its update is worth
+        about = told.get("server-round", self._round)
+        if about != self._round:
+            raise RefusedUpdate(f"{client.name}: the update is of round {about!r}, this is round {self._round}")
+        expected = self.rule.state_for(self._state, None, None)
+        tensors, changes = self._read_tensors(client, message.content, expected)
+        admitted = admit(
+            client.name,
+            tensors,
+            metrics.get(self.weighted_by_key),
+            expected,
+            [name for name in self._active if name not in changes],
+            any_rank=self.rule.mixed_ranks,
+            max_rank=self.rule.max_rank,
+        )
+        admit_factors(client.name, changes)
+        frozen = {name: expected[name] for name in expected if name not in self._active}
+        if self.versions is None and not frozen.keys() <= tensors.keys():
+            _check_acknowledged(client.name, told.get("frozen-digest"), frozen)
+            client.held = {name: tensor_digest(t) for name, t in frozen.items()}
+        client.lora_alpha = self._lora_alpha(client, metrics.get("lora-alpha"))
+        if self.rule.mixed_ranks:
+            client.rank = rank_of(admitted)
+        examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
+        return Update(client.name, examples, admitted, client.lora_alpha, changes)
+
+    def _lora_alpha(self, client: Client, told: object) -> float | None:
+        """The alpha of a reply; a client that tells none has the federation's, and of base weights there is none."""
+        common = self.rule.lora_alpha
+        if told is None or self.rule.trains == "weights":
+            return common
+        if not isinstance(told, (int, float)) or not 0 < told < float("inf"):
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {told!r}; allowed: a positive number")
+        if common not in (None, told) and not self._mixed_alphas:
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; the federation's is {common}")
+        if told != common and not _ALPHAS[0] <= told <= _ALPHAS[1]:
+            raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; allowed: {_ALPHAS[0]:g} to {_ALPHAS[1]:g}")
+        return float(told)
+
+    def _read_tensors(
+        self, client: Client, content: RecordDict, expected: Tensors
+    ) -> tuple[Tensors, dict[str, Factors]]:
+        """What a reply holds whole, and what in factors."""
+        arrays = content.get(self.arrayrecord_key)
+        if not isinstance(arrays, ArrayRecord):
+            raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
+        exchange = self.rule.exchange(self._round)
+        try:
+            tensors = wire.decode(arrays)
+            if exchange is None:
+                return tensors, {}
+            weights = self._active if self.rule.trains == "weights" else []  # a LoRA factor comes whole
+            return unpack(tensors, {name: tuple(expected[name].shape) for name in weights}, exchange)
+        except WireError as error:
+            raise RefusedUpdate(f"{client.name}: {error}") from None
+
+
+def _check_acknowledged(client: str, acknowledged: object, frozen: Tensors) -> None:
+    """Whether a client's digest of the frozen tensors is the federation's."""
+    if acknowledged is None:
+        raise RefusedUpdate(
+            f"{client}: the reply holds neither the {len(frozen)} frozen tensors nor their digest "
+            "('frozen-digest' in 'config')"
+        )
+    if acknowledged != (digest := tensors_digest(frozen)):
+        raise RefusedUpdate(
+            f"{client}: its frozen tensors differ from the federation's "
+            f"(digest {str(acknowledged)[:16]}, expected {digest[:16]})"
+        )

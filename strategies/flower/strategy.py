@@ -1,0 +1,199 @@
+"""Each rule as a Flower strategy, for any Flower app."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from logging import WARNING
+from typing import Any, TypedDict, Unpack
+
+from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from common.config.federation import ServerOptimizerConfig
+from common.errors import AggregationError, RefusedUpdate
+from common.protocol import wire
+from common.protocol.records import get_record
+from strategies.flower.messages import RuleMessages
+from strategies.flower.streaming import StreamingGrid
+from strategies.rule import Rule, Update
+
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class FedAvgOptions(TypedDict, total=False):
+    """Keyword options of ``flwr.serverapp.strategy.FedAvg`` that every strategy here accepts."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: MetricsFn
+    evaluate_metrics_aggr_fn: MetricsFn
+
+
+class FlowerOptions(FedAvgOptions, total=False):
+    """The same, with the options of ``FlowerStrategy`` itself."""
+
+    seed: int
+    join_timeout: float
+    server_optimizer: ServerOptimizerConfig | None
+
+
+class FlowerStrategy(RuleMessages, FedAvg):
+    """A Flower strategy that follows a ``Rule``: ``start(grid, initial_arrays, ...)``."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        seed: int = 0,
+        join_timeout: float = 300.0,
+        server_optimizer: ServerOptimizerConfig | None = None,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        """Make a strategy of ``rule``.
+
+        Args:
+            rule: what is trained and how replies are combined.
+            seed: of the sampling of clients; the same seed and nodes give the same cohorts.
+            join_timeout: seconds that ``configure_train`` waits for ``min_available_nodes``.
+            server_optimizer: how the server goes along the averaged change; None: as far as it goes.
+            options: FedAvg's own. Metrics are by default averaged by ``weighted_mean``.
+
+        Raises:
+            ValueError: the rule takes no server optimizer.
+        """
+        options.setdefault("train_metrics_aggr_fn", weighted_mean)
+        options.setdefault("evaluate_metrics_aggr_fn", weighted_mean)
+        FedAvg.__init__(self, **options)
+        RuleMessages.__init__(self, rule, server_optimizer)
+        self._seed = seed
+        self._join_timeout = join_timeout
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """As ``flwr.serverapp.strategy.Strategy.start``, but each reply is combined as it arrives, and dropped."""
+        streaming: Any = StreamingGrid(grid)
+        return super().start(streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample nodes and make their training messages; the caller's records are not changed."""
+        if self.fraction_train == 0.0:
+            return []
+        nodes = self._sample(grid, self.fraction_train, self.min_train_nodes, server_round)
+        return self.train_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Combine the admitted replies; a refused one is logged with its reason and left out.
+
+        Raises:
+            AggregationError: fewer than ``min_train_nodes`` replies were admitted, or they cannot be combined.
+        """
+        if self.fraction_train == 0.0:
+            return None, None
+        refused: list[str] = []
+        contents: list[RecordDict] = []
+
+        def updates() -> Iterator[Update]:
+            for reply in replies:
+                try:
+                    update = self.read_update(reply)
+                except RefusedUpdate as reason:
+                    refused.append(str(reason))
+                    log(WARNING, "round %s, not admitted: %s", server_round, reason)
+                    continue
+                contents.append(_scalars(reply.content))
+                del reply
+                yield update
+                del update
+            if len(contents) < max(1, self.min_train_nodes):
+                reasons = "; ".join(refused) or "no reply was refused"
+                raise AggregationError(
+                    f"round {server_round}: {len(contents)} admitted updates, {self.min_train_nodes} needed; {reasons}"
+                )
+
+        outcome = self.combine(server_round, self._state, updates())
+        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        return wire.encode(outcome.state), MetricRecord({**metrics, **outcome.diagnostics})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample nodes and make their evaluation messages."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        nodes = self._sample(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round)
+        return self.evaluate_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Combine the metrics of all replies that have some."""
+        contents = []
+        for reply in replies:
+            if reply.has_error():
+                log(WARNING, "round %s, no evaluation: %s", server_round, reply.error.reason)
+            elif "metrics" in reply.content:
+                contents.append(_scalars(reply.content))
+        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
+
+    def _sample(self, grid: Grid, fraction: float, minimum: int, server_round: int) -> list[int]:
+        """``max(minimum, fraction * connected)`` nodes, the same for the same seed, round and nodes.
+
+        Raises:
+            AggregationError: fewer than ``min_available_nodes`` nodes connected within ``join_timeout`` seconds.
+        """
+        deadline = time.monotonic() + self._join_timeout
+        needed = max(self.min_available_nodes, minimum)
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
+            if time.monotonic() > deadline:
+                raise AggregationError(
+                    f"{len(nodes)} of {needed} nodes connected within {self._join_timeout:g} seconds"
+                )
+            time.sleep(1.0)
+        return sample(nodes, fraction, minimum, self._seed, server_round)
+
+
+def _scalars(content: RecordDict) -> RecordDict:
+    """A reply's content without its arrays."""
+    return RecordDict({key: part for key, part in content.items() if not isinstance(part, ArrayRecord)})
+
+
+def sample(nodes: list[int], fraction: float, minimum: int, seed: int, server_round: int) -> list[int]:
+    """``max(minimum, fraction * len(nodes))`` of ``nodes``, from a generator of its own."""
+    size = min(len(nodes), max(minimum, int(fraction * len(nodes))))
+    return sorted(random.Random(f"{seed}/{server_round}").sample(nodes, size))  # noqa: S311 - no secret
+
+
+def weighted_mean(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Mean of every scalar metric over the clients that report it, weighted by ``weighted_by_key``.
+
+    A reply without a positive weight is left out, so that no client can turn a mean round.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for content in contents:
+        metrics = get_record(content, "metrics", MetricRecord)
+        weight = metrics.get(weighted_by_key)
+        if not isinstance(weight, (int, float)) or not weight > 0:
+            continue
+        for key, value in metrics.items():
+            if isinstance(value, (int, float)) and key != weighted_by_key:
+                total, seen = sums.get(key, (0.0, 0.0))
+                sums[key] = (total + weight * value, seen + weight)
+    return MetricRecord({key: total / seen for key, (total, seen) in sums.items()})

@@ -1,0 +1,33 @@
+"""A SuperNode whose link ends, for a time or for good."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from client.connect.supernode import Link
+
+
+def test_call_that_a_stopping_superlink_cancels_is_tried_again() -> None:
+    class Cancelled(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.CANCELLED
+
+        def details(self) -> str:
+            return "CANCELLED"
+
+    assert Link("127.0.0.1:1", None, None, 0.0).judge(Cancelled()) is False
+
+
+def test_loop_that_ends_by_an_error_ends_the_program_though_its_runtime_api_still_serves() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    code = "import threading, time, client.connect.supernode as s; "
+    code += "s.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start(); s.main()"
+    command = [sys.executable, "-c", code, "--superlink", address, "--insecure"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    server.stop(None)
+    assert done.returncode == 1
+    assert f"error: the link to {address} ended" in done.stderr

@@ -1,0 +1,96 @@
+"""The SuperNode with a pause of one's own choice."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.connect.supernode import _Clock, main
+from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
+from common.config.load import load
+from common.errors import ConfigError
+from deploy.keys import certs
+from tests.harness.tiny import make_federation
+
+PROGRAM = Path(__file__).parents[3] / "client" / "connect" / "supernode.py"
+
+
+def test_flower_still_pauses_through_its_modules_time() -> None:
+    from flwr.supernode import start_client_internal
+
+    assert start_client_internal.time is time  # type: ignore[attr-defined]
+    assert _Clock(0.1).monotonic is time.monotonic
+
+
+def test_pause_is_cut_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for seconds in (3, 0.2):
+        _Clock(0.5).sleep(seconds)
+    assert slept == [0.5, 0.2]
+
+
+@pytest.mark.parametrize("poll", ["0", "-1", "nan", "61"])
+def test_pause_outside_its_limits_is_refused(poll: str) -> None:
+    command = [sys.executable, str(PROGRAM), "--poll", poll]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "allowed: 0.05 to 60 seconds" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--superlink", "127.0.0.1:1"], "give --superlink HOST:PORT, and --root-certificates FILE"),
+        (["--superlink", "nowhere", "--insecure"], "--superlink 'nowhere'; allowed: HOST:PORT"),
+        (["--superlink", "127.0.0.1:1", "--root-certificates", "/none/ca.crt"], "/none/ca.crt: cannot be read"),
+        (["--superlink", "127.0.0.1:1", "--insecure", "--auth-supernode-private-key", "{}/site-a.key"], "needs TLS"),
+        (["--superlink", "127.0.0.1:1", "--insecure", "--connect-deadline", "-1"], "--connect-deadline is -1"),
+        (
+            ["--superlink", "127.0.0.1:1", "--insecure", "--node-config", 'site="{}/site-a.yaml"'],
+            "`trust` is kept by the worker alone; start this with --isolation process",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_started(
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert certs.main(["site", str(tmp_path / "site-a")]) == 0
+    data = {"path": "rows.jsonl", "prompt": "p", "answer": "a"}
+    trust = {"bundles": ["0" * 64]}
+    (tmp_path / "site-a.yaml").write_text(yaml.safe_dump({"name": "site-a", "data": data, "trust": trust}))
+    monkeypatch.setattr(sys, "argv", ["supernode", *(argument.format(tmp_path) for argument in arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error.splitlines()[-1]
+
+
+def test_app_refuses_to_work_unchecked_where_the_site_trusts_only_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client.app import _session
+
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    file = make_federation(tmp_path, {"site-a": 8})
+    site = tmp_path / "site-a.yaml"
+    site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "trust": {"bundles": ["0" * 64]}}))
+    settings = settings_for_sites(resolved(load(file, FederationConfig), file))
+    message = Message(RecordDict({"config": ConfigRecord({"federation": settings})}), 1, MessageType.QUERY)
+    context = Context(1, 1, {"site": str(site)}, RecordDict(), {})
+    monkeypatch.delenv("FEDSPAN_VETTED", raising=False)
+    with pytest.raises(ConfigError, match="site-a: its site file has `trust`, but nobody has checked this bundle"):
+        _session(load(site, SiteConfig), message, context)
+    monkeypatch.setenv("FEDSPAN_VETTED", "1")
+    assert _session(load(site, SiteConfig), message, context).site.name == "site-a"

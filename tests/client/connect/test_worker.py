@@ -1,0 +1,26 @@
+"""The worker's keeper, without processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from client.connect.worker import Keeper, Options
+from client.connect.worker_process import RuntimeApi
+
+
+def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "logs" / "worker.json"
+    options = Options(RuntimeApi("127.0.0.1:1", None), idle=1.0, poll=1.0, status=file, auth_secret=None)
+    keeper = Keeper(options)
+    for _ in range(2):  # it fails, comes back, and fails again
+        for state in ("working", "idle", "working"):
+            keeper._show(state)
+        file.parent.mkdir()
+        keeper._show("idle")
+        assert json.loads(file.read_text())["state"] == "idle"
+        shutil.rmtree(file.parent)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "worker"]
+    assert len(warnings) == 2
+    assert all(text.startswith("the status file cannot be written ([Errno 2]") for text in warnings)

@@ -1,0 +1,258 @@
+"""What the gate lets in and out, and what it counts from the ledger alone."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.privacy import guard as policy
+from client.privacy.guard import Gate
+from client.privacy.ledger import Entry, main, verify
+from client.privacy.noise import cost, epsilon
+from common.config.federation import FederationConfig, SiteConfig
+from common.config.load import parse
+from common.errors import ConfigError, LedgerError, PolicyError, TrainingError
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+PRIVATE = {"clip": 1.0, "noise_multiplier": 4.0, "delta": 1e-5, "max_epsilon": 5.0}
+TENSOR = torch.arange(6.0).reshape(2, 3)
+
+
+def site(**sections: Any) -> SiteConfig:
+    data = {"path": "rows.jsonl", "prompt": "q", "answer": "a"}
+    return parse({"name": "site-a", "data": data, **sections}, SiteConfig, "site.yaml")
+
+
+def federation(name: str = "ours", strategy: str = "fedftg") -> FederationConfig:
+    training = {"learning_rate": 0.1, "local_steps": 1}
+    data = {"name": name, "model": {"path": "m"}, "strategy": strategy, "rounds": 9, "training": training}
+    return parse(data, FederationConfig, "f")
+
+
+class Site:
+    """A site whose gate is new for every message, as if its process were."""
+
+    def __init__(self, folder: Path, **sections: Any) -> None:
+        self.file, self.config = folder / "site.yaml", site(**sections)
+        self.ledger = folder / "site-a-ledger.jsonl"
+
+    def gate(self, message: str = "train", run: int = 1) -> Gate:
+        policy._books.clear()
+        return Gate(self.config, self.file, message, run)
+
+    def train(self, number: int = 1, run: int = 1, name: str = "ours", tensor: torch.Tensor = TENSOR) -> None:
+        gate = self.gate(run=run)
+        gate.check(federation(name), number, [NAME])
+        gate.check_rows(12)
+        gate.admit([(NAME, tensor)], [(NAME, tensor)], ["num-examples"], 12, float(tensor.norm()))
+
+    def entries(self) -> list[Entry]:
+        return [json.loads(line) for line in self.ledger.read_text().splitlines()]
+
+
+def test_request_within_the_policy_passes_and_is_on_record_before_it_leaves(tmp_path: Path) -> None:
+    limits = {
+        "federations": ["ours"],
+        "strategies": ["fedftg"],
+        "tensors": ["model.layers.*.mlp.*"],
+        "min_examples": 12,
+    }
+    own = Site(tmp_path, policy={**limits, "max_update_norm": 100.0})
+    own.train()
+    begun, sent = own.entries()
+    assert begun["site"] == "site-a"
+    assert (sent["federation"], sent["strategy"], sent["run"], sent["round"]) == ("ours", "fedftg", "1", 1)
+    assert (sent["rows"], sent["told"], sent["privacy"], sent["bundle"]) == (12, ["num-examples"], None, "not known")
+    dtype, shape, size, digest, norm = sent["out"]["tensors"][NAME]
+    assert (dtype, shape, size, len(digest)) == ("float32", [2, 3], 24, 64)
+    assert norm == pytest.approx(sent["update_norm"]) == pytest.approx(55**0.5)
+    assert sent["in"]["bytes"] == sent["out"]["bytes"] == 24
+
+
+def test_cell_of_an_experiment_counts_in_a_ledger_of_its_own(tmp_path: Path) -> None:
+    own = Site(tmp_path, policy={"max_rounds": 1}, ledger="elsewhere/site-a.jsonl")
+    for cell in ("first", "second"):
+        (tmp_path / cell).mkdir()
+        for reason in (None, "`max_rounds` is 1"):
+            policy._books.clear()
+            gate = Gate(own.config, own.file, "train", 1, tmp_path / cell)
+            with nullcontext() if reason is None else pytest.raises(PolicyError, match=reason):
+                gate.check(federation(), 1, [NAME])
+                gate.admit([], [(NAME, TENSOR)], [], 12, 1.0)
+    assert [file.parent.name for file in sorted(tmp_path.rglob("*.jsonl"))] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"federations": ["theirs"]}, "`federations` allows theirs; this is ours"),
+        ({"strategies": ["rolora", "fedit"]}, "`strategies` allows rolora, fedit; this is fedftg"),
+        ({"tensors": ["*.self_attn.*"]}, rf"`tensors` allows \*.self_attn.\*; asked was {NAME}"),
+        ({"min_examples": 13}, "`min_examples` is 13; it has fewer"),
+        ({"max_update_norm": 7.4}, "`max_update_norm` is 7.4; the update's norm is above it"),
+        ({"max_upload_bytes_per_day": 23}, "`max_upload_bytes_per_day` is 23; 0 have left today"),
+    ],
+)
+def test_what_the_policy_does_not_allow_is_refused(tmp_path: Path, limits: dict[str, object], reason: str) -> None:
+    own = Site(tmp_path, policy=limits)
+    with pytest.raises(PolicyError, match=reason):
+        own.train()
+    assert not own.ledger.exists() or own.entries() == []
+
+
+def test_limits_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
+    own = Site(tmp_path, policy={"max_rounds": 2, "max_rounds_per_day": 3})
+    own.train(1)
+    own.train(1, run=2)
+    for number, run in ((1, 1), (2, 2)):  # a round that is asked for again is one more update
+        with pytest.raises(PolicyError, match="`max_rounds` is 2"):
+            own.train(number, run=run)
+    with pytest.raises(PolicyError, match="`max_rounds` is 2"):
+        own.gate("hello", run=3).check(federation(), None, [])
+    own.train(1, name="another")
+    with pytest.raises(PolicyError, match="`max_rounds_per_day` is 3"):
+        own.train(2, name="another")
+    own = Site(tmp_path, policy={"max_upload_bytes_per_day": 24 * 4 - 1})
+    with pytest.raises(PolicyError, match="`max_upload_bytes_per_day` is 95; 72 have left today"):
+        own.train(1)
+
+
+def test_a_new_day_brings_new_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Site(tmp_path, policy={"max_rounds_per_day": 1})
+    own.train(1)
+    with pytest.raises(PolicyError):
+        own.train(2)
+    monkeypatch.setattr(policy, "_today", lambda: "2999-01-01")
+    own.train(2)
+
+
+def test_patterns_speak_of_the_models_own_names_under_lora_too(tmp_path: Path) -> None:
+    gate = Site(tmp_path, policy={"tensors": ["model.layers.?.mlp.*"]}).gate()
+    gate.check(federation(strategy="rolora"), 1, ["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"])
+    with pytest.raises(PolicyError):
+        gate.check(federation(strategy="rolora"), 1, ["base_model.model.model.layers.10.mlp.up_proj.lora_A.weight"])
+
+
+def test_tensor_that_was_not_asked_for_does_not_leave(tmp_path: Path) -> None:
+    gate = Site(tmp_path).gate()
+    gate.check(federation(), 1, [NAME])
+    with pytest.raises(PolicyError, match=r"score\.weight was not asked for"):
+        gate.admit([], [(f"{NAME}/left", TENSOR), ("score.weight", TENSOR)], [], 12, 1.0)
+    with pytest.raises(PolicyError, match="not finite"):
+        gate.admit([], [(NAME, TENSOR)], [], 12, float("nan"))
+
+
+METRICS = {
+    **dict.fromkeys(["num-examples", "lora-alpha", "train.steps", "train.learning_rate", "clock.started"], 1.0),
+    **dict.fromkeys(["train.loss", "train.loss_first", "train.loss_last", "evaluate.loss", "evaluate.rouge_l"], 1.0),
+    **dict.fromkeys(["train.tokens", "train.seconds", "train.peak_memory_bytes", "train.micro_batch"], 1.0),
+    **dict.fromkeys(["seconds.train", "clock.finished"], 1.0),
+}
+
+
+def test_metrics_leave_unless_they_are_kept_back(tmp_path: Path) -> None:
+    assert Site(tmp_path).gate().shared(METRICS) == METRICS
+    kept_back = Site(tmp_path, policy={"share_metrics": False}).gate().shared(METRICS)
+    assert METRICS.keys() - kept_back.keys() == {k for k in METRICS if "loss" in k or "evaluate" in k}
+    private = Site(tmp_path, privacy=PRIVATE).gate().shared(METRICS)
+    assert list(private) == ["num-examples", "lora-alpha", "train.steps", "train.learning_rate", "clock.started"]
+
+
+def test_budget_is_spent_before_anything_leaves_and_stops_the_site(tmp_path: Path) -> None:
+    own = Site(tmp_path, privacy=PRIVATE)
+    done = max(n for n in range(99) if epsilon(n * cost(4.0), 1e-5) <= 5.0)
+    for number in range(1, done + 1):
+        own.train(number)
+    with pytest.raises(PolicyError, match=r"`max_epsilon` is 5; .* are spent, one more round would make it"):
+        own.train(done + 1)
+    mu_squared = [done * cost(4.0), (done + 1) * cost(4.0)]
+    assert epsilon(mu_squared[0], 1e-5) <= 5.0 < epsilon(mu_squared[1], 1e-5)
+    spent = [e["privacy"] for e in own.entries() if e["event"] == "sent"]
+    assert spent[-1]["epsilon_total"] == pytest.approx(epsilon(mu_squared[0], 1e-5))
+    assert spent[0]["epsilon_total"] == spent[0]["epsilon_round"] == pytest.approx(epsilon(cost(4.0), 1e-5))
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        own.gate("hello", run=2).check(federation("another"), None, [])
+
+
+def test_nothing_leaves_when_the_ledger_is_damaged_or_cannot_be_written(tmp_path: Path) -> None:
+    own = Site(tmp_path)
+    own.train()
+    own.ledger.write_text(own.ledger.read_text().replace('"round":1', '"round":2'))
+    with pytest.raises(LedgerError, match="line 2: it was changed"):
+        own.train(2)
+    error = TrainingError("x")
+    assert "line 2: it was changed" in own.gate().refuse(error, "x")  # the operator hears that, and nothing else
+    with pytest.raises(LedgerError, match="cannot be written"):
+        Site(tmp_path / "no folder").train()
+
+
+def test_errors_are_on_record_and_say_nothing_of_the_rows_with_privacy(tmp_path: Path) -> None:
+    error = TrainingError("loss is nan in round 2, step 3")
+    assert Site(tmp_path).gate().refuse(error, str(error)) == str(error)
+    own = Site(tmp_path, privacy=PRIVATE)
+    told = own.gate().refuse(error, str(error))
+    assert told == "this site could not do its part; its own log says why"
+    assert own.gate("hello").refuse(PolicyError("no"), "no") == "site-a: no"
+    assert [e["event"] for e in own.entries()] == ["begun", "failed", "failed", "refused"]
+    assert own.entries()[2]["reason"] == told
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"policy": {"strategies": []}}, "`policy.strategies`"),
+        ({"policy": {"federations": []}}, "`policy.federations`"),
+        ({"policy": {"tensors": []}}, "`policy.tensors`"),
+        ({"policy": {"strategies": ["fedfgt"]}}, "'fedfgt' is no strategy; allowed: fedftg, flexlora"),
+        ({"policy": {"max_rounds": 0}}, "`policy.max_rounds`"),
+        ({"policy": {"max_round": 1}}, "did you mean `max_rounds`"),
+        ({"policy": {"share_metrics": True}, "privacy": PRIVATE}, "`policy.share_metrics` is true"),
+        ({"policy": {"max_update_norm": 1.0}, "privacy": PRIVATE}, "with `privacy` leave it out"),
+        ({"precision": "float16", "privacy": PRIVATE}, "`precision` float16"),
+        ({"policy": {"strategies": ["fedftg"]}, "privacy": {**PRIVATE, "max_epsilon": 0.0}}, "`privacy.max_epsilon`"),
+        ({"privacy": {**PRIVATE, "noise_multiplier": 0.0}}, "`privacy.noise_multiplier`"),
+        ({"privacy": {**PRIVATE, "delta": 0.5}}, "`privacy.delta`"),
+        ({"privacy": {**PRIVATE, "clip": float("inf")}}, "`privacy.clip`"),
+        ({"privacy": {"clip": 1.0}}, "missing key `privacy.noise_multiplier`"),
+    ],
+)
+def test_contradictions_are_refused_when_the_file_is_read(sections: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        site(**sections)
+    assert str(raised.value).startswith("site.yaml: ")
+    assert reason in str(raised.value)
+
+
+def test_strategy_that_noise_was_not_made_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "PRIVATE_STRATEGIES", ("rolora",))
+    with pytest.raises(PolicyError, match="`privacy` allows rolora; this is fedftg"):
+        Site(tmp_path, privacy=PRIVATE).train()
+
+
+def test_summary_says_what_left_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Site(tmp_path)
+    own.train(1)
+    own.gate().refuse(PolicyError("this site's policy: no"), "this site's policy: no")
+    own = Site(tmp_path, privacy=PRIVATE)
+    own.train(2)
+    own.train(3)
+    assert main(["summary", str(own.ledger)]) == 0
+    told = capsys.readouterr().out
+    total = epsilon(2 * cost(4.0), 1e-5)
+    for part in (
+        "What left site site-a",
+        "Federation ours, strategy fedftg, run 1",
+        "3 (1 to 3); 3 updates sent, 2 of them noised",
+        f"bytes of tensors {3 * 24}",
+        "training rows    12 ",
+        NAME,
+        "not known",
+        f"epsilon {total:.4g} at delta 1e-05, of at most 5",
+        "1 updates left WITHOUT noise",
+        "1 x this site's policy: no",
+        verify(own.ledger).head,
+    ):
+        assert part in told

@@ -1,0 +1,218 @@
+"""Sites without processes: a grid that delivers at once, and sites that follow FedFTG's steps as true ones do."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+
+from client.held_weights import Weights
+from common.config.federation import FederationConfig, settings_for_sites
+from common.config.load import parse
+from common.errors import StaleStateError
+from common.protocol import wire
+from common.protocol.factors import Factors, pack
+from common.protocol.versions import Step
+from server.loop.checkpoint import newest
+from server.loop.rounds import RoundLoop
+from server.run.folder import RunFolder
+from strategies.fedftg import FedFTGRule
+from strategies.flower.named import make_strategy
+
+NAME, SHAPE = "model.layers.0.up.weight", (60, 40)
+RULE = FedFTGRule()
+
+
+def base() -> dict[str, torch.Tensor]:
+    return {NAME: torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))}
+
+
+class Site:
+    """A site that follows the steps, as a true one does, and notes what it is sent."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.weights = Weights(base(), RULE.exchange)
+        self.sent: list[tuple[int, list[int]]] = []  # (round, rounds of the steps that came)
+        self.says: dict[str, int | str] = {}  # in its hello, instead of the truth
+        self.privacy: dict[str, float] = {}
+        self.before_reply: Callable[[Message], Message | None] = lambda message: None
+
+    def forget(self) -> None:
+        self.weights = Weights(base(), RULE.exchange)
+
+    def reply(self, message: Message) -> Message:
+        if message.metadata.message_type == MessageType.QUERY:
+            return self._hello(message)
+        config: Any = message.content["config"]
+        steps = [
+            Step(int(key[5:]), wire.decode(record))
+            for key, record in sorted(message.content.items())
+            if key.startswith("step-") and isinstance(record, ArrayRecord)
+        ]
+        self.sent.append((int(config["server-round"]), [step.server_round for step in steps]))
+        if (instead := self.before_reply(message)) is not None:
+            return instead
+        try:
+            self._take(message, config, steps)
+        except StaleStateError as error:
+            return Message(Error(error.code, str(error)), reply_to=message)
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return Message(RecordDict({"metrics": MetricRecord({"evaluate.loss": 1.0})}), reply_to=message)
+        g = torch.Generator().manual_seed(100 * self.number + int(config["server-round"]))
+        factors = Factors(1.0, [(torch.randn(60, 2, generator=g), torch.randn(2, 40, generator=g))])
+        arrays = wire.encode(pack(NAME, factors, self.weights.tensors[NAME], RULE.exchange(1)))
+        metrics = MetricRecord({"num-examples": self.number, "train.loss": 1.0})
+        told = ConfigRecord({"version": self.weights.version})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics, "config": told}), reply_to=message)
+
+    def _take(self, message: Message, config: Any, steps: list[Step]) -> None:
+        if "since" not in config:
+            self.weights.replace(wire.decode(message.content.array_records["arrays"]), str(config["version"]))
+            return
+        if config["since"] == self.weights.first and self.weights.version not in (config["since"], config["version"]):
+            self.forget()
+        self.weights.follow(steps, str(config["since"]), str(config["version"]))
+
+    def _hello(self, message: Message) -> Message:
+        facts = {
+            "site": f"site-{self.number}",
+            "train_rows": self.number,
+            "held_out_rows": 1,
+            "device": "cpu",
+            "rank": 2,
+        }
+        facts |= {"base_digest": "base", "tokenizer_digest": "tokenizer", **self.says}
+        told = RecordDict({"config": ConfigRecord(facts)})
+        if self.privacy:
+            told["privacy"] = ConfigRecord({**self.privacy})
+        return Message(told, reply_to=message)
+
+
+LORA = {"name": "flexlora", "rank": 4, "lora_alpha": 16.0}
+A, B = ".lora_A.weight", ".lora_B.weight"
+LAYERS = ("model.layers.0.q_proj", "model.layers.1.q_proj")
+
+
+def factors(*ranks: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A and B of every layer, each of its rank."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer, rank in zip(LAYERS, ranks, strict=True):
+        tensors[layer + A] = torch.randn(rank, 12, generator=g)
+        tensors[layer + B] = torch.randn(9, rank, generator=g)
+    return tensors
+
+
+class LoraSite(Site):
+    """A site that answers with factors; whatever it is sent, it moves by little.
+
+    Args:
+        number: of the site.
+        ranks: of its layers.
+        metrics: of its replies, beside the number of examples.
+    """
+
+    def __init__(self, number: int, ranks: tuple[int, int] = (4, 4), **metrics: float) -> None:
+        super().__init__(number)
+        self._ranks, self._metrics = ranks, metrics
+
+    def reply(self, message: Message) -> Message:
+        if message.metadata.message_type != MessageType.TRAIN:
+            return super().reply(message)
+        told = {"num-examples": self.number, **{key.replace("_", "-"): v for key, v in self._metrics.items()}}
+        arrays = wire.encode(factors(*self._ranks, seed=self.number))
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(told)}), reply_to=message)
+
+    def _take(self, message: Message, config: Any, steps: list[Step]) -> None:
+        pass
+
+
+#: How often a reply of this site to this message is not there yet when it is asked for.
+Late = Callable[[int, Message], int]
+
+
+def never_late(number: int, message: Message) -> int:
+    return 0
+
+
+class Grid:
+    """Delivers at once, or after it was asked some times."""
+
+    def __init__(self, sites: dict[int, Site], late: Late = never_late) -> None:
+        self.sites, self._open, self._late = sites, dict[str, Message](), late
+        self._asked: dict[str, int] = {}
+        self._made: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.sites)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            ids.append(str(len(self._open)))
+            self._open[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for i in message_ids:
+            message = self._open[i]
+            number = message.metadata.dst_node_id
+            self._asked[i] = self._asked.get(i, 0) + 1
+            if i not in self._made:
+                self._made[i] = self.sites[number].reply(message)
+            if self._asked[i] > self._late(number, message):
+                replies.append(self._made[i])
+        return replies
+
+
+class Evaluator:
+    """The server has no evaluation set."""
+
+    base_digest, tokenizer_digest = "base", "tokenizer"
+
+    def evaluate(self, state: object) -> dict[str, float]:
+        return {}
+
+
+def run(
+    tmp_path: Path,
+    sites: Sequence[Site],
+    rounds: int,
+    *,
+    resume: bool = False,
+    late: Late = never_late,
+    start: dict[str, torch.Tensor] | None = None,
+    **changes: Any,
+) -> dict[str, torch.Tensor]:
+    """A whole run from ``start``, or ``base()``; ``changes`` are of the federation file."""
+    settings = {
+        "name": "x",
+        "model": {"path": "m"},
+        "strategy": {"name": "fedftg", "rank": 2},
+        "rounds": rounds,
+        "training": {"learning_rate": 10.0, "local_steps": 1},  # so that random changes are possible
+        "cohort": {"min_clients": len(sites)},
+        **changes,
+    }
+    config = parse(settings, FederationConfig, "x")
+    source, checkpoint = tmp_path / "federation.yaml", None
+    if resume:
+        folder = RunFolder.reopen(tmp_path / "run", config, source)
+        checkpoint = newest(folder.path, pytest.fail)
+        folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
+    else:
+        folder = RunFolder.create(tmp_path / "run", config, source)
+    grid: Any = Grid(dict(enumerate(sites, start=1)), late)
+    evaluator: Any = Evaluator()
+    strategy = make_strategy(
+        config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
+    )
+    told: Any = {"federation": settings_for_sites(config)}
+    try:
+        return RoundLoop(grid, config, told, strategy, evaluator, folder).run(start or base(), checkpoint)
+    finally:
+        folder.close()

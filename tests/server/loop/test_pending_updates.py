@@ -1,0 +1,65 @@
+"""What is spooled is what comes back, whatever the order of arrival; the folder is gone afterwards."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import FederationError
+from common.protocol.factors import Factors
+from server.loop.pending_updates import Spool
+from strategies.rule import Update
+from tests.harness.full_disk import no_space
+
+
+def make(client: str, seed: int) -> Update:
+    g = torch.Generator().manual_seed(seed)
+    terms = [(torch.randn(6, 2, generator=g), torch.randn(2, 4, generator=g)) for _ in range(2)]
+    more = (torch.randn(6, 1, generator=g), torch.randn(1, 4, generator=g))
+    factors = {"a.weight": Factors(0.99, terms), "b.weight": Factors(1.0, [more], common=True)}
+    return Update(client, seed, {"c.weight": torch.randn(3, 5, generator=g).bfloat16()}, 16.0, factors)
+
+
+def same(a: Update, b: Update) -> bool:
+    return (
+        (a.client, a.num_examples, a.lora_alpha) == (b.client, b.num_examples, b.lora_alpha)
+        and a.tensors.keys() == b.tensors.keys()
+        and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+        and a.factors.keys() == b.factors.keys()
+        and all(
+            (x.decay, x.common) == (y.decay, y.common)
+            and all(
+                torch.equal(l1, l2) and torch.equal(r1, r2) for (l1, r1), (l2, r2) in zip(x.terms, y.terms, strict=True)
+            )
+            for x, y in ((a.factors[name], b.factors[name]) for name in a.factors)
+        )
+    )
+
+
+def test_updates_come_back_by_name_as_they_were(tmp_path: Path) -> None:
+    updates = {name: make(name, seed) for seed, name in enumerate(["site-b", "site-c", "site-a"], start=1)}
+    with Spool(tmp_path / "incoming") as spool:
+        for update in updates.values():
+            spool.put(update)
+        back = list(spool.updates())
+        assert [update.client for update in back] == ["site-a", "site-b", "site-c"]
+        assert all(same(update, updates[update.client]) for update in back)
+    assert not (tmp_path / "incoming").exists()
+
+
+def test_what_a_killed_server_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "incoming" / "0.safetensors").write_bytes(b"half of it")
+    with Spool(tmp_path / "incoming") as spool:
+        assert list(spool.updates()) == []
+        spool.put(make("site-a", 1))
+        assert len(list(spool.updates())) == 1
+
+
+def test_full_disk_is_an_error_that_names_client_and_folder(tmp_path: Path) -> None:
+    with (
+        Spool(tmp_path / "incoming") as spool,
+        no_space(64),
+        pytest.raises(FederationError, match=r"site-a: its update cannot be kept in .*incoming: .*too large"),
+    ):
+        spool.put(make("site-a", 1))
