@@ -40,7 +40,7 @@ def measure(strategy: str, clients: int) -> dict[str, float]:
         with Flower(Path(temporary), env=MALLOC) as flower:
             for site in range(clients):
                 flower.start_node(f"site-{site}", f"site={site}")
-            flower.submit(APP, f'strategy="{strategy}" clients={clients} out="{out}"')
+            flower.submit(APP, {"strategy": strategy, "clients": clients, "out": str(out)})
             flower.wait(3000)
         print(strategy, clients, out.read_text(), flush=True)
         return dict(json.loads(out.read_text(encoding="utf-8")))

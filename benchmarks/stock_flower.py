@@ -96,7 +96,7 @@ def stock(folder: Path, file: Path, sites: int) -> dict[str, float]:
     with Flower(folder / "stock", threads=threads) as flower:
         for number, site in enumerate(load(file, FederationConfig).local.sites):  # type: ignore[union-attr]
             flower.start_node(f"site-{number}", f'site="{site}"')
-        flower.submit(ROOT / "benchmarks" / "stock_app", f'federation="{file}" rounds={ROUNDS} out="{out}"')
+        flower.submit(ROOT / "benchmarks" / "stock_app", {"federation": str(file), "rounds": ROUNDS, "out": str(out)})
         flower.wait(3600)
     measured: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return _means([{**r, "down": measured["down"]} for r in measured["rounds"]])

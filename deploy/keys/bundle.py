@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from client.connect.verify import signed_message, signed_with
 from common.errors import ConfigError, FedSpanError
 from common.system.keys import fingerprint, new_pair, read_private, read_public, write, write_new
-from server.superlink.signatures import bundle_digest, read_signature
+from server.superlink.bundle import bundle_digest
+from server.superlink.signatures import read_signature
 
 ROOT = Path(__file__).resolve().parents[2]
 

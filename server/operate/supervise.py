@@ -8,11 +8,11 @@ Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong,
 """
 
 import argparse
-import json
+import contextlib
 import logging
-import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -34,14 +34,16 @@ from server.operate.prometheus import exposed
 from server.report.write import write_report
 from server.run.folder import check_resumable, in_use, read_lines, read_run, refuse_existing
 from server.run.supervisor_lock import Interrupted, looking_after
-from server.superlink import nodes, registry, signatures
-from server.superlink.process import MALLOC, OwnSuperLink, Tls, environment, flwr
+from server.superlink import control, nodes, registry, signatures
+from server.superlink.bundle import make_bundle
+from server.superlink.process import MALLOC, OwnSuperLink, Tls, environment
 
 ROOT = Path(__file__).resolve().parents[2]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
 TRIES = 3
 START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
 _LEAST_SPACE = 2**20  # bytes
+_DYING_SECONDS = 1.0  # from the last answer of a SuperLink that is killed to the end of its process
 _ASK_SECONDS = 10.0  # between two questions to the SuperLink for the state of a run that shows no life
 
 
@@ -56,6 +58,9 @@ class Supervised:
         env: environment of all processes.
         tell: is told of every death.
         tries: how often in a row the run is submitted again without having finished another round.
+
+    Raises:
+        ConfigError: the app cannot be bundled.
     """
 
     def __init__(
@@ -71,11 +76,12 @@ class Supervised:
     ) -> None:
         self._source, self._run_dir, self._group = source, run_dir, group
         self._own = superlink if isinstance(superlink, OwnSuperLink) else None
-        self._connection = superlink if isinstance(superlink, str) else "local"
+        self._superlink = superlink
         self._nodes = nodes.following(self._own, run_dir, tell)
         self._env, self._tell, self._limit = env, tell, tries
         self._process: Started | None = None
-        self._run_id = ""
+        self._bundle = make_bundle(ROOT)  # once: the run goes on with the code that it began with
+        self._run_id = 0
         self._deaths, self._newest, self._asked = 0, "", 0.0
 
     def start_superlink(self) -> bool:
@@ -107,13 +113,21 @@ class Supervised:
         Raises:
             LaunchError: the SuperLink did not take it.
         """
-        config = f"federation={json.dumps(str(self._source))} run-dir={json.dumps(str(self._run_dir))}"
-        config += f" resume={json.dumps(resume)}"
-        answer = flwr(self._env, "run", str(ROOT), self._connection, "--run-config", config)
-        if not answer.get("success"):
-            raise LaunchError(f"the run was not accepted: {answer.get('error-message', answer)}")
-        self._run_id, self._asked = str(answer["run-id"]), time.monotonic()
+        config: dict[str, str | int] = {
+            "federation": str(self._source),
+            "run-dir": str(self._run_dir),
+            "resume": resume,
+        }
         self._newest = self._newest or self._newest_checkpoint()
+        with contextlib.suppress(LaunchError):  # one that ends just now; what else is wrong shows at the next call
+            control.stop_runs(self._superlink, self._run_dir)
+        try:
+            self._run_id = control.start_run(self._superlink, self._bundle, config)
+        except LaunchError:
+            if not self._link_died(_DYING_SECONDS):
+                raise
+            self._run_id = 0  # `finished` starts the SuperLink again
+        self._asked = time.monotonic()
 
     def finished(self) -> bool:
         """Look after the run once; whether it has ended well. To be called again and again.
@@ -129,7 +143,7 @@ class Supervised:
         outcome = read_run(self._run_dir)  # once more: a server that has ended wrote it before it let go
         if self._is_ours(outcome) and outcome["status"] == "failed":
             raise LaunchError(str(outcome["reason"]))
-        link_died = self._process is not None and self._process.process.poll() is not None
+        link_died = self._link_died()
         if self._is_ours(outcome) and outcome["status"] == "interrupted" and not link_died:
             raise Interrupted("Flower, or a signal to the server")
         if begun and outcome["status"] == "completed" and not at_work:
@@ -144,23 +158,33 @@ class Supervised:
 
     def end(self) -> None:
         """End the run on a SuperLink that is not ours; ours ends with the group."""
-        if self._own is None and self._run_id:
-            flwr(self._env, "stop", self._run_id, self._connection)
+        if self._own is None:
+            try:
+                control.stop_runs(self._superlink, self._run_dir)
+            except LaunchError as error:
+                self._tell(f"Flower's run {self._run_id} may go on: {error}")
 
     def _is_ours(self, outcome: dict[str, Any]) -> bool:
-        return str(outcome.get("flower_run")) == self._run_id
+        return str(outcome.get("flower_run")) == str(self._run_id)
+
+    def _link_died(self, seconds: float = 0.0) -> bool:
+        """Whether the SuperLink that was started here has ended, or ends within ``seconds``."""
+        if self._process is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.process.wait(seconds)
+        return self._process.process.returncode is not None
 
     def _has_ended(self) -> bool:
         """Whether the SuperLink says that the run is over, although it has not begun to write its folder."""
         if time.monotonic() < self._asked + _ASK_SECONDS:
             return False
         try:
-            runs = flwr(self._env, "list", self._connection, "--run-id", self._run_id).get("runs") or [{}]
+            return control.is_over(self._superlink, self._run_id)
         except LaunchError:  # a machine that is busy, or a SuperLink that has just died
             return False
         finally:
             self._asked = time.monotonic()
-        return str(runs[0].get("status", "")).startswith("finished")
 
     def _again(self, what: str) -> None:
         """Go on after the last checkpoint.
@@ -179,11 +203,10 @@ class Supervised:
             end = f"; {log} ends with: {last_lines(log)}" if log is not None else ""
             raise LaunchError(f"{what} {self._deaths} times without finishing another round{end}")
         self._tell(f"{what}; the run goes on after its last checkpoint (try {self._deaths} of {self._limit})")
-        if self._process is not None and self._process.process.poll() is not None:
+        if self._process is not None and self._link_died():
             self._group.forget(self._process)  # and its ServerApp with it
             if not self.start_superlink():
                 raise LaunchError(f"{what} and did not start again; {self._process.log} says more")
-        flwr(self._env, "stop", self._run_id, self._connection)  # fails when it is over already
         self.submit(resume=(self._run_dir / "run.json").exists())
 
     def _newest_checkpoint(self) -> str:
@@ -336,8 +359,6 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
         env = environment(run_dir / "flwr", federation)
-        if isinstance(superlink, str):
-            env = {**env, **{k: v for k, v in os.environ.items() if k == "FLWR_HOME"}}
         signatures.keep(run_dir, signed)
         with ProcessGroup(run_dir / "logs") as group:
             run = Supervised(

@@ -6,21 +6,15 @@ known by its key; what was registered before a crash is found again and nothing 
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import httpx
 
 from common.errors import ConfigError, LaunchError
 from server.run.folder import write_atomically
 from server.superlink import registry
+from server.superlink.control import control
 from server.superlink.process import OwnSuperLink
-
-if TYPE_CHECKING:
-    from flwr.supercore.control import ControlHttpClient
 
 _FILE = "nodes.json"  # in the run folder: whose key a node has
 _LOOK_SECONDS = 5.0
@@ -54,8 +48,8 @@ class Nodes:
         self._read()
         try:
             self._follow()
-        except httpx.HTTPError as error:
-            raise LaunchError(f"the SuperLink does not take the register of sites ({error})") from None
+        except LaunchError as error:
+            raise LaunchError(f"the register of sites is not taken: {error}") from None
 
     def look(self) -> None:
         """Follow a changed file, keys that expire, and sites that return. To be called again and again."""
@@ -66,8 +60,8 @@ class Nodes:
             if self._file.stat().st_mtime_ns != self._seen:
                 self._read()
             self._follow()
-        except httpx.HTTPError as error:  # a SuperLink that has just died: it is started again
-            self._once(f"the SuperLink does not take the register of sites ({type(error).__name__}); trying on")
+        except LaunchError as error:  # a SuperLink that has just died: it is started again
+            self._once(f"the register of sites is not taken: {error}; trying on")
             self._seen = 0
         except (ConfigError, OSError) as error:
             self._once(f"{error}; the register of sites stays as it was")
@@ -142,22 +136,3 @@ def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str
         return Nodes(superlink.registry, superlink, run_dir, tell)
     (run_dir / _FILE).unlink(missing_ok=True)
     return None
-
-
-@contextmanager
-def control(superlink: OwnSuperLink) -> Iterator["ControlHttpClient"]:
-    """A client of the SuperLink's Control API."""
-    from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
-    from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-    client = ControlHttpClient.from_server_address(
-        server_address=f"127.0.0.1:{superlink.port}",
-        insecure=superlink.tls is None,
-        root_certificates=None if superlink.tls is None else superlink.tls.ca.read_bytes(),
-        interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
-    )
-    try:
-        yield client
-    finally:
-        client.close()

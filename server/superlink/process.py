@@ -1,16 +1,12 @@
-"""A SuperLink of our own, and how Flower's programs are called."""
+"""A SuperLink of our own: how it is started, and the environment of a run's processes."""
 
 import json
 import os
-import subprocess
 import sysconfig
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.config.federation import FederationConfig
-from common.errors import LaunchError
 
 #: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
 #: which would keep one for every thread that pulls replies.
@@ -81,27 +77,6 @@ def environment(home: Path, federation: FederationConfig, share: int = 1) -> dic
         fixed["HF_HUB_OFFLINE"] = "1"
     scripts = sysconfig.get_path("scripts")  # where Flower's programs find each other
     return {**defaults, **os.environ, **fixed, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
-
-
-def flwr(env: Mapping[str, str], *arguments: str) -> dict[str, Any]:
-    """Run Flower's own command line and read its JSON answer.
-
-    Raises:
-        LaunchError: it did not answer, or not with JSON.
-    """
-    command = [*_program("flwr"), *arguments, "--format", "json"]
-    try:
-        done = subprocess.run(  # noqa: S603 - Flower's own program
-            command, env=dict(env), capture_output=True, text=True, timeout=120, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise LaunchError(f"`flwr {arguments[0]}` did not answer within 120 seconds") from None
-    start = done.stdout.find("{")
-    try:
-        return dict(json.loads(done.stdout[start:]))
-    except ValueError:
-        text = " ".join((done.stdout + done.stderr).split())[-500:]
-        raise LaunchError(f"`flwr {arguments[0]}` failed: {text}") from None
 
 
 def _program(name: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Signatures of the app bundle, on their way from the operator's files into every message to a site."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,25 +7,11 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.system.keys import read_bytes
 from server.run.folder import write_atomically
+from server.superlink.bundle import bundle_digest
 
 RECORD_KEY = "bundle-signatures"  # in every message's "config" record (see client.connect.verify)
 _FILE = "signatures.json"  # in the run folder
 _KEYS = ("digest", "key", "signature", "made")
-
-
-def bundle_digest(app: Path) -> str:
-    """SHA-256 (hex) of the bundle that Flower makes of an app's folder, which is Flower's name for it.
-
-    Raises:
-        ConfigError: the folder holds no app that could be bundled.
-    """
-    import click
-    from flwr.cli.build import build_fab_from_disk
-
-    try:
-        return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
-    except (ValueError, OSError, click.ClickException) as error:
-        raise ConfigError(f"{app}: cannot be bundled ({error})") from None
 
 
 def read_signature(path: Path) -> dict[str, str]:

@@ -41,7 +41,7 @@ def site(tmp_path: Path, name: str) -> str:
 
 
 def submit(flower: Flower, file: Path) -> None:
-    flower.submit(ROOT, f'federation="{file}" run-dir="{file.parent / "run"}"')
+    flower.submit(ROOT, {"federation": str(file), "run-dir": str(file.parent / "run")})
 
 
 def bytes_down(tmp_path: Path, name: str) -> dict[int, int]:

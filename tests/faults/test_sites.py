@@ -136,7 +136,7 @@ def test_site_whose_link_was_away_takes_part_again_and_nothing_is_lost(
     with Flower(tmp_path) as flower, Proxy(flower.fleet) as proxy:
         flower.start_node("a", f'site="{tmp_path / "site-a"}.yaml"')
         flower.start_node("b", f'site="{tmp_path / "site-b"}.yaml"', superlink=proxy.port)
-        flower.submit(ROOT, f'federation="{file}" run-dir="{run}"')
+        flower.submit(ROOT, {"federation": str(file), "run-dir": str(run)})
         wait_for(lambda: happened(event="round_started", round=2), 180)
         time.sleep(random.random() * 5)
         proxy.cut()
@@ -172,7 +172,7 @@ def planned(folder: Path, strategy: dict[str, object], kinds: list[str]) -> Path
     with Flower(folder) as flower:
         for site in sizes:
             flower.start_warm_node(site, f'site="{folder / site}.yaml"', folder / f"{site}.json")
-        flower.submit(POISON, f'federation="{file}" run-dir="{run}"')
+        flower.submit(POISON, {"federation": str(file), "run-dir": str(run)})
         wait_for(lambda: any(e["event"] == "round_started" for e in lines(run / "events.jsonl")), 180)
         (folder / "site-c.yaml.go").touch()
         flower.wait(400)

@@ -1,7 +1,5 @@
 """Runs a Flower app on real SuperLink and SuperNode processes, without FedSpan's launcher."""
 
-import json
-import subprocess
 import sys
 import sysconfig
 import time
@@ -14,7 +12,8 @@ import psutil
 from flwr.proto.control_pb2 import ListRunsRequest
 
 from common.system.processes import ProcessGroup, free_ports, listens
-from server.superlink.nodes import control
+from server.superlink.bundle import make_bundle
+from server.superlink.control import control, start_run
 from server.superlink.process import OwnSuperLink
 from tests.harness.launcher import ROOT, environment
 
@@ -27,21 +26,21 @@ class Flower:
     def __init__(self, folder: Path, threads: int = 1, env: Mapping[str, str] | None = None) -> None:
         self._logs = folder / "logs"
         self._supervisor = ProcessGroup(self._logs)
-        self._control, self.fleet = free_ports(2)
+        port, self.fleet = free_ports(2)
+        self.superlink = OwnSuperLink(port, f"127.0.0.1:{self.fleet}")
         self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
         home = folder / "flwr"
         home.mkdir(parents=True)
-        link = f'[superlink.local]\naddress = "127.0.0.1:{self._control}"\ninsecure = true\n'
-        (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n{link}')
+        (home / "config.toml").write_text(self.superlink.connection())
         own = {"FLWR_HOME": str(home), "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         own["OMP_NUM_THREADS"] = str(threads)
         self._env = environment() | dict(env or {}) | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
 
     def __enter__(self) -> Self:
-        fleet = ["--fleet-api-address", f"127.0.0.1:{self.fleet}", "--disable-runtime-dependency-installation"]
-        command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self._control), *fleet]
+        fleet = ["--fleet-api-address", self.superlink.fleet, "--disable-runtime-dependency-installation"]
+        command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self.superlink.port), *fleet]
         self._supervisor.start("superlink", command, self._env)
-        wait_for(lambda: listens(self._control) and listens(self.fleet), 60)
+        wait_for(lambda: listens(self.superlink.port) and listens(self.fleet), 60)
         return self
 
     def __exit__(
@@ -78,12 +77,12 @@ class Flower:
         command += ["--runtime-api", f"127.0.0.1:{self.ports[name]}"]
         return psutil.Process(self._supervisor.start(f"{name}-worker", command, self._env).process.pid)
 
-    def submit(self, app: Path, config: str) -> None:
-        assert self._flwr("run", str(app), "local", "--run-config", config)["success"]
+    def submit(self, app: Path, config: Mapping[str, str | int]) -> None:
+        start_run(self.superlink, make_bundle(app), config)
 
     def wait(self, seconds: float = 180.0) -> None:
-        """Wait for the latest run to end, and well. Flower's command line would take seconds of computing each time."""
-        with control(OwnSuperLink(self._control, "")) as client:
+        """Wait for the latest run to end, and well."""
+        with control(self.superlink) as client:
 
             def ended() -> bool:
                 runs = client.ListRuns(ListRunsRequest()).run_dict.values()
@@ -94,11 +93,6 @@ class Flower:
                 return bool(status.status == "finished")
 
             wait_for(ended, seconds)
-
-    def _flwr(self, *arguments: str) -> dict[str, object]:
-        command = [str(BIN / "flwr"), *arguments, "--format", "json"]
-        done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=True)
-        return dict(json.loads(done.stdout[done.stdout.index("{") :]))
 
 
 def kill(process: psutil.Process) -> None:

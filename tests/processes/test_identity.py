@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,11 +14,13 @@ from pathlib import Path
 
 import pytest
 from cryptography.x509 import load_pem_x509_certificate
+from flwr.proto.control_pb2 import ListNodesRequest
 
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports, listens
 from deploy.keys import certs
 from server.superlink import registry
+from server.superlink.control import control
 from server.superlink.nodes import Nodes, site_of
 from server.superlink.process import OwnSuperLink, Tls
 from tests.harness.flower_app import BIN, wait_for
@@ -74,12 +75,10 @@ class Gate:
         self.nodes.look()
 
     def online(self) -> set[str | None]:
-        """Which sites are, as Flower's own command line says; it lists nodes by their ids."""
-        env = {**environment(), "FLWR_HOME": str(self.folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
-        command = [str(BIN / "flwr"), "supernode", "list", "local", "--format", "json"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        listed = json.loads(done.stdout[done.stdout.index("{") :])["nodes"]
-        return {site_of(self.folder, int(node["node-id"])) for node in listed if node["status"] == "online"}
+        """Which sites are, as the SuperLink says."""
+        with control(self.superlink) as client:
+            nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        return {site_of(self.folder, node.node_id) for node in nodes if node.status == "online"}
 
 
 def last_words(node: Started, code: int = 1) -> str:
@@ -101,9 +100,9 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
         if site not in ("late", "stranger"):
             registry.add(register, site, folder / f"{site}.pub", None)
     expire(register, "expired")
-    control, fleet = free_ports(2)
+    port, fleet = free_ports(2)
     tls = Tls(pki / "ca.crt", pki / "server.pem", pki / "server.key")
-    superlink = OwnSuperLink(control, f"0.0.0.0:{fleet}", tls, register)  # also at 127.0.0.2, for which it has no name
+    superlink = OwnSuperLink(port, f"0.0.0.0:{fleet}", tls, register)  # also at 127.0.0.2, for which it has no name
     told: list[str] = []
     home = folder / "flwr"
     home.mkdir()
@@ -112,7 +111,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     with ProcessGroup(folder / "logs") as group:
         gate = Gate(folder, superlink, Nodes(register, superlink, folder, told.append), group, told)
         group.start("superlink", superlink.command(home), {**env, "FLWR_TELEMETRY_ENABLED": "0"})
-        wait_for(lambda: listens(control) and listens(fleet), 120)
+        wait_for(lambda: listens(port) and listens(fleet), 120)
         gate.nodes.begin()
         yield gate
 

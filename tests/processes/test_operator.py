@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,7 @@ from common.config.load import load
 from common.system.processes import ProcessGroup, free_ports, listens
 from server.run.folder import check_resumable, in_use
 from server.run.state import overview
-from server.superlink.process import environment as superlink_environment, flwr
-from tests.harness.flower_app import Flower, wait_for
+from tests.harness.flower_app import BIN, Flower, wait_for
 from tests.harness.launcher import command, environment, survivors
 from tests.harness.tiny import make_federation
 from tests.processes.test_supervise import supervise
@@ -25,6 +25,15 @@ def told(file: Path, module: str, *arguments: str) -> str:
     done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def flower_lists(run_dir: Path, run_id: str) -> dict[str, Any]:
+    """A run as Flower's own command shows it."""
+    env = {**environment(), "FLWR_HOME": str(run_dir / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
+    command = [str(BIN / "flwr"), "list", "local", "--run-id", run_id, "--format", "json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+    (run,) = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
+    return dict(run)
 
 
 @pytest.mark.timeout(500)
@@ -54,9 +63,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
         assert samples["fedspan_round"] >= seen["round"]
         assert samples["fedspan_sites_connected"] == 2
         federation = resolved(load(file, FederationConfig), file)
-        env = superlink_environment(run_dir / "flwr", federation)
-        (listed,) = flwr(env, "list", "local", "--run-id", seen["flower_run"])["runs"]
-        assert listed["status"] == "running"
+        assert flower_lists(run_dir, seen["flower_run"])["status"] == "running"
 
         assert "tiny is stopped after round" in told(file, "server.operate.stop", "tiny")
         assert launcher.wait(60) == 130, log.read_text()

@@ -28,7 +28,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Flower(folder) as flower:
         for i, (rank, alpha) in enumerate(zip(RANKS, ALPHAS, strict=True)):
             flower.start_node(f"node-{i}", f"partition-id={i} rank={rank} alpha={alpha}")
-        flower.submit(APP, f'out="{folder / "out"}"')
+        flower.submit(APP, {"out": str(folder / "out")})
         flower.wait(480)
     return folder / "out"
 

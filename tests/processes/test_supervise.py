@@ -38,7 +38,6 @@ def finished(folder: Path, process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's pathspec
 def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Path) -> None:
     """One site joins with a worker that is killed in between, the other with Flower's process for every message."""
     file = make_federation(tmp_path, SIZES, rounds=2, **SETTINGS)

@@ -38,7 +38,7 @@ def answers(file: Path) -> list[dict[str, Any]]:
 
 
 def submit(flower: Flower, out: Path, orders: str, app: Path = APP) -> None:
-    flower.submit(app, f'orders="{orders}" out="{out}"')
+    flower.submit(app, {"orders": orders, "out": str(out)})
 
 
 def test_one_process_answers_many_messages_and_its_death_is_an_answer_too(flower: Flower, tmp_path: Path) -> None:
@@ -95,7 +95,6 @@ def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(f
     assert not psutil.pid_exists(third["pid"])
 
 
-@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's pathspec
 def test_worker_runs_only_what_its_site_trusts_and_takes_its_process_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +114,7 @@ def test_worker_runs_only_what_its_site_trusts_and_takes_its_process_along(
         flower.start_node("site", "x=1", isolation="process")
         doubting = flower.start_worker("site", "--site", str(tmp_path / "stranger.yaml"))
         orders = f"answer,until {go},answer"
-        flower.submit(APP, f'orders="{orders}" out="{out}" signatures="{signatures}"')
+        flower.submit(APP, {"orders": orders, "out": str(out), "signatures": str(signatures)})
         wait_for(lambda: answers(out), 120)
         assert [list(folder.iterdir()) for folder in scratch.glob("fedspan-bundle-*")] == [[]]
         doubting.terminate()

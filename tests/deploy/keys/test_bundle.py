@@ -15,7 +15,6 @@ from client.connect.verify import Trust, refusal, signed_message
 from deploy.keys.bundle import main
 from tests.harness.programs import needs
 
-pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's pathspec
 APP = Path(__file__).parents[2] / "processes" / "orders_app"
 
 
