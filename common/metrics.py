@@ -1,4 +1,4 @@
-"""Scores of generated answers and of labels: each is a function and a line in ``SCORES``, and ``evaluate`` runs it."""
+"""Scores: one table says what is measured, how it is computed (by ``evaluate``), and where it is shown."""
 
 import re
 import tempfile
@@ -8,33 +8,48 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
+#: Kinds of predictions.
+ANSWERS, LABELS = "answers", "labels"
 #: How the names of counts by label begin.
 COUNTS = "confusion/"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One score of predictions against their references.
+    """One measure of a model on held-out rows, as every task, page and display takes it from ``SCORES``.
 
     Attributes:
         name: its key in metrics and files.
         title: its name for people.
-        of: what is predicted, generated texts or numbers of labels.
-        compute: the score of a list of predictions against as many references.
-        citation: where it is defined.
+        meaning: what it says, with its range.
+        of: what it judges, as a task's ``predicts`` calls it; None: every task measures it together with its loss.
+        compute: the score of a list of predictions against as many references; None with ``of`` None.
+        lower_is_better: its direction.
+        headline: among the few that a headline, a progress line and the status tell.
+        curve: drawn round by round.
+        selectable: an experiment may pick its learning rates by it.
     """
 
     name: str
     title: str
-    of: Literal["answers", "labels"]
-    compute: Callable[[list[Any], list[Any]], float]
-    citation: str = ""
+    meaning: str
+    of: str | None = None
+    compute: Callable[[list[Any], list[Any]], float] | None = None
+    lower_is_better: bool = False
+    headline: bool = False
+    curve: bool = False
+    selectable: bool = True
+
+    @property
+    def in_text(self) -> str:
+        """The title inside a sentence: "macro F1", but "ROUGE-L"."""
+        return self.title if self.title[1:2].isupper() else self.title[:1].lower() + self.title[1:]
 
 
 def rouge_l(predictions: list[str], references: list[str]) -> float:
-    """Mean ROUGE-L F-measure of prediction against reference, with Porter stemming; 0 to 1."""
+    """Mean ROUGE-L F-measure of prediction against reference, with Porter stemming; 0 to 1 (Lin, 2004)."""
     from rouge_score import rouge_scorer
 
     scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
@@ -61,7 +76,7 @@ class Words:
 
 
 def bleu_4(predictions: list[str], references: list[str]) -> float:
-    """Corpus BLEU with 1- to 4-grams, sacrebleu's defaults, divided by 100; 0 to 1.
+    """Corpus BLEU with 1- to 4-grams, sacrebleu's defaults, divided by 100; 0 to 1 (Papineni et al., 2002).
 
     0 when no prediction has four words: there is no 4-gram to count.
     """
@@ -102,7 +117,7 @@ def macro_f1(predictions: list[int], references: list[int]) -> float:
 
 
 def mcc(predictions: list[int], references: list[int]) -> float:
-    """Matthews correlation coefficient of any number of labels; -1 to 1.
+    """Matthews correlation coefficient of any number of labels; -1 to 1 (Gorodkin, 2004).
 
     0 when only one label is right, or only one is predicted.
     """
@@ -113,88 +128,72 @@ def mcc(predictions: list[int], references: list[int]) -> float:
     return float(metrics.matthews_corrcoef(references, predictions))
 
 
-_BLEU = "Papineni et al., BLEU, 2002; Post, A call for clarity in reporting BLEU scores, 2018"
-_MCC = "Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004"
-
-SCORES = (
-    Score(
-        "rouge_l", "ROUGE-L", "answers", rouge_l, "Lin, ROUGE: a package for automatic evaluation of summaries, 2004"
-    ),
-    Score("bleu_4", "BLEU-4", "answers", bleu_4, _BLEU),
-    Score("exact_match", "Exact match", "answers", exact_match),
-    Score("accuracy", "Accuracy", "labels", accuracy),
-    Score("macro_f1", "Macro F1", "labels", macro_f1),
-    Score("mcc", "MCC", "labels", mcc, _MCC),
-)
-
-
-def score(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """All scores of generated answers.
-
-    Raises:
-        ValueError: the lists are empty or differ in length.
-    """
-    return _computed("answers", predictions, references)
+_IN_ORDER = (
+    Score("loss", "Loss", "mean cross-entropy of the expected answer, in nats per token",
+          lower_is_better=True, headline=True, curve=True),
+    Score("perplexity", "Perplexity", "e to the power of the loss; 1 is certainty",
+          lower_is_better=True, selectable=False),
+    Score("accuracy", "Accuracy", "share of rows whose label is right", LABELS, accuracy, headline=True, curve=True),
+    Score("macro_f1", "Macro F1", "unweighted mean of the labels' F1 scores, 0 to 1", LABELS, macro_f1),
+    Score("mcc", "MCC", "Matthews correlation of chosen and right label, -1 to 1; 0 is chance", LABELS, mcc),
+    Score("rouge_l", "ROUGE-L", "longest common word sequence of generated and expected answer, 0 to 1",
+          ANSWERS, rouge_l, headline=True, curve=True),
+    Score("bleu_4", "BLEU-4", "shared runs of one to four words, 0 to 1", ANSWERS, bleu_4, curve=True),
+    Score("exact_match", "Exact match", "share of generated answers equal to the expected one", ANSWERS, exact_match),
+)  # fmt: skip
+SCORES = {score.name: score for score in _IN_ORDER}
 
 
-def classified(predictions: list[int], references: list[int], labels: int) -> dict[str, float]:
-    """All scores of labels, and ``confusion/i/j``: how many rows of label i were taken for label j.
+def scores(of: str, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+    """The scores of one kind of prediction, by name. Any thread may ask.
 
     Args:
-        predictions: numbers of labels.
-        references: the right ones.
-        labels: how many labels there are.
+        of: the kind, as in ``Score``.
+        predictions: texts, or numbers.
+        references: the right ones, of the same type.
 
     Raises:
         ValueError: the lists are empty or differ in length.
     """
-    scores = _computed("labels", predictions, references)
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give as many, at least one")
+    # A metric object of `evaluate` holds the rows that it computes on, so none is shared. It insists on a folder (by
+    # default in the home folder, where processes that start together meet, and which may not be ours to write), but
+    # rows are never written there: they are private, and stay in memory.
+    with _COMPUTING, tempfile.TemporaryDirectory(prefix="fedspan-metrics-") as folder:
+        chosen = [score for score in SCORES.values() if score.of == of]
+        metrics = {score.name: _metric()(score.compute, type(references[0]), folder) for score in chosen}
+        found = {name: m.compute(predictions=predictions, references=references) for name, m in metrics.items()}
+    return {name: float(result["score"]) for name, result in found.items()}
+
+
+def confusion(predictions: list[int], references: list[int], labels: int) -> dict[str, float]:
+    """``confusion/i/j``: how many rows of label i were taken for label j, of labels 0 to ``labels`` - 1."""
     pairs = Counter(zip(references, predictions, strict=True))
-    return scores | {f"{COUNTS}{i}/{j}": float(pairs[i, j]) for i in range(labels) for j in range(labels)}
+    return {f"{COUNTS}{i}/{j}": float(pairs[i, j]) for i in range(labels) for j in range(labels)}
 
 
 #: ``evaluate`` seeds numpy's global generator while it computes: two threads at once would not both restore it.
 _COMPUTING = threading.Lock()
-
-
-def _computed(of: str, predictions: list[Any], references: list[Any]) -> dict[str, float]:
-    """The scores of one kind of prediction, from any thread.
-
-    A metric object of ``evaluate`` holds the rows that it computes on, so none is shared. It insists on an empty folder
-    (by default in the home folder, where processes that start together meet, and which may not be ours to write). Rows
-    are never written there: they are private, and stay in memory.
-    """
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give as many, at least one")
-    with _COMPUTING, tempfile.TemporaryDirectory(prefix="fedspan-metrics-") as folder:
-        metrics = {score.name: _metric()(score, folder) for score in SCORES if score.of == of}
-        return {
-            name: float(metric.compute(predictions=predictions, references=references)[name])
-            for name, metric in metrics.items()
-        }
+_TYPES: dict[type, str] = {str: "string", int: "int64", float: "float64"}
 
 
 @cache
 def _metric() -> Any:  # noqa: ANN401 - `evaluate` ships no types
-    """The class of a score as a metric of ``evaluate``, imported when the first score is computed: it takes seconds."""
+    """A score as a metric of ``evaluate``, which is imported when the first score is computed: that takes seconds."""
     import datasets
     import evaluate
 
     class Metric(evaluate.Metric):  # type: ignore[misc]
-        def __init__(self, score: Score, folder: str) -> None:
-            self._score = score
+        def __init__(self, score: Callable[[list[Any], list[Any]], float], of: type, folder: str) -> None:
+            self._score, self._value = score, datasets.Value(_TYPES[of])
             super().__init__(cache_dir=folder, keep_in_memory=True)
 
         def _info(self) -> evaluate.MetricInfo:
-            value = datasets.Value("string" if self._score.of == "answers" else "int32")
-            return evaluate.MetricInfo(
-                description=self._score.title,
-                citation=self._score.citation,
-                inputs_description=f"predictions and references: lists of {self._score.of}",
-                features=datasets.Features({"predictions": value, "references": value}),
-            )
+            features = datasets.Features({"predictions": self._value, "references": self._value})
+            return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
 
         def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
-            return {self._score.name: self._score.compute(predictions, references)}
+            return {"score": self._score(predictions, references)}
 
     return Metric

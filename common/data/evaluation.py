@@ -13,7 +13,7 @@ from torch import nn
 from common.config.federation import EvaluationConfig
 from common.data.chat import Example, causal_loss_sum, collate, encode, end_ids, last_tokens, pad_id, prompt_ids
 from common.data.rows import Row
-from common.metrics import score
+from common.metrics import ANSWERS, scores
 from common.system.memory import halving
 
 
@@ -48,8 +48,7 @@ def evaluate_model(
     """All metrics of a model on some rows.
 
     Returns:
-        loss, perplexity, tokens, examples; with ``config.generate`` also generated (rows), rouge_l, bleu_4 and
-        exact_match.
+        loss, perplexity, tokens, examples; with ``config.generate`` also generated (rows), and the scores of answers.
     """
     chosen = in_fixed_order(rows)
     result = evaluate_loss(
@@ -81,7 +80,7 @@ def evaluate_model(
             device=device,
             autocast_dtype=autocast_dtype,
         )
-        metrics |= {"generated": float(len(asked)), **score(answers, [row.answer for row in asked])}
+        metrics |= {"generated": float(len(asked)), **scores(ANSWERS, answers, [row.answer for row in asked])}
     return metrics
 
 

@@ -26,7 +26,7 @@ from common.data.evaluation import evaluate_model, in_fixed_order
 from common.data.images import load_images, read_image
 from common.data.rows import Row, load_rows
 from common.errors import DataError
-from common.metrics import classified
+from common.metrics import ANSWERS, LABELS, SCORES, Score, confusion, scores
 from common.model.base_model import Base, load_base
 from common.system.memory import halving
 
@@ -47,6 +47,15 @@ class Task(ABC, Generic[E]):
 
     #: PEFT's name of the task; None where it has none.
     peft_type: ClassVar[str | None]
+    #: What comes out, by the name under which ``common.metrics`` keeps the scores of it.
+    predicts: ClassVar[str]
+    #: Whether the model writes its predictions as text, which takes long: only ``evaluation.generate`` rows are asked.
+    generates: ClassVar[bool] = False
+
+    def scores(self, config: EvaluationConfig) -> list[Score]:
+        """The scores among the metrics that ``evaluate`` gives."""
+        predicted = config.generate > 0 or not self.generates
+        return [s for s in SCORES.values() if s.of is None or (predicted and s.of == self.predicts)]
 
     @abstractmethod
     def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
@@ -96,6 +105,8 @@ class CausalLM(Task[chat.Example]):
     """Prompt in, answer out; the loss counts the answer's tokens."""
 
     peft_type = "CAUSAL_LM"
+    predicts = ANSWERS
+    generates = True
 
     def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
         """See ``Task.load``."""
@@ -141,6 +152,8 @@ class CausalLM(Task[chat.Example]):
 class Classification(Task[E]):
     """One of a fixed set of labels out (the row's answer)."""
 
+    predicts = LABELS
+
     def __init__(self, config: ClassificationTask) -> None:
         self._labels = {label: number for number, label in enumerate(config.labels)}
 
@@ -172,7 +185,7 @@ class Classification(Task[E]):
         max_length: int,
         place: Place,
     ) -> dict[str, float]:
-        """See ``Task.evaluate``: loss, perplexity (of the label), and what ``common.metrics.classified`` gives."""
+        """See ``Task.evaluate``: loss, perplexity (of the label), scores of labels, and their confusion matrix."""
         model.train(False)
         examples = self.examples(tokenizer, in_fixed_order(rows)[: config.max_examples], system, max_length)
         collate = self.collater(tokenizer)
@@ -189,8 +202,13 @@ class Classification(Task[E]):
         for loss, chosen, right in halving(examples, config.batch_size, measure):
             total, predicted, labels = total + loss, predicted + chosen, labels + right
         loss = total / len(examples)
-        scores = classified(predicted, labels, len(self._labels))
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "examples": float(len(examples)), **scores}
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "examples": float(len(examples)),
+            **scores(self.predicts, predicted, labels),
+            **confusion(predicted, labels, len(self._labels)),
+        }
 
     def _numbers(self, rows: list[Row]) -> list[int]:
         """The rows' labels as numbers."""

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from common import text as units
 from common.errors import FedSpanError, LaunchError
+from common.metrics import SCORES
 from deploy.experiment import compare_plots as plots
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from deploy.experiment.compare_page import PAGE
@@ -31,11 +32,9 @@ from server.report.format import precise, score, seconds, whole
 from server.report.page import STYLE
 from server.report.write import MEANINGS
 from server.run.folder import write_atomically
-from server.run.records import SCORES
 
 _SETTING = ("clients", "alpha", "rank", "local_steps")
 _DRAWN = ("client-cosine", "client-norm", "numerical-rank", "stable-rank", "truncation-loss", "aggregation-error")
-_CURVES = ("loss", "accuracy", "rouge_l", "bleu_4")
 
 
 def write_comparison(out: Path) -> Path:
@@ -95,7 +94,7 @@ def render(found: Comparison) -> str:
         notes=notes(found),
         contents=contents,
         groups=groups,
-        scores=[s for s in SCORES if any(s in group.scores() for group in found.groups)],
+        scores=[s for s in SCORES.values() if any(s in group.scores() for group in found.groups)],
         any_diagnostics=bool(diagnostics),
         meanings=[MEANINGS[name] for name in _DRAWN if name in diagnostics],
         partitions=partitions,
@@ -108,12 +107,12 @@ def _shown(group: Group, number: int) -> dict[str, Any]:
     """A setting as the page shows it."""
     lines = [(strategy_title(line.strategy), line) for line in group.lines if line.seeds]
     curves = []
-    for how in [s for s in group.scores() if s.key in _CURVES]:
-        ends = "; ".join(f"{title} {_estimate(line.final(how.key))}" for title, line in lines)
+    for how in [s for s in group.scores() if s.curve]:
+        ends = "; ".join(f"{title} {_estimate(line.final(how.name))}" for title, line in lines)
         svg = plots.curves(
             lines,
-            how.key,
-            name=f"{how.key}-{number}",
+            how.name,
+            name=f"{how.name}-{number}",
             axis=how.title,
             label=f"{how.title}, {group.title}. {ends}.",
         )
@@ -139,7 +138,7 @@ def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[st
     heads = [f"{s.title} {'↓' if s.lower_is_better else '↑'}" for s in scores]
 
     def row(line: Line, before: list[str], after: list[str], most: float = math.inf) -> list[tuple[str, bool]]:
-        told = [(_estimate(line.final(s.key, most)), line.strategy in group.best(s, most)) for s in scores]
+        told = [(_estimate(line.final(s.name, most)), line.strategy in group.best(s, most)) for s in scores]
         return [
             (strategy_title(line.strategy), False),
             *((b, False) for b in before),
@@ -201,7 +200,7 @@ def _samples(groups: list[Group]) -> tuple[str, list[dict[str, Any]]]:
 def _final(found: Comparison) -> Iterator[tuple[object, ...]]:
     for group, line in _lines(found):
         without = "; ".join(unscored(line.unscored))
-        finals = {key: line.final(key) for key in (*(s.key for s in SCORES), BYTES, SECONDS)}
+        finals = {key: line.final(key) for key in (*SCORES, BYTES, SECONDS)}
         known = {key: estimate for key, estimate in finals.items() if estimate is not None}
         for key, estimate in known.items():
             yield *_place(group, line), line.rate, key, estimate.mean, estimate.deviation, estimate.seeds, without

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import LaunchError
+from common.metrics import SCORES, Score
 from deploy.experiment.trial import FACTS, SUMMARY, outcome
 from server.run.folder import read_lines
-from server.run.records import SCORES, SERVER, Record, Score, diagnostics, evaluations
+from server.run.records import SERVER, Record, diagnostics, evaluations
 
 Values = dict[int, float]  # by rounds of training behind the model
 #: What a round was measured by besides scores.
@@ -123,7 +124,7 @@ class Group:
 
     def scores(self) -> list[Score]:
         """The scores that were measured."""
-        return [score for score in SCORES if any(line.final(score.key) for line in self.lines)]
+        return [score for name, score in SCORES.items() if any(line.final(name) for line in self.lines)]
 
     def thriftiest(self) -> float:
         """Bytes of the whole run of the strategy that moved least."""
@@ -132,7 +133,7 @@ class Group:
 
     def best(self, score: Score, most: float = math.inf) -> list[str]:
         """The strategies with the best mean, to the three decimals that are shown; none when all are the same."""
-        finals = {line.strategy: line.final(score.key, most) for line in self.lines}
+        finals = {line.strategy: line.final(score.name, most) for line in self.lines}
         means = {strategy: round(final.mean, 3) for strategy, final in finals.items() if final is not None}
         if len(means) > 1 and len(set(means.values())) == 1:
             return []
@@ -205,8 +206,7 @@ def _seed(folder: Path) -> Seed:
     samples, cell = folder / "samples.json", json.loads((folder / FACTS).read_text(encoding="utf-8"))
     versions = evaluations(records).get(SERVER, {})
     scores = {
-        score.key: {v: float(told[score.key]) for v, told in versions.items() if told.get(score.key) is not None}
-        for score in SCORES
+        name: {v: float(told[name]) for v, told in versions.items() if told.get(name) is not None} for name in SCORES
     }
     means: dict[str, Values] = {}
     for table in diagnostics(records):

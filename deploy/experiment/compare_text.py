@@ -1,27 +1,25 @@
 """What a comparison says in sentences, the same on the page and in Markdown."""
 
+from common.metrics import SCORES
 from deploy.experiment.compare_data import Comparison
 from server.report.write import STRATEGIES
-from server.run.records import SCORES, Score
 
 
 def headline(found: Comparison) -> list[str]:
-    """Which strategy was best in how many settings, by loss, accuracy and ROUGE-L where they were measured."""
+    """Which strategy was best in how many settings, by the headline scores that were measured."""
     sentences = []
-    for key in ("loss", "accuracy", "rouge_l"):
-        (how,) = [s for s in SCORES if s.key == key]
+    for how in [score for score in SCORES.values() if score.headline]:
         judged = [group for group in found.groups if how in group.scores() and len(group.lines) > 1]
         wins: dict[str, int] = {}
         for strategy in (strategy for group in judged for strategy in group.best(how)):
             wins[strategy_title(strategy)] = wins.get(strategy_title(strategy), 0) + 1
-        name = _in_text(how)
         if judged and not wins:
-            sentences.append(f"Mean {name}: the same of all strategies.")
+            sentences.append(f"Mean {how.in_text}: the same of all strategies.")
         elif len(judged) == 1:
-            sentences.append(f"Best mean {name}: {' and '.join(wins)}.")
+            sentences.append(f"Best mean {how.in_text}: {' and '.join(wins)}.")
         elif wins:
             told = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda w: (-w[1], w[0])))
-            sentences.append(f"Best mean {name} of {len(judged)} settings: {told}.")
+            sentences.append(f"Best mean {how.in_text} of {len(judged)} settings: {told}.")
     return sentences or ["There is no result to compare yet."]
 
 
@@ -37,7 +35,7 @@ def notes(found: Comparison) -> list[str]:
     first.append("The best mean of a setting is bold; a difference smaller than the deviations may be chance.")
     tried = [line for line in lines if line.tried]
     if tried:
-        name = next(_in_text(s) for s in SCORES if s.key == found.select_by)
+        name = SCORES[found.select_by].in_text
         several = "" if len(tried) == len(lines) else ", where several were tried"
         first.append(
             f"The learning rate is the one with the best {name} on the validation set, with one seed{several}."
@@ -63,10 +61,6 @@ def unscored(rates: dict[float, str]) -> list[str]:
 def strategy_title(strategy: str) -> str:
     """A strategy's name to be shown."""
     return STRATEGIES.get(strategy, strategy)
-
-
-def _in_text(how: Score) -> str:
-    return how.title if how.key in ("rouge_l", "bleu_4") else how.title.lower()
 
 
 def _range(counts: set[int]) -> str:

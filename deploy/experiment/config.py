@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import ConfigDict, Field, field_validator
@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator
 from common.config.federation import DataConfig, Name, Section
 from common.config.load import load, parse
 from common.errors import ConfigError
+from common.metrics import SCORES
 
 Rate = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -94,12 +95,21 @@ class ExperimentConfig(Section):
     federation: dict[str, Any] = Field(description="The sections of a federation file that all runs share.")
     data: ExperimentData
     grid: GridConfig
-    select_by: Literal["loss", "accuracy", "rouge_l", "bleu_4", "exact_match"] = Field(
-        "loss", description="The score after the last round, on the validation set, by which a rate is picked."
+    select_by: str = Field(
+        "loss",
+        description="The score after the last round, on the validation set, by which a rate is picked.",
+        json_schema_extra=lambda schema: schema.update(enum=[*_selectable()]),
     )
     scales: dict[Name, dict[str, Any]] = Field(
         {}, description="Variants by name: sections of this file, of which they replace single keys."
     )
+
+    @field_validator("select_by")
+    @classmethod
+    def _picks(cls, name: str) -> str:
+        if name not in _selectable():
+            raise ValueError(f"{name!r} picks no learning rate; allowed: {', '.join(_selectable())}")
+        return name
 
     @field_validator("federation")
     @classmethod
@@ -110,6 +120,10 @@ class ExperimentConfig(Section):
             if isinstance(within, Mapping) and leaf in within:
                 raise ValueError(f"`{key}` is decided by the experiment; give {instead}")
         return federation
+
+
+def _selectable() -> list[str]:
+    return [name for name, score in SCORES.items() if score.selectable]
 
 
 def load_experiment(source: Path, scale: str | None) -> ExperimentConfig:

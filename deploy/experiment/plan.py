@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from common.config.federation import (
-    CausalLMTask,
     ClassificationTask,
     DataConfig,
     FederationConfig,
@@ -21,6 +20,7 @@ from common.config.federation import (
 from common.config.load import load, parse
 from common.data.rows import Row, load_rows
 from common.errors import ConfigError, DataError
+from common.metrics import SCORES
 from deploy.experiment.config import ExperimentConfig, StrategyChoice
 from deploy.experiment.trial import refuse_changed
 from server.operate.site_files import check_sites
@@ -148,7 +148,7 @@ class Plan:
         evaluation: dict[str, Any] = {"server": self.config.data.test.model_dump(mode="json")}
         if not cell.final:
             evaluation["server"] = self.config.data.validation.model_dump(mode="json")
-            if self.config.select_by == "loss":  # what is generated picks no rate
+            if SCORES[self.config.select_by].of is None:  # what is generated picks no rate
                 evaluation |= {"generate": 0, "samples": 0}
         cohort = _with(shared.get("cohort", {}), {})
         if isinstance(cohort, dict) and cohort.get("fraction", 1.0) == 1.0:
@@ -253,12 +253,11 @@ class Plan:
 
 def _check_score(key: str, federation: FederationConfig, source: Path) -> None:
     """Raise a ConfigError when the federation does not measure what learning rates are picked by."""
-    if isinstance(federation.task, CausalLMTask):
-        measured = {"loss", "rouge_l", "bleu_4", "exact_match"} if federation.evaluation.generate else {"loss"}
-    else:
-        measured = {"loss", "accuracy"}
+    from common.data.tasks import make_task
+
+    measured = [s.name for s in make_task(federation.task).scores(federation.evaluation) if s.selectable]
     if key not in measured:
-        allowed = ", ".join(sorted(measured))
+        allowed = ", ".join(measured)
         raise ConfigError(f"{source}: `select_by` is {key!r}; measured by this task and evaluation: {allowed}")
 
 

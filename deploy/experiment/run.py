@@ -35,13 +35,14 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from common.errors import FedSpanError, LaunchError
+from common.metrics import SCORES
 from common.system.processes import last_lines
 from deploy.experiment import trial as cells
 from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan, Setting
 from server.report.format import clock
 from server.run.folder import read_lines, write_atomically
-from server.run.records import SCORES, SERVER
+from server.run.records import SERVER
 
 _GRACE = 5.0  # seconds between asking a cell to end and ending it
 
@@ -143,8 +144,7 @@ class Experiment:
         """The learning rate with the best score on the validation set, of equals the smallest; None: none has one."""
         if not self._plan.selection(setting):
             return self._plan.rates(setting)[0]
-        (how,) = [score for score in SCORES if score.key == self._plan.config.select_by]
-        sign = 1 if how.lower_is_better else -1
+        sign = 1 if SCORES[self._plan.config.select_by].lower_is_better else -1
         tried = ((sign * t["score"], t["learning_rate"]) for t in self._tried(setting) if t["score"] is not None)
         return min(tried, default=(0.0, None))[1]
 

@@ -4,6 +4,7 @@ import time
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
+from common.metrics import SCORES
 from common.protocol import wire
 from common.protocol.records import get_record, get_records
 from server.loop.inflight import Sent
@@ -106,7 +107,8 @@ def record_evaluation(
     if seconds is not None:
         record["seconds"] = {"evaluate": seconds}
     folder.metrics(record)
-    folder.event("evaluated", round=version, client=client, loss=metrics.get("loss"), rouge_l=metrics.get("rouge_l"))
+    told = {name: metrics[name] for name, score in SCORES.items() if score.headline and name in metrics}
+    folder.event("evaluated", round=version, client=client, **told)
 
 
 def scalars(reply: Message) -> dict[str, float]:

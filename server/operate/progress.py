@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from common.metrics import SCORES, Score
 from common.system import logs
 from common.text import size
 
@@ -24,8 +25,7 @@ Event = dict[str, Any]
 class _Site:
     state: str = "joining"
     loss: float | None = None
-    held_out: float | None = None
-    rouge_l: float | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)  # on held-out rows; None: not finite
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Picture:
             self.bytes_up += event.get("bytes_up", 0)
         elif kind == "evaluated":
             site = self.sites.setdefault(client, _Site("evaluating"))
-            site.held_out, site.rouge_l = event.get("loss"), event.get("rouge_l")
+            site.scores = {score.name: value for score, value in _scores(event)}
         elif kind == "reply":
             site = self.sites.setdefault(client, _Site())
             site.state, site.loss = "waiting", event.get("loss")
@@ -149,8 +149,8 @@ def describe(event: Event) -> str:
         loss = _number(event["loss"])
         return f"round {event['round']}: {event['client']} trained, loss {loss}, {event['seconds']:.1f} s"
     if kind == "evaluated":
-        rouge = "" if event.get("rouge_l") is None else f", ROUGE-L {event['rouge_l']:.3f}"
-        return f"after round {event['round']}: {event['client']} held-out loss {_number(event['loss'])}{rouge}"
+        told = ", ".join(f"{score.in_text} {_number(value)}" for score, value in _scores(event))
+        return f"after round {event['round']}: {event['client']} held-out {told}"
     if kind == "round_finished":
         moved = f"{size(event['bytes_down'])} down, {size(event['bytes_up'])} up"
         return f"round {event['round']} done in {event['seconds']:.1f} s, {moved}"
@@ -179,11 +179,12 @@ def render(picture: Picture, now: float) -> Group:
     head.append(f"   {clock(elapsed)} elapsed, {'--:--' if eta is None else clock(eta)} to go", style="not bold")
     head.append(f"   {size(picture.bytes_down)} down, {size(picture.bytes_up)} up", style="not bold")
     table = Table(box=None, pad_edge=False)
-    for column in ("site", "state", "training loss", "held-out loss", "ROUGE-L"):
+    measured = [s for s in SCORES.values() if any(s.name in site.scores for site in picture.sites.values())]
+    for column in ("site", "state", "training loss", *(f"held-out {score.in_text}" for score in measured)):
         table.add_column(column, justify="left" if column in ("site", "state") else "right")
     for name, site in sorted(picture.sites.items(), key=lambda item: (item[0] == "server", item[0])):
         state = "" if name == "server" else site.state
-        table.add_row(name, state, _number(site.loss), _number(site.held_out), _number(site.rouge_l))
+        table.add_row(name, state, _number(site.loss), *(_number(site.scores.get(s.name)) for s in measured))
     return Group(head, ProgressBar(total=max(picture.rounds, 1), completed=picture.finished_rounds, width=60), table)
 
 
@@ -192,6 +193,11 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _scores(event: Event) -> list[tuple[Score, float | None]]:
+    """The scores that an evaluation tells, in their fixed order; None: not finite."""
+    return [(score, event[name]) for name, score in SCORES.items() if name in event]
 
 
 def _number(value: float | None) -> str:

@@ -14,14 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import FedSpanError, LaunchError
+from common.metrics import SCORES
 from common.text import size
 from server.operate.progress import clock
 from server.report.format import score, seconds, whole
-from server.run import records as facts
 from server.run.state import Overview, overview, runs
 
 _ROUNDS, _PROBLEMS = 10, 5  # so many are shown, the last ones; JSON has all
-_SCORES = ("loss", "accuracy", "rouge_l")  # likewise
 _WIDTH = 200  # where there is no terminal
 _COLORS = {"running": "green", "starting": "green", "failed": "red", "dead": "red", "interrupted": "yellow"}
 
@@ -73,11 +72,11 @@ def show_one(run: Overview) -> RenderableType:
 
 def _show_rounds(run: Overview) -> Table:
     last = run.finished_rounds[-_ROUNDS:]
-    scores = [s for s in facts.SCORES if s.key in _SCORES and any(s.key in line.scores for line in last)]
+    scores = [s for s in SCORES.values() if s.headline and any(s.name in line.scores for line in last)]
     names = ("round", *(known.title for known in scores), "seconds", "down", "up", "sites")
     table = _table(*names, right=names)
     for line in last:
-        values = [score(line.scores.get(known.key)) for known in scores]
+        values = [score(line.scores.get(known.name)) for known in scores]
         moved = size(line.bytes_down), size(line.bytes_up)
         table.add_row(str(line.round), *values, seconds(line.seconds), *moved, f"{line.sites} of {line.asked}")
     return table

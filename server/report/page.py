@@ -156,7 +156,7 @@ better</span></th>
 <span class="muted">{{ line.examples|whole }} rows{% if line.generated %}, {{ line.generated }} answered{% endif %}
 {% if line.version and line.version != newest_version %}, after round {{ line.version }}{% endif %}</span></th>
 {% for score in scores %}
-{% set change = line.changes.get(score.key) %}
+{% set change = line.changes.get(score.name) %}
 <td>{% if change %}<span class="was">{{ change.before|score }} →</span>
 <strong>{{ change.after|score }}</strong>
 <span class="delta {{ change.verdict }}">{{ change|delta }}</span>{% else %}–{% endif %}</td>
@@ -171,8 +171,8 @@ better</span></th>
 <li>{{ score.title }}: {{ score.meaning }}.</li>
 {% endfor %}
 {% if fewest_answers %}
-<li>ROUGE-L, BLEU-4 and exact match are of answers that the model wrote itself. With {{ fewest_answers }} answers, one
-of them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differences may be chance.</li>
+<li>{{ of_answers|join(", ") }}: of answers that the model wrote itself. With {{ fewest_answers }} answers, one of
+them weighs {{ "%.1f"|format(100 / fewest_answers) }} % of a score: small differences may be chance.</li>
 {% endif %}
 </ul>
 {% if confusion %}

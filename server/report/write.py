@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common.errors import FedSpanError, LaunchError
+from common.metrics import ANSWERS, SCORES, Score
 from server.report import plots
 from server.report.format import clock, delta, precise, score, seconds, size, utc, whole
 from server.report.page import PAGE, STYLE
@@ -135,7 +136,8 @@ def render(run: Run) -> str:
     results = facts.results(run.metrics)
     tables = [_shaded(table) for table in facts.diagnostics(run.metrics)]
     answers = [line.generated for line in results if line.generated]
-    curves = [(s, facts.curve(run.metrics, s.key)) for s in facts.shown_scores(results)]
+    shown = facts.shown_scores(results)
+    curves = [(s, facts.curve(run.metrics, s.name)) for s in shown]
     contents = [("result", "Result"), ("curves", "Round by round"), ("costs", "Time and bytes"), ("answers", "Answers")]
     contents += [("drift", "Updates")] if tables else []
     contents += [("sites", "Sites"), ("settings", "Settings and versions")]
@@ -151,7 +153,8 @@ def render(run: Run) -> str:
         facts=_facts(run),
         contents=contents,
         results=results,
-        scores=facts.shown_scores(results),
+        scores=shown,
+        of_answers=[s.title for s in shown if s.of == ANSWERS],
         confusion=facts.confusion(run.metrics, _labels(run)),
         any_trained=any(line.version for line in results),
         newest_version=max((line.version for line in results), default=0),
@@ -184,9 +187,9 @@ def headline(run: Run, results: list[facts.Result]) -> list[str]:
     for line in judged:
         if line.who == facts.SERVER:
             parts = [
-                f"{name} went from {score(change.before)} to {score(change.after)} ({_WORDS[change.verdict]})"
-                for key, name in (("loss", "loss"), ("rouge_l", "ROUGE-L"), ("accuracy", "accuracy"))
-                if (change := line.changes.get(key)) is not None
+                f"{how.in_text} went from {score(change.before)} to {score(change.after)} ({_WORDS[change.verdict]})"
+                for how in SCORES.values()
+                if how.headline and (change := line.changes.get(how.name)) is not None
             ]
             after = f"After {line.version} round{'s' if line.version > 1 else ''} of {_strategy(run)}"
             sentences.append(f"{after}, on the server's own set, {' and '.join(parts)}.")
@@ -204,19 +207,18 @@ def headline(run: Run, results: list[facts.Result]) -> list[str]:
 _WORDS = {"better": "better", "worse": "worse", "same": "unchanged", "unknown": "not comparable"}
 
 
-def _curve_figures(curves: list[tuple[facts.Score, dict[str, dict[int, float]]]]) -> list[tuple[Markup, str]]:
-    """Loss, and the first score of answers or labels that there is."""
+def _curve_figures(curves: list[tuple[Score, dict[str, dict[int, float]]]]) -> list[tuple[Markup, str]]:
+    """One figure per score that is drawn."""
     drawn = []
-    for key in ("loss", "rouge_l", "accuracy"):
-        for score_, lines in curves:
-            if score_.key == key and lines:
-                ends = [f"{w} {score(v[min(v)])} to {score(v[max(v)])}" for w, v in list(lines.items())[:10]]
-                label = f"{score_.title} by round. {'; '.join(ends)}."
-                zero = not score_.lower_is_better
-                svg = plots.curves(lines, name=key, axis=f"held-out {score_.title}", label=label, from_zero=zero)
-                better = "Lower" if score_.lower_is_better else "Higher"
-                scale = "" if zero else " The axis does not start at zero."
-                drawn.append((Markup(svg), f"{score_.title} on held-out rows. {better} is better.{scale}"))  # noqa: S704
+    for how, lines in curves:
+        if how.curve and lines:
+            ends = [f"{w} {score(v[min(v)])} to {score(v[max(v)])}" for w, v in list(lines.items())[:10]]
+            label = f"{how.title} by round. {'; '.join(ends)}."
+            zero = not how.lower_is_better
+            svg = plots.curves(lines, name=how.name, axis=f"held-out {how.title}", label=label, from_zero=zero)
+            better = "Lower" if how.lower_is_better else "Higher"
+            scale = "" if zero else " The axis does not start at zero."
+            drawn.append((Markup(svg), f"{how.title} on held-out rows. {better} is better.{scale}"))  # noqa: S704
     return drawn
 
 

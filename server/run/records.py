@@ -5,32 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from common.metrics import COUNTS, SCORES, Score
+
 Record = dict[str, Any]
 SERVER = "server"
 #: What a round's time is spent on, in the order in which it happens; ``aggregate`` is the server's.
 PHASES = ("download", "load", "train", "evaluate", "upload", "wait", "aggregate")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One measure of a model on held-out rows."""
-
-    key: str
-    title: str
-    lower_is_better: bool
-    meaning: str
-
-
-SCORES = (
-    Score("loss", "Loss", True, "mean cross-entropy of the expected answer, in nats per token"),
-    Score("perplexity", "Perplexity", True, "e to the power of the loss; 1 is certainty"),
-    Score("accuracy", "Accuracy", False, "share of rows whose label is right"),
-    Score("macro_f1", "Macro F1", False, "unweighted mean of the labels' F1 scores, 0 to 1"),
-    Score("mcc", "MCC", False, "Matthews correlation of chosen and right label, -1 to 1; 0 is chance"),
-    Score("rouge_l", "ROUGE-L", False, "longest common word sequence of generated and expected answer, 0 to 1"),
-    Score("bleu_4", "BLEU-4", False, "shared runs of one to four words, 0 to 1"),
-    Score("exact_match", "Exact match", False, "share of generated answers equal to the expected one"),
-)
 
 Verdict = Literal["better", "worse", "same", "unknown"]
 
@@ -153,8 +133,8 @@ def results(records: list[Record]) -> list[Result]:
     for who, versions in evaluations(records).items():
         last = max(versions)
         base, newest = versions.get(0, {}), versions[last] if last else {}
-        known = [score for score in SCORES if score.key in base or score.key in newest]
-        changes = {s.key: Change(s, base.get(s.key), newest.get(s.key)) for s in known}
+        known = [score for name, score in SCORES.items() if name in base or name in newest]
+        changes = {s.name: Change(s, base.get(s.name), newest.get(s.name)) for s in known}
         size = newest or base
         lines.append(Result(who, last, _whole(size.get("examples")), _whole(size.get("generated")), changes))
     return lines
@@ -162,15 +142,15 @@ def results(records: list[Record]) -> list[Result]:
 
 def shown_scores(lines: list[Result]) -> list[Score]:
     """The scores that occur in any line, in their fixed order."""
-    return [score for score in SCORES if any(score.key in line.changes for line in lines)]
+    return [score for name, score in SCORES.items() if any(name in line.changes for line in lines)]
 
 
 def confusion(records: list[Record], labels: list[str]) -> dict[str, list[int]]:
     """By right label, how many rows of the server's own set the newest model took for each label; {} without these."""
     newest = next(reversed(evaluations(records).get(SERVER, {}).values()), {})
-    if "confusion/0/0" not in newest:
+    if f"{COUNTS}0/0" not in newest:
         return {}
-    return {label: [int(newest[f"confusion/{i}/{j}"]) for j in range(len(labels))] for i, label in enumerate(labels)}
+    return {label: [int(newest[f"{COUNTS}{i}/{j}"]) for j in range(len(labels))] for i, label in enumerate(labels)}
 
 
 def curve(records: list[Record], key: str) -> dict[str, dict[int, float]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.config.federation import FederationConfig
 from common.config.load import parse
+from server.loop.recorder import record_evaluation
 from server.run.folder import RunFolder
 
 SITES = {"site-a": (2210, 245, 11.0), "site-b": (1480, 164, 7.5), "site-c": (655, 72, 3.5)}  # rows, held out, seconds
@@ -76,12 +77,7 @@ def begin(path: Path) -> RunFolder:
 
 
 def evaluate(folder: RunFolder, who: str, version: int) -> None:
-    numbers = scores(who, version)
-    record: dict[str, object] = {"round": version, "client": who, "phase": "evaluate", "evaluate": numbers}
-    if who == "server":
-        record["seconds"] = {"evaluate": 6.25}
-    folder.metrics(record)
-    folder.event("evaluated", round=version, client=who, loss=numbers["loss"], rouge_l=numbers["rouge_l"])
+    record_evaluation(folder, version, who, scores(who, version), 6.25 if who == "server" else None)
 
 
 def train(folder: RunFolder, number: int, site: str) -> None:
