@@ -24,6 +24,7 @@ import psutil
 from common.config.federation import SiteConfig, resolve
 from common.config.load import load
 from common.errors import DataError, FedSpanError, LaunchError
+from common.system.files import write_atomically
 from common.system.processes import ProcessGroup, Started, free_ports
 
 FOLDER = Path(__file__).resolve().parent
@@ -144,10 +145,8 @@ def _connected(link: Started | None, superlink: str) -> bool:
 
 
 def _write(file: Path, state: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_atomically(file, json.dumps(state) + "\n", durable=False)
     except OSError as error:  # a full disk, say: the site works on, and whoever reads the file sees that it is old
         _say(f"the status file cannot be written ({error.strerror})")
 

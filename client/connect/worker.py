@@ -56,6 +56,7 @@ from client.connect.trust import read_trust
 from client.connect.verify import Trust
 from client.connect.worker_process import LONG_LIVED, RuntimeApi, announced
 from common.errors import ConfigError
+from common.system.files import write_atomically
 from common.system.logs import configure as configure_logs
 
 HEARTBEAT_SECONDS = 10.0
@@ -249,10 +250,8 @@ class Keeper:
         self._status.bench = self._bench.process.pid if self._bench is not None else None
         self._status.bundle = self._bench.bundle if self._bench is not None else None
         if self._options.status is not None:
-            temporary = self._options.status.with_name(f".{self._options.status.name}.{os.getpid()}")
             try:
-                temporary.write_text(json.dumps(asdict(self._status)) + "\n", encoding="utf-8")
-                temporary.replace(self._options.status)
+                write_atomically(self._options.status, json.dumps(asdict(self._status)) + "\n", durable=False)
             except OSError as error:  # a full disk, say: the site works on
                 if self._shown:
                     log.warning("the status file cannot be written (%s); trying on at every change", error)

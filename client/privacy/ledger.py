@@ -14,19 +14,19 @@ and the next entry replaces it and says so.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from common.errors import LedgerError
+from common.system.files import flush, write_beside
+from common.system.lock import take
 
 Entry = dict[str, Any]
 FIRST = "0" * 64  # what the first line follows
@@ -88,31 +88,27 @@ class Ledger:
             OSError: it could not be written.
         """
         assert self._file is not None  # noqa: S101 - see above
-        descriptor, new = self._file.fileno(), self.path.with_name(f".{self.path.name}.head.{os.getpid()}")
+        descriptor, head = self._file.fileno(), _head_of(self.path)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry: Entry = {"line": self.lines + 1, "time": now, **facts, "before": self.head}
         body = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode()
         digest = hashlib.sha256(body).hexdigest()
         line = body[:-1] + f',"hash":"{digest}"}}\n'.encode()
+        new = write_beside(head, f"{self.lines + 1} {digest}\n", 0o600)
         try:
-            _write(new, f"{self.lines + 1} {digest}\n".encode())
             try:
                 rest = line
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
                 os.fsync(descriptor)
-                new.replace(_head_of(self.path))
+                new.replace(head)
             except OSError:
                 os.truncate(descriptor, self._read)  # what a full disk took of it is no torn line
                 raise
         finally:
             new.unlink(missing_ok=True)
         self._take(line, entry, digest)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush(self.path.parent)
 
     def _take(self, line: bytes, entry: Entry, digest: str) -> None:
         self.lines, self._before, self.head = self.lines + 1, self.head, digest
@@ -207,24 +203,9 @@ def _file(path: Path, *, write: bool) -> Iterator[IO[bytes]]:
         raise LedgerError(f"{path}: it is gone, but {_head_of(path).name} is there; put it back, or take both away")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY, 0o600)
     with open(descriptor, "rb", closefd=True) as file:  # noqa: PTH123 - a descriptor
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LedgerError(f"{path}: another process holds the ledger for {_LOCK_SECONDS:g} s") from None
-                time.sleep(0.02)
+        if not take(descriptor, shared=not write, patience=_LOCK_SECONDS):
+            raise LedgerError(f"{path}: another process holds the ledger for {_LOCK_SECONDS:g} s")
         yield file
-
-
-def _write(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
 
 
 def _head_of(path: Path) -> Path:

@@ -1,8 +1,10 @@
 """Keys and certificates in files: private keys that nobody else can read, fingerprints as ``ssh-keygen -l`` shows."""
 
 import base64
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography import x509
@@ -18,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import ConfigError
+from common.system import files
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
@@ -120,20 +123,14 @@ def refuse_existing(*paths: Path) -> None:
             raise _exists(path)
 
 
-def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write(path: Path, content: bytes) -> None:
     """Replace a whole file, or leave it as it is.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # of a process of the same number that died
-    write_new(temporary, content, mode)
-    try:
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    with _explained(path):
+        files.write_atomically(path, content)
 
 
 def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -142,19 +139,17 @@ def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
     Raises:
         ConfigError: it exists, or cannot be written.
     """
+    with _explained(path):
+        files.write_new(path, content, mode)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        yield
     except FileExistsError:
         raise _exists(path) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        path.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from common.config.federation import (
 from common.config.load import load, parse
 from common.data.rows import Cells, Template, check_columns, load_cells
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError
+from common.system.files import built
 from deploy.data.partition_picture import draw
 
 By = Literal["iid", "dirichlet", "label", "column", "quantity"]
@@ -189,10 +189,7 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
     settings = {key: value for key, value in asdict(plan).items() if value is not None}
     record = {"source": source.name, "rows": len(rows), "rows_sha256": _digest(rows), "plan": settings, "sites": told}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as building:
-            folder = Path(building) / "made"
-            folder.mkdir()
+        with built(out) as folder:
             for name, part in zip(names, parts, strict=True):
                 (folder / f"{name}.jsonl").write_text("".join(_line(rows[i]) for i in part), encoding="utf-8")
                 file = {"name": name, "data": {"path": f"{name}.jsonl", **site}}
@@ -200,7 +197,6 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
                 (folder / f"{name}.yaml").write_text(yaml.safe_dump(file, sort_keys=False), encoding="utf-8")
             (folder / "partition.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             draw(folder / "partition.svg", names, [len(part) for part in parts], counts)
-            folder.rename(out)
     except OSError as error:
         raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
 

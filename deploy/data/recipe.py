@@ -7,7 +7,6 @@ lists the recipes; clinical coding (ICD-10-CM) is prepared by ``python -m deploy
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from common.data.rows import Cells
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError
+from common.system.files import built
 from deploy.data.recipes import answers, glue, images, packaged
 from deploy.data.recipes.splits import Splits
 
@@ -69,17 +69,13 @@ def make(name: str, source: Path | None, out: Path) -> str:
     if out.exists():
         raise LaunchError(f"{out} exists already; name another folder with --out")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as building:
-            folder = Path(building) / "made"
-            folder.mkdir()
+        with built(out) as folder:
             if recipe.read is not None and source is not None:
                 made = recipe.read(source)
             else:
                 assert recipe.fetch is not None  # noqa: S101 - a recipe has one of the two
                 made = recipe.fetch(out.resolve(), folder)
             _write(folder, name, recipe, made)
-            folder.rename(out)
     except OSError as error:
         raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
     left = f", {made.left_out:,} left out" if made.left_out else ""

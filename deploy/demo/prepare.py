@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.errors import FedSpanError, LaunchError
+from common.system.files import built
 from deploy.demo import icd
 
 HERE = Path(__file__).parent
@@ -57,16 +58,10 @@ def build(cache: Path, sources: Sequence[Path], make: Callable[[Path, Path], Non
     if cache.exists() and not (cache / MANIFEST).is_file():
         raise LaunchError(f"{cache} exists and was not made by this command; name another folder with --cache")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{cache.name}-", dir=cache.parent) as building:
-            result = Path(building) / "result"
-            result.mkdir()
-            make(Path(building) / "packages", result)
+        with built(cache) as result, tempfile.TemporaryDirectory(prefix=f".{cache.name}-", dir=cache.parent) as way:
+            make(Path(way) / "packages", result)
             manifest = json.dumps(_manifest(result, sources), indent=2) + "\n"
             (result / MANIFEST).write_text(manifest, encoding="utf-8")
-            if cache.exists():
-                cache.rename(Path(building) / "outdated")
-            result.rename(cache)
     except OSError as error:
         raise LaunchError(f"cache {cache} cannot be written: {error}") from None
     return True

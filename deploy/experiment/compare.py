@@ -24,6 +24,7 @@ from markupsafe import Markup
 from common import text as units
 from common.errors import FedSpanError, LaunchError
 from common.metrics import SCORES
+from common.system.files import write_atomically
 from deploy.experiment import compare_plots as plots
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from deploy.experiment.compare_page import PAGE
@@ -31,7 +32,6 @@ from deploy.experiment.compare_text import headline, notes, strategy_title, unsc
 from server.report.format import precise, score, seconds, whole
 from server.report.page import STYLE
 from server.report.write import MEANINGS
-from server.run.folder import write_atomically
 
 _SETTING = ("clients", "alpha", "rank", "local_steps")
 _DRAWN = ("client-cosine", "client-norm", "numerical-rank", "stable-rank", "truncation-loss", "aggregation-error")

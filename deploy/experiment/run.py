@@ -15,7 +15,6 @@ more; a learning rate whose training diverges has lost the selection and is not 
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -36,12 +35,14 @@ from rich.console import Console
 
 from common.errors import FedSpanError, LaunchError
 from common.metrics import SCORES
+from common.system.files import write_atomically
+from common.system.lock import hold
 from common.system.processes import last_lines
 from deploy.experiment import trial as cells
 from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan, Setting
 from server.report.format import clock
-from server.run.folder import read_lines, write_atomically
+from server.run.folder import read_lines
 from server.run.records import SERVER
 
 _GRACE = 5.0  # seconds between asking a cell to end and ending it
@@ -187,13 +188,14 @@ def _alone_in(out: Path) -> Iterator[None]:
     Raises:
         LaunchError: there is one already, or the folder cannot be written.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = hold(out / ".lock")
+    if lock is None:
+        raise LaunchError(f"{out}: another experiment is at work in this folder")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise LaunchError(f"{out}: another experiment is at work in this folder") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -21,8 +21,9 @@ import yaml
 from common.config.federation import FederationConfig
 from common.config.load import load
 from common.errors import FedSpanError, LaunchError
+from common.system.files import write_atomically
 from common.system.processes import die_with_parent
-from server.run.folder import changes, write_atomically
+from server.run.folder import changes
 
 SUMMARY = "experiment.json"  # of the whole experiment, in its folder
 FACTS = "cell.json"

@@ -6,13 +6,12 @@
         steps.safetensors      the last steps that led to it
         moments.safetensors    of the server optimizer, where there is one
 
-A folder is written under another name, flushed to the disk and renamed, so that it is there whole or not at all; what
-is read is compared with its digests first. Nothing is pickled.
+A folder is there whole or not at all (``common.system.files``); what is read is compared with its digests first.
+Nothing is pickled.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from common.errors import FederationError
 from common.protocol.versions import Step
+from common.system.files import built
 from strategies.flower.versions import Versions
 
 Tensors = dict[str, Tensor]
@@ -61,37 +61,32 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     """
     folder = run_dir / FOLDER
     final = folder / f"round-{checkpoint.round:06}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
     versions = checkpoint.versions
     steps = {} if versions is None else {
         f"{step.server_round}|{name}": tensor for _, step in versions.steps for name, tensor in step.tensors.items()
     }  # fmt: skip
+    files = {"state": checkpoint.state, "steps": steps}
+    if checkpoint.moments:
+        files["moments"] = checkpoint.moments
+    facts: dict[str, Any] = {
+        "format": _FORMAT,
+        "round": checkpoint.round,
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "refusals": checkpoint.refusals,
+    }
+    if versions is not None:
+        facts["versions"] = {"first": versions.first, "latest": versions.latest}
+        facts["versions"]["steps"] = [[since, step.server_round] for since, step in versions.steps]
+    for killed in folder.glob(".round-*"):  # of servers that were killed here; a run has one server at a time
+        shutil.rmtree(killed, ignore_errors=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {"state": checkpoint.state, "steps": steps}
-        for name, tensors in (files | {"moments": checkpoint.moments} if checkpoint.moments else files).items():
-            file = temporary / f"{name}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-            _flush(file)
-        facts: dict[str, Any] = {
-            "format": _FORMAT,
-            "round": checkpoint.round,
-            "metrics_bytes": checkpoint.metrics_bytes,
-            "refusals": checkpoint.refusals,
-        }
-        facts["sha256"] = {file.name: _digest(file) for file in sorted(temporary.glob("*.safetensors"))}
-        if versions is not None:
-            facts["versions"] = {"first": versions.first, "latest": versions.latest}
-            facts["versions"]["steps"] = [[since, step.server_round] for since, step in versions.steps]
-        file = temporary / "checkpoint.json"
-        file.write_text(json.dumps({**facts, "checksum": _checksum(facts)}, indent=2) + "\n", encoding="utf-8")
-        _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _flush(folder)
+        with built(final) as new:
+            for name, tensors in files.items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / f"{name}.safetensors")
+            facts["sha256"] = {file.name: _digest(file) for file in sorted(new.iterdir())}
+            text = json.dumps({**facts, "checksum": _checksum(facts)}, indent=2) + "\n"
+            (new / "checkpoint.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise FederationError(f"round {checkpoint.round}: checkpoint {final} cannot be written: {error}") from None
     for old in _all(run_dir)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -155,12 +150,3 @@ def _digest(file: Path) -> str:
 
 def _checksum(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself; a folder's entries likewise."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,5 @@
 """The server's own model: where the federation starts, how the global state does, and what is exported."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from common.data.tasks import Place, make_task
 from common.model import tuning
 from common.model.base_model import check_length
 from common.protocol.digest import base_digest, tokenizer_digest
+from common.system.files import built
 from strategies.rule import Tensors
 
 
@@ -102,14 +101,9 @@ class Evaluator:
             self._write(self._tuned.model.merge_and_unload(), run_dir / "merged")
 
     def _write(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers or a peft model
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
-            model.save_pretrained(temporary)
-            self._base.tokenizer.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between this and its end
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with built(folder) as new:
+            model.save_pretrained(new)
+            self._base.tokenizer.save_pretrained(new)
 
     @property
     def _system(self) -> str | None:

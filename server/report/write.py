@@ -17,11 +17,12 @@ from markupsafe import Markup
 
 from common.errors import FedSpanError, LaunchError
 from common.metrics import ANSWERS, SCORES, Score
+from common.system.files import write_atomically
 from server.report import plots
 from server.report.format import clock, delta, precise, score, seconds, size, utc, whole
 from server.report.page import PAGE, STYLE
 from server.run import records as facts
-from server.run.folder import read_lines, write_atomically
+from server.run.folder import read_lines
 
 STRATEGIES = {
     "fedftg": "FedFTG",

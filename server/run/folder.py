@@ -33,6 +33,7 @@ import yaml
 from common.config.federation import FederationConfig, resolved
 from common.errors import LaunchError
 from common.packages import installed
+from common.system.files import write_atomically
 from common.system.lock import hold, is_held
 from server.operate.progress import log_event
 
@@ -229,19 +230,6 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file so that a reader, or a crash, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_run(path: Path) -> dict[str, Any]:

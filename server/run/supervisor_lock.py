@@ -18,8 +18,9 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from common.errors import LaunchError
+from common.system.files import write_atomically
 from common.system.lock import hold, is_held
-from server.run.folder import in_use, write_atomically
+from server.run.folder import in_use
 
 _FILE, _LOCK = "supervisor.json", ".supervisor"
 _SAME_BIRTH = 2.0  # seconds: a corrected clock moves a process's birth a little

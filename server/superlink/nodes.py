@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import ConfigError, LaunchError
-from server.run.folder import write_atomically
+from common.system.files import write_atomically
 from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.process import OwnSuperLink

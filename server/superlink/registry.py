@@ -10,7 +10,6 @@ revoked key never comes back; the site makes a new pair. Exit codes: 0 done, 2 a
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -27,7 +26,9 @@ from common.config.federation import Name, Section
 from common.config.load import parse
 from common.errors import ConfigError
 from common.system.keys import fingerprint, read_bytes, read_public, write
+from common.system.lock import hold
 
+_PATIENCE = 10.0  # seconds to wait for another who edits the file
 _Date = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(value) if isinstance(value, str) else value)]
 _Time = Annotated[
     datetime, BeforeValidator(lambda value: datetime.fromisoformat(value) if isinstance(value, str) else value)
@@ -123,11 +124,12 @@ def revoke(path: Path, name: str) -> Registered:
 def _edit(path: Path, *, missing_ok: bool = True) -> Iterator[list[Registered]]:
     """The file's sites, to be changed, written back at the end; another who edits it waits until then."""
     try:
-        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        lock = hold(path.with_name(f".{path.name}.lock"), _PATIENCE)
     except OSError as error:
         raise ConfigError(f"{path}: its folder cannot be written ({error.strerror})") from None
+    if lock is None:
+        raise ConfigError(f"{path}: somebody else has been editing it for {_PATIENCE:g} s; try again")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         sites = list(read(path).sites) if path.exists() or not missing_ok else []
         yield sites
         write(path, (Registry(sites=sites).model_dump_json(indent=2) + "\n").encode())

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.system.files import write_atomically
 from common.system.keys import read_bytes
-from server.run.folder import write_atomically
 from server.superlink.bundle import bundle_digest
 
 RECORD_KEY = "bundle-signatures"  # in every message's "config" record (see client.connect.verify)

@@ -131,3 +131,11 @@ def test_full_disk_is_an_error_that_leaves_the_one_before(tmp_path: Path) -> Non
     read = newest(tmp_path, silent)
     assert read is not None
     assert read.round == 1
+
+
+def test_what_a_killed_server_left_unfinished_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / FOLDER / ".round-000002-abc" / "new"
+    left.mkdir(parents=True)
+    (left / "state.safetensors").write_text("half of")
+    save(tmp_path, make(1), 2)
+    assert [f.name for f in (tmp_path / FOLDER).iterdir()] == ["round-000001"]

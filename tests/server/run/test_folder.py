@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.errors import LaunchError
-from server.run.folder import RunFolder, in_use, read_lines, write_atomically
+from server.run.folder import RunFolder, in_use, read_lines
 from tests.harness.sample_run import completed, federation
 
 
@@ -51,14 +51,6 @@ def test_reader_ignores_a_line_that_is_still_being_written_and_names_a_bad_one(t
     file.write_text('{"a": 1}\nx\n')
     with pytest.raises(LaunchError, match=r"events\.jsonl, line 2: not valid JSON"):
         read_lines(file)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    file.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(file, "new \ud800")
-    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("run.json", "old")]
 
 
 def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
