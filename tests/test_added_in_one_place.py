@@ -1,16 +1,29 @@
-"""A score is added in one table, and everything that measures, shows or chooses scores knows it."""
+"""A score, a task or a model family is added in one table, and everything that asks about it knows."""
 
 import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import LlamaModel, OPTConfig, OPTForCausalLM
 
-from common.errors import ConfigError
+from client.preflight import shard
+from client.preflight.context import Subject
+from client.preflight.finding import Skip
+from common.config.federation import CausalLMTask, FederationConfig, SiteConfig, TaskConfig, resolved
+from common.config.load import load
+from common.data.chat import Example
+from common.data.tasks import TASKS, CausalLM, Task, make_task
+from common.errors import ConfigError, ModelError
 from common.metrics import SCORES, Score, scores
+from common.model.base_model import check_length
+from common.model.families import FAMILIES, Family, freeze_all_but, select
+from deploy.data import partition
 from deploy.experiment.compare import write_comparison
 from deploy.schemas import FOLDER, schemas
+from server.loop.server_model import Evaluator
 from server.operate.progress import Picture, describe, render
 from server.operate.status import show_one
 from server.report.write import write_report
@@ -19,6 +32,7 @@ from server.run.state import overview
 from tests.deploy.experiment.test_compare import out as out
 from tests.deploy.experiment.test_experiment import make_experiment, plan
 from tests.harness import sample_run
+from tests.harness.tiny import make_federation, make_model
 
 
 def excess(predictions: list[str], references: list[str]) -> float:
@@ -105,3 +119,130 @@ def test_new_score_may_pick_the_learning_rate_where_answers_are_generated(tmp_pa
 def test_score_that_says_the_same_as_another_picks_no_rate(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`select_by`: 'perplexity' picks no learning rate; allowed: loss, accuracy,"):
         plan(make_experiment(tmp_path, select_by="perplexity"))
+
+
+class Lengths(CausalLM):
+    """A text in, a number out that is not written as text; prompts are files, and two words are its labels."""
+
+    predicts = "lengths"
+    generates = False
+    reads_files = True
+
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self.labels = ["short", "long"]
+
+    def evaluate(self, *_: object) -> dict[str, float]:
+        return {"loss": 0.5, **scores(self.predicts, [2.0, 4.0], [2.0, 3.0])}
+
+
+def error(predictions: list[float], references: list[float]) -> float:
+    return sum(abs(p - r) for p, r in zip(predictions, references, strict=True)) / len(references)
+
+
+@pytest.fixture
+def new_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of a task that federation files know."""
+    monkeypatch.setitem(TASKS, "causal-lm", Lengths)
+    monkeypatch.setitem(SCORES, "error", Score("error", "Error", "mean absolute error", "lengths", error))
+
+
+def federation(folder: Path) -> tuple[FederationConfig, Path]:
+    file = make_federation(folder, {"site-a": 8})
+    return resolved(load(file, FederationConfig), file), file
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_server_evaluates_a_new_task_by_its_scores_and_asks_for_text_where_it_writes_some(
+    tmp_path: Path, request: pytest.FixtureRequest, new: bool
+) -> None:
+    if new:
+        request.getfixturevalue("new_task")
+    evaluator = Evaluator(*federation(tmp_path))
+    state = evaluator.initial_state()
+    assert ("error" in evaluator.evaluate(state), len(evaluator.answers(state))) == ((True, 0) if new else (False, 2))
+
+
+@pytest.mark.usefixtures("new_task")
+def test_experiment_picks_by_a_new_tasks_scores_and_counts_its_labels(tmp_path: Path) -> None:
+    found = plan(make_experiment(tmp_path, select_by="error"))
+    (held,) = found.partitions
+    assert set(held["sites"]["site-a"]) != {"rows"}  # not rows alone, but rows of every answer
+    with pytest.raises(
+        ConfigError, match="`select_by` is 'rouge_l'; measured by this task and evaluation: loss, error"
+    ):
+        plan(make_experiment(tmp_path, select_by="rouge_l", federation__evaluation__generate=3))
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_preflight_counts_tokens_only_where_prompts_are_no_files(
+    tmp_path: Path, request: pytest.FixtureRequest, new: bool
+) -> None:
+    if new:
+        request.getfixturevalue("new_task")
+    config, file = federation(tmp_path)
+    site = tmp_path / "site-a.yaml"
+    subject = Subject(load(site, SiteConfig), site, config, file)
+    assert (subject.tokens == 0) == new
+    if new:
+        with pytest.raises(Skip):
+            shard.lengths(subject)
+    else:
+        assert "tokens a row" in shard.lengths(subject).found
+
+
+@pytest.mark.usefixtures("new_task")
+def test_partition_holds_data_against_a_new_tasks_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, file = federation(tmp_path)
+    data = tmp_path / "data.jsonl"
+    arguments = ["partition", str(data), "--by", "iid", "--sites", "1", "--prompt", "name", "--answer", "size"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--federation", str(file), "--out", str(tmp_path / "out")])
+    data.write_text('{"name": "a.txt", "size": "huge"}\n')
+    assert partition.main() == 2
+    assert "label(s) 'huge' of the data are not in `task.labels`" in capsys.readouterr().err
+    data.write_text('{"name": "a.txt", "size": "long"}\n')
+    assert partition.main() == 0
+    assert load(tmp_path / "out" / "site-1.yaml", SiteConfig).data.prompt == f"{tmp_path}/{{name}}"
+
+
+def test_base_model_is_loaded_as_a_new_task_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare(CausalLM):
+        auto_class = "AutoModel"
+
+    monkeypatch.setitem(TASKS, "causal-lm", Bare)
+    task: Task[Example] = make_task(CausalLMTask())
+    assert type(task.load(str(make_model(tmp_path / "model")), None, "float32", 0).model) is LlamaModel
+
+
+def test_new_family_is_selected_from_and_bounds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=3, max_position_embeddings=40))
+    check_length(model, 41)  # nothing is known of it
+    with pytest.raises(ModelError, match="unknown model family 'opt'"):
+        select(model, "mlp", "all")
+    attention = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+    monkeypatch.setitem(FAMILIES, "opt", Family("decoder.layers", ("fc1", "fc2"), attention, unused_positions=0))
+    trained = freeze_all_but(model, select(model, "mlp", "lower 2"))
+    assert [tuple(p.shape) for p in trained.values()] == [(48, 32), (32, 48)] * 2
+    model(input_ids=torch.ones(1, 40, dtype=torch.long))
+    check_length(model, 40)
+    with pytest.raises(ModelError, match="this opt model has 40 positions"):
+        check_length(model, 41)
+
+
+@pytest.mark.parametrize("classifies", [True, False])
+def test_preflight_asks_for_the_federation_where_a_new_family_only_classifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifies: bool
+) -> None:
+    make_federation(tmp_path, {"site-a": 8})
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "electra"}')
+    monkeypatch.setitem(FAMILIES, "electra", Family("encoder.layer", (), (), classifies=classifies))
+    site = tmp_path / "site-a.yaml"
+    subject = Subject(load(site, SiteConfig).model_copy(update={"model": "model"}), site)
+    if classifies:
+        with pytest.raises(Skip, match="needs --federation: what a electra model learns"):
+            _ = subject.task
+    else:
+        assert isinstance(subject.task, CausalLM)

@@ -16,12 +16,12 @@ from client.training.settings import lora_rank, model_source
 from client.training.trainer import steps_per_round
 from common.config.federation import FederationConfig, ModelConfig, SiteConfig, TaskConfig, resolve
 from common.data.rows import Row, split_held_out
-from common.data.tasks import ImageClassification, Task, make_task
+from common.data.tasks import Task, make_task
 from common.model import tuning
 from common.model.base_model import Base
+from common.model.families import FAMILIES
 
 WHOLE = 10**9  # tokens: no row is longer
-_CLASSIFIERS = ("bert", "roberta", "vit", "siglip", "siglip_vision_model", "dinov2")  # with a head that is made anew
 MOST_ROWS = 20_000  # of a longer shard so many are tokenized
 
 
@@ -92,7 +92,7 @@ class Subject:
         """
         if self.federation is None and self.site.model is not None:
             kind = _model_type(resolve(self.site.model, self.site_file) / "config.json")
-            if kind in _CLASSIFIERS:
+            if kind in FAMILIES and FAMILIES[kind].classifies:
                 raise Skip(f"needs --federation: what a {kind} model learns, and so how it is read, is said there")
         default: TaskConfig = FederationConfig.model_fields["task"].default
         return make_task(default if self.federation is None else self.federation.task)
@@ -147,8 +147,8 @@ class Subject:
 
     @property
     def tokens(self) -> int:
-        """Of all training rows, about; 0 of images, which are read anew for every batch."""
-        if isinstance(self.task, ImageClassification):
+        """Of all training rows, about; 0 where examples hold none."""
+        if self.task.reads_files:
             return 0
         return sum(len(e.input_ids) for e in self.examples) * len(self.split[0]) // len(self.examples)
 
@@ -161,7 +161,7 @@ class Subject:
         """The largest batch of so many rows that the shard can give."""
         limit = self.settings.training.max_length
         collate = self.task.collater(self.base.tokenizer)
-        if isinstance(self.task, ImageClassification):
+        if self.task.reads_files:
             return Batch(rows, 0, pixels=tuple(collate(self._cut[:1])["pixel_values"].shape[1:]))
         train = sorted(self._cut, key=lambda example: len(example.input_ids))[-rows:]
         labels = collate(train)["labels"]

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 from client.preflight.context import MOST_ROWS, Subject
 from client.preflight.finding import Finding, Skip
-from common.data.tasks import ImageClassification
 
 _CUT = 0.05  # share of cut rows that deserves a warning
 
@@ -44,7 +43,7 @@ def held_out(subject: Subject) -> Finding:
 
 def lengths(subject: Subject) -> Finding:
     """How long rows are in tokens, and how many are cut."""
-    if isinstance(subject.task, ImageClassification):
+    if subject.task.reads_files:
         raise Skip("images are brought to the size that the model takes")
     counts = sorted(len(example.input_ids) for example in subject.examples)
     middle, high = counts[len(counts) // 2], counts[min(len(counts) - 1, int(0.95 * len(counts)))]

@@ -16,8 +16,6 @@ from common.config.federation import (
     DataConfig,
     Dtype,
     EvaluationConfig,
-    ImageClassificationTask,
-    SequenceClassificationTask,
     TaskConfig,
     resolve,
 )
@@ -43,23 +41,40 @@ class Place:
 
 
 class Task(ABC, Generic[E]):
-    """A task; ``E`` is its example type."""
+    """A task; ``E`` is its example type.
 
-    #: PEFT's name of the task; None where it has none.
-    peft_type: ClassVar[str | None]
-    #: What comes out, by the name under which ``common.metrics`` keeps the scores of it.
+    Attributes:
+        auto_class: transformers' class that makes its models; ``processor``: the one that makes their inputs.
+        peft_type: PEFT's name of the task; None where it has none.
+        predicts: what comes out, as ``common.metrics`` calls it.
+        generates: the model writes text, which takes long: only ``evaluation.generate`` rows are scored.
+        reads_files: a row's prompt is a file, read anew for every batch, so an example holds no tokens.
+        labels: all that may come out, in order; empty where anything may.
+    """
+
+    auto_class: ClassVar[str]
+    processor: ClassVar[str] = "AutoTokenizer"
+    peft_type: ClassVar[str | None] = None
     predicts: ClassVar[str]
-    #: Whether the model writes its predictions as text, which takes long: only ``evaluation.generate`` rows are asked.
     generates: ClassVar[bool] = False
+    reads_files: ClassVar[bool] = False
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.labels = config.labels if isinstance(config, ClassificationTask) else []
 
     def scores(self, config: EvaluationConfig) -> list[Score]:
         """The scores among the metrics that ``evaluate`` gives."""
         predicted = config.generate > 0 or not self.generates
         return [s for s in SCORES.values() if s.of is None or (predicted and s.of == self.predicts)]
 
-    @abstractmethod
     def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
-        """The base model for this task; ``seed`` decides what the base model does not hold (a new head)."""
+        """The base model for this task; what it does not hold (a new head) is drawn from ``seed``, the same everywhere.
+
+        Raises:
+            ModelError: see ``load_base``.
+        """
+        how = {"auto_class": self.auto_class, "processor": self.processor}
+        return load_base(source, revision, dtype, **how, labels=self.labels, seed=seed)
 
     def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
         """All usable rows of a shard, and how many were left out.
@@ -104,14 +119,10 @@ class Task(ABC, Generic[E]):
 class CausalLM(Task[chat.Example]):
     """Prompt in, answer out; the loss counts the answer's tokens."""
 
+    auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     predicts = ANSWERS
     generates = True
-
-    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
-        """See ``Task.load``."""
-        del seed  # a causal language model is complete
-        return load_base(source, revision, dtype)
 
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[chat.Example]:  # noqa: ANN401
         """See ``Task.examples``."""
@@ -154,8 +165,9 @@ class Classification(Task[E]):
 
     predicts = LABELS
 
-    def __init__(self, config: ClassificationTask) -> None:
-        self._labels = {label: number for number, label in enumerate(config.labels)}
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self._number = {label: number for number, label in enumerate(self.labels)}
 
     def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
         """See ``Task.rows``; every row has a label that the task knows."""
@@ -207,19 +219,19 @@ class Classification(Task[E]):
             "perplexity": math.exp(min(loss, 700.0)),
             "examples": float(len(examples)),
             **scores(self.predicts, predicted, labels),
-            **confusion(predicted, labels, len(self._labels)),
+            **confusion(predicted, labels, len(self.labels)),
         }
 
     def _numbers(self, rows: list[Row]) -> list[int]:
         """The rows' labels as numbers."""
-        unknown = [number for number, row in enumerate(rows, start=1) if row.answer not in self._labels]
+        unknown = [number for number, row in enumerate(rows, start=1) if row.answer not in self._number]
         if unknown:
             some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise DataError(
                 f"{len(unknown)} of {len(rows)} rows (numbers {some}) have a label that is not in task.labels: "
-                f"{list(self._labels)}"
+                f"{self.labels}"
             )
-        return [self._labels[row.answer] for row in rows]
+        return [self._number[row.answer] for row in rows]
 
 
 @dataclass(frozen=True, repr=False)
@@ -233,11 +245,8 @@ class LabelledText:
 class SequenceClassification(Classification[LabelledText]):
     """A text in (the row's prompt), a label out."""
 
+    auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
-
-    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
-        """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
-        return load_base(source, revision, dtype, kind="sequence-classification", labels=list(self._labels), seed=seed)
 
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledText]:  # noqa: ANN401
         """See ``Task.examples``."""
@@ -268,11 +277,9 @@ class LabelledImage:
 class ImageClassification(Classification[LabelledImage]):
     """An image in (the row's prompt is its file), a label out. Pixels are read anew for every batch."""
 
-    peft_type = None
-
-    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
-        """See ``Task.load``: a new head is drawn from ``seed``, so that it is the same everywhere."""
-        return load_base(source, revision, dtype, kind="image-classification", labels=list(self._labels), seed=seed)
+    auto_class = "AutoModelForImageClassification"
+    processor = "AutoImageProcessor"
+    reads_files = True
 
     def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
         return load_images(config, beside)
@@ -292,12 +299,14 @@ class ImageClassification(Classification[LabelledImage]):
         return collate
 
 
+#: By the `type` that a federation file names; its section is in ``common.config.federation``.
+TASKS: dict[str, type[Task[Any]]] = {
+    "causal-lm": CausalLM,
+    "sequence-classification": SequenceClassification,
+    "image-classification": ImageClassification,
+}
+
+
 def make_task(config: TaskConfig) -> Task[Any]:
     """The task that a federation file names."""
-    match config:
-        case SequenceClassificationTask():
-            return SequenceClassification(config)
-        case ImageClassificationTask():
-            return ImageClassification(config)
-        case _:
-            return CausalLM()
+    return TASKS[config.type](config)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,24 +10,13 @@ from torch import nn
 from common.config.federation import Dtype
 from common.data.chat import pad_id
 from common.errors import ModelError
+from common.model.families import FAMILIES
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-Kind = Literal["causal-lm", "sequence-classification", "image-classification"]
-_AUTO: dict[Kind, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
-
-
-#: Families with a table of positions, and how many of its entries are none.
-_TABLES = {"bert": 0, "gpt2": 0, "roberta": 2}
 
 
 @dataclass(frozen=True)
@@ -43,9 +32,10 @@ def load_base(
     revision: str | None,
     dtype: Dtype,
     *,
-    kind: Kind = "causal-lm",
-    labels: list[str] | None = None,
-    seed: int = 0,
+    auto_class: str,
+    processor: str,
+    labels: list[str],
+    seed: int,
 ) -> Base:
     """The model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
 
@@ -53,8 +43,9 @@ def load_base(
         source: a local folder, or a hub id when ``revision`` is given.
         revision: commit of the hub model; None for a folder.
         dtype: type of the weights in memory.
-        kind: of the model, by its task.
-        labels: of a classifier.
+        auto_class: of transformers, which makes the model.
+        processor: the same, of what makes its inputs: AutoTokenizer, AutoImageProcessor.
+        labels: of a classifier; empty of another model.
         seed: of weights that ``source`` does not hold, such as a classifier's new head.
 
     Raises:
@@ -69,18 +60,16 @@ def load_base(
     logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
     try:
-        if kind == "image-classification":  # with one library for the pixels, so that all sites see the same
-            tokenizer = hf.AutoImageProcessor.from_pretrained(source, backend="pil", **where)
-        else:
-            tokenizer = hf.AutoTokenizer.from_pretrained(source, **where)
-        if labels is not None:
+        images = processor == "AutoImageProcessor"  # one library for the pixels, so that all sites see the same
+        tokenizer = getattr(hf, processor).from_pretrained(source, **where, **({"backend": "pil"} if images else {}))
+        if labels:
             names = dict(enumerate(labels))
             where |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
             where |= {"ignore_mismatched_sizes": True}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(hf, _AUTO[kind]).from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
-        if kind == "sequence-classification":  # a decoder finds a row's last token by it
+            model = getattr(hf, auto_class).from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
+        if labels and not images:  # a decoder finds a row's last token by it
             model.config.pad_token_id = pad_id(tokenizer)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -90,10 +79,11 @@ def load_base(
 
 def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401
     """Raise a ModelError when rows of ``max_length`` tokens are longer than the model's table of positions."""
-    kind = getattr(model.config, "model_type", None)
-    if kind not in _TABLES:
+    kind = getattr(model.config, "model_type", "")
+    family = FAMILIES.get(kind)
+    if family is None or family.unused_positions is None:
         return
-    most = model.config.max_position_embeddings - _TABLES[kind]
+    most = model.config.max_position_embeddings - family.unused_positions
     if max_length > most:
         raise ModelError(
             f"`training.max_length` is {max_length}, but this {kind} model has {most} positions; allowed: up to {most}"

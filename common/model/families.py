@@ -7,7 +7,7 @@ the linear layers in a block are called. Biases, norms, embeddings and heads are
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,11 +16,20 @@ from common.errors import ModelError, SelectionError
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its transformer blocks, and the linear layers in one of them."""
+    """Where a family keeps its transformer blocks, and the linear layers in one of them.
 
-    blocks: str  # the end of the path of the list of blocks
+    Attributes:
+        blocks: the end of the path of the list of blocks.
+        mlp: names in a block of the layers of its MLP; ``attention``: of its attention.
+        unused_positions: how many entries of its table of positions stand for none; None: it has no such table.
+        classifies: it has no head of its own that answers, only one that a classification makes anew.
+    """
+
+    blocks: str
     mlp: tuple[str, ...]
     attention: tuple[str, ...]
+    unused_positions: int | None = None
+    classifies: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ _BERT = Family(
     "encoder.layer",
     ("intermediate.dense", "output.dense"),
     ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    unused_positions=0,
+    classifies=True,
 )
 _VISION_ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
 _SIGLIP_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
@@ -59,16 +70,16 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
-    "gpt2": Family("transformer.h", ("mlp.c_fc", "mlp.c_proj"), ("attn.c_attn", "attn.c_proj")),
+    "gpt2": Family("transformer.h", ("mlp.c_fc", "mlp.c_proj"), ("attn.c_attn", "attn.c_proj"), unused_positions=0),
     "gpt_neox": Family(
         "layers", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), ("attention.query_key_value", "attention.dense")
     ),
     "bert": _BERT,
-    "roberta": _BERT,
-    "vit": Family("layers", _FC, _VISION_ATTENTION),
-    "siglip": Family("vision_model.encoder.layers", _FC, _SIGLIP_ATTENTION),
-    "siglip_vision_model": Family("encoder.layers", _FC, _SIGLIP_ATTENTION),
-    "dinov2": Family("encoder.layer", _FC, _VISION_ATTENTION),
+    "roberta": replace(_BERT, unused_positions=2),
+    "vit": Family("layers", _FC, _VISION_ATTENTION, classifies=True),
+    "siglip": Family("vision_model.encoder.layers", _FC, _SIGLIP_ATTENTION, classifies=True),
+    "siglip_vision_model": Family("encoder.layers", _FC, _SIGLIP_ATTENTION, classifies=True),
+    "dinov2": Family("encoder.layer", _FC, _VISION_ATTENTION, classifies=True),
 }
 
 _HEADS = ("classifier", "score")  # what transformers calls a classifier's head

@@ -19,11 +19,8 @@ from typing import Any, Literal
 import yaml
 
 from common.config.federation import (
-    ClassificationTask,
     FederationConfig,
-    ImageClassificationTask,
     SiteConfig,
-    TaskConfig,
 )
 from common.config.load import load, parse
 from common.data.rows import Cells, Template, check_columns, load_cells
@@ -128,31 +125,29 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def check_labels(labels: list[str], task: TaskConfig, federation: Path) -> None:
+def check_labels(labels: list[str], known: list[str], federation: Path) -> None:
     """Hold the labels of the data against those that all sites of a federation must have in common.
 
     Raises:
         ConfigError: the federation is no classification.
         DataError: a label is not listed.
     """
-    if not isinstance(task, ClassificationTask):
-        raise ConfigError(f"{federation}: `task` is {task.type}, which has no labels")
-    unknown = sorted(set(labels) - set(task.labels))
+    if not known:
+        raise ConfigError(f"{federation}: its `task` has no labels")
+    unknown = sorted(set(labels) - set(known))
     if unknown:
         some = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-        raise DataError(f"label(s) {some} of the data are not in `task.labels` of {federation}: {task.labels}")
+        raise DataError(f"label(s) {some} of the data are not in `task.labels` of {federation}: {known}")
 
 
-def _from_anywhere(template: str, prompts: list[str], folder: Path, task: TaskConfig | None) -> str:
-    """The prompt's template, with ``folder`` before it where ``prompts`` are paths of images relative to that.
+def _from_anywhere(template: str, prompts: list[str], folder: Path, reads_files: bool | None) -> str:
+    """The prompt's template, with ``folder`` before it where ``prompts`` are paths of files relative to that.
 
-    They are when the task has images; without a task, when every one names a file.
+    They are when the task reads files; where that is not known, when every one names a file.
     """
-    if task is None:
-        images = all(os.path.isfile(folder / prompt) for prompt in prompts)  # noqa: PTH113 - Path's raises for long texts
-    else:
-        images = isinstance(task, ImageClassificationTask)
-    if not images or any(Path(prompt).is_absolute() for prompt in prompts):
+    if reads_files is None:
+        reads_files = all(os.path.isfile(folder / p) for p in prompts)  # noqa: PTH113 - Path's raises for long texts
+    if not reads_files or any(Path(prompt).is_absolute() for prompt in prompts):
         return template
     absolute = f"{folder}/".replace("{", "{{").replace("}", "}}") + (template if "{" in template else f"{{{template}}}")
     Template(absolute, "--prompt")  # a column's name may be one that cannot stand in braces
@@ -289,10 +284,14 @@ def partition(given: argparse.Namespace) -> str:
         [template.fill(source, number, row) for number, row in enumerate(rows, start=1)]
         for template in templates.values()
     )
-    task = None if given.federation is None else load(given.federation, FederationConfig).task
-    if task is not None:
-        check_labels(answers, task, given.federation)
-    prompt = _from_anywhere(prompt, prompts, source.parent, task)
+    reads_files = None
+    if given.federation is not None:
+        from common.data.tasks import make_task  # takes seconds
+
+        task = make_task(load(given.federation, FederationConfig).task)
+        check_labels(answers, task.labels, given.federation)
+        reads_files = task.reads_files
+    prompt = _from_anywhere(prompt, prompts, source.parent, reads_files)
     parts = split(rows, plan, source)
     site = {"prompt": prompt, "answer": answer, "held_out": given.held_out}
     write(rows, parts, plan, source, site, given.out)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from common.config.federation import (
-    ClassificationTask,
     DataConfig,
     FederationConfig,
     SiteConfig,
@@ -183,8 +182,7 @@ class Plan:
         """
         from common.data.tasks import make_task
 
-        task_config = self.federation(next(self.cells())).task
-        task, labelled = make_task(task_config), isinstance(task_config, ClassificationTask)
+        task = make_task(self.federation(next(self.cells())).task)
         for key, data in (("data.validation", self.config.data.validation), ("data.test", self.config.data.test)):
             with self._naming(f"`{key}`"):
                 self._digests[key] = _digest(task.rows(data, self.source)[0])
@@ -195,7 +193,7 @@ class Plan:
                 with self._naming(f"`data.sites.{clients}`: {file}"):
                     rows, _ = task.rows(site.data, file)
                 self._digests[str(file)] = _digest(rows, file.read_bytes())
-                counted[file] = site.name, self._counts(rows, site, file, labelled=labelled)
+                counted[file] = site.name, self._counts(rows, site, file, labelled=bool(task.labels))
         return [
             {"clients": clients, "alpha": alpha, "sites": dict(counted[file] for file in files)}
             for (clients, alpha), files in self.sites.items()

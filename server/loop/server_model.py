@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from common.config.federation import CausalLMTask, FederationConfig, LoraConfig, MergingLoraConfig
+from common.config.federation import FederationConfig, LoraConfig, MergingLoraConfig
 from common.data.evaluation import generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.data.tasks import Place, make_task
@@ -66,7 +66,7 @@ class Evaluator:
     def answers(self, state: Tensors) -> list[dict[str, str]]:
         """Questions of the server's own set with the expected and the generated answer."""
         rows = in_fixed_order(self._rows)[: self._config.evaluation.samples]
-        if not rows or not isinstance(self._config.task, CausalLMTask):
+        if not rows or not self._task.generates:
             return []
         self._tuned.set(state)
         generated = generate_answers(
