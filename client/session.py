@@ -20,7 +20,7 @@ from client.training.device import pick_autocast, pick_device
 from client.training.galore import GaLore, SecondMoments
 from client.training.optimizer_state import capture, restore
 from client.training.settings import lora_rank, make_optimizer, model_source
-from client.training.trainer import steps_per_round, train
+from client.training.trainer import train
 from client.update import Outgoing, factored_weights, trained_tensors
 from common.config.federation import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
 from common.data.rows import Row, split_held_out
@@ -351,7 +351,7 @@ class Session:
         """What the round begins with."""
         if self.federation.strategy.optimizer_state != "averaged":
             return None
-        steps = steps_per_round(self.federation.training, self.train_rows)
+        steps = self.federation.training.steps(self.train_rows)
         return SecondMoments(self._weights.tensors, (server_round - 1) * steps)
 
 

@@ -13,7 +13,6 @@ from client.preflight.memory import Batch
 from client.preflight.superlink import stranger
 from client.shared_base import Digests, digests
 from client.training.settings import lora_rank, model_source
-from client.training.trainer import steps_per_round
 from common.config.federation import FederationConfig, ModelConfig, SiteConfig, TaskConfig, resolve
 from common.data.rows import Row, split_held_out
 from common.data.tasks import Task, make_task
@@ -155,7 +154,7 @@ class Subject:
     @property
     def steps(self) -> int:
         """Optimizer steps of a round."""
-        return steps_per_round(self.settings.training, len(self.split[0]))
+        return self.settings.training.steps(len(self.split[0]))
 
     def largest(self, rows: int) -> Batch:
         """The largest batch of so many rows that the shard can give."""

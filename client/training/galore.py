@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from client.training.moments import Moments, moment_store
 from client.training.range_finder import range_finder
+from common.config.federation import TrainingConfig
 from common.errors import TrainingError
 from common.linalg.subspace import generator_for, projects_right
 from common.model.second_moments import gathered, name_of, spread
@@ -84,7 +85,7 @@ class GaLore(torch.optim.Optimizer):
         update_proj_gap: int,
         scale: float,
         inner: Literal["adamw", "sgd"] = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = TrainingConfig.betas,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,

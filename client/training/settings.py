@@ -87,4 +87,6 @@ def make_optimizer(
         )
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(
+        parameters.values(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
+    )

@@ -87,10 +87,9 @@ def train(
         TrainingError: the loss is not finite, memory runs out with one row per forward pass, or gradients are to be
             scaled whose weights are float16.
     """
-    rows_per_step = config.batch_size * config.gradient_accumulation
     micro = min(config.batch_size, max_batch_size or config.batch_size)
-    steps = steps_per_round(config, len(examples))
-    order = _shuffled(len(examples), rows_per_step, seed, carry_over=config.local_steps is not None)
+    steps = config.steps(len(examples))
+    order = _shuffled(len(examples), config.rows_per_step, seed, carry_over=config.local_steps is not None)
     peak = _base_rates(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -101,7 +100,7 @@ def train(
             "float16: `precision` float32 or bfloat16; with `precision` float16: `model.dtype` float32"
         )
     passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer)
-    for_bases = _shuffled(len(examples), rows_per_step, f"{seed}/bases", carry_over=True)
+    for_bases = _shuffled(len(examples), config.rows_per_step, f"{seed}/bases", carry_over=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
@@ -220,12 +219,6 @@ def _refresh(galore: GaLore, passes: _Passes[E], batches: list[list[E]], place: 
             break
         galore.zero_grad()
     galore.refresh()
-
-
-def steps_per_round(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps of a round on so many training rows."""
-    each = config.batch_size * config.gradient_accumulation
-    return config.local_steps or math.ceil(rows / each) * (config.local_epochs or 1)
 
 
 def schedule_factor(config: TrainingConfig, progress: float) -> float:

@@ -4,8 +4,9 @@ The operator writes one federation file; every hospital writes one site file bes
 types and impossible combinations are refused by ``common.config.load.load`` with file, key, value and what is allowed.
 """
 
+import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,6 +100,9 @@ class AdmissionConfig(Section):
 class TrainingConfig(Section):
     """Local training. Give ``local_steps`` or ``local_epochs``."""
 
+    #: Of Adam, at all clients: no knob, because admission derives from them how far a step can go.
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="For FedFTG this runs inside the projection.")
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Over all rounds of the run.")
@@ -118,6 +122,15 @@ class TrainingConfig(Section):
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError("give exactly one of `local_steps` and `local_epochs`")
         return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of a round at a client that trains on so many rows."""
+        return self.local_steps or math.ceil(rows / self.rows_per_step) * (self.local_epochs or 1)
 
 
 class DataConfig(Section):

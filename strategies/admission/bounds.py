@@ -20,7 +20,7 @@ from common.protocol.factors import Factors
 from strategies.combine.weighted_mean import change_square
 from strategies.rule import Update
 
-_BETA1, _BETA2 = 0.9, 0.999  # of Adam, at all clients
+_BETA1, _BETA2 = TrainingConfig.betas
 #: Largest |m / sqrt(v)| of any sequence of gradients: by Cauchy-Schwarz (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)).
 #: The correction of the bias, sqrt(1 - b2^t) / (1 - b1^t), is never above 1.
 ADAM_STEP = (1 - _BETA1) / math.sqrt((1 - _BETA2) * (1 - _BETA1**2 / _BETA2))
@@ -65,13 +65,7 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
     else:
         step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
     shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
-    return _TOLERANCE * _steps(rows, training) * training.learning_rate * (step + shrinking)
-
-
-def _steps(rows: int, training: TrainingConfig) -> int:
-    """Of a round, at a client with so many rows."""
-    rows_per_step = training.batch_size * training.gradient_accumulation
-    return training.local_steps or math.ceil(rows / rows_per_step) * (training.local_epochs or 1)
+    return _TOLERANCE * training.steps(rows) * training.learning_rate * (step + shrinking)
 
 
 def check_possible(
@@ -150,7 +144,7 @@ def moved(
     decay = 0.0
     if training.weight_decay and isinstance(strategy, FedFTGConfig):  # it follows from the file, and is not clipped
         start = total({name: float(base[name].float().norm()) for name in norms})
-        decay = _steps(rows, training) * training.learning_rate * training.weight_decay * start
+        decay = training.steps(rows) * training.learning_rate * training.weight_decay * start
     return Moved(
         norm, min(norm, privacy.clip + decay), noise_in({name: base[name] for name in norms}, strategy, privacy)
     )
