@@ -79,18 +79,25 @@ def control(superlink: OwnSuperLink | str) -> Iterator["ControlHttpClient"]:
     """A client of a SuperLink's Control API.
 
     Raises:
-        LaunchError: a call found no SuperLink, had no answer in time, or was refused.
+        LaunchError: there is no such connection, or a call found no SuperLink, had no answer in time, or was refused.
     """
-    client = _client(superlink)
+    import click
+
     who = f"the SuperLink {superlink!r}" if isinstance(superlink, str) else f"the SuperLink at port {superlink.port}"
+    try:
+        client = _client(superlink)
+    except (click.ClickException, ValueError, OSError) as error:
+        raise LaunchError(f"{who}: {error}") from None
     try:
         yield client
     except httpx.TimeoutException:
         raise LaunchError(f"{who} did not answer within {CALL_SECONDS:g} seconds") from None
     except httpx.HTTPStatusError as error:
         raise LaunchError(f"{who} refused: {_reason(error.response)}") from None
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise LaunchError(f"{who} cannot be reached ({error})") from None
+    except ValueError as error:  # something else listens there
+        raise LaunchError(f"{who} gave no valid answer ({error})") from None
     except SystemExit:  # Flower's client ends the program when the versions do not fit, and has logged which
         raise LaunchError(f"{who} runs another version of Flower") from None
     finally:
@@ -98,7 +105,6 @@ def control(superlink: OwnSuperLink | str) -> Iterator["ControlHttpClient"]:
 
 
 def _client(superlink: OwnSuperLink | str) -> "ControlHttpClient":
-    import click
     from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
     from flwr.cli.flower_config import read_superlink_connection
     from flwr.cli.utils import init_http_client_from_connection
@@ -113,11 +119,8 @@ def _client(superlink: OwnSuperLink | str) -> "ControlHttpClient":
             verify=tls is not None and ssl.create_default_context(cafile=tls.ca),
             timeout=CALL_SECONDS,
         )
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where Flower says which connection it uses
-            return init_http_client_from_connection(read_superlink_connection(superlink))
-    except (click.ClickException, ValueError) as error:
-        raise LaunchError(f"--superlink {superlink}: {error}") from None
+    with contextlib.redirect_stdout(io.StringIO()):  # where Flower says which connection it uses
+        return init_http_client_from_connection(read_superlink_connection(superlink))
 
 
 def _reason(response: httpx.Response) -> str:

@@ -1,0 +1,67 @@
+"""A SuperLink that dies while a run is submitted is started again, as often as is allowed."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common.errors import LaunchError
+from common.system.processes import ProcessGroup, free_ports
+from server.operate.supervise import Supervised
+from server.superlink.process import OwnSuperLink
+
+# Listens at both ports; answers HTTP 500, or is gone at the first word.
+PROGRAM = """
+import os, socket, sys
+control, fleet = (socket.create_server(("127.0.0.1", int(port))) for port in sys.argv[2:])
+while True:
+    caller, _ = control.accept()
+    if caller.recv(9) and sys.argv[1] == "dies":
+        os._exit(9)
+    caller.close() if not caller.recv(99) else caller.sendall(b"HTTP/1.1 500 No\\r\\ncontent-length: 0\\r\\n\\r\\n")
+"""
+
+
+@dataclass(frozen=True)
+class Fake(OwnSuperLink):
+    """A program in the SuperLink's place."""
+
+    does: str = "dies"
+
+    def command(self, home: Path) -> list[str]:
+        return [sys.executable, "-c", PROGRAM, self.does, str(self.port), self.fleet.rpartition(":")[2]]
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[ProcessGroup]:
+    with ProcessGroup(tmp_path / "logs", grace=0.0) as group:
+        yield group
+
+
+def supervised(tmp_path: Path, group: ProcessGroup, does: str, told: list[str]) -> Supervised:
+    port, fleet = free_ports(2)
+    env = {**os.environ, "FLWR_HOME": str(tmp_path / "flwr")}
+    fake = Fake(port, f"127.0.0.1:{fleet}", does=does)
+    run = Supervised(tmp_path / "federation.yaml", tmp_path, group, fake, env, told.append, tries=2)
+    assert run.start_superlink()
+    return run
+
+
+def test_death_during_the_submission_is_a_death_like_others(tmp_path: Path, group: ProcessGroup) -> None:
+    told: list[str] = []
+    run = supervised(tmp_path, group, "dies", told)
+    run.submit(resume=False)
+    for _ in range(2):
+        assert not run.finished()
+    with pytest.raises(LaunchError, match="the SuperLink died 3 times without finishing another round"):
+        run.finished()
+    assert [line.rpartition(" (")[2] for line in told] == ["try 1 of 2)", "try 2 of 2)"]
+
+
+def test_refusal_of_a_living_superlink_ends_the_run(tmp_path: Path, group: ProcessGroup) -> None:
+    run = supervised(tmp_path, group, "lives", [])
+    with pytest.raises(LaunchError, match="refused: HTTP 500"):
+        run.submit(resume=False)
