@@ -10,8 +10,8 @@ from common.config.load import load
 from common.errors import ConfigError, FedSpanError
 from common.model.adapters import BASE_WEIGHT
 from common.system import logs
+from server.run import bundle_signatures
 from server.run.folder import RunFolder
-from server.superlink import signatures
 
 app = ServerApp()
 
@@ -41,7 +41,7 @@ def federate(
         run_dir: where the results go.
         resume: go on with the run that is there.
         flower_run: Flower's number of it; None: Flower knows of none.
-        keep_model: write the fine-tuned model and the report; else the numbers and answers alone.
+        keep_model: write the fine-tuned model; else the numbers and answers alone.
 
     Raises:
         FedSpanError: with the reason, after it was written to the run folder.
@@ -106,8 +106,8 @@ def _run(
         server_optimizer=config.server_optimizer,
     )
     told: dict[str, ConfigRecordValues] = {"federation": settings_for_sites(config)}
-    if (signed := signatures.kept(folder.path)) is not None:
-        told[signatures.RECORD_KEY] = signed
+    if (signed := bundle_signatures.kept(folder.path)) is not None:
+        told[bundle_signatures.RECORD_KEY] = signed
     state = RoundLoop(grid, config, told, strategy, evaluator, folder).run(state, checkpoint)
     after = evaluator.answers(state)
     folder.samples(
@@ -119,10 +119,6 @@ def _run(
     if keep_model:
         evaluator.export(state, folder.path)
     folder.finish()
-    if keep_model:
-        from server.report.write import write_report
-
-        write_report(folder.path)
 
 
 def lost_with_the_run(config: FederationConfig) -> str | None:

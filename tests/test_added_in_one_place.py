@@ -24,10 +24,12 @@ from deploy.data import partition
 from deploy.experiment.compare import write_comparison
 from deploy.schemas import FOLDER, schemas
 from server.loop.server_model import Evaluator
-from server.operate.progress import Picture, describe, render
+from server.operate.progress import render
 from server.operate.status import show_one
 from server.report.write import write_report
+from server.run.events import describe
 from server.run.folder import read_lines
+from server.run.run_progress import RunProgress
 from server.run.state import overview
 from tests.deploy.experiment.test_compare import out as out
 from tests.deploy.experiment.test_experiment import make_experiment, plan
@@ -74,10 +76,10 @@ def test_new_score_is_told_as_the_run_goes(run: Path) -> None:
     events = read_lines(run / "events.jsonl")
     (last,) = [e for e in events if e["event"] == "evaluated" and e["client"] == "server" and e["round"] == 4]
     assert describe(last).endswith(", excess 1.000")
-    picture = Picture()
+    progress = RunProgress()
     for event in events:
-        picture.take(event)
-    display, status = shown(render(picture, 0.0)), shown(show_one(overview(run)))
+        progress.take(event)
+    display, status = shown(render(progress, 0.0)), shown(show_one(overview(run)))
     assert "held-out excess" in display
     (server,) = [line.split() for line in display.splitlines() if line.startswith("server")]
     assert server[-1] == "1.000"

@@ -1,7 +1,7 @@
 """A site's record of all that left it: append-only, chained by hashes, written before anything leaves.
 
-    python -m client.privacy.ledger verify FILE [--head HASH]
-    python -m client.privacy.ledger summary FILE
+    python -m client.privacy.ledger_summary verify FILE [--head HASH]
+    python -m client.privacy.ledger_summary summary FILE
 
 One JSON object per line. Each holds its number, the hash of the line before it, and last its own hash, the SHA-256 of
 all that stands before; so no line can be edited, inserted, removed or moved without a trace. ``FILE.head`` holds the
@@ -12,13 +12,11 @@ An entry is on the disk before what it tells of leaves. A crash may leave a line
 and the next entry replaces it and says so.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -210,32 +208,3 @@ def _file(path: Path, *, write: bool) -> Iterator[IO[bytes]]:
 
 def _head_of(path: Path) -> Path:
     return path.with_name(path.name + ".head")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 whole, 1 damaged or unreadable."""
-    from client.privacy.ledger_summary import summary
-
-    parser = argparse.ArgumentParser(
-        prog="python -m client.privacy.ledger", description="A site's record of all that left it."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (("verify", "check every line"), ("summary", "say what left this site")):
-        command = commands.add_parser(name, help=about)
-        command.add_argument("file", type=Path, metavar="FILE")
-        command.add_argument("--head", metavar="HASH", help="hash of a line that was noted elsewhere")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "summary":
-            print(summary(options.file, options.head))  # noqa: T201
-        else:
-            ledger = verify(options.file, options.head)
-            print(f"{options.file}: {ledger.lines} lines, none changed; head {ledger.head}")  # noqa: T201
-    except LedgerError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

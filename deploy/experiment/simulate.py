@@ -12,17 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.clientapp.client_app import LoadClientAppError
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
-from flwr.supercore.object_ref import load_app
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-ROOT = Path(__file__).parents[2]
-CLIENT_APP = "client.app:app"
+from client.app import app as client_app
+
 _RUN = 1
 _POLL_SECONDS = 0.05
 
@@ -35,14 +32,12 @@ class InProcessGrid(Grid):
 
     Args:
         sites: site files; each gets a node of its own.
-        app: reference of the ClientApp, of this project when it is not installed elsewhere.
         ledgers: an existing folder for the sites' ledgers; None: where the site files say.
     """
 
-    def __init__(self, sites: Sequence[Path], app: str = CLIENT_APP, ledgers: Path | None = None) -> None:
+    def __init__(self, sites: Sequence[Path], ledgers: Path | None = None) -> None:
         os.environ["FEDSPAN_WORKER"], os.environ["FEDSPAN_SESSIONS"] = "1", str(len(sites))
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, SUPERLINK_NODE_ID, 0
-        self._app: ClientApp = load_app(app, LoadClientAppError, ROOT)
         told = {} if ledgers is None else {"ledgers": str(ledgers)}
         self._contexts = {
             number: Context(_RUN, number, {"site": str(file.resolve()), **told}, RecordDict(), {})
@@ -85,7 +80,7 @@ class InProcessGrid(Grid):
         proto.metadata.message_id = message_id
         message = message_from_proto(proto)
         try:
-            reply = self._app(message, self._contexts[message.metadata.dst_node_id])
+            reply = client_app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # noqa: BLE001 - answered as flwr-clientapp does
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from common.config.federation import FederationConfig
-from common.config.load import load
-from common.errors import FedSpanError, LaunchError
+from common.errors import LaunchError
 from common.system.files import write_atomically
 from common.system.processes import die_with_parent
 from server.run.folder import changes
@@ -33,16 +32,7 @@ _LEDGERS = "ledgers"
 #: How sites and server say that numbers overflowed, or soon would (client/training, client/privacy/guard.py and
 #: strategies/admission/well_formed.py).
 _DIVERGED = re.compile(r"loss is -?(nan|inf)\b|\bnot finite\b|\bnon-finite\b|: a norm of ")
-#: What every cell needs, imported before it is forked; by name, because the server's code imports no client's.
-_PRELOAD = ["torch.utils.tensorboard", "transformers.models.auto", "peft", "evaluate", "rouge_score.rouge_scorer"]
-_PRELOAD += [
-    "server.app",
-    "deploy.experiment.simulate",
-    "server.loop.server_model",
-    "server.loop.rounds",
-    "strategies.flower.named",
-    "client.session",
-]
+_PROCESS = "deploy.experiment.trial_process"  # by name: only the fork server imports what it does
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -115,7 +105,7 @@ def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], 
         write_atomically(folder / FACTS, json.dumps(facts, indent=2) + "\n")
         write_atomically(folder / _FEDERATION, yaml.safe_dump(federation.model_dump(mode="json"), sort_keys=False))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload([_PROCESS])
     process = context.Process(target=_run, args=(folder, resume, threads), daemon=True)
     process.start()
     return process
@@ -128,23 +118,6 @@ def _run(folder: Path, resume: bool, threads: int) -> None:
     with (folder / LOG).open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
-    import torch
+    from deploy.experiment.trial_process import run
 
-    from deploy.experiment.simulate import InProcessGrid
-    from server.app import federate
-    from server.loop.checkpoint import FOLDER as CHECKPOINTS
-
-    torch.set_num_threads(threads)
-    source = folder / _FEDERATION
-    local = load(source, FederationConfig).local
-    assert local is not None  # noqa: S101 - the plan wrote it
-    ledgers = folder / _LEDGERS  # the sites' own would count every cell against their limits
-    ledgers.mkdir(exist_ok=True)
-    try:
-        with InProcessGrid([Path(site) for site in local.sites], ledgers=ledgers) as grid:
-            federate(grid, source, folder, resume=resume, flower_run=None, keep_model=False)
-    except FedSpanError as error:
-        sys.exit(str(error))
-    finally:  # a killed cell keeps what it goes on with
-        for only_to_go_on in (folder / CHECKPOINTS, ledgers):
-            shutil.rmtree(only_to_go_on, ignore_errors=True)
+    run(folder / _FEDERATION, folder, folder / _LEDGERS, threads, resume=resume)

@@ -25,10 +25,10 @@ from torch import Tensor
 from common.errors import FederationError
 from common.protocol.versions import Step
 from common.system.files import built
+from server.run.folder import CHECKPOINTS
 from strategies.flower.versions import Versions
 
 Tensors = dict[str, Tensor]
-FOLDER = "checkpoints"
 _FORMAT = 2
 
 
@@ -59,7 +59,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     Raises:
         FederationError: it cannot be written, e.g. on a full disk; the ones before it are as they were.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir / CHECKPOINTS
     final = folder / f"round-{checkpoint.round:06}"
     versions = checkpoint.versions
     steps = {} if versions is None else {
@@ -109,7 +109,9 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warn(f"checkpoint {folder} is damaged ({error}); the one before it is taken")
     if found:
-        raise FederationError(f"all {len(found)} checkpoints in {run_dir / FOLDER} are damaged; nothing to resume from")
+        raise FederationError(
+            f"all {len(found)} checkpoints in {run_dir / CHECKPOINTS} are damaged; nothing to resume from"
+        )
     return None
 
 
@@ -140,7 +142,7 @@ def _load(folder: Path) -> Checkpoint:
 
 def _all(run_dir: Path) -> list[Path]:
     """All checkpoints, the newest first."""
-    return sorted((run_dir / FOLDER).glob("round-*"), reverse=True)
+    return sorted((run_dir / CHECKPOINTS).glob("round-*"), reverse=True)
 
 
 def _digest(file: Path) -> str:

@@ -13,9 +13,9 @@ from common.errors import FederationError
 from common.protocol.declared_noise import Declared
 from common.protocol.records import get_record
 from server.loop.inflight import LOST, POLL_SECONDS, Mailbox
+from server.run import node_owners
 from server.run.folder import RunFolder
 from server.run.quarantine import Refusals
-from server.superlink import nodes
 from strategies.flower.messages import Client, RuleMessages
 
 _GROUP = "hello"
@@ -104,7 +104,7 @@ class Roster:
     def returned(self, group: str) -> list[int]:
         """Nodes that connected anew, with the same key, after they had been sent a message that is not answered."""
         waiting = self._mailbox.open(group)
-        return [sent.node_id for sent in waiting if nodes.activated(self._folder.path, sent.node_id) > sent.at]
+        return [sent.node_id for sent in waiting if node_owners.activated(self._folder.path, sent.node_id) > sent.at]
 
     def _note_connections(self, online: set[int]) -> None:
         """Note which admitted sites have gone or come back since the last look."""
@@ -168,7 +168,7 @@ class Roster:
             return
         hello = _told(reply)
         site = str(hello.get("site", f"node {node_id}"))
-        owner = nodes.site_of(self._folder.path, node_id)
+        owner = node_owners.site_of(self._folder.path, node_id)
         if owner not in (site, None):
             registered = f"its key is registered as {owner}" if owner else "its key is not in the register of sites"
             self._refuse(node_id, site, f"{site}: node {node_id} says that it is {site}, but {registered}")

@@ -28,11 +28,11 @@ from common.config.load import load
 from common.errors import FedSpanError, LaunchError
 from common.system.logs import configure as configure_logs
 from common.system.processes import ProcessGroup, Started, last_lines, listens
-from server.loop.checkpoint import FOLDER
 from server.operate.progress import Display, teller
 from server.operate.prometheus import exposed
 from server.report.write import write_report
-from server.run.folder import check_resumable, in_use, read_lines, read_run, refuse_existing
+from server.run import bundle_signatures
+from server.run.folder import CHECKPOINTS, check_resumable, in_use, read_lines, read_run, refuse_existing
 from server.run.supervisor_lock import Interrupted, looking_after
 from server.superlink import control, nodes, registry, signatures
 from server.superlink.bundle import make_bundle
@@ -147,8 +147,7 @@ class Supervised:
         if self._is_ours(outcome) and outcome["status"] == "interrupted" and not link_died:
             raise Interrupted("Flower, or a signal to the server")
         if begun and outcome["status"] == "completed" and not at_work:
-            if not (self._run_dir / "report.html").exists():  # it died after its last round
-                write_report(self._run_dir)
+            write_report(self._run_dir)
             return True
         if link_died:
             self._again("the SuperLink died")
@@ -210,7 +209,7 @@ class Supervised:
         self.submit(resume=(self._run_dir / "run.json").exists())
 
     def _newest_checkpoint(self) -> str:
-        return max((folder.name for folder in (self._run_dir / FOLDER).glob("round-*")), default="")
+        return max((folder.name for folder in (self._run_dir / CHECKPOINTS).glob("round-*")), default="")
 
 
 def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, watch: Callable[[], None]) -> None:
@@ -347,6 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
         begun = read_run(run_dir) if options.resume_if_begun else {}
         if begun.get("status") == "completed":
+            if not (run_dir / "report.html").exists():  # its supervisor died before it came to that
+                write_report(run_dir)
             print(f"{run_dir}: the run has ended well, nothing is left to do")  # noqa: T201
             return 0
         resume = options.resume or bool(begun)
@@ -359,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
         env = environment(run_dir / "flwr", federation)
-        signatures.keep(run_dir, signed)
+        bundle_signatures.keep(run_dir, signed)
         with ProcessGroup(run_dir / "logs") as group:
             run = Supervised(
                 source, run_dir, group, superlink, env, teller(console.print, run_dir.name), tries=options.tries

@@ -13,8 +13,8 @@
     report.html       all of it on one page
     supervisor.json   who looks after the run (``server.run.supervisor_lock``)
 
-The supervisor writes supervisor.json, signatures.json and nodes.json, the ServerApp all else. A whole file appears at
-once or not at all; a line is flushed as soon as it is written.
+The supervisor writes supervisor.json, signatures.json, nodes.json and report.html, the ServerApp all else. A
+whole file appears at once or not at all; a line is flushed as soon as it is written.
 """
 
 import hashlib
@@ -35,10 +35,11 @@ from common.errors import LaunchError
 from common.packages import installed
 from common.system.files import write_atomically
 from common.system.lock import hold, is_held
-from server.operate.progress import log_event
+from server.run.events import log_event
 
+CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint
 #: Any of these is a run, or what is left of one.
-_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", "checkpoints")
+_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", CHECKPOINTS)
 _LOCK = ".lock"
 _PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
 

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from common.errors import LaunchError
-from server.operate.progress import Picture
 from server.run import records as facts
 from server.run.folder import in_use, read_lines, read_run
 from server.run.quarantine import Refusals
+from server.run.run_progress import RunProgress
 from server.run.supervisor_lock import Supervisor, is_looked_after, supervisor_of
 
 Event = dict[str, Any]
@@ -119,9 +119,9 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
     alive = state in ("starting", "running")
     settings = _settings(run_dir)
     events, records = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
-    picture = Picture()
+    progress = RunProgress()
     for event in events[_last(events, "resumed") :]:
-        picture.take(event)
+        progress.take(event)
     last = events[-1]["time"] if events else None
     started = run.get("started")
     end = now if alive else run.get("finished") or last
@@ -131,11 +131,11 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
         state=state,
         reason=reason,
         strategy=str(settings.get("strategy", {}).get("name", "")),
-        round=max(picture.round, picture.finished_rounds),
+        round=max(progress.round, progress.finished_rounds),
         rounds=int(settings.get("rounds", 0)),
         started=started,
         seconds=end - started if started and end else None,
-        eta=picture.eta(now) if alive else None,
+        eta=progress.eta(now) if alive else None,
         last_event=last,
         flower_run=str(run["flower_run"]) if "flower_run" in run else None,
         to_go_on=supervisor.to_go_on() if supervisor and run and not alive and state != "completed" else None,
@@ -143,7 +143,7 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
         bytes_up=sum(event["bytes_up"] for event in closed),
         loss=next(reversed(facts.curve(records, "loss").get(facts.SERVER, {}).values()), None),
         finished_rounds=_rounds(events, records),
-        sites=_sites(run_dir, events, records, settings, picture if alive else None),
+        sites=_sites(run_dir, events, records, settings, progress if alive else None),
         problems=facts.problems(events),
     )
 
@@ -206,7 +206,7 @@ def _sites(
     events: list[Event],
     records: list[facts.Record],
     settings: dict[str, Any],
-    picture: Picture | None,
+    progress: RunProgress | None,
 ) -> list[Site]:
     refused = {e["client"] for e in events if e["event"] == "client_refused"}
     outcomes = {site.who: site for site in facts.sites(events, facts.rounds_begun(events))}
@@ -217,7 +217,7 @@ def _sites(
     connections = _connections(events)
     found = []
     for name in facts.order(outcomes.keys() | refused):
-        site = Site(name, connections.get(name, "down") if picture is not None else "unknown")
+        site = Site(name, connections.get(name, "down") if progress is not None else "unknown")
         site.last_seen = max(
             (e["time"] for e in events if e.get("client") == name and e["event"] in _ALIVE), default=None
         )
@@ -229,8 +229,8 @@ def _sites(
         if name in costs:
             site.bytes_down, site.bytes_up = int(costs[name].down), int(costs[name].up)
             site.seconds = trained[name].get("seconds", {}).get("train")
-        if picture is not None and name in picture.sites:
-            site.doing = picture.sites[name].state
+        if progress is not None and name in progress.sites:
+            site.doing = progress.sites[name].state
         found.append(site)
     return found
 

@@ -4,19 +4,17 @@ Flower's command line lists nodes without their keys, so this speaks to the Supe
 known by its key; what was registered before a crash is found again and nothing has to be remembered.
 """
 
-import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import ConfigError, LaunchError
-from common.system.files import write_atomically
+from server.run import node_owners
 from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.process import OwnSuperLink
 
-_FILE = "nodes.json"  # in the run folder: whose key a node has
 _LOOK_SECONDS = 5.0
 _GONE = "unregistered"
 
@@ -99,7 +97,7 @@ class Nodes:
                     came = datetime.fromisoformat(nodes[key].last_activated_at)
                     whose[str(node_id)]["activated"] = came.timestamp()
         if whose != self._whose:
-            write_atomically(self._run_dir / _FILE, json.dumps(whose, indent=2) + "\n")
+            node_owners.write(self._run_dir, whose)
             self._whose = whose
 
     def _named(self, key: str) -> str:
@@ -111,28 +109,9 @@ class Nodes:
             self._told.add(text)
 
 
-def site_of(run_dir: Path, node_id: int) -> str | None:
-    """To which site the key of a node is registered; "" for none, None when the run has no register of sites."""
-    file = run_dir / _FILE
-    if not file.exists():
-        return None
-    return str(json.loads(file.read_text(encoding="utf-8")).get(str(node_id), {}).get("site", ""))
-
-
-def activated(run_dir: Path, node_id: int) -> float:
-    """Unix time at which the SuperNode with a registered key connected last; 0 when that is not known.
-
-    A SuperNode that was killed comes back as the same node, but without the messages that it had received.
-    """
-    file = run_dir / _FILE
-    if not file.exists():
-        return 0.0
-    return float(json.loads(file.read_text(encoding="utf-8")).get(str(node_id), {}).get("activated", 0.0))
-
-
 def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str], None]) -> Nodes | None:
     """What keeps a SuperLink of our own to its register of sites; None, and nothing left of an earlier one, without."""
     if superlink is not None and superlink.registry is not None:
         return Nodes(superlink.registry, superlink, run_dir, tell)
-    (run_dir / _FILE).unlink(missing_ok=True)
+    node_owners.remove(run_dir)
     return None

@@ -1,16 +1,13 @@
-"""Signatures of the app bundle, on their way from the operator's files into every message to a site."""
+"""The operator's files of signatures, held against the bundle that would be shipped."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError
-from common.system.files import write_atomically
 from common.system.keys import read_bytes
 from server.superlink.bundle import bundle_digest
 
-RECORD_KEY = "bundle-signatures"  # in every message's "config" record (see client.connect.verify)
-_FILE = "signatures.json"  # in the run folder
 _KEYS = ("digest", "key", "signature", "made")
 
 
@@ -43,16 +40,3 @@ def read_signatures(paths: Sequence[Path], app: Path) -> list[dict[str, str]]:
                 f"{path}: is for bundle {entry['digest']}, the code here makes bundle {digest}; sign anew"
             )
     return list(entries.values())
-
-
-def keep(run_dir: Path, signatures: list[dict[str, str]]) -> None:
-    """Leave them where the ServerApp finds them; without any, those from before the run was resumed stay."""
-    if signatures:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / _FILE, json.dumps(signatures) + "\n")
-
-
-def kept(run_dir: Path) -> str | None:
-    """The signatures of a run, as JSON for its messages; None when there are none."""
-    file = run_dir / _FILE
-    return file.read_text(encoding="utf-8").strip() if file.exists() else None

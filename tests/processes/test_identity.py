@@ -19,9 +19,10 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports, listens
 from deploy.keys import certs
+from server.run.node_owners import site_of
 from server.superlink import registry
 from server.superlink.control import control
-from server.superlink.nodes import Nodes, site_of
+from server.superlink.nodes import Nodes
 from server.superlink.process import OwnSuperLink, Tls
 from tests.harness.flower_app import BIN, wait_for
 from tests.harness.launcher import ROOT, environment

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from client.privacy.ledger import Entry, main, verify
+from client.privacy.ledger import Entry, verify
+from client.privacy.ledger_summary import main
 from client.privacy.noise import epsilon
 from server.report.write import read_run, render
 from tests.harness.launcher import launch, survivors

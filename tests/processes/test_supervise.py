@@ -19,6 +19,7 @@ from server.operate.supervise import main
 from server.superlink import registry
 from tests.harness.flower_app import Flower
 from tests.harness.launcher import ROOT, environment
+from tests.harness.sample_run import completed
 from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
@@ -142,11 +143,10 @@ def test_service_manager_may_start_a_run_again_that_has_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = make_federation(tmp_path, SIZES, **SETTINGS)
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"status": "completed"}))
+    run = completed(tmp_path / "runs" / "tiny")
     again = [str(file), "--runs", str(tmp_path / "runs"), "--insecure"]
     assert main([*again, "--resume-if-begun"]) == 0
     assert "the run has ended well" in capsys.readouterr().out
+    assert "<html" in (run / "report.html").read_text()  # its supervisor had died before it wrote one
     assert main(again) == 2
     assert "already holds a run" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import torch
 
 from client.privacy import guard as policy
 from client.privacy.guard import Gate
-from client.privacy.ledger import Entry, main, verify
+from client.privacy.ledger import Entry, verify
+from client.privacy.ledger_summary import main
 from client.privacy.noise import cost, epsilon
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import parse

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from client.privacy.ledger import FIRST, Entry, Ledger, main, verify
+from client.privacy.ledger import FIRST, Entry, Ledger, verify
+from client.privacy.ledger_summary import main
 from common.errors import LedgerError
 from tests.harness.full_disk import no_space
 

@@ -9,7 +9,8 @@ import torch
 
 from common.errors import FederationError
 from common.protocol.factors import Factors, pack
-from server.loop.checkpoint import FOLDER, Checkpoint, newest, save
+from server.loop.checkpoint import Checkpoint, newest, save
+from server.run.folder import CHECKPOINTS
 from strategies.fedftg import FedFTGRule
 from strategies.flower.versions import Versions
 from strategies.rule import Update
@@ -71,7 +72,7 @@ def test_moments_of_a_server_optimizer_are_kept_and_guarded(tmp_path: Path) -> N
     assert read is not None
     assert read.moments.keys() == moments.keys()
     assert all(torch.equal(tensor, read.moments[name]) for name, tensor in moments.items())
-    (tmp_path / FOLDER / "round-000001" / "moments.safetensors").unlink()
+    (tmp_path / CHECKPOINTS / "round-000001" / "moments.safetensors").unlink()
     with pytest.raises(FederationError, match=r"all 1 checkpoints in .* are damaged"):
         newest(tmp_path, lambda reason: None)
 
@@ -83,7 +84,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for rounds in (1, 2, 3, 4):
         save(tmp_path, make(rounds), 2)
-    assert sorted(f.name for f in (tmp_path / FOLDER).iterdir()) == ["round-000003", "round-000004"]
+    assert sorted(f.name for f in (tmp_path / CHECKPOINTS).iterdir()) == ["round-000003", "round-000004"]
 
 
 @pytest.mark.parametrize("file", ["checkpoint.json", "state.safetensors", "steps.safetensors"])
@@ -91,7 +92,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, file: str, damage: str) -> None:
     save(tmp_path, make(1), 2)
     save(tmp_path, make(2), 2)
-    path = tmp_path / FOLDER / "round-000002" / file
+    path = tmp_path / CHECKPOINTS / "round-000002" / file
     content = bytearray(path.read_bytes())
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
@@ -107,14 +108,14 @@ def test_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, file: str, 
     assert torch.equal(read.state[NAME], make(1).state[NAME])
     (reason,) = told
     assert "round-000002 is damaged" in reason
-    (tmp_path / FOLDER / "round-000001" / "state.safetensors").write_bytes(b"")
+    (tmp_path / CHECKPOINTS / "round-000001" / "state.safetensors").write_bytes(b"")
     with pytest.raises(FederationError, match=r"all 2 checkpoints in .* are damaged"):
         newest(tmp_path, told.append)
 
 
 def test_number_that_was_edited_is_noticed(tmp_path: Path) -> None:
     save(tmp_path, make(1), 2)
-    file = tmp_path / FOLDER / "round-000001" / "checkpoint.json"
+    file = tmp_path / CHECKPOINTS / "round-000001" / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "round": 7}))
     with pytest.raises(FederationError):
         newest(tmp_path, lambda reason: None)
@@ -127,15 +128,15 @@ def test_full_disk_is_an_error_that_leaves_the_one_before(tmp_path: Path) -> Non
         pytest.raises(FederationError, match=r"round 2: checkpoint .*round-000002 cannot be written: .*too large"),
     ):
         save(tmp_path, make(2), 2)
-    assert [f.name for f in (tmp_path / FOLDER).iterdir()] == ["round-000001"]
+    assert [f.name for f in (tmp_path / CHECKPOINTS).iterdir()] == ["round-000001"]
     read = newest(tmp_path, silent)
     assert read is not None
     assert read.round == 1
 
 
 def test_what_a_killed_server_left_unfinished_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / FOLDER / ".round-000002-abc" / "new"
+    left = tmp_path / CHECKPOINTS / ".round-000002-abc" / "new"
     left.mkdir(parents=True)
     (left / "state.safetensors").write_text("half of")
     save(tmp_path, make(1), 2)
-    assert [f.name for f in (tmp_path / FOLDER).iterdir()] == ["round-000001"]
+    assert [f.name for f in (tmp_path / CHECKPOINTS).iterdir()] == ["round-000001"]

@@ -7,14 +7,16 @@ import pytest
 from rich.console import Console
 
 from common.text import size
-from server.operate.progress import Display, Picture, clock, describe, render
+from server.operate.progress import Display, clock, render
+from server.run.events import describe
 from server.run.folder import read_lines
+from server.run.run_progress import RunProgress
 from tests.harness.sample_run import completed
 
 
-def shown(picture: Picture, now: float) -> str:
+def shown(progress: RunProgress, now: float) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(render(picture, now))
+    console.print(render(progress, now))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -30,17 +32,17 @@ def test_every_event_of_a_run_has_its_line(tmp_path: Path) -> None:
     assert text.count("\n") == sum(bool(describe(event)) for event in events)
 
 
-def test_picture_shows_round_sites_loss_and_time_to_go() -> None:
-    picture = Picture()
-    picture.take({"event": "started", "rounds": 4, "time": 100.0})
-    picture.take({"event": "round_started", "round": 1, "time": 110.0, "clients": ["site-a", "site-b"]})
-    assert picture.eta(120.0) is None
-    picture.take({"event": "reply", "client": "site-a", "loss": 2.5, "time": 140.0})
-    picture.take({"event": "round_finished", "round": 1, "time": 150.0, "bytes_down": 2e6, "bytes_up": 1e3})
-    picture.take({"event": "evaluated", "client": "server", "loss": 3.25, "rouge_l": 0.5, "time": 151.0})
-    picture.take({"event": "something-new", "time": 151.0})
-    assert picture.eta(150.0) == pytest.approx(120.0)
-    text = shown(picture, 150.0)
+def test_progress_shows_round_sites_loss_and_time_to_go() -> None:
+    progress = RunProgress()
+    progress.take({"event": "started", "rounds": 4, "time": 100.0})
+    progress.take({"event": "round_started", "round": 1, "time": 110.0, "clients": ["site-a", "site-b"]})
+    assert progress.eta(120.0) is None
+    progress.take({"event": "reply", "client": "site-a", "loss": 2.5, "time": 140.0})
+    progress.take({"event": "round_finished", "round": 1, "time": 150.0, "bytes_down": 2e6, "bytes_up": 1e3})
+    progress.take({"event": "evaluated", "client": "server", "loss": 3.25, "rouge_l": 0.5, "time": 151.0})
+    progress.take({"event": "something-new", "time": 151.0})
+    assert progress.eta(150.0) == pytest.approx(120.0)
+    text = shown(progress, 150.0)
     assert "round 1/4" in text
     assert "0:50 elapsed, 2:00 to go" in text
     assert "2.0 MB down, 1.0 kB up" in text
