@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.table import Cell, Table
+from deploy.sandbox import Flower
 from server.superlink.process import MALLOC
-from tests.harness.flower_app import Flower
 
 APP = Path(__file__).parent / "memory_app"
 CLIENTS = (2, 8, 16)  # every SuperNode and its client are processes of their own: 32 were too many for two cores

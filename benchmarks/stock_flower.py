@@ -17,8 +17,8 @@ from benchmarks.table import Cell, Table
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from deploy.demo.prepare import DEFAULT_CACHE, prepare
+from deploy.sandbox import Flower
 from server.run.folder import read_lines
-from tests.harness.flower_app import Flower
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "deploy" / "demo" / "federation.yaml"

@@ -7,7 +7,6 @@ Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong,
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +14,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from client.connect.programs import supernode, worker
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.errors import ConfigError, FedSpanError, LaunchError
 from common.system.logs import configure as configure_logs
-from common.system.processes import ProcessGroup, Started, free_ports, last_lines, port_in_use
+from common.system.processes import ProcessGroup, Started, free_ports, last_lines
 from server.operate.progress import teller
 from server.operate.site_files import check_sites
-from server.operate.supervise import ROOT, Supervised, add_run_options, follow, to_the_end
+from server.operate.supervise import Supervised, add_run_options, follow, to_the_end
 from server.run.folder import check_resumable, read_lines, refuse_existing
 from server.superlink.process import OwnSuperLink, environment
 
-POLL_SECONDS = 0.2  # how often a SuperNode asks for messages
+_POLL = ("--poll", "0.2")  # seconds between a SuperNode's questions for messages
 _ATTEMPTS = 3
 
 
@@ -57,9 +57,6 @@ def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = Fals
         check_resumable(run_dir, federation)
     else:
         refuse_existing(run_dir)
-    for key, port in (("local.port", federation.local.port), ("local.fleet_port", federation.local.fleet_port)):
-        if port is not None and port_in_use(port):
-            raise LaunchError(f"{source}: `{key}` {port} is in use; give another, or leave it out for any free one")
     sites = check_sites(map(Path, federation.local.sites), federation, source)
     events = len(read_lines(run_dir / "events.jsonl"))
     return Plan(federation, source, sites, run_dir, resume=resume, events=events)
@@ -78,19 +75,21 @@ def run(plan: Plan, console: Console, tries: int) -> None:
     for attempt in range(1, _ATTEMPTS + 1):
         with ProcessGroup(logs) as group:
             control, fleet, *runtime = free_ports(2 + len(plan.sites))
-            superlink = OwnSuperLink(local.port or control, f"127.0.0.1:{local.fleet_port or fleet}")
+            superlink = OwnSuperLink(control, f"127.0.0.1:{fleet}")
             server = Supervised(plan.source, plan.run_dir, group, superlink, env, tell, tries=tries)
             if not server.start_superlink():
-                if attempt < _ATTEMPTS and None in (local.port, local.fleet_port):
+                if attempt < _ATTEMPTS:
                     continue  # somebody took a port between our choice and the SuperLink's start
                 log = logs / "superlink.log"
                 raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
             sites = []
             for (name, file), port in zip(plan.sites.items(), runtime, strict=True):
-                sites.append(group.start(name, _supernode(file, superlink.fleet, port, warm=local.warm), env))
+                isolation = "process" if local.warm else "subprocess"
+                link = supernode(file, superlink.fleet, port, "--insecure", "--isolation", isolation, *_POLL)
+                sites.append(group.start(name, link, env))
                 if local.warm:
-                    worker = _worker(port, file, logs / f"{name}-worker.json")
-                    sites.append(group.start(f"{name}-worker", worker, env))
+                    work = worker(port, "--site", str(file), "--status", str(logs / f"{name}-worker.json"))
+                    sites.append(group.start(f"{name}-worker", work, env))
             server.submit(resume=plan.resume)
             follow(server, plan.run_dir, console, plan.events, _Reviver(group, sites, tell, tries))
             return
@@ -118,21 +117,6 @@ class _Reviver:
             self._tell(f"{site.name} ended by itself and is started again ({count} of {self._tries})")
             self._group.forget(site)
             self._sites[number] = self._group.start(site.name, site.command, site.env)
-
-
-def _supernode(file: Path, fleet: str, port: int, *, warm: bool) -> list[str]:
-    return [
-        *(sys.executable, "-P", str(ROOT / "client" / "connect" / "supernode.py"), "--poll", str(POLL_SECONDS)),
-        *("--isolation", "process" if warm else "subprocess"),
-        *("--insecure", "--grpc-rere", "--superlink", fleet),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--node-config", f"site={json.dumps(str(file))}"),
-    ]
-
-
-def _worker(port: int, file: Path, status: Path) -> list[str]:
-    program = [sys.executable, "-P", str(ROOT / "client" / "connect" / "worker.py")]
-    return [*program, "--runtime-api", f"127.0.0.1:{port}", "--site", str(file), "--status", str(status)]
 
 
 def main(arguments: list[str] | None = None) -> int:

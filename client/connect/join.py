@@ -9,10 +9,8 @@ Exit codes: 0 it was asked to end, 1 a process died too often, 2 a file or an ar
 
 import argparse
 import json
-import os
 import signal
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,14 @@ from typing import Any, NoReturn
 
 import psutil
 
+from client.connect.programs import supernode, worker
 from common.config.federation import SiteConfig, resolve
 from common.config.load import load
 from common.errors import DataError, FedSpanError, LaunchError
 from common.system.files import write_atomically
+from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, free_ports
 
-FOLDER = Path(__file__).resolve().parent
 POLL_SECONDS = 0.5
 _LONGEST_PAUSE = 30.0  # seconds before a process that died is started again; the first pause is one second
 _SETTLED = 300.0  # seconds after which an earlier death does not count any more
@@ -173,32 +172,23 @@ def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
             f"--home {home} cannot be made ({error.strerror}); give a folder that may be written"
         ) from None
     (port,) = free_ports(1)
-    link = ["--poll", f"{options.poll:g}", "--isolation", "process", "--host", "127.0.0.1", "--port", str(port)]
-    link += ["--grpc-rere", "--superlink", options.superlink, "--node-config", f"site={json.dumps(str(file))}"]
+    link = ["--poll", f"{options.poll:g}", "--isolation", "process"]
     link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
     if options.connect_deadline is not None:
         link += ["--connect-deadline", f"{options.connect_deadline:g}"]
     if options.auth_supernode_private_key is not None:
         link += ["--auth-supernode-private-key", str(options.auth_supernode_private_key)]
     status = home / "worker.json"
-    worker = ["--site", str(file), "--runtime-api", f"127.0.0.1:{port}"]
-    worker += ["--idle", f"{options.idle:g}", "--status", str(status)]
-    env = {
-        "TOKENIZERS_PARALLELISM": "false",
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
-    }
-    if site.model is not None:
-        env["HF_HUB_OFFLINE"] = "1"
-    services = _service("supernode", link), _service("worker", worker)
-    return Member(site, *services, status, options.superlink, options.status), env
-
-
-def _service(name: str, options: list[str]) -> Service:
-    return Service(name, [sys.executable, "-P", str(FOLDER / f"{name}.py"), *options])
+    work = ["--site", str(file), "--idle", f"{options.idle:g}", "--status", str(status)]
+    member = Member(
+        site,
+        Service("supernode", supernode(file, options.superlink, port, *link)),
+        Service("worker", worker(port, *work)),
+        status,
+        options.superlink,
+        options.status,
+    )
+    return member, environment(home, hub=site.model is None)
 
 
 def _parser() -> argparse.ArgumentParser:

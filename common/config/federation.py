@@ -195,8 +195,6 @@ class LocalConfig(Section):
     warm: bool = Field(
         True, description="Keep a worker process per site between messages; false: a new process for every message."
     )
-    port: int | None = Field(None, ge=1, le=65535, description="SuperLink's control port; null: any free one.")
-    fleet_port: int | None = Field(None, ge=1, le=65535, description="SuperLink's gRPC port; null: any free one.")
 
 
 class CausalLMTask(Section):

@@ -152,17 +152,6 @@ def free_ports(count: int) -> list[int]:
             s.close()
 
 
-def port_in_use(port: int) -> bool:
-    """Whether somebody listens on a port of the loopback interface."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
-
-
 def listens(port: int) -> bool:
     """Whether a connection to a port of the loopback interface is accepted."""
     with socket.socket() as s:

@@ -2,11 +2,11 @@
 
 import json
 import os
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.federation import FederationConfig
+from common.system import flower
 
 #: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
 #: which would keep one for every thread that pulls replies.
@@ -40,7 +40,7 @@ class OwnSuperLink:
 
     def command(self, home: Path) -> list[str]:
         """How it is started; its database is in ``home``."""
-        command = [*_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [flower.program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--fleet-api-address", self.fleet, "--disable-runtime-dependency-installation"]
         command += ["--database", str(home / "superlink.sqlite")]
         if self.tls is None:
@@ -58,7 +58,7 @@ class OwnSuperLink:
 
 
 def environment(home: Path, federation: FederationConfig, share: int = 1) -> dict[str, str]:
-    """Environment of a run's processes: Flower's files in ``home``, no telemetry, no hub for a local model.
+    """Environment of a run's processes; no hub for a local model.
 
     Args:
         home: Flower's folder.
@@ -67,18 +67,4 @@ def environment(home: Path, federation: FederationConfig, share: int = 1) -> dic
     """
     threads = max(1, (os.cpu_count() or 1) // share)
     defaults = {"OMP_NUM_THREADS": str(threads), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-    fixed = {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if federation.model.path is not None:
-        fixed["HF_HUB_OFFLINE"] = "1"
-    scripts = sysconfig.get_path("scripts")  # where Flower's programs find each other
-    return {**defaults, **os.environ, **fixed, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
-
-
-def _program(name: str) -> list[str]:
-    """A console script of the environment that this runs in."""
-    return [str(Path(sysconfig.get_path("scripts")) / name)]
+    return flower.environment(home, hub=federation.model.path is None, **defaults)

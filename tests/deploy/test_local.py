@@ -1,6 +1,5 @@
 """What a user can get wrong is one line on stderr and exit code 2, before anything is started."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,16 +55,6 @@ def test_mistake_is_one_line_and_nothing_is_written(
     assert err.startswith("error: ")
     assert says in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("key", ["port", "fleet_port"])
-def test_port_in_use_is_named(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        file = make_federation(tmp_path, {"site-a": 9}, local={"sites": ["site-a.yaml"], key: port})
-        assert main([str(file), "--runs", str(tmp_path / "runs")]) == 2
-    assert f"`local.{key}` {port} is in use" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

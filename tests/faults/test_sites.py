@@ -12,10 +12,10 @@ from typing import Self
 import pytest
 import yaml
 
+from deploy.sandbox import Flower, wait_for
 from tests.faults.conftest import QUIET, SIZES, Note
 from tests.faults.test_kills import FEDFTG, ROLORA
 from tests.harness.faults import Federation, lines, same_result, trainings
-from tests.harness.flower_app import Flower, wait_for
 from tests.harness.launcher import ROOT
 from tests.harness.tiny import make_federation
 

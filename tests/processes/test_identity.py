@@ -1,7 +1,6 @@
 """Who may connect: what the user of a site sees when a real SuperLink refuses it, over TLS."""
 
 import json
-import os
 import socket
 import ssl
 import sys
@@ -16,15 +15,16 @@ import pytest
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.proto.control_pb2 import ListNodesRequest
 
+from common.system import flower
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports, listens
 from deploy.keys import certs
+from deploy.sandbox import wait_for
 from server.run.node_owners import site_of
 from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.nodes import Nodes
 from server.superlink.process import OwnSuperLink, Tls
-from tests.harness.flower_app import BIN, wait_for
 from tests.harness.launcher import ROOT, environment
 
 SITES = ("site-a", "site-b", "site-c", "late", "stranger", "expired", "open")
@@ -108,10 +108,10 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     home = folder / "flwr"
     home.mkdir()
     (home / "config.toml").write_text(superlink.connection())
-    env = {**environment(), "FLWR_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = {**flower.environment(home, hub=True), "PYTHONPATH": environment()["PYTHONPATH"]}
     with ProcessGroup(folder / "logs") as group:
         gate = Gate(folder, superlink, Nodes(register, superlink, folder, told.append), group, told)
-        group.start("superlink", superlink.command(home), {**env, "FLWR_TELEMETRY_ENABLED": "0"})
+        group.start("superlink", superlink.command(home), env)
         wait_for(lambda: listens(port) and listens(fleet), 120)
         gate.nodes.begin()
         yield gate

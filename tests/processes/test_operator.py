@@ -10,10 +10,11 @@ import pytest
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.system.flower import program
 from common.system.processes import ProcessGroup, free_ports, listens
+from deploy.sandbox import Flower, wait_for
 from server.run.folder import check_resumable, in_use
 from server.run.state import overview
-from tests.harness.flower_app import BIN, Flower, wait_for
 from tests.harness.launcher import command, environment, survivors
 from tests.harness.tiny import make_federation
 from tests.processes.test_supervise import supervise
@@ -30,7 +31,7 @@ def told(file: Path, module: str, *arguments: str) -> str:
 def flower_lists(run_dir: Path, run_id: str) -> dict[str, Any]:
     """A run as Flower's own command shows it."""
     env = {**environment(), "FLWR_HOME": str(run_dir / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
-    command = [str(BIN / "flwr"), "list", "local", "--run-id", run_id, "--format", "json"]
+    command = [program("flwr"), "list", "local", "--run-id", run_id, "--format", "json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
     (run,) = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
     return dict(run)

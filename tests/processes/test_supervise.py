@@ -15,9 +15,9 @@ import yaml
 
 from common.system.processes import ProcessGroup, free_ports
 from deploy.keys import bundle, certs
+from deploy.sandbox import Flower
 from server.operate.supervise import main
 from server.superlink import registry
-from tests.harness.flower_app import Flower
 from tests.harness.launcher import ROOT, environment
 from tests.harness.sample_run import completed
 from tests.harness.tiny import make_federation

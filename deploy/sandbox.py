@@ -1,7 +1,6 @@
-"""Runs a Flower app on real SuperLink and SuperNode processes, without FedSpan's launcher."""
+"""Any Flower app on real SuperLink and SuperNode processes of this machine, for tests and benchmarks."""
 
-import sys
-import sysconfig
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,42 +10,50 @@ from typing import Self
 import psutil
 from flwr.proto.control_pb2 import ListRunsRequest
 
-from common.system.processes import ProcessGroup, free_ports, listens
+from client.connect import programs
+from common.errors import LaunchError
+from common.system import flower
+from common.system.processes import ProcessGroup, free_ports, last_lines, listens
 from server.superlink.bundle import make_bundle
 from server.superlink.control import control, start_run
 from server.superlink.process import OwnSuperLink
-from tests.harness.launcher import ROOT, environment
 
-BIN = Path(sysconfig.get_path("scripts"))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Flower:
-    """A SuperLink, and SuperNodes that come and go. Use as a context manager."""
+    """A SuperLink, and SuperNodes that come and go. Use as a context manager.
+
+    Args:
+        folder: for Flower's files and the logs.
+        threads: of every process's PyTorch.
+        env: more of the processes' environment.
+    """
 
     def __init__(self, folder: Path, threads: int = 1, env: Mapping[str, str] | None = None) -> None:
-        self._logs = folder / "logs"
-        self._supervisor = ProcessGroup(self._logs)
+        self._logs, self._home = folder / "logs", folder / "flwr"
+        self._group = ProcessGroup(self._logs)
         port, self.fleet = free_ports(2)
         self.superlink = OwnSuperLink(port, f"127.0.0.1:{self.fleet}")
         self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
-        home = folder / "flwr"
-        home.mkdir(parents=True)
-        (home / "config.toml").write_text(self.superlink.connection())
-        own = {"FLWR_HOME": str(home), "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-        own["OMP_NUM_THREADS"] = str(threads)
-        self._env = environment() | dict(env or {}) | own | {"PATH": f"{BIN}:{environment()['PATH']}"}
+        self._home.mkdir(parents=True)
+        (self._home / "config.toml").write_text(self.superlink.connection(), encoding="utf-8")
+        code = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for apps that measure ours
+        own = {"PYTHONPATH": code, "OMP_NUM_THREADS": str(threads), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        self._env = flower.environment(self._home, hub=False) | own | dict(env or {})
 
     def __enter__(self) -> Self:
         fleet = ["--fleet-api-address", self.superlink.fleet, "--disable-runtime-dependency-installation"]
-        command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self.superlink.port), *fleet]
-        self._supervisor.start("superlink", command, self._env)
+        # Flower's own way, with its database in memory: benchmarks take it as the peer.
+        command = [flower.program("flower-superlink"), "--insecure", "--port", str(self.superlink.port), *fleet]
+        self._group.start("superlink", command, self._env)
         wait_for(lambda: listens(self.superlink.port) and listens(self.fleet), 60)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._supervisor.stop()
+        self._group.stop()
 
     def start_node(
         self,
@@ -61,7 +68,7 @@ class Flower:
         self.ports[name] = port if port is not None else free_ports(1)[0]
         link = ["--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{superlink or self.fleet}"]
         own = ["--port", str(self.ports[name]), "--node-config", config, "--isolation", isolation]
-        started = self._supervisor.start(name, [str(BIN / "flower-supernode"), *link, *own], self._env)
+        started = self._group.start(name, [flower.program("flower-supernode"), *link, *own], self._env)
         return psutil.Process(started.process.pid)
 
     def start_warm_node(
@@ -73,23 +80,26 @@ class Flower:
 
     def start_worker(self, name: str, *options: str) -> psutil.Process:
         """Start a long-lived worker beside a SuperNode."""
-        command = [sys.executable, "-P", str(ROOT / "client" / "connect" / "worker.py"), *options]
-        command += ["--runtime-api", f"127.0.0.1:{self.ports[name]}"]
-        return psutil.Process(self._supervisor.start(f"{name}-worker", command, self._env).process.pid)
+        command = programs.worker(self.ports[name], *options)
+        return psutil.Process(self._group.start(f"{name}-worker", command, self._env).process.pid)
 
     def submit(self, app: Path, config: Mapping[str, str | int]) -> None:
+        """Start a run of the app in a folder."""
         start_run(self.superlink, make_bundle(app), config)
 
     def wait(self, seconds: float = 180.0) -> None:
-        """Wait for the latest run to end, and well."""
+        """Wait for the latest run to end.
+
+        Raises:
+            LaunchError: it failed, or did not end in time.
+        """
         with control(self.superlink) as client:
 
             def ended() -> bool:
                 runs = client.ListRuns(ListRunsRequest()).run_dict.values()
                 status = max(runs, key=lambda run: run.pending_at).status
-                assert status.status != "finished" or status.sub_status == "completed", (
-                    self._logs / "superlink.log"
-                ).read_text()[-3000:]
+                if status.status == "finished" and status.sub_status != "completed":
+                    raise LaunchError(f"the run failed; {last_lines(self._logs / 'superlink.log', 40)}")
                 return bool(status.status == "finished")
 
             wait_for(ended, seconds)
@@ -102,7 +112,9 @@ def kill(process: psutil.Process) -> None:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, every: float = 0.2) -> None:
+    """Raise a LaunchError unless a condition, looked at ``every`` so many seconds, comes about in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"did not happen within {seconds:g} seconds"
+        if time.monotonic() > deadline:
+            raise LaunchError(f"did not happen within {seconds:g} seconds")
         time.sleep(every)

@@ -1,0 +1,26 @@
+"""Flower's programs, and the environment in which they and all that they start run."""
+
+import os
+import sysconfig
+from pathlib import Path
+
+
+def program(name: str) -> str:
+    """A console script of the environment that this process runs in."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def environment(home: Path, *, hub: bool, **defaults: str) -> dict[str, str]:
+    """Environment of Flower's processes: its files in ``home``, no telemetry, no look for updates.
+
+    Args:
+        home: Flower's folder.
+        hub: whether a model may be fetched from Hugging Face's hub.
+        defaults: for what this process's own environment does not say.
+    """
+    fixed = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    if not hub:
+        fixed["HF_HUB_OFFLINE"] = "1"
+    scripts = sysconfig.get_path("scripts")  # where Flower's programs find each other
+    fixed["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    return {"TOKENIZERS_PARALLELISM": "false", **defaults, **os.environ, **fixed}
