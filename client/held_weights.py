@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from common.errors import StaleStateError
 from common.protocol.digest import tensors_digest
 from common.protocol.factors import Exchange, num_bytes
+from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
-
-Tensors = dict[str, Tensor]
 
 
 class Weights:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from client.held_weights import Weights
 from client.shared_base import Bases, Digests, digests, own
@@ -34,9 +33,8 @@ from common.model.families import in_head
 from common.packages import installed
 from common.protocol.digest import tensors_digest
 from common.protocol.factors import Exchange
+from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

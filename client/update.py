@@ -11,8 +11,7 @@ from client.privacy.noise import norm_of, private
 from common.config.federation import PrivacyConfig
 from common.linalg.subspace import projects_right
 from common.protocol.factors import Exchange, Factors, pack, rounding_error
-
-Tensors = dict[str, Tensor]
+from common.protocol.tensors import Tensors
 
 
 @dataclass(frozen=True)

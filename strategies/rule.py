@@ -15,11 +15,10 @@ from torch import Tensor
 from common.config.federation import AggregationConfig, MeanConfig
 from common.errors import AggregationError
 from common.protocol.factors import Exchange, Factors
+from common.protocol.tensors import Tensors as Tensors
 from common.protocol.versions import Step
 from strategies.combine.robust import Contribution, combine
 from strategies.combine.weighted_mean import Drift, Means, applied
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from torch import Tensor
 from common.config.federation import FedAvgMConfig, ServerOptimizerConfig
 from strategies.rule import Outcome, Tensors
 
-_FIRST, _SECOND = "first|", "second|"
-
 
 class ServerOptimizer:
     """The step that the server takes in each round.
@@ -28,12 +26,12 @@ class ServerOptimizer:
         config: which, and its settings.
 
     Attributes:
-        moments: all that it remembers, float32 by ``first|<name>`` and ``second|<name>``; part of a checkpoint.
+        moments: all that it remembers, the first and the second in float32 by name; part of a checkpoint.
     """
 
     def __init__(self, config: ServerOptimizerConfig) -> None:
         self._config = config
-        self.moments: Tensors = {}
+        self.moments: dict[str, Tensors] = {}
 
     def step(self, active: Iterable[str], state: Mapping[str, Tensor], outcome: Outcome) -> Outcome:
         """The outcome of a round with this optimizer's step in place of the averaged change.
@@ -51,11 +49,14 @@ class ServerOptimizer:
         return Outcome(after, outcome.diagnostics)
 
     def _moved(self, name: str, change: Tensor) -> Tensor:
-        config, first = self._config, self.moments.get(_FIRST + name, torch.zeros_like(change))
+        config = self._config
+        firsts = self.moments.setdefault("first", {})
+        first = firsts.get(name, torch.zeros_like(change))
         if isinstance(config, FedAvgMConfig):
-            self.moments[_FIRST + name] = first = first * config.momentum + change
+            firsts[name] = first = first * config.momentum + change
             return first * config.learning_rate
-        second = self.moments.get(_SECOND + name, torch.full_like(change, config.tau**2))
-        self.moments[_FIRST + name] = first = torch.lerp(change, first, config.beta1)
-        self.moments[_SECOND + name] = second = torch.lerp(change.square(), second, config.beta2)
+        seconds = self.moments.setdefault("second", {})
+        second = seconds.get(name, torch.full_like(change, config.tau**2))
+        firsts[name] = first = torch.lerp(change, first, config.beta1)
+        seconds[name] = second = torch.lerp(change.square(), second, config.beta2)
         return first / (second.sqrt() + config.tau) * config.learning_rate

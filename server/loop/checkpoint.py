@@ -20,15 +20,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from common.errors import FederationError
+from common.protocol.tensors import Tensors, flatten, unflatten
 from common.protocol.versions import Step
 from common.system.files import built
 from server.run.folder import CHECKPOINTS
 from strategies.flower.versions import Versions
 
-Tensors = dict[str, Tensor]
 _FORMAT = 2
 
 
@@ -42,7 +41,7 @@ class Checkpoint:
         versions: how it came about; None under a strategy that has no steps.
         metrics_bytes: length of metrics.jsonl after it; what follows there belongs to a round that was not finished.
         refusals: how many updates in a row were refused, by site.
-        moments: of the server optimizer; empty without one.
+        moments: of the server optimizer, by kind; empty without one.
     """
 
     round: int
@@ -50,7 +49,7 @@ class Checkpoint:
     versions: Versions | None
     metrics_bytes: int
     refusals: dict[str, int] = field(default_factory=dict)
-    moments: Tensors = field(default_factory=dict)
+    moments: dict[str, Tensors] = field(default_factory=dict)
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -62,12 +61,10 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     folder = run_dir / CHECKPOINTS
     final = folder / f"round-{checkpoint.round:06}"
     versions = checkpoint.versions
-    steps = {} if versions is None else {
-        f"{step.server_round}|{name}": tensor for _, step in versions.steps for name, tensor in step.tensors.items()
-    }  # fmt: skip
-    files = {"state": checkpoint.state, "steps": steps}
+    steps = {} if versions is None else {str(step.server_round): step.tensors for _, step in versions.steps}
+    files = {"state": checkpoint.state, "steps": flatten(steps)}
     if checkpoint.moments:
-        files["moments"] = checkpoint.moments
+        files["moments"] = flatten(checkpoint.moments)
     facts: dict[str, Any] = {
         "format": _FORMAT,
         "round": checkpoint.round,
@@ -128,15 +125,12 @@ def _load(folder: Path) -> Checkpoint:
     state = load_file(folder / "state.safetensors")
     versions = None
     if "versions" in facts:
-        tensors: dict[int, Tensors] = {}
-        for key, tensor in load_file(folder / "steps.safetensors").items():
-            number, _, name = key.partition("|")
-            tensors.setdefault(int(number), {})[name] = tensor
+        tensors = unflatten(load_file(folder / "steps.safetensors"))
         told = facts["versions"]
-        steps = [(since, Step(number, tensors.get(number, {}))) for since, number in told["steps"]]
+        steps = [(since, Step(number, tensors.get(str(number), {}))) for since, number in told["steps"]]
         versions = Versions(state, told["first"], told["latest"], steps)
     file = folder / "moments.safetensors"
-    moments = load_file(file) if file.name in facts["sha256"] else {}
+    moments = unflatten(load_file(file)) if file.name in facts["sha256"] else {}
     return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"], moments)
 
 

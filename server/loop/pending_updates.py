@@ -2,28 +2,17 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from common.errors import FederationError
-from common.protocol.factors import Factors
+from common.protocol.tensors import Tensors, flatten, unflatten
 from strategies.rule import Update
 
-_LEFT, _RIGHT = "left", "right"
-
-
-@dataclass
-class _Kept:
-    """What of an update is not in its file."""
-
-    file: Path
-    num_examples: int
-    lora_alpha: float | None
-    factors: dict[str, tuple[float, bool]] = field(default_factory=dict)  # name -> (decay, common)
+_WHOLE, _LEFT, _RIGHT = "whole", "left", "right"  # groups of tensors; of factors with the term's number
 
 
 class Spool:
@@ -35,7 +24,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, tuple[Path, Update]] = {}  # by client; of the update all but its tensors
 
     def __enter__(self) -> "Spool":
         shutil.rmtree(self._folder, ignore_errors=True)  # of a server that was killed
@@ -51,35 +40,31 @@ class Spool:
             FederationError: the disk does not take it.
         """
         file = self._folder / f"{len(self._kept)}.safetensors"
-        kept = _Kept(file, update.num_examples, update.lora_alpha)
-        tensors = {name: tensor.contiguous() for name, tensor in update.tensors.items()}
+        groups: dict[str, Tensors] = {_WHOLE: dict(update.tensors)}
         for name, factors in update.factors.items():
-            kept.factors[name] = (factors.decay, factors.common)
             for number, (left, right) in enumerate(factors.terms):
-                tensors[f"{name}|{number}|{_LEFT}"] = left.contiguous()
-                tensors[f"{name}|{number}|{_RIGHT}"] = right.contiguous()
+                groups.setdefault(f"{_LEFT}{number}", {})[name] = left
+                groups.setdefault(f"{_RIGHT}{number}", {})[name] = right
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, file)
+            save_file({key: tensor.contiguous() for key, tensor in flatten(groups).items()}, file)
         except (OSError, SafetensorError) as error:
             raise FederationError(f"{update.client}: its update cannot be kept in {self._folder}: {error}") from None
-        self._kept[update.client] = kept
+        factors_alone = {name: replace(factors, terms=[]) for name, factors in update.factors.items()}
+        self._kept[update.client] = file, replace(update, tensors={}, factors=factors_alone)
 
     def updates(self) -> Iterator[Update]:
         """All updates, by the clients' names; each is read from its file as its tensors are used."""
-        for client in sorted(self._kept):
-            kept = self._kept[client]
-            yield _loaded(client, kept)
+        for _, (file, update) in sorted(self._kept.items()):
+            yield _loaded(file, update)
 
 
-def _loaded(client: str, kept: _Kept) -> Update:
-    tensors = load_file(kept.file)
-    factors = {name: _factors(tensors, name, *facts) for name, facts in kept.factors.items()}
-    return Update(client, kept.num_examples, tensors, kept.lora_alpha, factors)
-
-
-def _factors(tensors: dict[str, Tensor], name: str, decay: float, common: bool) -> Factors:
-    terms: list[tuple[Tensor, Tensor]] = []
-    while (left := tensors.pop(f"{name}|{len(terms)}|{_LEFT}", None)) is not None:
-        terms.append((left, tensors.pop(f"{name}|{len(terms)}|{_RIGHT}")))
-    return Factors(decay, terms, common)
+def _loaded(file: Path, update: Update) -> Update:
+    """The update with its tensors."""
+    groups, number = unflatten(load_file(file)), 0
+    factors = {name: replace(one, terms=[]) for name, one in update.factors.items()}
+    while lefts := groups.get(f"{_LEFT}{number}"):
+        for name, left in lefts.items():
+            factors[name].terms.append((left, groups[f"{_RIGHT}{number}"][name]))
+        number += 1
+    return replace(update, tensors=groups.get(_WHOLE, {}), factors=factors)

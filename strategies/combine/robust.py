@@ -26,7 +26,8 @@ from torch import Tensor
 from common.config.federation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, TrimmedMeanConfig
 from common.errors import AggregationError
 from common.protocol.factors import Factors
-from strategies.combine.weighted_mean import NO_UPDATE, Changed, Means, Tensors, WeightedMean
+from common.protocol.tensors import Tensors
+from strategies.combine.weighted_mean import NO_UPDATE, Changed, Means, WeightedMean
 
 BLOCK = 64 * 2**20  # bytes of all clients' rows of a tensor that are looked at together
 

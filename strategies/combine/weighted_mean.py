@@ -11,8 +11,8 @@ from common.errors import AggregationError
 from common.linalg.subspace import projects_right
 from common.model.second_moments import without
 from common.protocol.factors import Factors
+from common.protocol.tensors import Tensors
 
-Tensors = dict[str, Tensor]
 Changed = Mapping[str, Tensor | Factors]
 Means = dict[str, Tensor | Factors]
 NO_UPDATE = "no update to average: every client failed or was refused"

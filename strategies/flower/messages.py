@@ -83,7 +83,9 @@ class RuleMessages:
         self._bundled = False  # any Flower client reads plain arrays
         self._mixed_alphas = rule.mixed_ranks
 
-    def begin(self, state: Tensors, versions: Versions | None = None, moments: Tensors | None = None) -> None:
+    def begin(
+        self, state: Tensors, versions: Versions | None = None, moments: Mapping[str, Tensors] | None = None
+    ) -> None:
         """Send clients only what they lack, in the form that FedSpan's own read, whose alpha is the federation's.
 
         Args:
@@ -93,7 +95,7 @@ class RuleMessages:
         """
         self._bundled, self._mixed_alphas = True, False
         if self.server_optimizer is not None:
-            self.server_optimizer.moments = dict(moments or {})
+            self.server_optimizer.moments = {kind: dict(named) for kind, named in (moments or {}).items()}
         if self.rule.exchange(1) is not None:
             self.versions = versions or Versions(state)
 

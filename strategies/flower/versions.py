@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor
-
 from common.protocol.digest import tensors_digest
 from common.protocol.factors import num_bytes
+from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 from strategies.rule import Outcome
-
-Tensors = dict[str, Tensor]
 
 
 class Versions:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from client.session import Session, Tensors
+from client.session import Session
 from common.errors import ModelError
 from common.model import tuning
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from common.protocol.tensors import Tensors
 from server.loop.server_model import Evaluator
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions

@@ -8,11 +8,12 @@ import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification
 
-from client.session import Session, Tensors
+from client.session import Session
 from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
 from common.errors import DataError, ModelError, StaleStateError, TrainingError
 from common.protocol.factors import Exchange, unpack
+from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 from strategies.flower.named import make_rule
 from tests.harness.tiny import make_federation, make_tokenizer
