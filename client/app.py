@@ -14,22 +14,15 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    ConfigRecordValues,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import load, parse
-from common.errors import ConfigError, FedSpanError, StaleStateError, WireError
+from common.errors import ConfigError, FedSpanError, WireError
 from common.protocol.declared_noise import Declared
+from common.protocol.messages import Failure
 from common.protocol.records import get_record, get_records
 from common.system import logs
 
@@ -47,7 +40,6 @@ log = logging.getLogger("site")
 
 SITE_KEY = "site"  # node-config key: path of the site file
 LEDGERS_KEY = "ledgers"  # node-config key of an experiment's cell: folder of its ledgers, instead of the site file's
-_FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
 SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: how many sites this process holds at a time; without it, one
@@ -83,7 +75,7 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
             gate.admit(_each(message.content), _each(content), told, session.train_rows, session.update_norm)
             log.info("%s done in %.1f s", handler.__name__, time.time() - started, extra=_known(message, context, gate))
         except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
-            return Message(_error(error, gate, _known(message, context, gate)), reply_to=message)
+            return Message(_error(error, gate, _known(message, context, gate)).to_error(), reply_to=message)
         return Message(content, reply_to=message)
 
     return answer
@@ -97,18 +89,19 @@ def _known(message: Message, context: Context, gate: "Gate | None") -> dict[str,
     return {"run": str(context.run_id), "site": site, "round": request.get("server-round"), "event": kind}
 
 
-def _error(error: Exception, gate: "Gate | None", known: dict[str, object]) -> Error:
+def _error(error: Exception, gate: "Gate | None", known: dict[str, object]) -> Failure:
     """What the operator hears of an error; of one that is not FedSpan's own, type and place only."""
-    reason = str(error)
-    if not isinstance(error, FedSpanError):
+    if isinstance(error, FedSpanError):
+        failure = Failure.of(error)
+        if gate is None:
+            log.error("%s", error, extra=known)
+    else:
         log.error("unexpected error", exc_info=error, extra=known)
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         reason = f"{type(error).__name__} at {where}; the site's log says more"
-    elif gate is None:
-        log.error("%s", error, extra=known)
-    code = error.code if isinstance(error, StaleStateError) else _FAILED
-    return Error(code, reason if gate is None else gate.refuse(error, reason))
+        failure = Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+    return failure if gate is None else gate.refuse(error, failure)
 
 
 @app.query()

@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config.federation import FederationConfig, FedSALoRAConfig, resolved, settings_for_sites
 from common.config.load import load
-from common.errors import ConfigError, FedSpanError
+from common.errors import ConfigError, FederationError, FedSpanError, kind_of
 from common.model.adapters import BASE_WEIGHT
 from common.system import logs
 from server.run import bundle_signatures
@@ -52,13 +52,13 @@ def federate(
     try:
         _run(grid, config, source, folder, resume=resume, keep_model=keep_model)
     except FedSpanError as error:
-        folder.fail(str(error))
+        folder.fail(str(error), kind_of(error), error.causes if isinstance(error, FederationError) else None)
         raise
     except (SystemExit, KeyboardInterrupt):  # so Flower ends a ServerApp after `flwr stop`, or with its SuperLink
         folder.interrupt()
         raise
     except BaseException as error:
-        folder.fail(f"the server stopped on {type(error).__name__}: {error}")
+        folder.fail(f"the server stopped on {kind_of(error)}: {error}", kind_of(error))
         raise
     finally:
         folder.close()

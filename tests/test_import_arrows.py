@@ -54,6 +54,7 @@ FLOWER = {
     "client/preflight/superlink.py",
     "client/connect/supernode.py",
     "client/connect/worker.py",
+    "common/protocol/messages.py",
     "common/protocol/records.py",
     "common/protocol/wire.py",
     "strategies/flower/strategy.py",

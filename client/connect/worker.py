@@ -55,12 +55,11 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 from client.connect.trust import read_trust
 from client.connect.verify import Trust
 from client.connect.worker_process import LONG_LIVED, RuntimeApi, announced
-from common.errors import ConfigError
+from common.errors import ConfigError, WorkerDied
 from common.system.files import write_atomically
 from common.system.logs import configure as configure_logs
 
 HEARTBEAT_SECONDS = 10.0
-_DIED = 1002  # code of the reply when the bench has died; the server then asks once more
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 log = logging.getLogger("worker")
 
@@ -236,7 +235,7 @@ class Keeper:
             run, node = message.metadata.run_id, message.metadata.dst_node_id
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, node, 0
             context = Context(run, node, {}, RecordDict(), {})
-            error = Message(Error(_DIED, reason), reply_to=message)
+            error = Message(Error(WorkerDied.code, reason), reply_to=message)
             push_message(client, error, context)
             push_task_output(client, None, SubStatus.FAILED, reason)
         except Exception:  # the message came over the network: what it holds may make Flower's code fail in any way

@@ -23,6 +23,7 @@ from common.config.federation import FederationConfig, PrivacyConfig, SiteConfig
 from common.config.site_policy import PRIVATE_STRATEGIES
 from common.errors import (
     ConfigError,
+    DivergedError,
     FedSpanError,
     LedgerError,
     ModelError,
@@ -31,6 +32,7 @@ from common.errors import (
     WireError,
 )
 from common.protocol.digest import tensor_digest
+from common.protocol.messages import Failure
 
 BUNDLE = "FEDSPAN_BUNDLE"  # environment variable: digest of the bundle whose code this process runs
 _PEFT = "base_model.model."  # what stands before the model's own names under LoRA
@@ -164,6 +166,7 @@ class Gate:
 
         Raises:
             PolicyError: it may not leave.
+            DivergedError: the update is not finite.
             LedgerError: the ledger is damaged or cannot be written.
         """
         out, policy = _facts(sent), self.site.policy
@@ -174,7 +177,7 @@ class Gate:
                 raise PolicyError(f"{weight} was not asked for, so it does not leave")
             self._check_name(weight)
         if norm is not None and not math.isfinite(norm):
-            raise PolicyError("the update is not finite, so it does not leave")
+            raise DivergedError("the update is not finite, so it does not leave")
         if norm is not None and policy.max_update_norm is not None and norm > policy.max_update_norm:
             raise PolicyError(
                 f"this site's policy: `max_update_norm` is {policy.max_update_norm:g}; the update's norm is above it"
@@ -184,16 +187,17 @@ class Gate:
             self._check_totals(out["bytes"])
             self._append({**facts, "told": told, "update_norm": norm, "privacy": self._spent()})
 
-    def refuse(self, error: Exception, reason: str) -> str:
-        """Note that a message is answered with an error; the text that leaves.
+    def refuse(self, error: Exception, failure: Failure) -> Failure:
+        """Note that a message is answered with an error; the answer that leaves.
 
         Args:
             error: why.
-            reason: its text for the operator.
+            failure: the answer for the operator.
         """
+        reason, code = failure.reason, failure.code
         if self.site.privacy is not None and not isinstance(error, _PUBLIC):
             log.warning("not told to the operator: %s", reason)
-            reason = "this site could not do its part; its own log says why"
+            reason, code = "this site could not do its part; its own log says why", FedSpanError.code
         if self._about["message"] == "hello" and isinstance(error, FedSpanError):
             reason = f"{self.site.name}: {reason}"  # the server does not know yet who speaks
         kind = "refused" if isinstance(error, PolicyError) else "failed"
@@ -204,8 +208,8 @@ class Gate:
                     self._append({"event": kind, **self._about, "reason": reason})
             except LedgerError as damage:
                 log.warning("%s", damage)
-                return str(damage)
-        return reason
+                return Failure.of(damage)
+        return Failure(code, reason)
 
     def _append(self, facts: dict[str, Any]) -> None:
         if self._ledger.lines == 0:

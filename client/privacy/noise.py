@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.config.federation import PrivacyConfig
-from common.errors import TrainingError
+from common.errors import DivergedError
 
 _CHUNK = 2**20  # numbers that are noised at a time
 _MARGIN = 1e-6  # a clipped update stays below the limit by this share, whatever rounding does
@@ -32,11 +32,11 @@ def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, T
         config: the site file's section.
 
     Raises:
-        TrainingError: the update is not finite.
+        DivergedError: the update is not finite.
     """
     norm = norm_of(changes.values())
     if not math.isfinite(norm):
-        raise TrainingError("the update is not finite; lower training.learning_rate")
+        raise DivergedError("the update is not finite; lower training.learning_rate")
     kept = min(1.0, config.clip * (1 - _MARGIN) / norm) if norm > 0 else 1.0
     std = config.noise_multiplier * config.clip
     return {name: _noised(change, kept, std) for name, change in changes.items()}

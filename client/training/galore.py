@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from client.training.moments import Moments, moment_store
 from client.training.range_finder import range_finder
 from common.config.federation import TrainingConfig
-from common.errors import TrainingError
+from common.errors import DivergedError, TrainingError
 from common.linalg.subspace import generator_for, projects_right
 from common.model.second_moments import gathered, name_of, spread
 from common.protocol.factors import Factors
@@ -133,7 +133,7 @@ class GaLore(torch.optim.Optimizer):
         """One optimizer step, with the gradients that are there and those projected since the last step.
 
         Raises:
-            TrainingError: a gradient is not finite; no weight is changed by it.
+            DivergedError: a gradient is not finite; no weight is changed by it.
         """
         loss = None
         if closure is not None:
@@ -145,7 +145,7 @@ class GaLore(torch.optim.Optimizer):
         if lows:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(low) for low in lows]))
             if not torch.isfinite(norm):
-                raise TrainingError(f"{self._not_finite()}: its gradient is not finite; lower training.learning_rate")
+                raise DivergedError(f"{self._not_finite()}: its gradient is not finite; lower training.learning_rate")
             if self._max_norm is not None:
                 torch._foreach_mul_(lows, float((self._max_norm / (norm + 1e-6)).clamp(max=1.0)))
         for group in self.param_groups:
@@ -176,7 +176,7 @@ class GaLore(torch.optim.Optimizer):
         """Take new bases from the gradients that are there; all gradients are freed.
 
         Raises:
-            TrainingError: a gradient is not finite.
+            DivergedError: a gradient is not finite.
         """
         for parameter in self._names:
             if parameter.grad is not None and parameter in self._projected:
@@ -283,7 +283,7 @@ class GaLore(torch.optim.Optimizer):
             basis = self._basis(name, gradient.shape).to(gradient.device)
         else:
             if not torch.isfinite(gradient).all():
-                raise TrainingError(f"{name}: its gradient is not finite; lower training.learning_rate")
+                raise DivergedError(f"{name}: its gradient is not finite; lower training.learning_rate")
             tall = gradient if right else gradient.T  # (rows, short side)
             last = state["bases"][-1] if state["bases"] else None
             warm = None if last is None else (last.T if right else last)

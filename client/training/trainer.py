@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from client.training.galore import GaLore
 from common.config.federation import TrainingConfig
-from common.errors import TrainingError
+from common.errors import DivergedError, TrainingError
 from common.system.memory import attempt, release
 
 E = TypeVar("E")
@@ -84,8 +84,9 @@ def train(
         seed: of the order of rows.
 
     Raises:
-        TrainingError: the loss is not finite, memory runs out with one row per forward pass, or gradients are to be
-            scaled whose weights are float16.
+        DivergedError: the loss is not finite.
+        TrainingError: memory runs out with one row per forward pass, or gradients are to be scaled whose weights are
+            float16.
     """
     micro = min(config.batch_size, max_batch_size or config.batch_size)
     steps = config.steps(len(examples))
@@ -163,7 +164,8 @@ class _Passes(Generic[E]):
         """Make the gradient of the sum of each batch's mean loss, where no gradient is yet; that sum.
 
         Raises:
-            TrainingError: the loss is not finite, or a single row does not fit into memory; names the place.
+            DivergedError: the loss is not finite; names the place.
+            TrainingError: a single row does not fit into memory; names the place.
         """
         while (done := attempt(lambda: self._backward(batches, place))) is None:
             most = min(self.micro, max(len(rows) for rows in batches))
@@ -196,7 +198,7 @@ class _Passes(Generic[E]):
                     summed, _ = self._loss_sum(self._model, on_device)
                 loss += float(summed.detach()) / counted
                 if not math.isfinite(loss):
-                    raise TrainingError(f"loss is {loss} in {place}; lower training.learning_rate")
+                    raise DivergedError(f"loss is {loss} in {place}; lower training.learning_rate")
                 self.scaler.scale(summed / counted).backward()
                 tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
         return loss, tokens

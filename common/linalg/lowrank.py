@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.errors import AggregationError
+from common.errors import AggregationError, DivergedAverage
 
 ZERO = 1e-7  # singular values below this share of the largest w_k |B_k| |A_k| are rounding
 RANK = 1e-6  # those above this share of the largest one count for the numerical rank
@@ -139,7 +139,7 @@ def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor, Tensor]:
     norms_a = torch.tensor([float(torch.linalg.vector_norm(term.a)) for term in terms], dtype=torch.float64)
     sizes = norms_b * norms_a
     if not torch.isfinite(sizes).all():
-        raise AggregationError(f"{name}: a factor holds values that are not finite, or too large to be squared")
+        raise DivergedAverage(f"{name}: a factor holds values that are not finite, or too large to be squared")
     b.div_(_columns(norms_b.clamp_min(TINY).to(dtype), terms))
     a.div_(_columns(norms_a.clamp_min(TINY).to(dtype), terms)[:, None])
     return b, a, sizes

@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common import text as units
-from common.errors import FedSpanError, LaunchError
+from common.errors import FedSpanError, RunFolderError
 from common.metrics import SCORES
 from common.system.files import write_atomically
 from deploy.experiment import compare_plots as plots
@@ -41,7 +41,7 @@ def write_comparison(out: Path) -> Path:
     """Write the comparison into an experiment's folder; the page's file.
 
     Raises:
-        LaunchError: the folder holds no experiment, or a file cannot be read or written.
+        RunFolderError: the folder holds no experiment, or a file cannot be read or written.
     """
     found = read_comparison(out)
     files = {
@@ -57,7 +57,7 @@ def write_comparison(out: Path) -> Path:
         try:
             write_atomically(out / name, text)
         except OSError as error:
-            raise LaunchError(f"{out / name} cannot be written: {error.strerror or error}") from None
+            raise RunFolderError(f"{out / name} cannot be written: {error.strerror or error}") from None
     return out / "comparison.html"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import LaunchError
+from common.errors import RunFolderError
 from common.metrics import SCORES, Score
 from deploy.experiment.trial import FACTS, SUMMARY, outcome
 from server.run.folder import read_lines
@@ -173,14 +173,14 @@ def read_comparison(out: Path) -> Comparison:
     """Read an experiment's folder; runs that have not ended well are counted as missing.
 
     Raises:
-        LaunchError: the folder holds no experiment, or a file of it cannot be read.
+        RunFolderError: the folder holds no experiment, or a file of it cannot be read.
     """
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LaunchError(f"{out} holds no experiment: there is no {SUMMARY}") from None
+        raise RunFolderError(f"{out} holds no experiment: there is no {SUMMARY}") from None
     except (OSError, ValueError) as error:
-        raise LaunchError(f"{out / SUMMARY} cannot be read: {error}") from None
+        raise RunFolderError(f"{out / SUMMARY} cannot be read: {error}") from None
     most = max((len(setting["cells"]) for setting in summary["settings"]), default=0)
     seeds = len(summary.get("seeds", ())) or most or 1  # an earlier version's summary does not name them
     groups: dict[tuple[Any, ...], Group] = {}

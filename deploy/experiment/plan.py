@@ -170,7 +170,7 @@ class Plan:
         return {**cell.facts(), "digests": {what: self._digests[what] for what in used}}
 
     def refuse_changed(self, out: Path) -> None:
-        """Raise a LaunchError when a cell in the folder ``out`` was begun with other settings or data."""
+        """Raise a RunFolderError when a cell in the folder ``out`` was begun with other settings or data."""
         for cell in self.cells():
             refuse_changed(out / cell.folder, self.federation(cell), self.facts(cell))
 

@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from common.errors import FedSpanError, LaunchError
+from common.errors import FedSpanError, RunFolderError
 from common.metrics import SCORES
 from common.system.files import write_atomically
 from common.system.lock import hold
@@ -186,12 +186,12 @@ def _alone_in(out: Path) -> Iterator[None]:
     """Keep a second experiment out of a folder.
 
     Raises:
-        LaunchError: there is one already, or the folder cannot be written.
+        RunFolderError: there is one already.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = hold(out / ".lock")
     if lock is None:
-        raise LaunchError(f"{out}: another experiment is at work in this folder")
+        raise RunFolderError(f"{out}: another experiment is at work in this folder")
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ its end, and can be killed without harm.
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from common.config.federation import FederationConfig
-from common.errors import LaunchError
+from common.errors import DIVERGED, RunFolderError
 from common.system.files import write_atomically
 from common.system.processes import die_with_parent
 from server.run.folder import changes
@@ -29,9 +28,6 @@ FACTS = "cell.json"
 LOG = "log"
 _FEDERATION = "federation.yaml"
 _LEDGERS = "ledgers"
-#: How sites and server say that numbers overflowed, or soon would (client/training, client/privacy/guard.py and
-#: strategies/admission/well_formed.py).
-_DIVERGED = re.compile(r"loss is -?(nan|inf)\b|\bnot finite\b|\bnon-finite\b|: a norm of ")
 _PROCESS = "deploy.experiment.trial_process"  # by name: only the fork server imports what it does
 
 
@@ -44,7 +40,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def status(folder: Path) -> str:
     """How a cell stands: missing, running (or killed), completed, failed, or diverged: failed by its learning rate."""
     told = outcome(folder)
-    if told.get("status") == "failed" and _DIVERGED.search(told.get("reason") or ""):
+    if told.get("status") == "failed" and DIVERGED & {*told.get("causes", {}).values()}:
         return "diverged"
     return str(told.get("status", "missing"))
 
@@ -55,7 +51,7 @@ def is_settled(folder: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> None:
-    """Raise a LaunchError when a cell that is settled, or would go on, was begun with other settings or data.
+    """Raise a RunFolderError when a cell that is settled, or would go on, was begun with other settings or data.
 
     Args:
         folder: of the cell.
@@ -75,7 +71,7 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
         changed = [what for what, digest in digests.items() if facts["digests"].get(what) != digest]
         how = f"{', '.join(changed[:3])}: other content" if changed else ""
     if how:
-        raise LaunchError(f"{folder}: the experiment has changed since this cell began: {how}; choose another --out")
+        raise RunFolderError(f"{folder}: the experiment has changed since this cell began: {how}; choose another --out")
 
 
 def _goes_on(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> bool:

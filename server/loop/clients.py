@@ -12,7 +12,7 @@ from common.config.federation import AdmissionConfig, CohortConfig
 from common.errors import FederationError
 from common.protocol.declared_noise import Declared
 from common.protocol.records import get_record
-from server.loop.inflight import LOST, POLL_SECONDS, Mailbox
+from server.loop.inflight import LOST, POLL_SECONDS, Mailbox, failure_in
 from server.run import node_owners
 from server.run.folder import RunFolder
 from server.run.quarantine import Refusals
@@ -159,12 +159,12 @@ class Roster:
             time.sleep(POLL_SECONDS)
 
     def _take_in(self, node_id: int, reply: Message) -> None:
-        if reply.has_error():
-            self._lost[node_id] += reply.error.code in LOST
-            if reply.error.code in LOST and self._lost[node_id] < _HELLOS:
+        if (failure := failure_in(reply)) is not None:
+            self._lost[node_id] += failure.code in LOST
+            if failure.code in LOST and self._lost[node_id] < _HELLOS:
                 self._greeted.remove(node_id)  # it is asked again if it is still there
             else:
-                self._refuse(node_id, f"node {node_id}", str(reply.error.reason))
+                self._refuse(node_id, f"node {node_id}", failure.reason)
             return
         hello = _told(reply)
         site = str(hello.get("site", f"node {node_id}"))

@@ -9,7 +9,8 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from common.errors import WORKER_DIED, FederationError
+from common.errors import FederationError, WireError, WorkerDied
+from common.protocol.messages import Failure
 
 POLL_SECONDS = 0.2  # the SuperLink is on this machine: asking costs little
 _POLL_SECONDS_EACH = 0.02  # per reply that is waited for: one question takes about as long
@@ -17,7 +18,17 @@ _PULL_SECONDS = (
     2.0  # so long others wait while a reply is pulled; one that is still being uploaded takes as long as that
 )
 #: Codes of replies that say that a message was lost with the process that had it; the site has refused nothing.
-LOST = {WORKER_DIED, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+LOST = {WorkerDied.code, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+
+
+def failure_in(reply: Message) -> Failure | None:
+    """The error that a reply is; one that cannot be read is a ``WireError``. None: the reply is no error."""
+    if not reply.has_error():
+        return None
+    try:
+        return Failure.read(reply.error)
+    except WireError as unreadable:
+        return Failure.of(unreadable)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class RoundNotes:
     Attributes:
         admitted: the sites whose updates count, with the seconds each took.
         problems: the reason by site of those that failed, were refused or stayed away.
+        kinds: of their errors, by site.
         elsewhere: seconds that the server did not spend on combining: waiting for replies, evaluating.
     """
 
@@ -30,6 +31,7 @@ class RoundNotes:
         self.started = time.monotonic()
         self.admitted: dict[str, float] = {}
         self.problems: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
         self.elsewhere = 0.0
         self._folder = folder
         self._records: dict[str, tuple[float, dict[str, object]]] = {}  # site -> (when it was done, metrics record)
@@ -41,12 +43,12 @@ class RoundNotes:
         node_id = message.metadata.dst_node_id
         self._sent[node_id] = self._sent.get(node_id, 0) + _payload(message)
 
-    def problem(self, site: str, kind: str, reason: str) -> None:
-        """A site failed, was refused or stayed away; ``kind`` is the event's."""
-        self.problems[site] = reason
+    def problem(self, site: str, event: str, reason: str, kind: str) -> None:
+        """A site failed, was refused or stayed away; ``kind`` is that of its error."""
+        self.problems[site], self.kinds[site] = reason, kind
         self.admitted.pop(site, None)
         self._records.pop(site, None)
-        self._folder.event(kind, round=self.number, client=site, reason=reason)
+        self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind)
 
     def update(self, sent: Sent, reply: Message, update: Update) -> dict[str, float]:
         """An update came in; the metrics that its reply holds."""

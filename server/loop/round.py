@@ -9,9 +9,10 @@ from flwr.app import ConfigRecordValues, Message
 from flwr.common.constant import ErrorCode
 
 from common.config.federation import FederationConfig
-from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError
+from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError, kind_of
+from common.protocol.messages import Failure
 from server.loop.clients import Roster
-from server.loop.inflight import LOST, Mailbox, Sent
+from server.loop.inflight import LOST, Mailbox, Sent, failure_in
 from server.loop.pending_updates import Spool
 from server.loop.recorder import RoundNotes, record_evaluation, under
 from server.run.folder import RunFolder
@@ -60,7 +61,7 @@ class Round:
         self._group = f"train/{number}"
         self._asked = time.monotonic()
         self._patience, self._cohort = patience, parts.config.cohort
-        self._lost: dict[str, str] = {}  # sites whose work was lost with their connection or worker, with the reason
+        self._lost: dict[str, Failure] = {}  # sites whose work was lost with their connection or worker
         self._again: set[str] = set()
 
     def ask(self, nodes: list[int]) -> None:
@@ -81,10 +82,12 @@ class Round:
         try:
             outcome = self._parts.strategy.combine(self._number, self._state, self._counted())
         except AggregationError as error:
-            raise FederationError(f"round {self._number}: {error}{self._reasons()}") from None
+            causes = {**self.notes.kinds, "server": kind_of(error)}
+            raise FederationError(f"round {self._number}: {error}{self._reasons()}", causes) from None
         valid, needed = len(self.notes.admitted), self._cohort.min_clients
         if valid < needed:
-            raise FederationError(f"round {self._number}: {valid} valid updates, {needed} needed{self._reasons()}")
+            reason = f"round {self._number}: {valid} valid updates, {needed} needed{self._reasons()}"
+            raise FederationError(reason, self.notes.kinds)
         self.notes.close(outcome.diagnostics)
         return outcome
 
@@ -112,7 +115,8 @@ class Round:
                 else:
                     limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
                     limit += f", and {noise:.3g} for the declared noise" if noise else ""
-                    self._refuse(update.client, f"{update.client}: its update moved by {norm:.3g}; {limit}")
+                    refusal = RefusedUpdate(f"{update.client}: its update moved by {norm:.3g}; {limit}")
+                    self._refuse(update.client, refusal)
                 del update
 
     def _updates(self) -> Iterator[tuple[Update, Moved]]:
@@ -129,28 +133,34 @@ class Round:
         self.notes.elsewhere += time.monotonic() - since
         for node_id in mailbox.forget(self._group):
             name = self._parts.strategy.client(node_id).name
-            self._lost[name] = f"{name}: no answer within {self._deadline() - self._asked:.4g} seconds"
-        for name, reason in self._lost.items():
-            self.notes.problem(name, "client_failed", reason)
+            seconds = self._deadline() - self._asked
+            self._lost[name] = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no answer within {seconds:.4g} seconds")
+        for name, failure in self._lost.items():
+            self._fail(name, failure)
 
     def _take(self, sent: Sent, reply: Message) -> tuple[Update, Moved] | None:
         """The update in a reply and how far it moves; None when there is none that is well formed."""
-        name, code = self._parts.strategy.client(sent.node_id).name, reply.error.code if reply.has_error() else None
+        client = self._parts.strategy.client(sent.node_id)
+        name, failure = client.name, failure_in(reply)
+        if failure is not None:
+            client.forget()
+            if failure.code in _ONCE_MORE and name not in self._again:
+                self._again.add(name)
+                self._lost[name] = failure
+            elif failure.code == ErrorCode.NODE_UNAVAILABLE:
+                self._lost[name] = failure
+            else:
+                self._fail(name, failure)
+            return None
         try:
             update, how_far = self._read(reply, sent.node_id)
         except RefusedUpdate as refusal:
-            if code == ErrorCode.NODE_UNAVAILABLE or (code in _ONCE_MORE and name not in self._again):
-                self._again |= {name} if code in _ONCE_MORE else set()
-                self._lost[name] = str(refusal)
-            elif code is not None:
-                self.notes.problem(name, "client_failed", str(refusal))
-            else:
-                self._refuse(name, str(refusal))
+            self._refuse(name, refusal)
             return None
         except Exception as error:  # whatever a reply may hold, it ends the round for its site alone
             log.exception("round %d: reading the reply of %s failed", self._number, name)
-            kind = type(error).__name__
-            self._refuse(name, f"{name}: its reply cannot be used ({kind}; the server's log says where)")
+            reason = f"{name}: its reply cannot be used ({kind_of(error)}; the server's log says where)"
+            self._refuse(name, RefusedUpdate(reason))
             return None
         metrics = self.notes.update(sent, reply, update)
         if self._evaluate:
@@ -183,7 +193,7 @@ class Round:
             name = strategy.client(node_id).name
             if node_id in returned or roster.node_of(name) not in (node_id, None):  # it came back, maybe as a new node
                 mailbox.forget(self._group, node_id)
-                self._lost[name] = f"{name}: its connection was lost"
+                self._lost[name] = Failure(ErrorCode.NODE_UNAVAILABLE, "its connection was lost")
         for name in list(self._lost):
             back = roster.node_of(name)
             if back is not None:
@@ -196,8 +206,11 @@ class Round:
         enough = len(self.notes.admitted) >= self._cohort.min_clients
         return self._asked + (self._patience if enough else self._cohort.round_deadline)
 
-    def _refuse(self, site: str, reason: str) -> None:
-        self.notes.problem(site, "update_refused", reason)
+    def _fail(self, site: str, failure: Failure) -> None:
+        self.notes.problem(site, "client_failed", f"{site}: {failure.reason}", failure.kind)
+
+    def _refuse(self, site: str, refusal: RefusedUpdate) -> None:
+        self.notes.problem(site, "update_refused", str(refusal), kind_of(refusal))
         refusals = self._parts.refusals
         before = refusals.excluded()
         refusals.note(site, refused=True)

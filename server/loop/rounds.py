@@ -5,12 +5,14 @@ from collections import deque
 from collections.abc import Mapping
 
 from flwr.app import ConfigRecordValues
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.config.federation import FederationConfig
+from common.protocol.messages import Failure
 from server.loop.checkpoint import Checkpoint, save
 from server.loop.clients import Roster
-from server.loop.inflight import Mailbox
+from server.loop.inflight import Mailbox, failure_in
 from server.loop.recorder import record_evaluation, scalars, under
 from server.loop.round import Parts, Round
 from server.loop.server_model import Evaluator
@@ -139,14 +141,18 @@ class RoundLoop:
         self._evaluate_here(version, state)
         for sent, reply in self._mailbox.replies(group, lambda: deadline):
             name = self._strategy.client(sent.node_id).name
-            if reply.has_error():
-                self._folder.event("client_failed", round=version, client=name, reason=f"{name}: {reply.error.reason}")
+            if (failure := failure_in(reply)) is not None:
+                self._note_failure(version, name, failure)
             else:
                 record_evaluation(self._folder, version, name, under("evaluate.", scalars(reply)))
         for node_id in self._mailbox.forget(group):
             name = self._strategy.client(node_id).name
-            reason = f"{name}: no evaluation within {patience:g} seconds"
-            self._folder.event("client_failed", round=version, client=name, reason=reason)
+            failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no evaluation within {patience:g} seconds")
+            self._note_failure(version, name, failure)
+
+    def _note_failure(self, version: int, name: str, failure: Failure) -> None:
+        reason = f"{name}: {failure.reason}"
+        self._folder.event("client_failed", round=version, client=name, reason=reason, kind=failure.kind)
 
     def _evaluate_here(self, version: int, state: Tensors) -> float:
         """Evaluate on the server's own set; the seconds that took."""

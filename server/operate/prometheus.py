@@ -28,7 +28,7 @@ class RunCollector(Collector):
         """All metrics of the run.
 
         Raises:
-            LaunchError: the folder cannot be read; the scrape then fails.
+            RunFolderError: the folder cannot be read; the scrape then fails.
         """
         seen = overview(self._run_dir)
         own = [seen.name, seen.strategy]

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import FedSpanError, LaunchError
+from common.errors import FedSpanError, RunFolderError
 from common.metrics import SCORES
 from common.text import size
 from server.operate.progress import clock
@@ -29,15 +29,15 @@ def listing(folder: Path) -> list[Overview]:
     """All runs in a folder; one that cannot be read is there with its reason.
 
     Raises:
-        LaunchError: there is no such folder.
+        RunFolderError: there is no such folder.
     """
     if not folder.is_dir():
-        raise LaunchError(f"{folder} does not exist; --runs names the folder of all runs")
+        raise RunFolderError(f"{folder} does not exist; --runs names the folder of all runs")
     found = []
     for path in runs(folder):
         try:
             found.append(overview(path))
-        except LaunchError as error:
+        except RunFolderError as error:
             found.append(Overview(path.name, "unreadable", str(error)))
     return found
 

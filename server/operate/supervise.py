@@ -25,7 +25,7 @@ from rich.console import Console
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
-from common.errors import FedSpanError, LaunchError
+from common.errors import FedSpanError, LaunchError, RunFailed, RunFolderError
 from common.system.logs import configure as configure_logs
 from common.system.processes import ProcessGroup, Started, last_lines, listens
 from server.operate.progress import Display, teller
@@ -133,7 +133,7 @@ class Supervised:
         """Look after the run once; whether it has ended well. To be called again and again.
 
         Raises:
-            LaunchError: the run has failed, with its reason; or its server died too often.
+            RunFailed: the run has failed, with its reason; or its server died too often.
             Interrupted: the run was stopped, but not here.
         """
         if self._nodes is not None:
@@ -142,7 +142,7 @@ class Supervised:
         at_work = in_use(self._run_dir)
         outcome = read_run(self._run_dir)  # once more: a server that has ended wrote it before it let go
         if self._is_ours(outcome) and outcome["status"] == "failed":
-            raise LaunchError(str(outcome["reason"]))
+            raise RunFailed(str(outcome["reason"]))
         link_died = self._link_died()
         if self._is_ours(outcome) and outcome["status"] == "interrupted" and not link_died:
             raise Interrupted("Flower, or a signal to the server")
@@ -189,23 +189,23 @@ class Supervised:
         """Go on after the last checkpoint.
 
         Raises:
-            LaunchError: this has been tried too often, or the disk is full.
+            RunFailed: this has been tried too often, or the disk is full.
         """
         newest = self._newest_checkpoint()
         if newest != self._newest:
             self._newest, self._deaths = newest, 0
         self._deaths += 1
         if shutil.disk_usage(self._run_dir).free < _LEAST_SPACE:
-            raise LaunchError(f"{what}; the disk of {self._run_dir} is full: make room, then go on with --resume")
+            raise RunFailed(f"{what}; the disk of {self._run_dir} is full: make room, then go on with --resume")
         if self._deaths > self._limit:
             log = self._process.log if self._process is not None else None
             end = f"; {log} ends with: {last_lines(log)}" if log is not None else ""
-            raise LaunchError(f"{what} {self._deaths} times without finishing another round{end}")
+            raise RunFailed(f"{what} {self._deaths} times without finishing another round{end}")
         self._tell(f"{what}; the run goes on after its last checkpoint (try {self._deaths} of {self._limit})")
         if self._process is not None and self._link_died():
             self._group.forget(self._process)  # and its ServerApp with it
             if not self.start_superlink():
-                raise LaunchError(f"{what} and did not start again; {self._process.log} says more")
+                raise RunFailed(f"{what} and did not start again; {self._process.log} says more")
         self.submit(resume=(self._run_dir / "run.json").exists())
 
     def _newest_checkpoint(self) -> str:
@@ -223,7 +223,7 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
         watch: is called between two looks at the run.
 
     Raises:
-        LaunchError: the run failed.
+        RunFailed: the run failed.
     """
     display = Display(console, run_dir.name)
     try:
@@ -312,7 +312,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(f"run folder {path.parent} cannot be written: {error.strerror}") from None
+        raise RunFolderError(f"run folder {path.parent} cannot be written: {error.strerror}") from None
 
 
 def _superlink(parser: argparse.ArgumentParser, options: argparse.Namespace) -> OwnSuperLink | str:

@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from common.errors import FedSpanError, LaunchError
+from common.errors import FedSpanError, RunFolderError
 from common.metrics import ANSWERS, SCORES, Score
 from common.system.files import write_atomically
 from server.report import plots
@@ -97,14 +97,14 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder.
 
     Raises:
-        LaunchError: the folder holds no run, a file of it cannot be read, or the report cannot be written.
+        RunFolderError: the folder holds no run, a file of it cannot be read, or the report cannot be written.
     """
     page = render(read_run(run_dir))
     file = run_dir / "report.html"
     try:
         write_atomically(file, page)
     except OSError as error:
-        raise LaunchError(f"{file} cannot be written: {error.strerror or error}") from None
+        raise RunFolderError(f"{file} cannot be written: {error.strerror or error}") from None
     return file
 
 
@@ -112,10 +112,10 @@ def read_run(run_dir: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        LaunchError: the folder holds no run, or a file of it cannot be read.
+        RunFolderError: the folder holds no run, or a file of it cannot be read.
     """
     if not (run_dir / "run.json").is_file():
-        raise LaunchError(f"{run_dir} is no run folder: it holds no run.json")
+        raise RunFolderError(f"{run_dir} is no run folder: it holds no run.json")
     try:
         samples = run_dir / "samples.json"
         settings = run_dir / "federation.yaml"
@@ -127,7 +127,7 @@ def read_run(run_dir: Path) -> Run:
             settings=settings.read_text(encoding="utf-8") if settings.exists() else "",
         )
     except OSError as error:
-        raise LaunchError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise RunFolderError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def render(run: Run) -> str:
@@ -322,7 +322,7 @@ def _json(file: Path) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(file.read_bytes())
     except ValueError:
-        raise LaunchError(f"{file}: not valid JSON") from None
+        raise RunFolderError(f"{file}: not valid JSON") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ import psutil
 import yaml
 
 from common.config.federation import FederationConfig, resolved
-from common.errors import LaunchError
+from common.errors import RunFolderError
 from common.packages import installed
 from common.system.files import write_atomically
 from common.system.lock import hold, is_held
@@ -53,7 +53,7 @@ class RunFolder:
         self.path = path
         lock = hold(path / _LOCK)
         if lock is None:
-            raise LaunchError(f"{path}: another server is at work on this run")
+            raise RunFolderError(f"{path}: another server is at work on this run")
         self._lock = lock
         self._started = time.time()
         self._run: dict[str, Any] = {}
@@ -69,7 +69,7 @@ class RunFolder:
             source: where that file lies; its relative paths are relative to its folder.
 
         Raises:
-            LaunchError: the folder already holds a run, or cannot be written.
+            RunFolderError: the folder already holds a run, or cannot be written.
         """
         refuse_existing(path)
         try:
@@ -80,7 +80,7 @@ class RunFolder:
             write_atomically(path / "federation.yaml", settings)
             folder = cls(path)
         except OSError as error:
-            raise LaunchError(f"run folder {path} cannot be written: {error.strerror or error}") from None
+            raise RunFolderError(f"run folder {path} cannot be written: {error.strerror or error}") from None
         folder.model_info(
             {
                 "status": "running",
@@ -106,7 +106,7 @@ class RunFolder:
             source: where that file lies.
 
         Raises:
-            LaunchError: there is no run to go on with, or the federation file has changed; says how.
+            RunFolderError: there is no run to go on with, or the federation file has changed; says how.
         """
         check_resumable(path, resolved(federation, source))
         folder = cls(path)  # from here on it is ours alone
@@ -123,11 +123,13 @@ class RunFolder:
         """Refuse to go on with another base model or tokenizer.
 
         Raises:
-            LaunchError: a digest is not the one that was noted when the run began.
+            RunFolderError: a digest is not the one that was noted when the run began.
         """
         for what, digest in digests.items():
             if self._run.get(what, digest) != digest:
-                raise LaunchError(f"{self.path}: {what} was {self._run[what]} when the run began, it is {digest} now")
+                raise RunFolderError(
+                    f"{self.path}: {what} was {self._run[what]} when the run began, it is {digest} now"
+                )
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl."""
@@ -145,7 +147,7 @@ class RunFolder:
         self._run |= facts
         write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
 
-    def event(self, kind: str, **fields: object) -> None:
+    def event(self, kind: str, /, **fields: object) -> None:
         """Note that something happened, and log it."""
         event = {"time": round(time.time(), 3), "event": kind, **fields}
         self._append("events.jsonl", event)
@@ -168,21 +170,28 @@ class RunFolder:
         """The run ended well."""
         self._end("completed", None)
 
-    def fail(self, reason: str) -> None:
-        """The run ended with a reason."""
-        self._end("failed", reason)
+    def fail(self, reason: str, kind: str, causes: Mapping[str, str] | None = None) -> None:
+        """The run ended with a reason.
+
+        Args:
+            reason: the sentence for people.
+            kind: of the error.
+            causes: kinds of the errors behind it, by site.
+        """
+        self._end("failed", reason, kind=kind, causes=dict(causes or {}))
 
     def interrupt(self) -> None:
         """The run was stopped, and can go on later."""
         self._end("interrupted", "the server was stopped, by Flower or a signal")
 
-    def _end(self, status: str, reason: str | None) -> None:
+    def _end(self, status: str, reason: str | None, **error: object) -> None:
         seconds = round(time.time() - self._started, 3)
         if reason is None:
             self.event("finished", seconds=seconds)
         else:
-            self.event(status, reason=reason)
-        self.model_info({"status": status, "reason": reason, "finished": time.time(), "seconds": seconds})
+            self.event(status, reason=reason, **error)
+        ended = {"status": status, "reason": reason, **error}
+        self.model_info({**ended, "finished": time.time(), "seconds": seconds})
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -195,27 +204,27 @@ def in_use(path: Path) -> bool:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise a LaunchError when ``path`` already holds a run; logs and Flower's own files are none."""
+    """Raise a RunFolderError when ``path`` already holds a run; logs and Flower's own files are none."""
     try:
         found = [name for name in _RESULTS if (path / name).exists()]
     except OSError as error:
-        raise LaunchError(f"run folder {path} cannot be read: {error.strerror or error}") from None
+        raise RunFolderError(f"run folder {path} cannot be read: {error.strerror or error}") from None
     if found:
-        raise LaunchError(f"{path} already holds a run ({found[0]}); choose another `name`, or remove the folder")
+        raise RunFolderError(f"{path} already holds a run ({found[0]}); choose another `name`, or remove the folder")
 
 
 def check_resumable(path: Path, federation: FederationConfig) -> None:
-    """Raise a LaunchError when ``path`` holds no run that can go on under this (resolved) federation file."""
+    """Raise a RunFolderError when ``path`` holds no run that can go on under this (resolved) federation file."""
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         before = yaml.safe_load((path / "federation.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        raise LaunchError(f"{path} holds no run that could go on; leave out --resume") from None
+        raise RunFolderError(f"{path} holds no run that could go on; leave out --resume") from None
     if run.get("status") == "completed":
-        raise LaunchError(f"{path}: the run has ended well, nothing is left to do")
+        raise RunFolderError(f"{path}: the run has ended well, nothing is left to do")
     how = changes(before, federation.model_dump(mode="json"))
     if how:
-        raise LaunchError(f"{path}: the federation file has changed since the run began: {how}")
+        raise RunFolderError(f"{path}: the federation file has changed since the run began: {how}")
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -237,20 +246,20 @@ def read_run(path: Path) -> dict[str, Any]:
     """The run.json of the folder ``path``; empty when there is none.
 
     Raises:
-        LaunchError: it cannot be read.
+        RunFolderError: it cannot be read.
     """
     file = path / "run.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
     except (OSError, ValueError) as error:
-        raise LaunchError(f"{file} cannot be read: {error}") from None
+        raise RunFolderError(f"{file} cannot be read: {error}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file, without a last line that is still being written; none when there is no file.
 
     Raises:
-        LaunchError: a complete line is no JSON; names file and line.
+        RunFolderError: a complete line is no JSON; names file and line.
     """
     if not path.exists():
         return []
@@ -260,7 +269,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError:
-            raise LaunchError(f"{path}, line {number}: not valid JSON") from None
+            raise RunFolderError(f"{path}, line {number}: not valid JSON") from None
     return records
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import LaunchError
+from common.errors import RunFolderError
 from server.run import records as facts
 from server.run.folder import in_use, read_lines, read_run
 from server.run.quarantine import Refusals
@@ -109,12 +109,12 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
     """Read a run's folder.
 
     Raises:
-        LaunchError: there is no run, or a file of it cannot be read; names it.
+        RunFolderError: there is no run, or a file of it cannot be read; names it.
     """
     now = time.time() if now is None else now
     run, supervisor = read_run(run_dir), supervisor_of(run_dir)
     if not run and supervisor is None:
-        raise LaunchError(f"{run_dir} holds no run")
+        raise RunFolderError(f"{run_dir} holds no run")
     state, reason = _state(run_dir, run, supervisor)
     alive = state in ("starting", "running")
     settings = _settings(run_dir)
@@ -174,7 +174,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.exists() else {}
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise LaunchError(f"{file} cannot be read: {error}") from None
+        raise RunFolderError(f"{file} cannot be read: {error}") from None
 
 
 def _last(events: list[Event], kind: str) -> int:

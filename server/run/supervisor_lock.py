@@ -17,7 +17,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ValidationError
 
-from common.errors import LaunchError
+from common.errors import LaunchError, RunFolderError
 from common.system.files import write_atomically
 from common.system.lock import hold, is_held
 from server.run.folder import in_use
@@ -61,7 +61,7 @@ def looking_after(run_dir: Path) -> Iterator[None]:
     """Note that this process looks after a run, and how that ends.
 
     Raises:
-        LaunchError: another process does, or the run's folder cannot be written.
+        RunFolderError: another process does, or the run's folder cannot be written.
     """
     own = Supervisor(
         pid=os.getpid(),
@@ -74,12 +74,12 @@ def looking_after(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = hold(run_dir / _LOCK)
         if lock is None:
-            raise LaunchError(
+            raise RunFolderError(
                 f"{run_dir}: another supervisor looks after this run; see python -m server.operate.status"
             )
         _write(run_dir, own)
     except OSError as error:
-        raise LaunchError(f"run folder {run_dir} cannot be written: {error.strerror or error}") from None
+        raise RunFolderError(f"run folder {run_dir} cannot be written: {error.strerror or error}") from None
     try:
         yield
         own.outcome = "completed"
@@ -100,14 +100,14 @@ def supervisor_of(run_dir: Path) -> Supervisor | None:
     """The process that looks after a run, or did so last; None when there never was one.
 
     Raises:
-        LaunchError: what the folder says of it cannot be read.
+        RunFolderError: what the folder says of it cannot be read.
     """
     try:
         return Supervisor.model_validate_json((run_dir / _FILE).read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        raise LaunchError(f"{run_dir / _FILE} cannot be read: {error}") from None
+        raise RunFolderError(f"{run_dir / _FILE} cannot be read: {error}") from None
 
 
 def is_looked_after(run_dir: Path) -> bool:

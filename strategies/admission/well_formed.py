@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from common.errors import RefusedUpdate
+from common.errors import DivergedUpdate, RefusedUpdate
 from common.protocol.factors import Factors
 from strategies.lora_names import LORA_A, partner
 from strategies.rule import Tensors
@@ -59,7 +59,7 @@ def admit_factors(client: str, changes: Mapping[str, Factors]) -> None:
     """Check changes that came in factors; their shapes were checked when they were read.
 
     Raises:
-        RefusedUpdate: a number is not finite, or a factor too large.
+        DivergedUpdate: a number is not finite, or a factor too large.
     """
     for name, change in changes.items():
         _check_size(client, name, [part for term in change.terms for part in term], " in its factors")
@@ -113,10 +113,10 @@ def _check_size(client: str, name: str, parts: list[Tensor], where: str = "") ->
     """Finite values, and not so large that what is made of them is not: products of factors, squares."""
     bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
     if bad:
-        raise RefusedUpdate(f"{client}: {name}: {bad} non-finite values{where}")
+        raise DivergedUpdate(f"{client}: {name}: {bad} non-finite values{where}")
     largest = max((_norm(part) for part in parts), default=0.0)
     if largest > LARGEST:
-        raise RefusedUpdate(f"{client}: {name}: a norm of {largest:.3g}{where}; allowed: up to {LARGEST:g}")
+        raise DivergedUpdate(f"{client}: {name}: a norm of {largest:.3g}{where}; allowed: up to {LARGEST:g}")
 
 
 def _norm(tensor: Tensor) -> float:

@@ -48,6 +48,10 @@ class Client:
     has_base: bool = False  # whether it has the base model, which is the first version
     version: str | None = None  # which version it holds besides
 
+    def forget(self) -> None:
+        """Until its next reply proves otherwise, the client holds nothing but the base model."""
+        self.held, self.version = {}, None
+
 
 class RuleMessages:
     """Makes the messages of a ``Rule`` and reads the replies: all that FedSpan's round loop asks of a strategy.
@@ -190,16 +194,14 @@ class RuleMessages:
         """The update in a reply to a training message of the current round.
 
         Args:
-            message: the reply.
-            node_id: whom it answers for; None: its sender. An error that the SuperLink reports has another sender.
+            message: the reply, which is no error.
+            node_id: whom it answers for; None: its sender.
 
         Raises:
-            RefusedUpdate: the reply is an error, cannot be read, or is not admitted; the text says why and whose.
+            RefusedUpdate: the reply cannot be read, or is not admitted; the text says why and whose.
         """
         client = self.client(message.metadata.src_node_id if node_id is None else node_id)
-        client.held, client.version = {}, None  # until this reply proves otherwise, the client holds nothing
-        if message.has_error():
-            raise RefusedUpdate(f"{client.name}: {message.error.reason}")
+        client.forget()
         metrics = get_record(message.content, "metrics", MetricRecord)
         told = get_record(message.content, self.configrecord_key, ConfigRecord)
         if self.versions is not None and told.get("version") == self.versions.latest:

@@ -114,6 +114,12 @@ class FlowerStrategy(RuleMessages, FedAvg):
 
         def updates() -> Iterator[Update]:
             for reply in replies:
+                if reply.has_error():
+                    client = self.client(reply.metadata.src_node_id)
+                    client.forget()
+                    refused.append(f"{client.name}: {reply.error.reason}")
+                    log(WARNING, "round %s, failed: %s", server_round, refused[-1])
+                    continue
                 try:
                     update = self.read_update(reply)
                 except RefusedUpdate as reason:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.common.constant import ErrorCode
 
 from client.privacy import guard as policy
 from client.privacy.guard import Gate
@@ -15,7 +16,8 @@ from client.privacy.ledger_summary import main
 from client.privacy.noise import cost, epsilon
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import parse
-from common.errors import ConfigError, LedgerError, PolicyError, TrainingError
+from common.errors import ConfigError, DivergedError, FedSpanError, LedgerError, PolicyError, TrainingError
+from common.protocol.messages import Failure
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 PRIVATE = {"clip": 1.0, "noise_multiplier": 4.0, "delta": 1e-5, "max_epsilon": 5.0}
@@ -142,7 +144,7 @@ def test_tensor_that_was_not_asked_for_does_not_leave(tmp_path: Path) -> None:
     gate.check(federation(), 1, [NAME])
     with pytest.raises(PolicyError, match=r"score\.weight was not asked for"):
         gate.admit([], [(f"{NAME}/left", TENSOR), ("score.weight", TENSOR)], [], 12, 1.0)
-    with pytest.raises(PolicyError, match="not finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         gate.admit([], [(NAME, TENSOR)], [], 12, float("nan"))
 
 
@@ -185,20 +187,23 @@ def test_nothing_leaves_when_the_ledger_is_damaged_or_cannot_be_written(tmp_path
     with pytest.raises(LedgerError, match="line 2: it was changed"):
         own.train(2)
     error = TrainingError("x")
-    assert "line 2: it was changed" in own.gate().refuse(error, "x")  # the operator hears that, and nothing else
+    told = own.gate().refuse(error, Failure.of(error))
+    assert "line 2: it was changed" in told.reason  # the operator hears that, and nothing else
+    assert told.code == LedgerError.code
     with pytest.raises(LedgerError, match="cannot be written"):
         Site(tmp_path / "no folder").train()
 
 
 def test_errors_are_on_record_and_say_nothing_of_the_rows_with_privacy(tmp_path: Path) -> None:
-    error = TrainingError("loss is nan in round 2, step 3")
-    assert Site(tmp_path).gate().refuse(error, str(error)) == str(error)
+    error = DivergedError("loss is nan in round 2, step 3")
+    assert Site(tmp_path).gate().refuse(error, Failure.of(error)) == Failure(DivergedError.code, str(error))
     own = Site(tmp_path, privacy=PRIVATE)
-    told = own.gate().refuse(error, str(error))
-    assert told == "this site could not do its part; its own log says why"
-    assert own.gate("hello").refuse(PolicyError("no"), "no") == "site-a: no"
-    assert [e["event"] for e in own.entries()] == ["begun", "failed", "failed", "refused"]
-    assert own.entries()[2]["reason"] == told
+    told = own.gate().refuse(error, Failure.of(error))
+    assert told == Failure(FedSpanError.code, "this site could not do its part; its own log says why")
+    assert told == own.gate().refuse(ValueError(), Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "at a line"))
+    assert own.gate("hello").refuse(PolicyError("no"), Failure(7, "no")) == Failure(7, "site-a: no")
+    assert [e["event"] for e in own.entries()] == ["begun", "failed", "failed", "failed", "refused"]
+    assert own.entries()[2]["reason"] == told.reason
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,8 @@ def test_strategy_that_noise_was_not_made_for_is_refused(tmp_path: Path, monkeyp
 def test_summary_says_what_left_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = Site(tmp_path)
     own.train(1)
-    own.gate().refuse(PolicyError("this site's policy: no"), "this site's policy: no")
+    refusal = PolicyError("this site's policy: no")
+    own.gate().refuse(refusal, Failure.of(refusal))
     own = Site(tmp_path, privacy=PRIVATE)
     own.train(2)
     own.train(3)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from common.errors import DataError, DivergedError, DivergedUpdate, TrainingError, kind_of
 from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan
 from deploy.experiment.run import Experiment, main
@@ -211,16 +212,18 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Experiment, "_cells", lambda *_: None)
 
 
-FAILED = {"status": "failed", "reason": "round 2: 1 valid updates, 2 needed; site-a: out of memory in round 2"}
-DIVERGED = {"status": "failed", "reason": "round 2: 1 valid updates, 2 needed; site-a: loss is nan in round 2, step 1"}
-LARGE = {"status": "failed", "reason": "round 1: no update to average; site-a: w: a norm of inf; allowed: up to 1e+12"}
+FAILED = {"status": "failed", "reason": "1 valid updates, 2 needed", "causes": {"site-a": kind_of(TrainingError())}}
+DIVERGED = {**FAILED, "causes": {"site-a": kind_of(DataError()), "site-b": kind_of(DivergedError())}}
+LARGE = {**FAILED, "causes": {"site-a": kind_of(DivergedUpdate())}}
+EMPTY = {"status": "failed", "reason": "1 of 2 sites joined", "causes": {}}
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code", "told"), [(FAILED, 1, "failed"), (DIVERGED, 0, "diverged"), (LARGE, 0, "diverged")]
+    ("outcome", "code", "told"),
+    [(FAILED, 1, "failed"), (EMPTY, 1, "failed"), (DIVERGED, 0, "diverged"), (LARGE, 0, "diverged")],
 )
 def test_learning_rate_without_a_score_is_named_and_counts_as_an_error_unless_it_diverged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: dict[str, str], code: int, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Any], code: int, told: str
 ) -> None:
     file, out = make_experiment(tmp_path), tmp_path / "out"
     found = plan(file)

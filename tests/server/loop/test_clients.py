@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Error, Message, MessageType
 from flwr.common.constant import ErrorCode
 
-from common.errors import WORKER_DIED, FederationError
+from common.errors import FederationError, WorkerDied
 from server.loop.checkpoint import newest
 from tests.harness.fake_sites import Site, run
 
@@ -29,7 +29,7 @@ class Lost(Site):
         return super().reply(message)
 
 
-@pytest.mark.parametrize("code", [WORKER_DIED, ErrorCode.NODE_UNAVAILABLE])
+@pytest.mark.parametrize("code", [WorkerDied.code, ErrorCode.NODE_UNAVAILABLE])
 def test_node_whose_hello_was_lost_is_asked_again(tmp_path: Path, code: int) -> None:
     run(tmp_path, [Site(1), Lost(2, code, 2)], 1)
     checkpoint = newest(tmp_path / "run", pytest.fail)
@@ -55,7 +55,7 @@ def test_node_of_before_that_is_gone_is_not_counted_among_those_that_answered(tm
 
 def test_node_that_loses_every_hello_is_refused_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(FederationError, match=f"1 of 2 sites joined.*{GONE}"):
-        run(tmp_path, [Site(1), Lost(2, WORKER_DIED, 99)], 1, local={"sites": ["a.yaml", "b.yaml"]})
+        run(tmp_path, [Site(1), Lost(2, WorkerDied.code, 99)], 1, local={"sites": ["a.yaml", "b.yaml"]})
 
 
 @pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])

@@ -1,5 +1,6 @@
 """The round loop against sites that answer at once: who is sent what, and who is asked again."""
 
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Error, Message, MessageType
+from flwr.common.constant import ErrorCode
 
-from common.errors import WORKER_DIED, FederationError, StaleStateError
+from common.errors import DataError, DivergedError, FederationError, StaleStateError, WorkerDied
 from server.loop import pending_updates as spool
 from server.run.folder import read_lines
 from strategies.flower.strategy import FlowerStrategy
@@ -95,6 +97,27 @@ def test_site_that_fails_for_another_reason_is_not_asked_again(tmp_path: Path) -
     assert two.sent == [(1, [])]
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "reason"),
+    [
+        (DivergedError.code, "DivergedError", "site-2: loss is nan"),
+        (DataError.code, "DataError", "site-2: loss is nan"),
+        (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "CLIENT_APP_RAISED_EXCEPTION", "site-2: loss is nan"),
+        (4711, "WireError", "site-2: its error has code 4711; allowed: 0, 1, .*, 1000, 1001, .*"),
+    ],
+)
+def test_failure_is_known_by_its_code(tmp_path: Path, code: int, kind: str, reason: str) -> None:
+    """In the run's events, and behind its own error."""
+    one, two = Site(1), Site(2)
+    two.before_reply = lambda message: Message(Error(code, "loss is nan"), reply_to=message)
+    with pytest.raises(FederationError, match=reason) as caught:
+        run(tmp_path, [one, two], 1)
+    assert caught.value.causes == {"site-2": kind}
+    (failed,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["event"] == "client_failed"]
+    assert failed["kind"] == kind
+    assert re.fullmatch(reason, failed["reason"])
+
+
 def test_site_whose_worker_died_is_asked_once_more_from_the_base_model(tmp_path: Path) -> None:
     one, two = Site(1), Site(2)
 
@@ -102,7 +125,7 @@ def test_site_whose_worker_died_is_asked_once_more_from_the_base_model(tmp_path:
         if [number for number, _ in two.sent] != [1, 2]:
             return None
         two.forget()
-        return Message(Error(WORKER_DIED, "the worker's process ended"), reply_to=message)
+        return Message(Error(WorkerDied.code, "the worker's process ended"), reply_to=message)
 
     two.before_reply = die_once
     final = run(tmp_path, [one, two], 3)

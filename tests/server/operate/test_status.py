@@ -16,7 +16,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from rich.console import Console
 
-from common.errors import FederationError, LaunchError
+from common.errors import FederationError, LaunchError, RunFailed, RunFolderError
 from common.system.lock import hold
 from server.loop.checkpoint import newest
 from server.operate import status
@@ -99,7 +99,7 @@ def test_states_of_a_run(tmp_path: Path) -> None:
         seen = overview(tmp_path / name)
         return seen.state, seen.reason
 
-    with pytest.raises(LaunchError, match="holds no run"):
+    with pytest.raises(RunFolderError, match="holds no run"):
         state("none")
     with looking_after(tmp_path / "x"):
         assert state("x") == ("starting", None)
@@ -115,10 +115,10 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     attend(tmp_path / "stopped", Interrupted("SIGTERM"))
     assert state("stopped") == ("interrupted", "SIGTERM")
     assert str(overview(tmp_path / "stopped").to_go_on).endswith(" --resume")
-    attend(tmp_path / "gone", LaunchError("the server died 4 times"))
+    attend(tmp_path / "gone", RunFailed("the server died 4 times"))
     assert state("gone") == ("failed", "the server died 4 times")
     folder = begin(tmp_path / "failed")
-    folder.fail("too few sites")
+    folder.fail("too few sites", "FederationError")
     assert state("failed") == ("running", None)  # as long as its server holds the folder
     folder.close()
     assert state("failed") == ("failed", "too few sites")
@@ -262,7 +262,10 @@ def test_stop_ends_the_supervisor_and_waits_for_it(
     tmp_path: Path, supervisor: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(tmp_path / "run").close()
-    with pytest.raises(LaunchError, match="another supervisor looks after this run"), looking_after(tmp_path / "run"):
+    with (
+        pytest.raises(RunFolderError, match="another supervisor looks after this run"),
+        looking_after(tmp_path / "run"),
+    ):
         pass
     assert stop_main(["run", "--runs", str(tmp_path)]) == 0
     assert "run is stopped after round 0" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import LaunchError
+from common.errors import LaunchError, RunFailed
 from common.system.processes import ProcessGroup, free_ports
 from server.operate.supervise import Supervised
 from server.superlink.process import OwnSuperLink
@@ -56,7 +56,7 @@ def test_death_during_the_submission_is_a_death_like_others(tmp_path: Path, grou
     run.submit(resume=False)
     for _ in range(2):
         assert not run.finished()
-    with pytest.raises(LaunchError, match="the SuperLink died 3 times without finishing another round"):
+    with pytest.raises(RunFailed, match="the SuperLink died 3 times without finishing another round"):
         run.finished()
     assert [line.rpartition(" (")[2] for line in told] == ["try 1 of 2)", "try 2 of 2)"]
 

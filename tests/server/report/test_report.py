@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import LaunchError
+from common.errors import RunFolderError
 from server.report.format import precise
 from server.report.write import read_run, render, write_report
 from tests.harness.sample_run import ROUNDS, SAMPLES, begin, completed, evaluate, play_round, scores
@@ -124,7 +124,7 @@ def test_text_of_others_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_run_that_failed_before_any_round_has_a_report_with_its_reason(tmp_path: Path) -> None:
     folder = begin(tmp_path / "run")
-    folder.fail("1 of 2 sites joined within 300 seconds; site-b: its base model differs")
+    folder.fail("1 of 2 sites joined within 300 seconds; site-b: its base model differs", "FederationError")
     text = Page(render(read_run(folder.path))).text
     assert "site-b: its base model differs" in text
     assert "No trained model was evaluated" in text
@@ -134,7 +134,7 @@ def test_run_that_failed_in_the_middle_shows_what_there_is(tmp_path: Path) -> No
     folder = begin(tmp_path / "run")
     play_round(folder, 1)
     evaluate(folder, "server", 1)
-    folder.fail("round 2: 0 valid updates, 2 needed")
+    folder.fail("round 2: 0 valid updates, 2 needed", "FederationError")
     text = " ".join(Page(render(read_run(folder.path))).text.split())
     assert "round 2: 0 valid updates, 2 needed" in text
     assert "1 of 4" in text
@@ -165,7 +165,7 @@ def test_command_line_writes_it_and_names_a_folder_that_holds_no_run(run: Path, 
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} is no run folder: it holds no run.json\n"
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(LaunchError, match=r"run\.json: not valid JSON"):
+    with pytest.raises(RunFolderError, match=r"run\.json: not valid JSON"):
         write_report(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "server.report.write", str(run)], capture_output=True, text=True, check=True

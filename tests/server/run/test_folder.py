@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
-from common.errors import LaunchError
+from common.errors import RunFolderError
 from server.run.folder import RunFolder, in_use, read_lines
 from tests.harness.sample_run import completed, federation
 
@@ -25,14 +25,14 @@ def test_settings_come_back_with_defaults_and_absolute_paths(tmp_path: Path) -> 
 @pytest.mark.parametrize("found", ["run.json", "events.jsonl", "metrics.jsonl", "report.html"])
 def test_folder_that_holds_a_run_is_refused_and_stays_as_it_was(tmp_path: Path, found: str) -> None:
     (tmp_path / found).write_text("old")
-    with pytest.raises(LaunchError, match=rf"already holds a run \({found}\); choose another `name`"):
+    with pytest.raises(RunFolderError, match=rf"already holds a run \({found}\); choose another `name`"):
         RunFolder.create(tmp_path, federation(), tmp_path / "f.yaml")
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(found, "old")]
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(LaunchError, match=r"run folder .*/file/run cannot be (written|read)"):
+    with pytest.raises(RunFolderError, match=r"run folder .*/file/run cannot be (written|read)"):
         RunFolder.create(tmp_path / "file" / "run", federation(), tmp_path / "f.yaml")
 
 
@@ -49,7 +49,7 @@ def test_reader_ignores_a_line_that_is_still_being_written_and_names_a_bad_one(t
     file.write_bytes(b'{"a": 1}\n{"b": "\xc3')
     assert read_lines(file) == [{"a": 1}]
     file.write_text('{"a": 1}\nx\n')
-    with pytest.raises(LaunchError, match=r"events\.jsonl, line 2: not valid JSON"):
+    with pytest.raises(RunFolderError, match=r"events\.jsonl, line 2: not valid JSON"):
         read_lines(file)
 
 
@@ -66,7 +66,7 @@ def test_one_server_at_a_time_writes_to_a_run(tmp_path: Path) -> None:
     assert not in_use(path)
     first = RunFolder.create(path, federation(), source)
     assert in_use(path)
-    with pytest.raises(LaunchError, match=r"run: another server is at work on this run"):
+    with pytest.raises(RunFolderError, match=r"run: another server is at work on this run"):
         RunFolder.reopen(path, federation(), source)
     first.close()
     assert not in_use(path)
