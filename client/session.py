@@ -21,7 +21,7 @@ from client.training.optimizer_state import capture, restore
 from client.training.settings import lora_rank, make_optimizer, model_source
 from client.training.trainer import train
 from client.update import Outgoing, factored_weights, trained_tensors
-from common.config.federation import FederationConfig, FedFTGConfig, LoraConfig, MergingLoraConfig, SiteConfig
+from common.config.federation import FederationConfig, SiteConfig
 from common.data.rows import Row, split_held_out
 from common.data.tasks import Place, make_task
 from common.errors import StaleStateError
@@ -117,7 +117,7 @@ class Session:
     @property
     def weights(self) -> Weights | None:
         """The federation's tensors, and which version they are; None where no base weight changes."""
-        return self._weights if isinstance(self.federation.strategy, FedFTGConfig | MergingLoraConfig) else None
+        return self._weights if self.federation.strategy.changes_base else None
 
     @property
     def names(self) -> list[str]:
@@ -178,7 +178,7 @@ class Session:
         if training.gradient_checkpointing:
             self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoded = self._encoded
-        received = {} if isinstance(federation.strategy, FedFTGConfig) else _copy(parameters)
+        received = {} if federation.strategy.trains == "weights" else _copy(parameters)
         seed = f"{training.seed}/{self.site.name}/{server_round}"
         torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311 - dropout
         mine = parameters | self._tuned.local
@@ -217,7 +217,7 @@ class Session:
         metrics["num-examples"] = len(encoded)
         if self._left_out:
             metrics["train.rows_left_out"] = self._left_out
-        if isinstance(federation.strategy, LoraConfig):
+        if federation.strategy.trains == "lora":
             metrics["lora-alpha"] = federation.strategy.lora_alpha
         self._seconds["train"] = time.monotonic() - started
         return update.tensors, metrics
@@ -281,11 +281,7 @@ class Session:
 
     def _exchange(self, server_round: int) -> Exchange:
         """How changes of base weights travel in factors in a round."""
-        strategy = self.federation.strategy
-        if not isinstance(strategy, FedFTGConfig):
-            return Exchange()
-        shared = (self.federation.training.seed, strategy.rank) if strategy.subspace == "shared" else None
-        return Exchange.of_round(server_round, strategy.wire_precision, shared)
+        return self.federation.strategy.exchange(self.federation.training.seed, server_round)
 
     @cached_property
     def _base(self) -> Base:

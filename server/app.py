@@ -5,7 +5,7 @@ from pathlib import Path
 from flwr.app import ConfigRecordValues, Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config.federation import FederationConfig, FedSALoRAConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load
 from common.errors import ConfigError, FederationError, FedSpanError, kind_of
 from common.model.adapters import BASE_WEIGHT
@@ -127,6 +127,6 @@ def lost_with_the_run(config: FederationConfig) -> str | None:
     kept = {
         "optimizer moments": strategy.optimizer_state == "keep",
         "local heads": strategy.head == "local",
-        "their own B": isinstance(strategy, FedSALoRAConfig),
+        f"their own {strategy.stays_at_site}": strategy.stays_at_site is not None,
     }
     return " and ".join(what for what, is_kept in kept.items() if is_kept) or None

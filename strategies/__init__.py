@@ -1,20 +1,44 @@
 """Federated strategies: one file each says what is sent, how replies are combined, what is reported.
 
-``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA, FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower
-strategies. They are imported when asked for, so that the rules themselves need no Flower.
+``STRATEGIES`` is the one list of them. In any Flower app, ``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA,
+FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower strategies; they are made when asked for, so that the rules
+themselves need no Flower.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from strategies.fedex_lora import FedExLoRARule
+from strategies.fedftg import FedFTGRule
+from strategies.fedit import FedITRule
+from strategies.fedsa_lora import FedSALoRARule
+from strategies.ffa_lora import FFALoRARule
+from strategies.flexlora import FlexLoRARule
+from strategies.flora import FLoRARule
+from strategies.rolora import RoLoRARule
+from strategies.rule import Rule
+
 if TYPE_CHECKING:
-    from strategies.flower.named import FedExLoRA, FedFTG, FedIT, FedSALoRA, FFALoRA, FlexLoRA, FLoRA, RoLoRA
+    from strategies.flower.strategy import FlowerStrategy
 
-__all__ = ["FFALoRA", "FLoRA", "FedExLoRA", "FedFTG", "FedIT", "FedSALoRA", "FlexLoRA", "RoLoRA"]
+#: Every strategy by the name that a federation file gives it; its section is named by the rule.
+STRATEGIES: dict[str, type[Rule]] = {
+    "fedftg": FedFTGRule,
+    "flexlora": FlexLoRARule,
+    "ffa-lora": FFALoRARule,
+    "rolora": RoLoRARule,
+    "fedit": FedITRule,
+    "fedsa-lora": FedSALoRARule,
+    "fedex-lora": FedExLoRARule,
+    "flora": FLoRARule,
+}
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'strategies' has no attribute {name!r}")
-    from strategies.flower import named
+def __getattr__(name: str) -> Callable[..., "FlowerStrategy"]:
+    """The Flower strategy of a rule, by the rule's name without ``Rule``."""
+    for rule in STRATEGIES.values():
+        if rule.__name__ == f"{name}Rule":
+            from strategies.flower.strategy import flower_strategy
 
-    return getattr(named, name)
+            return flower_strategy(rule)
+    raise AttributeError(f"module 'strategies' has no attribute {name!r}")

@@ -6,16 +6,17 @@ smaller than the weight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Self
 
 from torch import Tensor
 
+from common.config.strategy import FedExLoRAConfig
 from common.model.adapters import BASE_WEIGHT, scaling
-from common.protocol.factors import Exchange, Factors
+from common.protocol.factors import Factors
 from common.protocol.versions import Step
 from strategies.combine.weighted_mean import WeightedMean, change_square, layer_group
 from strategies.lora_names import layers
-from strategies.rule import Averaging, Outcome, Tensors, Update
+from strategies.rule import Averaging, Outcome, Setup, Tensors, Update
 
 
 class FedExLoRARule(Averaging):
@@ -29,22 +30,22 @@ class FedExLoRARule(Averaging):
         rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
     """
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
-    takes_server_optimizer: ClassVar[bool] = False  # what is added to W belongs to the means of A and B themselves
+    section: ClassVar = FedExLoRAConfig
 
     def __init__(self, lora_alpha: float, *, rslora: bool = False) -> None:
         super().__init__(lora_alpha)
         self._alpha, self._rslora = lora_alpha, rslora
 
+    @classmethod
+    def from_section(cls, config: FedExLoRAConfig, setup: Setup) -> Self:
+        """See ``Rule.from_section``."""
+        del setup
+        return cls(config.lora_alpha, rslora=config.rslora)
+
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """All but the base weights."""
         del server_round
         return [name for name in names if not name.endswith(BASE_WEIGHT)]
-
-    def exchange(self, server_round: int) -> Exchange:
-        """See ``Rule.exchange``."""
-        del server_round
-        return Exchange()
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
         """See ``Rule.aggregate``."""

@@ -6,15 +6,16 @@ smaller than the weights.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from common.config.federation import AggregationConfig
+from common.config.strategy import FedFTGConfig
 from common.protocol.factors import Exchange, Factors, Precision, rounding_error
 from common.protocol.versions import Step
 from strategies.combine.weighted_mean import Means
-from strategies.rule import Averaging, Outcome
+from strategies.rule import Averaging, Outcome, Setup
 
 
 class FedFTGRule(Averaging):
@@ -29,7 +30,7 @@ class FedFTGRule(Averaging):
         whole: the mean goes on to a server optimizer: it is not rounded, and no step is made of it.
     """
 
-    trains: ClassVar[Literal["weights", "lora"]] = "weights"
+    section: ClassVar = FedFTGConfig
 
     def __init__(
         self,
@@ -41,6 +42,11 @@ class FedFTGRule(Averaging):
     ) -> None:
         super().__init__(None, aggregation)
         self._precision, self._shared, self._whole = precision, shared, whole
+
+    @classmethod
+    def from_section(cls, config: FedFTGConfig, setup: Setup) -> Self:
+        """See ``Rule.from_section``."""
+        return cls(config.wire_precision, config.shared(setup.seed), setup.aggregation, whole=setup.whole)
 
     def exchange(self, server_round: int) -> Exchange:
         """See ``Rule.exchange``."""

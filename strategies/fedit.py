@@ -5,12 +5,13 @@ sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A), is reported in every rou
 """
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from common.config.federation import MeanConfig
+from common.config.strategy import FedITConfig
 from common.linalg.lowrank import Term, inner_products
 from strategies.combine.weighted_mean import layer_group
 from strategies.lora_names import pairs
@@ -24,7 +25,7 @@ class FedITRule(Averaging):
     exact = sum_k p_k B_k A_k; with the plain mean only, which alone is compared with that.
     """
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    section: ClassVar = FedITConfig
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
         """See ``Rule.aggregate``."""

@@ -5,8 +5,9 @@ of its own. The state holds no B.
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from common.config.strategy import FedSALoRAConfig
 from common.errors import AggregationError
 from common.model.adapters import LORA_B
 from strategies.rule import Averaging
@@ -15,7 +16,7 @@ from strategies.rule import Averaging
 class FedSALoRARule(Averaging):
     """A, and a trained classification head, are averaged."""
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    section: ClassVar = FedSALoRAConfig
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """All.

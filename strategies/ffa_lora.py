@@ -4,8 +4,9 @@ Source: arXiv 2403.12313. Exact, because A is shared: s (sum_k p_k B_k) A = sum_
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from common.config.strategy import FFALoRAConfig
 from strategies.lora_names import LORA_A
 from strategies.rule import Averaging
 
@@ -13,7 +14,7 @@ from strategies.rule import Averaging
 class FFALoRARule(Averaging):
     """B, and a trained classification head, are averaged; A never changes."""
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    section: ClassVar = FFALoRAConfig
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """All but A."""

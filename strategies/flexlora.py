@@ -6,17 +6,18 @@ scaling. dW is never formed (``common.linalg.lowrank``).
 """
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from common.config.strategy import FlexLoRAConfig
 from common.errors import AggregationError
 from common.linalg.lowrank import Term, TruncatedSVD, truncated_svd
 from common.model.adapters import scaling
 from strategies.combine.weighted_mean import Drift, WeightedMean, applied, layer_group
 from strategies.lora_names import LORA_A, LORA_B, pairs
-from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.rule import Outcome, Rule, Setup, Tensors, Update
 
 ROUNDING = 1e-9  # a change whose square is below this share of the products' squares counts as none
 
@@ -29,9 +30,7 @@ class FlexLoRARule(Rule):
     clients' changes of the product, s_k B_k A_k - s B A.
     """
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
-    mixed_ranks: ClassVar[bool] = True
-    takes_server_optimizer: ClassVar[bool] = False  # the factors turn when dW is split anew
+    section: ClassVar = FlexLoRAConfig
 
     def __init__(
         self,
@@ -55,6 +54,12 @@ class FlexLoRARule(Rule):
         self.max_rank = max_rank
         self._rslora = rslora
         self._split = split
+
+    @classmethod
+    def from_section(cls, config: FlexLoRAConfig, setup: Setup) -> Self:
+        """See ``Rule.from_section``."""
+        del setup
+        return cls(config.lora_alpha, rslora=config.rslora, split=config.split, max_rank=config.rank)
 
     def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
         """The best approximation of the state of rank ``rank``, in the scaling of that rank and ``lora_alpha``."""

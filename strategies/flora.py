@@ -7,18 +7,19 @@ weight. Then every client has B = 0 and a new random A, drawn at the server; a c
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from common.config.federation import AggregationConfig
+from common.config.strategy import FLoRAConfig
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a, scaling
-from common.protocol.factors import Exchange, Factors
+from common.protocol.factors import Factors
 from common.protocol.versions import Step
 from strategies.combine.weighted_mean import Means
 from strategies.lora_names import layers
-from strategies.rule import Averaging, Outcome, Tensors, Update
+from strategies.rule import Averaging, Outcome, Setup, Tensors, Update
 
 
 class FLoRARule(Averaging):
@@ -27,9 +28,7 @@ class FLoRARule(Averaging):
     ``client-norm`` and ``client-cosine`` are those of the products s_k B_k A_k.
     """
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
-    mixed_ranks: ClassVar[bool] = True
-    takes_server_optimizer: ClassVar[bool] = False  # the factors start anew
+    section: ClassVar = FLoRAConfig
 
     def __init__(
         self,
@@ -53,6 +52,12 @@ class FLoRARule(Averaging):
         self.max_rank = max_rank
         self._alpha, self._rslora, self._seed = lora_alpha, rslora, seed
 
+    @classmethod
+    def from_section(cls, config: FLoRAConfig, setup: Setup) -> Self:
+        """See ``Rule.from_section``."""
+        rslora, rank = config.rslora, config.rank
+        return cls(config.lora_alpha, setup.aggregation, rslora=rslora, max_rank=rank, seed=setup.seed)
+
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """All but the base weights."""
         del server_round
@@ -62,11 +67,6 @@ class FLoRARule(Averaging):
         """All but the factors."""
         del server_round
         return [name for name in names if not name.endswith((LORA_A, LORA_B))]
-
-    def exchange(self, server_round: int) -> Exchange:
-        """See ``Rule.exchange``."""
-        del server_round
-        return Exchange()
 
     def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
         """The same with factors of the client's rank."""

@@ -5,8 +5,9 @@ gives A no gradient. The phase follows from the global round alone, so a restart
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from common.config.strategy import RoLoRAConfig
 from strategies.lora_names import LORA_A, LORA_B
 from strategies.rule import Averaging
 
@@ -14,7 +15,7 @@ from strategies.rule import Averaging
 class RoLoRARule(Averaging):
     """The round's factor, and a trained classification head, are averaged; the other factor rests."""
 
-    trains: ClassVar[Literal["weights", "lora"]] = "lora"
+    section: ClassVar = RoLoRAConfig
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """All but A in odd rounds, all but B in even ones."""

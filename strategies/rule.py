@@ -8,11 +8,12 @@ rule may be built anew in every round. ``strategies.flower.strategy`` makes a Fl
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from common.config.federation import AggregationConfig, MeanConfig
+from common.config.aggregation import AggregationConfig, MeanConfig
+from common.config.traits import StrategySection
 from common.errors import AggregationError
 from common.protocol.factors import Exchange, Factors
 from common.protocol.tensors import Tensors as Tensors
@@ -55,19 +56,35 @@ class Outcome:
     step: Step | None = None
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a rule is made of besides its strategy's section.
+
+    Attributes:
+        seed: of the federation.
+        aggregation: how updates are combined; None: by their plain mean.
+        whole: whether a server optimizer goes on with the average.
+    """
+
+    seed: int = 0
+    aggregation: AggregationConfig | None = None
+    whole: bool = False
+
+
 class Rule(ABC):
     """How a strategy combines its clients' tensors. Stateless between rounds."""
 
-    #: "weights": clients train base weights; "lora": clients train PEFT adapters.
-    trains: ClassVar[Literal["weights", "lora"]]
-    #: whether LoRA ranks and alphas may differ between clients.
-    mixed_ranks: ClassVar[bool] = False
-    #: whether the state's change in a round is a mean of changes, which a server optimizer can go on with.
-    takes_server_optimizer: ClassVar[bool] = True
+    #: the strategy's section of a federation file, which has its traits.
+    section: ClassVar[type[StrategySection]]
     #: the federation's LoRA alpha, when it has one.
     lora_alpha: float | None = None
     #: the largest LoRA rank a client may have where ranks are mixed; None: what its layers allow.
     max_rank: int | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_section(cls, config: Any, setup: Setup) -> Self:  # noqa: ANN401 - of the class ``section``
+        """The rule that a federation file asks for; ``config`` is its strategy section."""
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
         """Names, of all in the state, that are trained and averaged in ``server_round`` (1, 2, ...). Default: all."""
@@ -79,10 +96,10 @@ class Rule(ABC):
         del rank, lora_alpha
         return dict(state)
 
-    def exchange(self, server_round: int) -> Exchange | None:
-        """How changes in factors travel in ``server_round``. Default: no factors, only whole tensors."""
+    def exchange(self, server_round: int) -> Exchange:
+        """How changes of base weights travel in factors in ``server_round``. Default: exactly, in bases of its own."""
         del server_round
-        return None
+        return Exchange()
 
     @abstractmethod
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
@@ -114,6 +131,11 @@ class Averaging(Rule):
         """
         self.lora_alpha = lora_alpha
         self.aggregation = aggregation or MeanConfig()
+
+    @classmethod
+    def from_section(cls, config: Any, setup: Setup) -> Self:  # noqa: ANN401
+        """See ``Rule.from_section``. Default: a LoRA strategy without options of its own."""
+        return cls(config.lora_alpha, setup.aggregation)
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
         """See ``Rule.aggregate``."""

@@ -38,7 +38,6 @@ TOO_LONG = {
     "client/connect/worker.py",
     "client/session.py",
     "client/training/galore.py",
-    "common/config/federation.py",
     "common/data/rows.py",
     "common/data/tasks.py",
     "deploy/data/partition.py",

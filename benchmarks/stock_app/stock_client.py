@@ -19,7 +19,7 @@ def train(message: Message, context: Context) -> Message:
     from galore_torch import GaLoreAdamW
 
     from client.training.trainer import train as loop
-    from common.config.federation import FederationConfig, FedFTGConfig, SiteConfig, resolved
+    from common.config.federation import FederationConfig, SiteConfig, resolved
     from common.config.load import load
     from common.data.rows import load_rows, split_held_out
     from common.data.tasks import make_task
@@ -28,7 +28,7 @@ def train(message: Message, context: Context) -> Message:
     source, site_file = Path(str(context.run_config["federation"])), Path(str(context.node_config["site"]))
     config, site = resolved(load(source, FederationConfig), source), load(site_file, SiteConfig)
     strategy, training, task = config.strategy, config.training, make_task(config.task)
-    assert isinstance(strategy, FedFTGConfig)
+    assert strategy.trains == "weights"
     base = task.load(str(config.model.path), None, config.model.dtype, training.seed)
     tuned = tune(base.model, strategy, task.peft_type)
     received = message.content["arrays"]

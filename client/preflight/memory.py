@@ -20,7 +20,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.config.federation import FederationConfig, FedFTGConfig, TrainingConfig
+from common.config.federation import FederationConfig, StrategyConfig, TrainingConfig
+from common.config.strategy import GaLoreConfig
 from common.model.families import in_head
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes
@@ -76,7 +77,7 @@ class Peak:
         return self.weights + self.state + self.gradients + self.passes
 
 
-def host_bytes(tuned: Tuned, strategy: object, tokens: int, weights: int) -> int:
+def host_bytes(tuned: Tuned, strategy: StrategyConfig, tokens: int, weights: int) -> int:
     """What a site's process holds on the host besides its training on the CPU.
 
     Args:
@@ -85,7 +86,7 @@ def host_bytes(tuned: Tuned, strategy: object, tokens: int, weights: int) -> int
         tokens: of all training rows.
         weights: bytes of the model that lie on the host; 0 when they are counted elsewhere.
     """
-    kept = 4 * sum(p.numel() for p in tuned.parameters.values()) if isinstance(strategy, FedFTGConfig) else _PEFT
+    kept = 4 * sum(p.numel() for p in tuned.parameters.values()) if strategy.trains == "weights" else _PEFT
     return _PROCESS + kept + _PER_TOKEN * tokens + weights
 
 
@@ -104,11 +105,11 @@ def estimate(
     training, strategy = federation.training, federation.strategy
     trained = {**tuned.parameters, **tuned.local}
     several = batch.rows < training.batch_size * training.gradient_accumulation
-    freed = isinstance(strategy, FedFTGConfig) and autocast != torch.float16
+    freed = strategy.trains == "weights" and autocast != torch.float16
     gradients = 0
-    if isinstance(strategy, FedFTGConfig):
-        terms = 1 if strategy.subspace == "shared" else math.ceil(steps / (strategy.update_proj_gap or 200))
-        state = sum(_galore(n, p, strategy, training, terms) for n, p in trained.items())
+    if strategy.trains == "weights":
+        bases = strategy.bases(steps)
+        state = sum(_galore(n, p, strategy, training, bases) for n, p in trained.items())
         if freed and (several or strategy.refresh_batches > 1):  # a basis is taken of the whole gradient
             gradients = num_bytes(trained.values())
     else:
@@ -118,7 +119,7 @@ def estimate(
     return Peak(weights, state, gradients, int(_ALLOCATOR * passes))
 
 
-def _galore(name: str, weight: Tensor, strategy: FedFTGConfig, training: TrainingConfig, terms: int) -> int:
+def _galore(name: str, weight: Tensor, strategy: GaLoreConfig, training: TrainingConfig, terms: int) -> int:
     """Bytes of GaLore's state for one weight: bases and updates of every term, both moments, the projected gradient."""
     if in_head(name):  # the same, but for the basis, of the whole weight
         long, short, rank, terms = weight.numel(), 0, 1, 1

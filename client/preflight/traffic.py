@@ -1,16 +1,15 @@
 """What a round costs: bytes down and up, and minutes."""
 
-import math
-
 from torch import Tensor
 
 from client.preflight.context import Subject
 from client.preflight.finding import Finding, Skip
 from client.preflight.steps import measured
-from common.config.federation import FederationConfig, FedFTGConfig, MedianConfig, TrimmedMeanConfig
+from common.config.federation import FederationConfig, MedianConfig, TrimmedMeanConfig
+from common.config.strategy import GaLoreConfig
 from common.model import second_moments
 from common.model.families import in_head
-from common.protocol.factors import Exchange, Factors, num_bytes, pack
+from common.protocol.factors import Factors, num_bytes, pack
 from common.text import size
 from strategies.flower.named import make_rule
 
@@ -28,15 +27,14 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
         steps: optimizer steps of a round.
     """
     strategy = federation.strategy
-    if isinstance(strategy, FedFTGConfig):
+    if strategy.trains == "weights":
         if strategy.optimizer_state == "averaged":
             tensors = tensors | second_moments.first(tensors)
-        shared = strategy.subspace == "shared"
-        terms = 1 if shared else math.ceil(steps / (strategy.update_proj_gap or 200))
+        terms = strategy.bases(steps)
         up = sum(_packed(n, t, terms, strategy) for n, t in tensors.items())
         if isinstance(federation.aggregation, MedianConfig | TrimmedMeanConfig):
             return sum(4 * tensor.numel() for tensor in tensors.values()), up
-        terms *= 1 if shared else federation.cohort.min_clients
+        terms *= 1 if strategy.shares_basis else federation.cohort.min_clients
         return sum(_packed(n, t, terms, strategy) for n, t in tensors.items()), up
     rule = make_rule(strategy, seed=federation.training.seed)
     rounds = [num_bytes(tensors[name] for name in rule.active(number, tensors)) for number in (1, 2)]
@@ -44,15 +42,14 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
     return mean, mean
 
 
-def _packed(name: str, weight: Tensor, terms: int, strategy: FedFTGConfig) -> int:
+def _packed(name: str, weight: Tensor, terms: int, strategy: GaLoreConfig) -> int:
     """Bytes of one weight's change, of as many bases as there are ``terms``."""
     if in_head(name) or second_moments.is_second_moment(name):
         return 4 * weight.numel()
     (rows, columns), rank = weight.shape, strategy.rank * terms
     left, other = weight.new_zeros(rows, rank).float(), weight.new_zeros(rank, columns).float()
-    shared = strategy.subspace == "shared"
-    exchange = Exchange.of_round(1, strategy.wire_precision, (0, strategy.rank) if shared else None)
-    return num_bytes(pack(name, Factors(1.0, [(left, other)], common=shared), weight.detach(), exchange).values())
+    change = Factors(1.0, [(left, other)], common=strategy.shares_basis)
+    return num_bytes(pack(name, change, weight.detach(), strategy.exchange(0, 1)).values())
 
 
 def traffic(subject: Subject) -> Finding:
@@ -60,7 +57,7 @@ def traffic(subject: Subject) -> Finding:
     settings = subject.settings
     down, up = bytes_per_round(settings, dict(subject.tuned.parameters), subject.steps)
     found = f"{size(down)} down and {size(up)} up a round"
-    if isinstance(settings.strategy, FedFTGConfig) and settings.strategy.subspace == "own":
+    if settings.strategy.trains == "weights" and not settings.strategy.shares_basis:
         found += f" (down: with {settings.cohort.min_clients} sites)"
     rate, source = _rate(subject)
     if rate is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from client.privacy.ledger import Entry, Ledger
 from client.privacy.noise import cost, epsilon, norm_of
 from common.config.federation import FederationConfig, PrivacyConfig, SiteConfig, resolve
-from common.config.site_policy import PRIVATE_STRATEGIES
+from common.config.strategy import names
 from common.errors import (
     ConfigError,
     DivergedError,
@@ -123,7 +123,7 @@ class Gate:
         for key, value, allowed in (
             ("federations", federation.name, policy.federations),
             ("strategies", strategy, policy.strategies),
-            ("privacy", strategy, PRIVATE_STRATEGIES if self.site.privacy is not None else None),
+            ("privacy", strategy, None if self.site.privacy is None else names(lambda section: section.private)),
         ):
             if allowed is not None and value not in allowed:
                 raise PolicyError(f"this site's policy: `{key}` allows {', '.join(allowed)}; this is {value}")

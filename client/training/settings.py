@@ -6,16 +6,8 @@ from pathlib import Path
 import torch
 
 from client.training.galore import GaLore, SecondMoments
-from common.config.federation import (
-    FedFTGConfig,
-    FlexLoRAConfig,
-    FLoRAConfig,
-    ModelConfig,
-    SiteConfig,
-    StrategyConfig,
-    TrainingConfig,
-    resolve,
-)
+from common.config.federation import ModelConfig, SiteConfig, StrategyConfig, TrainingConfig, resolve
+from common.config.strategy import names
 from common.errors import ModelError
 from common.linalg.subspace import SharedBasis
 from common.model.families import in_head
@@ -37,12 +29,13 @@ def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:
         ModelError: the site caps the rank, and the strategy needs equal ones.
     """
     wanted, cap = strategy.rank, site.max_rank
-    if cap is None or cap >= wanted or isinstance(strategy, FedFTGConfig):
+    if cap is None or cap >= wanted or strategy.trains == "weights":
         return wanted
-    if not isinstance(strategy, FlexLoRAConfig | FLoRAConfig):
+    if not strategy.mixed_ranks:
+        allow = " and ".join(names(lambda section: section.mixed_ranks))
         raise ModelError(
             f"max_rank {cap} is below the federation's rank {wanted}, and {strategy.name} needs equal ranks; only "
-            "flexlora and flora allow mixed ones"
+            f"{allow} allow mixed ones"
         )
     return cap
 
@@ -68,12 +61,12 @@ def make_optimizer(
     Raises:
         TrainingError: GaLore cannot train these parameters.
     """
-    if isinstance(strategy, FedFTGConfig):
+    if strategy.trains == "weights":
         return GaLore(
             parameters,
             lr=training.learning_rate,
             rank=strategy.rank,
-            update_proj_gap=strategy.update_proj_gap or 200,
+            update_proj_gap=strategy.update_proj_gap,
             scale=strategy.scale,
             inner=training.optimizer,
             weight_decay=training.weight_decay,

@@ -4,41 +4,48 @@ The operator writes one federation file; every hospital writes one site file bes
 types and impossible combinations are refused by ``common.config.load.load`` with file, key, value and what is allowed.
 """
 
-import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.site_policy import PolicyConfig as PolicyConfig, PrivacyConfig as PrivacyConfig, check_site
-from common.config.site_trust import TrustConfig as TrustConfig
-from common.config.strategy import (
+from common.config.aggregation import (
     AggregationConfig as AggregationConfig,
     FedAdamConfig as FedAdamConfig,
     FedAvgMConfig as FedAvgMConfig,
-    FedExLoRAConfig as FedExLoRAConfig,
-    FedFTGConfig as FedFTGConfig,
-    FedITConfig as FedITConfig,
-    FedSALoRAConfig as FedSALoRAConfig,
-    FFALoRAConfig as FFALoRAConfig,
-    FlexLoRAConfig as FlexLoRAConfig,
-    FLoRAConfig as FLoRAConfig,
     KrumConfig as KrumConfig,
-    LoraConfig as LoraConfig,
     MeanConfig as MeanConfig,
     MedianConfig as MedianConfig,
-    MergingLoraConfig as MergingLoraConfig,
     MultiKrumConfig as MultiKrumConfig,
-    RoLoRAConfig as RoLoRAConfig,
-    Section as Section,
-    Selection as Selection,
     ServerOptimizerConfig as ServerOptimizerConfig,
-    StrategyConfig as StrategyConfig,
     TrimmedMeanConfig as TrimmedMeanConfig,
 )
+from common.config.data import (
+    DataConfig as DataConfig,
+    Name as Name,
+    SiteDataConfig as SiteDataConfig,
+    resolve as resolve,
+)
+from common.config.section import Section as Section
+from common.config.site import (
+    PolicyConfig as PolicyConfig,
+    PrivacyConfig as PrivacyConfig,
+    SiteConfig as SiteConfig,
+    TrustConfig as TrustConfig,
+)
+from common.config.strategy import StrategyConfig as StrategyConfig
+from common.config.task import (
+    CausalLMTask as CausalLMTask,
+    ClassificationTask as ClassificationTask,
+    ImageClassificationTask as ImageClassificationTask,
+    SequenceClassificationTask as SequenceClassificationTask,
+    TaskConfig as TaskConfig,
+)
+from common.config.training import TrainingConfig as TrainingConfig
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+_NOTHING_TO_EVALUATE = "so that the server has no model of its own to evaluate; leave `evaluation.server` out"
 
 
 class ModelConfig(Section):
@@ -97,72 +104,6 @@ class AdmissionConfig(Section):
     max_refusals: int = Field(3, ge=1, description="A site refused so often in a row is left out until readmitted.")
 
 
-class TrainingConfig(Section):
-    """Local training. Give ``local_steps`` or ``local_epochs``."""
-
-    #: Of Adam, at all clients: no knob, because admission derives from them how far a step can go.
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="For FedFTG this runs inside the projection.")
-    learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Over all rounds of the run.")
-    warmup: float = Field(0.0, ge=0, lt=1, description="Share of the whole run spent in linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradient clipping; null for none.")
-    batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
-    local_steps: int | None = Field(None, ge=1, description="Optimizer steps per round.")
-    local_epochs: int | None = Field(None, ge=1, description="Passes over the shard per round.")
-    max_length: int = Field(512, ge=8, description="Tokens per row; longer rows are cut.")
-    gradient_checkpointing: bool = Field(False, description="Trade time for memory.")
-    seed: int = Field(0, ge=0, description="Seed of batch order, LoRA initialisation and sampling.")
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> Self:
-        if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("give exactly one of `local_steps` and `local_epochs`")
-        return self
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of one optimizer step."""
-        return self.batch_size * self.gradient_accumulation
-
-    def steps(self, rows: int) -> int:
-        """Optimizer steps of a round at a client that trains on so many rows."""
-        return self.local_steps or math.ceil(rows / self.rows_per_step) * (self.local_epochs or 1)
-
-
-class DataConfig(Section):
-    """Where rows are, and how a row becomes a prompt and an answer."""
-
-    path: str = Field(
-        description="JSONL, CSV or Parquet file, a folder saved by `datasets`, or one of images with a sub-folder per "
-        "label; relative to this file."
-    )
-    format: Literal["auto", "jsonl", "csv", "parquet", "dataset", "image-folder"] = Field(
-        "auto", description="auto: by the ending, or by what a folder holds."
-    )
-    prompt: str = Field(
-        description="Column name, or a template with columns in braces: 'Term: {term}'. Of images: the column with the "
-        "file's path, relative to the table; `image` in an image folder."
-    )
-    answer: str = Field(
-        description="Column name or template of the answer, the only text the loss counts. Of a classification: the "
-        "label's column; `label` in an image folder."
-    )
-    system: str | None = Field(None, description="System message, where the chat template has one.")
-    skip_unreadable: bool = Field(
-        False, description="Images only: leave out, and count, those that cannot be read; false: refuse the shard."
-    )
-
-
-class SiteDataConfig(DataConfig):
-    """A site's shard: rows for training and rows held out."""
-
-    held_out: float = Field(0.1, ge=0, lt=1, description="Share of the rows kept for evaluation, chosen by content.")
-
-
 class EvaluationConfig(Section):
     """What is measured, on held-out rows, at every site and on the server's own set."""
 
@@ -195,40 +136,6 @@ class LocalConfig(Section):
     warm: bool = Field(
         True, description="Keep a worker process per site between messages; false: a new process for every message."
     )
-
-
-class CausalLMTask(Section):
-    """Prompt in, answer out."""
-
-    type: Literal["causal-lm"] = "causal-lm"
-
-
-class ClassificationTask(Section):
-    """What classifications share: one of ``labels`` comes out; a head that the base model lacks is new."""
-
-    labels: list[str] = Field(min_length=2, description="All labels, the same at every site, in a fixed order.")
-
-    @field_validator("labels")
-    @classmethod
-    def _unique(cls, labels: list[str]) -> list[str]:
-        if len(set(labels)) < len(labels):
-            raise ValueError("`labels` has the same label twice")
-        return labels
-
-
-class SequenceClassificationTask(ClassificationTask):
-    """A text in, a label out."""
-
-    type: Literal["sequence-classification"] = "sequence-classification"
-
-
-class ImageClassificationTask(ClassificationTask):
-    """An image in, a label out."""
-
-    type: Literal["image-classification"] = "image-classification"
-
-
-TaskConfig = Annotated[CausalLMTask | SequenceClassificationTask | ImageClassificationTask, Field(discriminator="type")]
 
 
 class FederationConfig(Section):
@@ -275,94 +182,10 @@ class FederationConfig(Section):
         return None if value == "none" else {"method": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _can_aggregate(self) -> Self:
-        if isinstance(self.strategy, FlexLoRAConfig | FedExLoRAConfig) and self.aggregation != MeanConfig():
-            why = {"flexlora": "averages products", "fedex-lora": "adds to the base weights what the means lose"}
-            name = self.strategy.name
-            raise ValueError(f"`strategy` {name} {why[name]}; allowed with it: `aggregation` mean without `clip_norm`")
-        if isinstance(self.strategy, FlexLoRAConfig | MergingLoraConfig) and self.server_optimizer is not None:
-            raise ValueError(
-                f"`strategy` {self.strategy.name} does not average what it trains, so that `server_optimizer` "
-                f"{self.server_optimizer.method} has no change to go on with; allowed with it: none"
-            )
-        if isinstance(self.aggregation, KrumConfig | MultiKrumConfig):
-            needed = 2 * self.aggregation.byzantine + 3
-            if self.cohort.min_clients < needed:
-                raise ValueError(
-                    f"`cohort.min_clients` is {self.cohort.min_clients}; `aggregation` {self.aggregation.method} with "
-                    f"`byzantine` {self.aggregation.byzantine} needs at least {needed}"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _possible(self) -> Self:
-        if isinstance(self.strategy, FedSALoRAConfig) and self.evaluation.server is not None:
-            raise ValueError(
-                "`strategy` fedsa-lora keeps every B at its site, so that the server has no model of its own to "
-                "evaluate; leave `evaluation.server` out"
-            )
-        if self.strategy.optimizer_state == "averaged":
-            if self.training.optimizer != "adamw":
-                raise ValueError(
-                    "`strategy.optimizer_state` is averaged, but `training.optimizer` "
-                    f"{self.training.optimizer} has no second moments; allowed with it: adamw"
-                )
-            if self.server_optimizer is not None:
-                raise ValueError(
-                    "`strategy.optimizer_state` is averaged, and second moments are no weights that "
-                    f"`server_optimizer` {self.server_optimizer.method} could move; allowed with it: none"
-                )
-        classifies, head = isinstance(self.task, ClassificationTask), self.strategy.head
-        if classifies and head is None:
-            raise ValueError(
-                "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local"
-            )
-        if head is not None and not classifies:
-            raise ValueError(f"`strategy.head` is {head!r}, but `task` {self.task.type} has no classification head")
-        if head == "local" and self.evaluation.server is not None:
-            raise ValueError(
-                "`strategy.head` local keeps every trained head at its site, so that the server has no model of its "
-                "own to evaluate; leave `evaluation.server` out"
-            )
+        for reason in _contradictions(self):
+            raise ValueError(reason)
         return self
-
-
-class SiteConfig(Section):
-    """One site: its name, its private shard, its device."""
-
-    name: Name = Field(description="The site's name, as the operator sees it.")
-    data: SiteDataConfig
-    model: str | None = Field(None, description="This site's copy of the base model; default: the federation's path.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA when present.")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Arithmetic of forward and backward; auto: bfloat16 on CUDA that has it, else float32.",
-    )
-    max_batch_size: int | None = Field(
-        None, ge=1, description="Cap on rows per forward pass; accumulation makes it up."
-    )
-    max_rank: int | None = Field(None, ge=1, description="Cap on the LoRA rank, where the strategy allows mixed ranks.")
-    trust: TrustConfig | None = Field(None, description="Whose code may run here; null: any that the operator sends.")
-    policy: PolicyConfig = PolicyConfig()
-    privacy: PrivacyConfig | None = None
-    ledger: str | None = Field(
-        None, description="Record of all that leaves, relative to this file; default: <name>-ledger.jsonl beside it."
-    )
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
-        check_site(self.policy, self.privacy, self.precision)
-        return self
-
-    @property
-    def shares_metrics(self) -> bool:
-        """Whether losses and held-out scores leave."""
-        return self.privacy is None and self.policy.share_metrics is not False
-
-
-def resolve(path: str, beside: Path) -> Path:
-    """``path`` as written in the file ``beside``: absolute, or relative to that file's folder."""
-    return (beside.parent / Path(path).expanduser()).resolve()
 
 
 def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
@@ -389,3 +212,63 @@ def settings_for_sites(federation: FederationConfig) -> str:
             "evaluation": {"server": True},
         }
     )
+
+
+def _contradictions(federation: FederationConfig) -> Iterator[str]:
+    """What is impossible in a federation file, each in a sentence that names the keys and what is allowed."""
+    yield from _aggregation(federation)
+    yield from _server_model(federation)
+    yield from _averaged_moments(federation)
+    yield from _head(federation)
+
+
+def _aggregation(federation: FederationConfig) -> Iterator[str]:
+    strategy, method, optimizer = federation.strategy, federation.aggregation, federation.server_optimizer
+    if strategy.plain_mean_only is not None and method != MeanConfig():
+        yield (
+            f"`strategy` {strategy.name} {strategy.plain_mean_only}; allowed with it: `aggregation` mean without "
+            "`clip_norm`"
+        )
+    if not strategy.takes_server_optimizer and optimizer is not None:
+        yield (
+            f"`strategy` {strategy.name} does not average what it trains, so that `server_optimizer` "
+            f"{optimizer.method} has no change to go on with; allowed with it: none"
+        )
+    if isinstance(method, KrumConfig | MultiKrumConfig):
+        needed, clients = 2 * method.byzantine + 3, federation.cohort.min_clients
+        if clients < needed:
+            yield (
+                f"`cohort.min_clients` is {clients}; `aggregation` {method.method} with `byzantine` "
+                f"{method.byzantine} needs at least {needed}"
+            )
+
+
+def _server_model(federation: FederationConfig) -> Iterator[str]:
+    strategy = federation.strategy
+    if strategy.stays_at_site is not None and federation.evaluation.server is not None:
+        yield f"`strategy` {strategy.name} keeps every {strategy.stays_at_site} at its site, {_NOTHING_TO_EVALUATE}"
+
+
+def _averaged_moments(federation: FederationConfig) -> Iterator[str]:
+    if federation.strategy.optimizer_state != "averaged":
+        return
+    if federation.training.optimizer != "adamw":
+        yield (
+            "`strategy.optimizer_state` is averaged, but `training.optimizer` "
+            f"{federation.training.optimizer} has no second moments; allowed with it: adamw"
+        )
+    if federation.server_optimizer is not None:
+        yield (
+            "`strategy.optimizer_state` is averaged, and second moments are no weights that "
+            f"`server_optimizer` {federation.server_optimizer.method} could move; allowed with it: none"
+        )
+
+
+def _head(federation: FederationConfig) -> Iterator[str]:
+    classifies, head = isinstance(federation.task, ClassificationTask), federation.strategy.head
+    if classifies and head is None:
+        yield "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local"
+    if head is not None and not classifies:
+        yield f"`strategy.head` is {head!r}, but `task` {federation.task.type} has no classification head"
+    if head == "local" and federation.evaluation.server is not None:
+        yield f"`strategy.head` local keeps every trained head at its site, {_NOTHING_TO_EVALUATE}"

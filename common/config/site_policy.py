@@ -3,14 +3,12 @@
 They concern the site alone. The server never sees them; it is told what noise to expect and why a request is refused.
 """
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, field_validator
 
-from common.config.strategy import Section, StrategyConfig
-
-#: Strategies whose update is all that a site sends, so that clipping and noise on it are enough.
-PRIVATE_STRATEGIES = ("fedftg", "flexlora", "ffa-lora", "rolora", "fedit")
+from common.config.section import Section
+from common.config.strategy import names
 
 _Names = Annotated[list[str], Field(min_length=1)]
 
@@ -44,12 +42,11 @@ class PolicyConfig(Section):
 
     @field_validator("strategies")
     @classmethod
-    def _known(cls, names: list[str] | None) -> list[str] | None:
-        known = [section.model_fields["name"].default for section in get_args(get_args(StrategyConfig)[0])]
-        for name in names or []:
-            if name not in known:
-                raise ValueError(f"{name!r} is no strategy; allowed: {', '.join(known)}")
-        return names
+    def _known(cls, strategies: list[str] | None) -> list[str] | None:
+        for name in strategies or []:
+            if name not in names():
+                raise ValueError(f"{name!r} is no strategy; allowed: {', '.join(names())}")
+        return strategies
 
 
 class PrivacyConfig(Section):
@@ -83,9 +80,10 @@ def check_site(policy: PolicyConfig, privacy: PrivacyConfig | None, precision: s
             "`policy.max_update_norm` would tell by a refusal how long an update is; with `privacy` leave it out, "
             "`privacy.clip` limits every update"
         )
+    private = names(lambda section: section.private)
     for name in policy.strategies or []:
-        if name not in PRIVATE_STRATEGIES:
+        if name not in private:
             raise ValueError(
                 f"`policy.strategies` has {name}, which sends more than an update; allowed with `privacy`: "
-                f"{', '.join(PRIVATE_STRATEGIES)}"
+                f"{', '.join(private)}"
             )

@@ -1,47 +1,43 @@
-"""The sections of a federation file that choose a method: the strategy, how updates are combined, the server's step."""
+"""The section of a federation file that chooses the strategy, and what each strategy is: its traits.
 
-from typing import Annotated, Literal, Self
+A strategy is told in two places: its section here, with its options and traits, and its rule in ``strategies/``. Both
+sides of a federation read the traits, so that nothing else has to know a strategy by its name.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from common.config.traits import Selection, StrategySection
+
+if TYPE_CHECKING:
+    from common.protocol.factors import Exchange
 
 Head = Literal["train", "freeze", "local"]
+_GAP = 200  # steps, as GaLore's authors have it
 _HEAD = (
     "Classification head, to be given with such a task: `train` (whole, and averaged), `freeze` (as the base model has "
     "it, or as it was drawn), or `local` (trained and kept at the site)."
 )
 
 
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, immutable."""
+class GaLoreConfig(StrategySection):
+    """What strategies share whose sites train base weights with GaLore."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    trains: ClassVar[Literal["weights"]] = "weights"
+    changes_base: ClassVar = True
 
-
-class Selection(Section):
-    """Which tensors are trained (arXiv 2410.23111: the MLPs of a range of lower blocks)."""
-
-    modules: str | list[str] = Field(
-        "mlp",
-        description="`mlp`, `attention`, `linear` (both), or a list of module names such as [up_proj, down_proj].",
-    )
-    blocks: str = Field(
-        "lower third",
-        description="`all`, `lower third`, `lower half`, `lower quarter`, `lower N`, `0-9`, or `0,2,5`.",
-    )
-
-
-class FedFTGConfig(Selection):
-    """FedFTG (arXiv 2410.23111): GaLore at the sites, direct averaging at the server."""
-
-    name: Literal["fedftg"] = "fedftg"
+    name: str
     rank: int = Field(16, ge=1, description="Rank of the GaLore projection.")
     subspace: Literal["own", "shared"] = Field(
         "own",
         description="`own`: every site's basis comes from its gradients. `shared`: one random basis per weight and "
         "round, the same at all sites, which does not travel.",
     )
-    update_proj_gap: int | None = Field(
-        None, ge=1, description="Steps between two refreshes of an own basis; null: 200. Not with `shared`."
+    update_proj_gap: int = Field(
+        _GAP, ge=1, description="Steps between two refreshes of an own basis; null: 200. Not with `shared`."
     )
     refresh_batches: int = Field(
         1, ge=1, description="Batches whose mean gradient gives an own basis; more than 1 cost as many passes more."
@@ -60,9 +56,14 @@ class FedFTGConfig(Selection):
     )
     head: Head | None = Field(None, description=_HEAD)
 
+    @field_validator("update_proj_gap", mode="before", json_schema_input_type=Annotated[int, Field(ge=1)] | None)
+    @classmethod
+    def _null_is_the_default(cls, value: object) -> object:
+        return _GAP if value is None else value
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if self.subspace == "shared" and (self.update_proj_gap is not None or self.refresh_batches != 1):
+        if self.subspace == "shared" and (self.update_proj_gap != _GAP or self.refresh_batches != 1):
             raise ValueError("`subspace` shared takes no `update_proj_gap` and no `refresh_batches`; leave them out")
         if self.optimizer_state == "averaged" and (self.subspace != "shared" or self.moments != "float32"):
             raise ValueError(
@@ -71,9 +72,40 @@ class FedFTGConfig(Selection):
             )
         return self
 
+    @property
+    def shares_basis(self) -> bool:
+        """See ``StrategySection.shares_basis``."""
+        return self.subspace == "shared"
 
-class LoraConfig(Selection):
+    def bases(self, steps: int) -> int:
+        """How many bases a site uses in a round of so many optimizer steps."""
+        return 1 if self.shares_basis else math.ceil(steps / self.update_proj_gap)
+
+    def shared(self, seed: int) -> tuple[int, int] | None:
+        """What all sites draw the same bases from, the federation's seed and their rank; None: bases are their own."""
+        return (seed, self.rank) if self.shares_basis else None
+
+    def exchange(self, seed: int, server_round: int) -> "Exchange":
+        """See ``StrategySection.exchange``."""
+        from common.protocol.factors import Exchange
+
+        return Exchange.of_round(server_round, self.wire_precision, self.shared(seed))
+
+
+class FedFTGConfig(GaLoreConfig):
+    """FedFTG (arXiv 2410.23111): GaLore at the sites, direct averaging at the server."""
+
+    title: ClassVar = "FedFTG"
+    source: ClassVar = "arXiv 2410.23111"
+    private: ClassVar = True
+
+    name: Literal["fedftg"] = "fedftg"
+
+
+class LoraConfig(StrategySection):
     """What all LoRA strategies share."""
+
+    trains: ClassVar[Literal["lora"]] = "lora"
 
     blocks: str = Field("all", description=Selection.model_fields["blocks"].description)
     modules: str | list[str] = Field("attention", description=Selection.model_fields["modules"].description)
@@ -84,10 +116,18 @@ class LoraConfig(Selection):
     head: Head | None = Field(None, description=_HEAD)
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
     merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
+    name: str
 
 
 class FlexLoRAConfig(LoraConfig):
     """FlexLoRA (arXiv 2402.11505): average B A, split again by truncated SVD; ranks may differ."""
+
+    title: ClassVar = "FlexLoRA"
+    source: ClassVar = "arXiv 2402.11505"
+    private: ClassVar = True
+    mixed_ranks: ClassVar = True
+    plain_mean_only: ClassVar = "averages products"
+    takes_server_optimizer: ClassVar = False  # the factors turn when the average is split anew
 
     name: Literal["flexlora"] = "flexlora"
     split: Literal["left", "sqrt"] = Field("left", description="B = U S (left) or B = U sqrt(S) (sqrt).")
@@ -97,11 +137,19 @@ class FlexLoRAConfig(LoraConfig):
 class FFALoRAConfig(LoraConfig):
     """FFA-LoRA (arXiv 2403.12313): A frozen and shared, only B trained and averaged."""
 
+    title: ClassVar = "FFA-LoRA"
+    source: ClassVar = "arXiv 2403.12313"
+    private: ClassVar = True
+
     name: Literal["ffa-lora"] = "ffa-lora"
 
 
 class RoLoRAConfig(LoraConfig):
     """RoLoRA (arXiv 2502.01755): B and A trained and averaged in alternate rounds."""
+
+    title: ClassVar = "RoLoRA"
+    source: ClassVar = "arXiv 2502.01755"
+    private: ClassVar = True
 
     name: Literal["rolora"] = "rolora"
     optimizer_state: Literal["reset"] = Field("reset", description="Each phase trains other tensors.")
@@ -110,11 +158,19 @@ class RoLoRAConfig(LoraConfig):
 class FedITConfig(LoraConfig):
     """FedIT (arXiv 2305.05644): A and B averaged separately; inexact, the baseline everyone compares with."""
 
+    title: ClassVar = "FedIT"
+    source: ClassVar = "arXiv 2305.05644"
+    private: ClassVar = True
+
     name: Literal["fedit"] = "fedit"
 
 
 class FedSALoRAConfig(LoraConfig):
     """FedSA-LoRA (arXiv 2410.01463): A averaged, B trained and kept at the site."""
+
+    title: ClassVar = "FedSA-LoRA"
+    source: ClassVar = "arXiv 2410.01463"
+    stays_at_site: ClassVar = "B"
 
     name: Literal["fedsa-lora"] = "fedsa-lora"
     merge: Literal[False] = Field(False, description="There is no B outside the sites.")
@@ -123,17 +179,30 @@ class FedSALoRAConfig(LoraConfig):
 class MergingLoraConfig(LoraConfig):
     """What LoRA strategies share that change the base weights, too."""
 
+    changes_base: ClassVar = True
+
     merge: Literal[True] = Field(True, description="`model/` is the whole model, since its base weights change.")
 
 
 class FedExLoRAConfig(MergingLoraConfig):
     """FedEx-LoRA (arXiv 2410.09432): A and B averaged separately, what that loses added to the base weights."""
 
+    title: ClassVar = "FedEx-LoRA"
+    source: ClassVar = "arXiv 2410.09432"
+    plain_mean_only: ClassVar = "adds to the base weights what the means lose"
+    takes_server_optimizer: ClassVar = False  # what the base weights take belongs to the means themselves
+
     name: Literal["fedex-lora"] = "fedex-lora"
 
 
 class FLoRAConfig(MergingLoraConfig):
     """FLoRA (arXiv 2409.05976): all sites' B A added to the base weights, a fresh A and B in every round."""
+
+    title: ClassVar = "FLoRA"
+    source: ClassVar = "arXiv 2409.05976"
+    fresh_factors: ClassVar = True
+    mixed_ranks: ClassVar = True
+    takes_server_optimizer: ClassVar = False  # the factors start anew
 
     name: Literal["flora"] = "flora"
     optimizer_state: Literal["reset"] = Field("reset", description="Every round trains fresh factors.")
@@ -151,76 +220,19 @@ StrategyConfig = Annotated[
     Field(discriminator="name"),
 ]
 
-
-class _Clipping(Section):
-    """Ways to combine updates that may be clipped first."""
-
-    clip_norm: float | None = Field(
-        None, gt=0, description="Longest change of a site, in medians of the round's norms; null: not clipped."
-    )
+SECTIONS: tuple[type[StrategySection], ...] = get_args(get_args(StrategyConfig)[0])
 
 
-class MeanConfig(_Clipping):
-    """The mean, weighted by examples."""
-
-    method: Literal["mean"] = "mean"
-
-
-class TrimmedMeanConfig(_Clipping):
-    """Coordinate-wise trimmed mean (arXiv 1803.01498), unweighted."""
-
-    method: Literal["trimmed-mean"] = "trimmed-mean"
-    trim: float = Field(gt=0, lt=0.5, description="Share of the updates left out at either end, rounded down.")
+def name_of(section: type[StrategySection]) -> str:
+    """The name by which a federation file chooses a strategy."""
+    return str(section.model_fields["name"].default)
 
 
-class MedianConfig(_Clipping):
-    """Coordinate-wise median (arXiv 1803.01498), unweighted."""
-
-    method: Literal["median"] = "median"
-
-
-class _KrumConfig(Section):
-    """What Krum and multi-Krum share."""
-
-    byzantine: int = Field(
-        ge=0,
-        description="f: how many sites may send anything; a round needs 2 f + 3 updates, `cohort.min_clients` too.",
-    )
+def names(trait: Callable[[type[StrategySection]], bool] = lambda section: True) -> list[str]:
+    """Names of the strategies that have a trait, e.g. ``names(lambda section: section.private)``; default: of all."""
+    return [name_of(section) for section in SECTIONS if trait(section)]
 
 
-class KrumConfig(_KrumConfig):
-    """The one update nearest to its neighbors (arXiv 1703.02757)."""
-
-    method: Literal["krum"] = "krum"
-
-
-class MultiKrumConfig(_KrumConfig):
-    """The mean, weighted by examples, of all but the f updates farthest from their neighbors (arXiv 1703.02757)."""
-
-    method: Literal["multi-krum"] = "multi-krum"
-
-
-AggregationConfig = Annotated[
-    MeanConfig | TrimmedMeanConfig | MedianConfig | KrumConfig | MultiKrumConfig, Field(discriminator="method")
-]
-
-
-class FedAvgMConfig(Section):
-    """Momentum over the rounds' averaged changes (arXiv 1909.06335)."""
-
-    method: Literal["fedavgm"] = "fedavgm"
-    learning_rate: float = Field(1.0, gt=0, description="Of the server; 1 without momentum is plain averaging.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last rounds' step that is kept.")
-
-
-class FedAdamConfig(Section):
-    """Adam over the rounds' averaged changes (arXiv 2003.00295, algorithm 2)."""
-
-    method: Literal["fedadam"] = "fedadam"
-    learning_rate: float = Field(gt=0, description="Of the server: about how far a coordinate moves in a round.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the changes.")
-    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the mean of their squares.")
-    tau: float = Field(1e-3, gt=0, description="Adaptivity: changes much smaller than this are not scaled up.")
-
-
-ServerOptimizerConfig = Annotated[FedAvgMConfig | FedAdamConfig, Field(discriminator="method")]
+def title_of(name: str) -> str:
+    """What a report calls a strategy; a word that names none, such as a label of an experiment, stays as it is."""
+    return next((section.title for section in SECTIONS if name_of(section) == name), name)

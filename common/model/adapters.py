@@ -9,6 +9,7 @@ from common.linalg.subspace import generator_for
 
 LORA_A = ".lora_A.weight"  # (rank, in)
 LORA_B = ".lora_B.weight"  # (out, rank)
+FACTORS = {"A": LORA_A, "B": LORA_B}
 BASE_WEIGHT = ".base_layer.weight"  # (out, in), of an adapted layer
 
 

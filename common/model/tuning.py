@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.federation import FedFTGConfig, FedSALoRAConfig, FLoRAConfig, LoraConfig, MergingLoraConfig
+from common.config.strategy import GaLoreConfig, LoraConfig
 from common.errors import ModelError, WireError
 from common.model import families, second_moments
-from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, fresh_a
+from common.model.adapters import BASE_WEIGHT, FACTORS, LORA_A, LORA_B, fresh_a
 
 
 class Tuned:
@@ -53,7 +53,7 @@ class Tuned:
 
 def tune(
     model: nn.Module,
-    config: FedFTGConfig | LoraConfig,
+    config: GaLoreConfig | LoraConfig,
     peft_type: str | None,
     *,
     rank: int | None = None,
@@ -73,22 +73,22 @@ def tune(
         ModelError: the family is unknown, or a rank is above a layer's smaller side.
     """
     layers = families.select(model, config.modules, config.blocks)
-    if isinstance(config, FedFTGConfig):
+    if config.trains == "weights":
         return _base_weights(model, layers, config)
     return _adapter(model, layers, config, peft_type, rank or config.rank, seed)
 
 
-def first_state(tuned: Tuned, config: FedFTGConfig | LoraConfig, seed: int) -> dict[str, Tensor]:
+def first_state(tuned: Tuned, config: GaLoreConfig | LoraConfig, seed: int) -> dict[str, Tensor]:
     """What round 1 starts from: the tensors of the base model, in float32 where base weights are among them.
 
-    FLoRA's factors are of the federation's rank, whatever ``tuned``'s is.
+    Fresh factors are of the federation's rank, whatever ``tuned``'s is.
     """
     state = tuned.get()
-    if isinstance(config, FedFTGConfig | MergingLoraConfig):
+    if config.changes_base:
         state = {name: tensor.float() for name, tensor in state.items()}
     if config.optimizer_state == "averaged":
         state |= second_moments.first(state)
-    if isinstance(config, FLoRAConfig):
+    if config.fresh_factors:
         for name, tensor in state.items():
             if name.endswith(LORA_A):
                 state[name] = fresh_a(seed, 1, name, (config.rank, tensor.shape[1]))
@@ -97,7 +97,7 @@ def first_state(tuned: Tuned, config: FedFTGConfig | LoraConfig, seed: int) -> d
     return state
 
 
-def _base_weights(model: nn.Module, layers: list[families.SelectedLayer], config: FedFTGConfig) -> Tuned:
+def _base_weights(model: nn.Module, layers: list[families.SelectedLayer], config: GaLoreConfig) -> Tuned:
     trained = families.freeze_all_but(model, layers)
     head = {name: p for name, p in model.named_parameters() if families.in_head(name) and config.head != "freeze"}
     for parameter in head.values():
@@ -115,12 +115,11 @@ def _adapter(
 ) -> Tuned:
     import peft
 
-    changes_base = isinstance(config, MergingLoraConfig)
     for layer in layers:
         smallest = min(model.get_parameter(layer.weight).shape)
         if rank > smallest:
             raise ModelError(f"{layer.weight}: LoRA rank is {rank}; allowed for this layer: 1 to {smallest}")
-        if changes_base and layer.transposed:
+        if config.changes_base and layer.transposed:
             raise ModelError(
                 f"{layer.weight} is kept as (in, out); the strategies that change base weights take (out, in) alone"
             )
@@ -142,7 +141,7 @@ def _adapter(
     names = set(peft.get_peft_model_state_dict(wrapped))
     for full_name, parameter in wrapped.named_parameters():
         name = full_name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-        if (name in names and parameter.requires_grad) or (changes_base and name.endswith(BASE_WEIGHT)):
+        if (name in names and parameter.requires_grad) or (config.changes_base and name.endswith(BASE_WEIGHT)):
             (exchanged if ".lora_" in name or name.endswith(BASE_WEIGHT) else head)[name] = parameter
     if config.head == "freeze":
         for parameter in head.values():
@@ -151,8 +150,9 @@ def _adapter(
     elif head:
         _train_in_float32(wrapped)
     local = head if config.head == "local" else {}
-    if isinstance(config, FedSALoRAConfig):
-        local = local | {name: parameter for name, parameter in exchanged.items() if name.endswith(LORA_B)}
+    if config.stays_at_site is not None:
+        own = FACTORS[config.stays_at_site]
+        local = local | {name: parameter for name, parameter in exchanged.items() if name.endswith(own)}
     return Tuned(wrapped, {n: p for n, p in (exchanged | head).items() if n not in local}, local)
 
 

@@ -22,13 +22,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common import text as units
+from common.config.strategy import title_of
 from common.errors import FedSpanError, RunFolderError
 from common.metrics import SCORES
 from common.system.files import write_atomically
 from deploy.experiment import compare_plots as plots
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from deploy.experiment.compare_page import PAGE
-from deploy.experiment.compare_text import headline, notes, strategy_title, unscored
+from deploy.experiment.compare_text import headline, notes, unscored
 from server.report.format import precise, score, seconds, whole
 from server.report.page import STYLE
 from server.report.write import MEANINGS
@@ -105,7 +106,7 @@ def render(found: Comparison) -> str:
 
 def _shown(group: Group, number: int) -> dict[str, Any]:
     """A setting as the page shows it."""
-    lines = [(strategy_title(line.strategy), line) for line in group.lines if line.seeds]
+    lines = [(title_of(line.strategy), line) for line in group.lines if line.seeds]
     curves = []
     for how in [s for s in group.scores() if s.curve]:
         ends = "; ".join(f"{title} {_estimate(line.final(how.name))}" for title, line in lines)
@@ -140,7 +141,7 @@ def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[st
     def row(line: Line, before: list[str], after: list[str], most: float = math.inf) -> list[tuple[str, bool]]:
         told = [(_estimate(line.final(s.name, most)), line.strategy in group.best(s, most)) for s in scores]
         return [
-            (strategy_title(line.strategy), False),
+            (title_of(line.strategy), False),
             *((b, False) for b in before),
             *told,
             *((a, False) for a in after),
@@ -185,7 +186,7 @@ def _partition_figure(held: Partition, number: int) -> Markup:
 def _samples(groups: list[Group]) -> tuple[str, list[dict[str, Any]]]:
     """Of the first setting that has answers: its title, and each question with the answers of all strategies."""
     for group in groups:
-        answered = [(strategy_title(line.strategy), line.seeds[0].samples) for line in group.lines if line.seeds]
+        answered = [(title_of(line.strategy), line.seeds[0].samples) for line in group.lines if line.seeds]
         answered = [(title, samples) for title, samples in answered if samples]
         if answered:
             questions = []

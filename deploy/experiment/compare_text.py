@@ -1,8 +1,8 @@
 """What a comparison says in sentences, the same on the page and in Markdown."""
 
+from common.config.strategy import title_of
 from common.metrics import SCORES
 from deploy.experiment.compare_data import Comparison
-from server.report.write import STRATEGIES
 
 
 def headline(found: Comparison) -> list[str]:
@@ -12,7 +12,7 @@ def headline(found: Comparison) -> list[str]:
         judged = [group for group in found.groups if how in group.scores() and len(group.lines) > 1]
         wins: dict[str, int] = {}
         for strategy in (strategy for group in judged for strategy in group.best(how)):
-            wins[strategy_title(strategy)] = wins.get(strategy_title(strategy), 0) + 1
+            wins[title_of(strategy)] = wins.get(title_of(strategy), 0) + 1
         if judged and not wins:
             sentences.append(f"Mean {how.in_text}: the same of all strategies.")
         elif len(judged) == 1:
@@ -45,7 +45,7 @@ def notes(found: Comparison) -> list[str]:
     if any(line.edge for line in lines):
         first.append("† marks the smallest or largest of those tried, beyond which there may be a better one.")
     without = [
-        f"{strategy_title(line.strategy)} with {group.title}: {', '.join(unscored(line.unscored))}"
+        f"{title_of(line.strategy)} with {group.title}: {', '.join(unscored(line.unscored))}"
         for group in found.groups
         for line in group.lines
         if line.unscored
@@ -56,11 +56,6 @@ def notes(found: Comparison) -> list[str]:
 def unscored(rates: dict[float, str]) -> list[str]:
     """Learning rates that gave no score, each with the reason."""
     return [f"{rate:g} ({why})" for rate, why in rates.items()]
-
-
-def strategy_title(strategy: str) -> str:
-    """A strategy's name to be shown."""
-    return STRATEGIES.get(strategy, strategy)
 
 
 def _range(counts: set[int]) -> str:

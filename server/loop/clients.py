@@ -126,7 +126,7 @@ class Roster:
         """Tell the strategy of sites that are new."""
         for node_id, member in self.members.items():
             if node_id not in strategy.clients:
-                rank = member.rank if strategy.rule.mixed_ranks else None
+                rank = member.rank if strategy.rule.section.mixed_ranks else None
                 strategy.clients[node_id] = Client(member.site, rank, has_base=True)
 
     def gather(self, cohort: CohortConfig) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from common.config.federation import FederationConfig, LoraConfig, MergingLoraConfig
+from common.config.federation import FederationConfig
 from common.data.evaluation import generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.data.tasks import Place, make_task
@@ -93,11 +93,11 @@ class Evaluator:
         """
         self._tuned.set(state)
         strategy = self._config.strategy
-        if isinstance(strategy, MergingLoraConfig):
+        if strategy.trains == "lora" and strategy.changes_base:
             self._write(self._tuned.model.merge_and_unload(), run_dir / "model")
             return
         self._write(self._tuned.model, run_dir / "model")
-        if isinstance(strategy, LoraConfig) and strategy.merge:
+        if strategy.trains == "lora" and strategy.merge:
             self._write(self._tuned.model.merge_and_unload(), run_dir / "merged")
 
     def _write(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers or a peft model

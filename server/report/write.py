@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from common.config.strategy import title_of
 from common.errors import FedSpanError, RunFolderError
 from common.metrics import ANSWERS, SCORES, Score
 from common.system.files import write_atomically
@@ -24,16 +25,6 @@ from server.report.page import PAGE, STYLE
 from server.run import records as facts
 from server.run.folder import read_lines
 
-STRATEGIES = {
-    "fedftg": "FedFTG",
-    "flexlora": "FlexLoRA",
-    "ffa-lora": "FFA-LoRA",
-    "rolora": "RoLoRA",
-    "fedit": "FedIT",
-    "fedsa-lora": "FedSA-LoRA",
-    "fedex-lora": "FedEx-LoRA",
-    "flora": "FLoRA",
-}
 MEANINGS = {
     "client-cosine": (
         "Agreement of the sites",
@@ -299,8 +290,7 @@ def _planned(run: Run) -> object:
 
 def _strategy(run: Run) -> str:
     settings = yaml.safe_load(run.settings) or {}
-    name = str((settings.get("strategy") or {}).get("name", "–"))
-    return STRATEGIES.get(name, name)
+    return title_of(str((settings.get("strategy") or {}).get("name", "–")))
 
 
 def _versions(run: Run) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.config.federation import FedFTGConfig, StrategyConfig, TrainingConfig
+from common.config.federation import StrategyConfig, TrainingConfig
 from common.errors import RefusedUpdate
 from common.model.families import in_head
 from common.model.second_moments import is_second_moment, without
@@ -56,7 +56,7 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm**2 / strategy.rank
         return _TOLERANCE * (limit + float(base.sum()))
     entries, scale = base.numel(), 1.0
-    if isinstance(strategy, FedFTGConfig) and not in_head(name):
+    if strategy.trains == "weights" and not in_head(name):
         # The step has the norm of its projection, whose shape is (rank, larger side).
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
@@ -105,9 +105,8 @@ def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Decl
     """
     if privacy is None:
         return 0.0
-    shared = isinstance(strategy, FedFTGConfig) and strategy.subspace == "shared"
     numbers = (
-        strategy.rank * max(tensor.shape) if shared and not in_head(name) else tensor.numel()
+        strategy.rank * max(tensor.shape) if strategy.shares_basis and not in_head(name) else tensor.numel()
         for name, tensor in base.items()
     )
     return _WIRE * longest_noise(sum(numbers), privacy.noise)
@@ -142,7 +141,7 @@ def moved(
     if privacy is None:
         return Moved(norm, norm, 0.0)
     decay = 0.0
-    if training.weight_decay and isinstance(strategy, FedFTGConfig):  # it follows from the file, and is not clipped
+    if training.weight_decay and strategy.trains == "weights":  # it follows from the file, and is not clipped
         start = total({name: float(base[name].float().norm()) for name in norms})
         decay = training.steps(rows) * training.learning_rate * training.weight_decay * start
     return Moved(

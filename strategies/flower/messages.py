@@ -74,7 +74,7 @@ class RuleMessages:
     weighted_by_key: str
 
     def __init__(self, rule: Rule, server_optimizer: ServerOptimizerConfig | None) -> None:
-        if server_optimizer is not None and not rule.takes_server_optimizer:
+        if server_optimizer is not None and not rule.section.takes_server_optimizer:
             name = type(rule).__name__
             raise ValueError(f"{name}: the change of its state is no mean of changes; it takes no server_optimizer")
         self.rule = rule
@@ -85,7 +85,7 @@ class RuleMessages:
         self._active: list[str] = []
         self._round = 0
         self._bundled = False  # any Flower client reads plain arrays
-        self._mixed_alphas = rule.mixed_ranks
+        self._mixed_alphas = rule.section.mixed_ranks
 
     def begin(
         self, state: Tensors, versions: Versions | None = None, moments: Mapping[str, Tensors] | None = None
@@ -100,7 +100,7 @@ class RuleMessages:
         self._bundled, self._mixed_alphas = True, False
         if self.server_optimizer is not None:
             self.server_optimizer.moments = {kind: dict(named) for kind, named in (moments or {}).items()}
-        if self.rule.exchange(1) is not None:
+        if self.rule.section.changes_base:
             self.versions = versions or Versions(state)
 
     def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
@@ -217,7 +217,7 @@ class RuleMessages:
             metrics.get(self.weighted_by_key),
             expected,
             [name for name in self._active if name not in changes],
-            any_rank=self.rule.mixed_ranks,
+            any_rank=self.rule.section.mixed_ranks,
             max_rank=self.rule.max_rank,
         )
         admit_factors(client.name, changes)
@@ -226,7 +226,7 @@ class RuleMessages:
             _check_acknowledged(client.name, told.get("frozen-digest"), frozen)
             client.held = {name: tensor_digest(t) for name, t in frozen.items()}
         client.lora_alpha = self._lora_alpha(client, metrics.get("lora-alpha"))
-        if self.rule.mixed_ranks:
+        if self.rule.section.mixed_ranks:
             client.rank = rank_of(admitted)
         examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
         return Update(client.name, examples, admitted, client.lora_alpha, changes)
@@ -234,7 +234,7 @@ class RuleMessages:
     def _lora_alpha(self, client: Client, told: object) -> float | None:
         """The alpha of a reply; a client that tells none has the federation's, and of base weights there is none."""
         common = self.rule.lora_alpha
-        if told is None or self.rule.trains == "weights":
+        if told is None or self.rule.section.trains == "weights":
             return common
         if not isinstance(told, (int, float)) or not 0 < told < float("inf"):
             raise RefusedUpdate(f"{client.name}: lora-alpha is {told!r}; allowed: a positive number")
@@ -251,13 +251,10 @@ class RuleMessages:
         arrays = content.get(self.arrayrecord_key)
         if not isinstance(arrays, ArrayRecord):
             raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
-        exchange = self.rule.exchange(self._round)
+        weights = self._active if self.rule.section.trains == "weights" else []  # a LoRA factor comes whole
+        shapes = {name: tuple(expected[name].shape) for name in weights}
         try:
-            tensors = wire.decode(arrays)
-            if exchange is None:
-                return tensors, {}
-            weights = self._active if self.rule.trains == "weights" else []  # a LoRA factor comes whole
-            return unpack(tensors, {name: tuple(expected[name].shape) for name in weights}, exchange)
+            return unpack(wire.decode(arrays), shapes, self.rule.exchange(self._round))
         except WireError as error:
             raise RefusedUpdate(f"{client.name}: {error}") from None
 

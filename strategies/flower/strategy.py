@@ -1,8 +1,10 @@
 """Each rule as a Flower strategy, for any Flower app."""
 
+import inspect
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from logging import WARNING
 from typing import Any, TypedDict, Unpack
 
@@ -174,6 +176,35 @@ class FlowerStrategy(RuleMessages, FedAvg):
                 )
             time.sleep(1.0)
         return sample(nodes, fraction, minimum, self._seed, server_round)
+
+
+@cache
+def flower_strategy(rule: type[Rule]) -> type[FlowerStrategy]:
+    """A rule as a class of Flower strategies, such as ``strategies.FedIT``.
+
+    It takes the rule's own arguments and, by name, ``FlowerOptions``; ``seed`` goes to both where the rule has one.
+    ``FedIT(lora_alpha=8.0, fraction_train=0.5)`` is ``FlowerStrategy(FedITRule(lora_alpha=8.0), fraction_train=0.5)``.
+    """
+    make: Callable[..., Rule] = rule
+    own, flowers = inspect.signature(rule).parameters, FlowerOptions.__annotations__
+
+    def init(self: FlowerStrategy, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as ``__signature__`` says
+        made = make(*args, **{key: value for key, value in options.items() if key in own})
+        rest = {key: value for key, value in options.items() if key in flowers or key not in own}
+        FlowerStrategy.__init__(self, made, **rest)
+
+    more = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD, annotation=Unpack[FlowerOptions])
+    about = f"{rule.section.title} ({rule.section.source}) for any Flower app; see ``{rule.__module__}``.\n\n"
+    return type(
+        rule.__name__.removesuffix("Rule"),
+        (FlowerStrategy,),
+        {
+            "__init__": init,
+            "__doc__": about + inspect.cleandoc(rule.__doc__ or ""),
+            "__module__": "strategies",
+            "__signature__": inspect.Signature([*own.values(), more]),
+        },
+    )
 
 
 def _scalars(content: RecordDict) -> RecordDict:

@@ -6,18 +6,17 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from common.config.federation import StrategyConfig
+from common.config.strategy import names
 from tests.client.test_methods_apps import LORA, of, run
 
 RECORDED = Path(__file__).parent / "recorded" / "curves.json"
 FEDFTG = {"blocks": "lower half", "rank": 4, "update_proj_gap": 2, "scale": 1.0}
 AVERAGED = {"blocks": "lower half", "rank": 4, "scale": 1.0, "subspace": "shared", "optimizer_state": "averaged"}
-NAMES = [config.model_fields["name"].default for config in get_args(get_args(StrategyConfig)[0])]
-STRATEGIES = {name: {"name": name, **(FEDFTG if name == "fedftg" else LORA)} for name in NAMES}
+STRATEGIES = {name: {"name": name, **(FEDFTG if name == "fedftg" else LORA)} for name in names()}
 STRATEGIES["fedftg, moments averaged"] = {"name": "fedftg", **AVERAGED}
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from common.config.federation import FederationConfig, Section, SiteConfig
 from common.config.load import load
+from common.config.strategy import names
 from deploy.experiment.config import load_experiment
 from deploy.schemas import schemas
 
@@ -54,9 +55,7 @@ def test_experiment_schema_refuses_what_the_code_refuses() -> None:
             jsonschema.validate(wrong, schema("experiment"))
 
 
-@pytest.mark.parametrize(
-    "strategy", ["fedftg", "flexlora", "ffa-lora", "rolora", "fedit", "fedsa-lora", "fedex-lora", "flora"]
-)
+@pytest.mark.parametrize("strategy", names())
 def test_schema_takes_a_strategy_as_one_word_or_as_a_section(strategy: str) -> None:
     data = yaml.safe_load((DEMO / "federation.yaml").read_text())
     for value in (strategy, {"name": strategy, "rank": 4}):

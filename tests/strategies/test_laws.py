@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,9 @@ from common.config.federation import (
     TrimmedMeanConfig,
 )
 from common.errors import AggregationError
-from common.model.adapters import BASE_WEIGHT, LORA_B
-from strategies.fedex_lora import FedExLoRARule
-from strategies.fedftg import FedFTGRule
-from strategies.fedit import FedITRule
-from strategies.fedsa_lora import FedSALoRARule
-from strategies.ffa_lora import FFALoRARule
-from strategies.flexlora import FlexLoRARule
-from strategies.flora import FLoRARule
-from strategies.rolora import RoLoRARule
-from strategies.rule import Rule, Tensors, Update
+from common.model.adapters import BASE_WEIGHT, FACTORS
+from strategies import STRATEGIES
+from strategies.rule import Rule, Setup, Tensors, Update
 from tests.harness.rounds import (
     ALPHA,
     LAYERS,
@@ -39,17 +33,15 @@ from tests.harness.rounds import (
     weights,
 )
 
-RULES: dict[str, Callable[[], Rule]] = {
-    "fedftg": FedFTGRule,
-    "fedit": lambda: FedITRule(ALPHA),
-    "ffa-lora": lambda: FFALoRARule(ALPHA),
-    "rolora": lambda: RoLoRARule(ALPHA),
-    "fedsa-lora": lambda: FedSALoRARule(ALPHA),
-    "fedex-lora": lambda: FedExLoRARule(ALPHA),
-    "flora": lambda: FLoRARule(ALPHA),
-    "flexlora": lambda: FlexLoRARule(ALPHA),
-    "flexlora, sqrt": lambda: FlexLoRARule(ALPHA, split="sqrt"),
-}
+
+def rule_of(name: str, aggregation: AggregationConfig | None = None, **options: Any) -> Rule:
+    section = STRATEGIES[name].section
+    alpha = {"lora_alpha": ALPHA} if section.trains == "lora" else {}
+    return STRATEGIES[name].from_section(section(**alpha, **options), Setup(aggregation=aggregation))
+
+
+RULES: dict[str, Callable[[], Rule]] = {name: partial(rule_of, name) for name in STRATEGIES}
+RULES["flexlora, sqrt"] = partial(rule_of, "flexlora", split="sqrt")
 ROBUST: dict[str, AggregationConfig] = {
     "clipped": MeanConfig(clip_norm=1.0),
     "trimmed mean": TrimmedMeanConfig(trim=0.34),
@@ -58,16 +50,11 @@ ROBUST: dict[str, AggregationConfig] = {
     "multi-krum": MultiKrumConfig(byzantine=0),
 }
 ROBUST_RULES: dict[str, Callable[[], Rule]] = {
-    **{f"fedftg, {name}": partial(FedFTGRule, aggregation=method) for name, method in ROBUST.items()},
-    **{f"fedit, {name}": partial(FedITRule, ALPHA, method) for name, method in ROBUST.items()},
-    **{f"flora, {name}": partial(FLoRARule, ALPHA, method) for name, method in ROBUST.items()},
-    "fedsa-lora, median": lambda: FedSALoRARule(ALPHA, MedianConfig()),
-    "rolora, median": lambda: RoLoRARule(ALPHA, MedianConfig()),
-    "ffa-lora, krum": lambda: FFALoRARule(ALPHA, KrumConfig(byzantine=0)),
+    f"{name}, {method}": partial(rule_of, name, aggregation)
+    for name, made in STRATEGIES.items()
+    for method, aggregation in ROBUST.items()
+    if made.section.plain_mean_only is None
 }
-
-
-CHANGE_BASE = (FedExLoRARule, FLoRARule)
 
 
 def each(rules: dict[str, Callable[[], Rule]]) -> pytest.MarkDecorator:
@@ -80,12 +67,11 @@ either_phase = pytest.mark.parametrize("server_round", [1, 2])
 
 
 def start(rule: Rule, dtype: torch.dtype = torch.float32) -> Tensors:
-    if rule.trains == "weights":
+    if rule.section.trains == "weights":
         return weights(0, dtype)
-    state = lora(4, 0, dtype=dtype)
-    if isinstance(rule, FedSALoRARule):
-        return {name: tensor for name, tensor in state.items() if not name.endswith(LORA_B)}
-    return state | base_weights(1, dtype) if isinstance(rule, CHANGE_BASE) else state
+    state = lora(4, 0, dtype=dtype) | (base_weights(1, dtype) if rule.section.changes_base else {})
+    local = rule.section.stays_at_site
+    return {name: tensor for name, tensor in state.items() if local is None or not name.endswith(FACTORS[local])}
 
 
 def some_updates(rule: Rule, server_round: int, state: Tensors) -> list[Update]:
@@ -96,9 +82,9 @@ def same(rule: Rule, a: Tensors, b: Tensors, tolerance: float = 2e-6) -> bool:
     """Equal states; of factors that may turn, or start anew, equal products; with base weights, equal sums of both."""
     assert a.keys() == b.keys()
     x, y = doubles(a), doubles(b)
-    turn = (".lora_", BASE_WEIGHT) if isinstance(rule, FlexLoRARule | FLoRARule) else (BASE_WEIGHT,)
+    turn = (".lora_", BASE_WEIGHT) if rule.section.mixed_ranks else (BASE_WEIGHT,)
     names = [name for name in a if not any(part in name for part in turn)]
-    whole = partial(effective, scaling=ALPHA / 4) if isinstance(rule, CHANGE_BASE) else product
+    whole = partial(effective, scaling=ALPHA / 4) if rule.section.changes_base else product
     return all(close(x[n], y[n], tolerance) for n in names) and all(
         close(whole(a, layer), whole(b, layer), tolerance) for layer in (LAYERS if len(names) < len(a) else ())
     )

@@ -10,14 +10,13 @@ from hypothesis import given, settings, strategies as st
 import strategies
 from common.config.federation import (
     AggregationConfig,
-    FedITConfig,
-    FlexLoRAConfig,
     KrumConfig,
     MeanConfig,
     MedianConfig,
     MultiKrumConfig,
     TrimmedMeanConfig,
 )
+from common.config.strategy import FedITConfig, FlexLoRAConfig
 from common.errors import AggregationError
 from common.linalg.subspace import SharedBasis, projects_right
 from common.protocol.factors import Factors, num_bytes

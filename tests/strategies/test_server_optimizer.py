@@ -10,11 +10,10 @@ import strategies
 from common.config.federation import (
     FedAdamConfig,
     FedAvgMConfig,
-    FedFTGConfig,
-    FlexLoRAConfig,
     MedianConfig,
     ServerOptimizerConfig,
 )
+from common.config.strategy import FedFTGConfig, FlexLoRAConfig
 from common.protocol.factors import Factors
 from common.protocol.tensors import flatten
 from server.loop.checkpoint import Checkpoint, newest, save
@@ -41,7 +40,7 @@ either = pytest.mark.parametrize("config", [MOMENTUM, ADAM], ids=["fedavgm", "fe
 
 
 def start(rule: Rule) -> Tensors:
-    return weights(0) if rule.trains == "weights" else lora(4, 0)
+    return weights(0) if rule.section.trains == "weights" else lora(4, 0)
 
 
 def updates(rule: Rule, server_round: int, state: Tensors) -> list[Update]:

@@ -46,9 +46,16 @@ class Site:
         policy._books.clear()
         return Gate(self.config, self.file, message, run)
 
-    def train(self, number: int = 1, run: int = 1, name: str = "ours", tensor: torch.Tensor = TENSOR) -> None:
+    def train(
+        self,
+        number: int = 1,
+        run: int = 1,
+        name: str = "ours",
+        tensor: torch.Tensor = TENSOR,
+        strategy: str = "fedftg",
+    ) -> None:
         gate = self.gate(run=run)
-        gate.check(federation(name), number, [NAME])
+        gate.check(federation(name, strategy), number, [NAME])
         gate.check_rows(12)
         gate.admit([(NAME, tensor)], [(NAME, tensor)], ["num-examples"], 12, float(tensor.norm()))
 
@@ -232,10 +239,11 @@ def test_contradictions_are_refused_when_the_file_is_read(sections: dict[str, An
     assert reason in str(raised.value)
 
 
-def test_strategy_that_noise_was_not_made_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "PRIVATE_STRATEGIES", ("rolora",))
-    with pytest.raises(PolicyError, match="`privacy` allows rolora; this is fedftg"):
-        Site(tmp_path, privacy=PRIVATE).train()
+@pytest.mark.parametrize("strategy", ["fedsa-lora", "fedex-lora", "flora"])
+def test_strategy_that_noise_was_not_made_for_is_refused(tmp_path: Path, strategy: str) -> None:
+    allowed = "fedftg, flexlora, ffa-lora, rolora, fedit"
+    with pytest.raises(PolicyError, match=f"`privacy` allows {allowed}; this is {strategy}$"):
+        Site(tmp_path, privacy=PRIVATE).train(strategy=strategy)
 
 
 def test_summary_says_what_left_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from common.config.federation import (
     FedAdamConfig,
     FedAvgMConfig,
     FederationConfig,
-    FedFTGConfig,
     KrumConfig,
     MeanConfig,
     MedianConfig,
@@ -18,6 +17,7 @@ from common.config.federation import (
     settings_for_sites,
 )
 from common.config.load import load, parse
+from common.config.strategy import FedFTGConfig
 from common.errors import ConfigError
 
 FEDERATION = """

@@ -9,8 +9,9 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.config.federation import FederationConfig, FedExLoRAConfig, FLoRAConfig, LoraConfig, RoLoRAConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.strategy import FedExLoRAConfig, FLoRAConfig, LoraConfig, RoLoRAConfig
 from common.model.tuning import Tuned, first_state, tune
 from server.loop.server_model import Evaluator
 from tests.harness.tiny_images import make_image_federation

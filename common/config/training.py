@@ -1,0 +1,44 @@
+"""The section of a federation file that says how every site trains."""
+
+import math
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config.section import Section
+
+
+class TrainingConfig(Section):
+    """Local training. Give ``local_steps`` or ``local_epochs``."""
+
+    #: Of Adam, at all clients: no knob, because admission derives from them how far a step can go.
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="For FedFTG this runs inside the projection.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Over all rounds of the run.")
+    warmup: float = Field(0.0, ge=0, lt=1, description="Share of the whole run spent in linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradient clipping; null for none.")
+    batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    local_steps: int | None = Field(None, ge=1, description="Optimizer steps per round.")
+    local_epochs: int | None = Field(None, ge=1, description="Passes over the shard per round.")
+    max_length: int = Field(512, ge=8, description="Tokens per row; longer rows are cut.")
+    gradient_checkpointing: bool = Field(False, description="Trade time for memory.")
+    seed: int = Field(0, ge=0, description="Seed of batch order, LoRA initialisation and sampling.")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give exactly one of `local_steps` and `local_epochs`")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of a round at a client that trains on so many rows."""
+        return self.local_steps or math.ceil(rows / self.rows_per_step) * (self.local_epochs or 1)
