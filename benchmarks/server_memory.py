@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.table import Cell, Table
-from deploy.sandbox import Flower
+from deploy.sandbox.flower import Flower
 from server.superlink.process import MALLOC
 
 APP = Path(__file__).parent / "memory_app"

@@ -17,7 +17,7 @@ from benchmarks.table import Cell, Table
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from deploy.demo.prepare import DEFAULT_CACHE, prepare
-from deploy.sandbox import Flower
+from deploy.sandbox.flower import Flower
 from server.run.folder import read_lines
 
 ROOT = Path(__file__).parents[1]

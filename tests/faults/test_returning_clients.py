@@ -9,7 +9,7 @@ from common.config.federation import FederationConfig, FFALoRAConfig
 from common.config.load import load
 from common.data.tasks import make_task
 from common.model.tuning import tune
-from deploy.sandbox import Flower, kill, wait_for
+from deploy.sandbox.flower import Flower, kill, wait_for
 from tests.faults.conftest import Note
 from tests.harness.faults import lines
 from tests.harness.launcher import ROOT

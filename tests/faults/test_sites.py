@@ -12,7 +12,7 @@ from typing import Self
 import pytest
 import yaml
 
-from deploy.sandbox import Flower, wait_for
+from deploy.sandbox.flower import Flower, wait_for
 from tests.faults.conftest import QUIET, SIZES, Note
 from tests.faults.test_kills import FEDFTG, ROLORA
 from tests.harness.faults import Federation, lines, same_result, trainings

@@ -9,7 +9,7 @@ from flwr.proto.control_pb2 import ListRunsRequest
 
 from common.errors import LaunchError
 from common.system.processes import ProcessGroup, Started, free_ports, listens
-from deploy.sandbox import wait_for
+from deploy.sandbox.flower import wait_for
 from server.superlink.bundle import bundle_digest, make_bundle
 from server.superlink.control import control, is_over, start_run, stop_runs
 from server.superlink.process import OwnSuperLink

@@ -19,7 +19,7 @@ from common.system import flower
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports, listens
 from deploy.keys import certs
-from deploy.sandbox import wait_for
+from deploy.sandbox.flower import wait_for
 from server.run.node_owners import site_of
 from server.superlink import registry
 from server.superlink.control import control

@@ -12,7 +12,7 @@ from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.system.flower import program
 from common.system.processes import ProcessGroup, free_ports, listens
-from deploy.sandbox import Flower, wait_for
+from deploy.sandbox.flower import Flower, wait_for
 from server.run.folder import check_resumable, in_use
 from server.run.state import overview
 from tests.harness.launcher import command, environment, survivors

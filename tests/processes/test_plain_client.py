@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from deploy.sandbox import Flower
+from deploy.sandbox.flower import Flower
 
 pytestmark = pytest.mark.long
 APP = Path(__file__).parent / "plain_app"

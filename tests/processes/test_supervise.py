@@ -15,7 +15,7 @@ import yaml
 
 from common.system.processes import ProcessGroup, free_ports
 from deploy.keys import bundle, certs
-from deploy.sandbox import Flower
+from deploy.sandbox.flower import Flower
 from server.operate.supervise import main
 from server.superlink import registry
 from tests.harness.launcher import ROOT, environment

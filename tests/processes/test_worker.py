@@ -16,7 +16,7 @@ import yaml
 from flwr.cli.build import build_fab_from_disk
 
 from deploy.keys import bundle
-from deploy.sandbox import Flower, kill, wait_for
+from deploy.sandbox.flower import Flower, kill, wait_for
 
 APP = Path(__file__).parent / "orders_app"
 WORKER = Path(__file__).parents[2] / "client" / "connect" / "worker.py"

@@ -18,7 +18,7 @@ from server.superlink.bundle import make_bundle
 from server.superlink.control import control, start_run
 from server.superlink.process import OwnSuperLink
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Flower:

@@ -1,0 +1,1 @@
+"""Small federations on real processes: what tests and benchmarks run on."""
