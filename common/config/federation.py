@@ -21,13 +21,13 @@ from common.config.aggregation import (
     ServerOptimizerConfig as ServerOptimizerConfig,
     TrimmedMeanConfig as TrimmedMeanConfig,
 )
-from common.config.data import (
+from common.config.section import (
     DataConfig as DataConfig,
     Name as Name,
+    Section as Section,
     SiteDataConfig as SiteDataConfig,
     resolve as resolve,
 )
-from common.config.section import Section as Section
 from common.config.site import (
     PolicyConfig as PolicyConfig,
     PrivacyConfig as PrivacyConfig,

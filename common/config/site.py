@@ -1,13 +1,26 @@
 """The site file: written by the hospital, beside its data."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config.data import Name, SiteDataConfig
-from common.config.section import Section
+from common.config.section import Name, Section, SiteDataConfig
 from common.config.site_policy import PolicyConfig as PolicyConfig, PrivacyConfig as PrivacyConfig, check_site
-from common.config.site_trust import TrustConfig as TrustConfig
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TrustConfig(Section):
+    """An app bundle runs here when it is listed, or signed with one of the keys."""
+
+    keys: list[str] = Field([], description="Public keys of who vouches for code (`python -m deploy.keys.bundle key`).")
+    bundles: list[Digest] = Field([], description="SHA-256 of single bundles (`python -m deploy.keys.bundle digest`).")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.keys and not self.bundles:
+            raise ValueError("give `keys` or `bundles`; with neither, no bundle could run")
+        return self
 
 
 class SiteConfig(Section):
