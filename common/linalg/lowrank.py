@@ -3,11 +3,10 @@
 With R = sum_k r_k columns in the stacked factors B (out, R) and A (R, in), dW = B A. A full dense SVD is never
 computed. There are two ways to the leading right singular vectors, each held against a dense float64 SVD by the tests:
 
-- the *core*: with L L^T = A A^T, the eigenvectors of the R x R matrix L^T (B^T B) L, in float64. It holds the whole
-  spectrum. When R is not below the layer's shorter side, the short-side Gram matrix of dW takes its place;
-- *iteration*, where that core is large and few components are wanted: a block Krylov space (Musco & Musco,
-  arXiv 1504.05477), grown until the residual of every wanted component passes a test, which is repeated on the factors
-  themselves. When it fails, the core decides.
+- the *core*: with M M^T = A A^T, the eigenvectors of M^T (B^T B) M, at most R x R. When R is not below the layer's
+  shorter side, the short-side Gram matrix of dW takes its place;
+- *iteration*, where R is large: power iteration, tested on the factors themselves. Clients that trained from common
+  factors leave a gap behind the wanted components, so that few steps suffice. Where they do not, the core decides.
 
 Either way dW is then projected on the subspace found, so that U and V have orthonormal columns and U S V^T is the part
 of dW that lives there.
@@ -17,21 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy import linalg
+from scipy.linalg import lapack
 from torch import Tensor
 
 from common.errors import AggregationError, DivergedAverage
 
 ZERO = 1e-7  # singular values below this share of the largest w_k |B_k| |A_k| are rounding
 RANK = 1e-6  # those above this share of the largest one count for the numerical rank
-LARGE = 512  # cores smaller than this are solved at once
-WIDE = 16  # so are cores of less than this many times the wanted rank
-STEPS = 28  # most blocks of the Krylov space
-CHECKS = (2, 3, 6, 10, 15, 20, 27)  # when convergence is looked at
-RESIDUAL = 3e-7  # it is reached when |dW^T dW v - s^2 v| is below this share of s_1^2
-DROPPED = 1e-6  # directions of a block below this share of its largest square are rounding
+LARGE = 512  # from this many columns on, only the wanted part of the spectrum is computed
+SPARE = 8  # directions that iteration carries besides the wanted ones
+STEPS = 4  # of power iteration before the first test
 TINY = 1e-38  # keeps a zero from being divided by
 TILE = 256  # columns of a Gram matrix that are computed together
-ACCEPTED = 5e-6  # the result of iteration is taken when |dW^T u - s v| is below this share of s_1
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ class TruncatedSVD:
         vt: (rank, in); rows are orthonormal where ``s`` is not zero, else zero; the entry of largest magnitude of
             each is positive.
         energy: ``|dW|_F^2``, of the whole dW.
-        numerical_rank: how many singular values of dW exceed 1e-6 of the largest; None when only the leading ones
-            were computed.
+        numerical_rank: how many singular values of dW exceed 1e-6 of the largest; None from 512 stacked columns on,
+            where only the leading ones are computed.
         inner: (K, K); the Frobenius inner products of the terms' B_k A_k without their weights, float64.
     """
 
@@ -100,7 +97,7 @@ def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> Truncat
     columns = _columns(weights / (largest or 1.0), terms)
     try:
         products, (left, values, right), energy, numerical_rank = _leading(b, a, columns.to(b.dtype), rank)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+    except (linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise AggregationError(f"{name}: the singular values do not converge: {error}") from None
     u, s, vt = b.new_zeros(b.shape[0], rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1])
     kept = int((values > ZERO).sum()) if largest > 0 else 0
@@ -162,22 +159,46 @@ def _leading(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], float, int | None]:
     """Entrywise product of the two Gram matrices; leading triplets, at most ``rank``; energy; numerical rank of dW."""
     terms, weighted = b.shape[1], a * weights[:, None]
-    iterates = terms >= max(LARGE, WIDE * rank) and b.dtype == torch.float32
-    precision = torch.float32 if iterates else torch.float64
+    large, short = terms >= LARGE, min(b.shape[0], a.shape[1])
+    precision = b.dtype if large else torch.float64
     gram_b, gram_a = _gram(b.to(precision)), _gram(a.T.to(precision))
     inner = gram_b * gram_a
     energy = float(weights.double() @ inner.double() @ weights.double())
-    if iterates:
-        triplets = _refine(b, weighted, _iterate(gram_b, gram_a * weights * weights[:, None], rank))
-        if triplets is not None:
-            return inner, triplets, energy, None
-    if terms < min(b.shape[0], a.shape[1]):
-        double = weights.double()
-        basis, squares = _from_factors(gram_b.double(), gram_a.double() * double * double[:, None], weighted, rank)
+    gram_a *= torch.outer(weights, weights)
+    if large and (triplets := _iterate(b, weighted, gram_b, gram_a, rank)):
+        return inner, triplets, energy, None
+    count = rank if large else min(terms, short)
+    if terms < short:
+        basis, squares = _from_factors(gram_b, gram_a, weighted, rank, count)
     else:
-        basis, squares = _from_product(b @ weighted, rank)
+        basis, squares = _from_product(b @ weighted, rank, count)
     floor = max(RANK**2 * float(squares[0]), ZERO**2)
-    return inner, _project(b, weighted, basis.to(b.dtype)), energy, int((squares > floor).sum())
+    return inner, _project(b, weighted, basis.to(b.dtype)), energy, None if large else int((squares > floor).sum())
+
+
+def _iterate(b: Tensor, a: Tensor, gram_b: Tensor, gram_a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Leading triplets by power iteration, tested on the factors; None when a step gains less than a decimal digit.
+
+    The first steps are in the coordinates c of v = A^T c, where dW^T dW is c -> B^T B A A^T c and the layer's size does
+    not matter.
+    """
+    block = min(rank + SPARE, len(gram_a))
+    coordinates = torch.randn(len(gram_a), block, generator=torch.Generator().manual_seed(0)).to(b.dtype)
+    for _ in range(STEPS):
+        coordinates, _ = torch.linalg.qr(gram_b @ (gram_a @ coordinates))
+    # n additions are off by about sqrt(n) roundings (Higham & Mary, doi.org/10.1137/18M1226312); dW^T (dW v) takes so
+    # many one after another
+    tolerance = torch.finfo(b.dtype).eps * (sum(a.shape) + sum(b.shape)) ** 0.5
+    basis, before = a.T @ coordinates, torch.inf
+    while True:
+        u, s, vt = _project(b, a, basis)
+        basis = a.T @ (b.T @ u)
+        residual = float(torch.linalg.vector_norm(basis - vt.T * s, dim=0)[:rank].max())
+        if residual <= tolerance * float(s[0]):
+            return u[:, :rank], s[:rank], vt[:rank]
+        if residual > before / 10:
+            return None
+        before = residual
 
 
 def _project(b: Tensor, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,70 +208,31 @@ def _project(b: Tensor, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
     return u, s, vt @ basis.T
 
 
-def _from_factors(gram_b: Tensor, gram_a: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Leading right singular vectors and all squared singular values, from the R x R core."""
-    squares, rotation = torch.linalg.eigh(gram_a)
-    root = rotation * squares.clamp_min(0.0).sqrt()
-    values, vectors = torch.linalg.eigh(root.T @ gram_b @ root)
-    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    columns = gram_b @ (root @ vectors[:, : max(1, int((values[:rank] > ZERO**2 * values[0]).sum()))])
-    return a.T.double() @ (columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(TINY)), values
+def _from_factors(gram_b: Tensor, gram_a: Tensor, a: Tensor, rank: int, count: int) -> tuple[Tensor, Tensor]:
+    """Leading right singular vectors and ``count`` squared singular values, from the core."""
+    lower, pivots, size, _ = lapack.dpstrf(gram_a.double().numpy(), lower=True)
+    root = torch.zeros_like(gram_a)
+    root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(lower).tril().to(root.dtype)
+    root = root[:, : max(1, size)]
+    values, vectors = _largest(root.T @ gram_b @ root, count)
+    kept = max(1, int((values[:rank] > ZERO**2 * values[0]).sum()))
+    columns = gram_b @ (root @ vectors[:, :kept].to(root.dtype))
+    return a.T.to(root.dtype) @ (columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(TINY)), values
 
 
-def _from_product(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _from_product(product: Tensor, rank: int, count: int) -> tuple[Tensor, Tensor]:
     """The same from dW itself, when it is no larger than the core would be."""
     tall = product.shape[0] >= product.shape[1]
     double = product.double()
-    values, vectors = torch.linalg.eigh(_gram(double if tall else double.T))
-    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, :rank]
-    return vectors if tall else double.T @ vectors, values
+    values, vectors = _largest(_gram(double if tall else double.T), count)
+    return vectors[:, :rank] if tall else double.T @ vectors[:, :rank], values
 
 
-def _iterate(gram_b: Tensor, gram_a: Tensor, rank: int) -> Tensor | None:
-    """Coordinates c (R, rank) of the leading right singular vectors v = A^T c; None when they do not converge.
-
-    Block Lanczos in the coordinates, where dW^T dW is c -> B^T B A A^T c and v has the length sqrt(c^T A A^T c): a step
-    costs two products with R x R matrices, whatever the layer's size. Directions of no length are dropped.
-    """
-    block = rank + 8
-    new = torch.randn(block, len(gram_a), generator=torch.Generator().manual_seed(0))
-    basis, image, projected = (new.new_empty(STEPS * block, len(gram_a)) for _ in range(3))  # c; AA^T c; B^TB AA^T c
-    size, width = 0, 0  # of the basis, of its newest block
-    for step in range(min(STEPS, len(gram_a) // block)):
-        for _ in range(2):  # twice is enough for orthogonality to rounding
-            new = new - (new @ image[:size].T) @ basis[:size]
-        new_image = new @ gram_a
-        lengths = new @ new_image.T
-        if step in CHECKS and size >= rank:
-            values, vectors = torch.linalg.eigh(image[:size] @ projected[:size].T)
-            last = vectors[size - width :, -rank:]
-            if float((last * (lengths @ last)).sum(0).max()) <= (RESIDUAL * float(values[-1])) ** 2:
-                found: Tensor = vectors[:, -rank:].T @ basis[:size]
-                return found.T
-        squares, rotation = torch.linalg.eigh(lengths.double())
-        kept = squares > max(DROPPED * float(squares[-1]), 0.0)
-        width = int(kept.sum())
-        if width == 0:
-            return None
-        turn = (rotation[:, kept] / squares[kept].sqrt()).T.to(new.dtype)
-        grown = slice(size, size + width)
-        basis[grown], image[grown] = turn @ new, turn @ new_image
-        projected[grown] = new = image[grown] @ gram_b
-        size += width
-    return None
-
-
-def _refine(b: Tensor, a: Tensor, coordinates: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Triplets that pass the residual test on the factors themselves, after at most three steps of power iteration."""
-    if coordinates is None:
-        return None
-    basis = a.T @ coordinates
-    for _ in range(3):
-        u, s, vt = _project(b, a, basis)
-        basis = a.T @ (b.T @ u)
-        if float(torch.linalg.vector_norm(basis - vt.T * s, dim=0).max()) <= ACCEPTED * float(s[0]):
-            return u, s, vt
-    return None
+def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues, at most ``count`` and none below zero, and their vectors."""
+    last = len(matrix) - 1
+    values, vectors = linalg.eigh(matrix.double().numpy(), subset_by_index=(max(0, last + 1 - count), last))
+    return torch.from_numpy(values).flip(0).clamp_min(0.0), torch.from_numpy(vectors).flip(1)
 
 
 def _gram(matrix: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The truncated SVD from factors against a dense SVD in float64."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -33,9 +35,9 @@ def unrelated(g: torch.Generator, count: int) -> list[tuple[Tensor, Tensor]]:
     return [(normal(g, 300, 24), normal(g, 24, 200)) for _ in range(count)]
 
 
-def from_one_start(g: torch.Generator, moved: float) -> list[tuple[Tensor, Tensor]]:
-    b, a = normal(g, 300, 24), normal(g, 24, 200)
-    return [(b + moved * normal(g, 300, 24), a + moved * normal(g, 24, 200)) for _ in range(24)]
+def from_one_start(g: torch.Generator, moved: float, out: int = 300, in_: int = 200) -> list[tuple[Tensor, Tensor]]:
+    b, a = normal(g, out, 24), normal(g, 24, in_)
+    return [(b + moved * normal(g, out, 24), a + moved * normal(g, 24, in_)) for _ in range(24)]
 
 
 def dense(terms: list[Term]) -> np.ndarray:
@@ -70,15 +72,26 @@ def test_equals_the_dense_svd(kind: str, rank: int) -> None:
     check([Term(0.2 + i / 10, b, a) for i, (b, a) in enumerate(factors)], rank)
 
 
-def test_iteration_is_what_decides_large_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["from one start", "hardly moved", "shared A", "rank 3"])
+def test_iteration_decides_where_a_gap_follows_the_wanted_components(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """Guards the test above: without the core to fall back on, these inputs are still solved."""
 
     def forbidden(*_: object) -> None:
         raise AssertionError("the core was used")
 
     monkeypatch.setattr(lowrank, "_from_product", forbidden)
-    for kind in ("from one start", "hardly moved", "rank 3", "decaying"):
-        check([Term(1 / 24, b, a) for b, a in FACTORS[kind](torch.Generator().manual_seed(2))], 8)
+    check([Term(1 / 24, b, a) for b, a in FACTORS[kind](torch.Generator().manual_seed(2))], 24)
+
+
+@pytest.mark.parametrize("rank", [3, 24, 60])
+@pytest.mark.parametrize("moved", [1e-3, 1e-2, 0.3])
+def test_core_decides_large_layers_alone(monkeypatch: pytest.MonkeyPatch, moved: float, rank: int) -> None:
+    """Guards what iteration falls back on, where the layer is larger than the core."""
+    monkeypatch.setattr(lowrank, "_iterate", lambda *_: None)
+    factors = from_one_start(torch.Generator().manual_seed(2), moved, 700, 600)
+    check([Term(0.2 + i / 10, b, a) for i, (b, a) in enumerate(factors)], rank)
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,11 +114,12 @@ def test_equals_the_dense_svd_for_any_shape(
     check(terms, data.draw(st.integers(1, min(out, in_))))
 
 
-def test_float64_factors_give_float64_precision() -> None:
+@pytest.mark.parametrize("count", [2, 150])
+def test_float64_factors_give_float64_precision(count: int) -> None:
     g = torch.Generator().manual_seed(3)
-    terms = [Term(0.5, normal(g, 30, 4).double(), normal(g, 4, 20).double()) for _ in range(2)]
-    result = truncated_svd(terms, 8)
-    assert float(torch.linalg.norm(result.u * result.s @ result.vt - torch.from_numpy(dense(terms)))) < 1e-12
+    terms = [Term(0.5, normal(g, 30, 4).double(), normal(g, 4, 20).double()) for _ in range(count)]
+    result, exact = truncated_svd(terms, 20), torch.from_numpy(dense(terms))
+    assert float(torch.linalg.norm(result.u * result.s @ result.vt - exact)) < 1e-13 * float(torch.linalg.norm(exact))
 
 
 def test_two_calls_agree_bit_for_bit() -> None:
@@ -147,10 +161,16 @@ def test_bad_input_is_refused_by_name() -> None:
         truncated_svd([Term(1.0, b * float("nan"), a)], 1, "layer")
 
 
-def test_failure_to_converge_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise torch.linalg.LinAlgError("no convergence")  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(torch.linalg, "eigh", fail)
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("scipy.linalg.eigh", np.linalg.LinAlgError),
+        ("torch.linalg.svd", torch.linalg.LinAlgError),  # type: ignore[attr-defined]
+    ],
+)
+def test_failure_to_converge_names_the_layer(
+    monkeypatch: pytest.MonkeyPatch, where: str, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(where, Mock(side_effect=error("no convergence")))
     with pytest.raises(AggregationError, match=r"layers\.3: the singular values do not converge"):
         truncated_svd([Term(1.0, torch.ones(5, 2), torch.ones(2, 4))], 1, "layers.3")
