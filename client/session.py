@@ -22,8 +22,9 @@ from client.training.settings import lora_rank, make_optimizer, model_source
 from client.training.trainer import train
 from client.update import Outgoing, factored_weights, trained_tensors
 from common.config.federation import FederationConfig, SiteConfig
+from common.data.evaluation import EvalSettings
 from common.data.rows import Row, split_held_out
-from common.data.tasks import Place, make_task
+from common.data.tasks import make_task
 from common.errors import StaleStateError
 from common.metrics import COUNTS
 from common.model import second_moments, tuning
@@ -246,10 +247,13 @@ class Session:
             self._tuned.model,
             self._base.tokenizer,
             held_out,
-            self.federation.evaluation,
-            self.site.data.system,
-            self.federation.training.max_length,
-            Place(self._device, pick_autocast(self.site.precision, self._device)),
+            EvalSettings(
+                self.federation.evaluation,
+                self.federation.training.max_length,
+                self._device,
+                self.site.data.system,
+                pick_autocast(self.site.precision, self._device),
+            ),
         )
         self._seconds["evaluate"] = time.monotonic() - started
         return {f"evaluate.{key}": value for key, value in metrics.items() if not key.startswith(COUNTS)}

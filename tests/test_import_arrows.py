@@ -39,7 +39,6 @@ TOO_LONG = {
     "client/session.py",
     "client/training/galore.py",
     "common/data/rows.py",
-    "common/data/tasks.py",
     "deploy/data/partition.py",
     "server/operate/supervise.py",
     "server/report/page.py",

@@ -6,7 +6,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -17,7 +17,6 @@ from common.system.keys import host_names, read_certificates
 _NOT_YET, _EXPIRED, _HOST_NAMES = 9, 10, (62, 64)  # OpenSSL's X509_V_ERR_...
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # with empty settings, as gRPC begins
 _SETTINGS = 4  # type of the frame with which a gRPC server answers
-_YOUNG = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class LinkReport:
         names: DNS names and IP addresses that the certificate is for.
         not_before: beginning of its validity.
         not_after: end of its validity.
-        clock_hint: says when this machine's clock may be behind; else None.
         round_trip: seconds that a connection took to be made.
     """
 
@@ -41,7 +39,6 @@ class LinkReport:
     names: list[str]
     not_before: datetime | None
     not_after: datetime | None
-    clock_hint: str | None
     round_trip: float
 
 
@@ -63,7 +60,7 @@ def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkR
     with _connected(host, port, timeout) as (raw, seconds):
         if root_certificates is None:
             _check_plain(raw, host, port, timeout)
-            return LinkReport(host, port, None, [], None, None, None, seconds)
+            return LinkReport(host, port, None, [], None, None, seconds)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as gRPC
         context.set_alpn_protocols(["h2"])
@@ -83,11 +80,7 @@ def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkR
                 ) from None
             raise UnreachableError(f"{host}:{port}: the TLS handshake failed ({_said(error)})") from None
     begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
-    young = datetime.now(UTC) - begins < _YOUNG
-    hint = (
-        f"its certificate is valid since {_minute(begins)}; a clock that is behind would refuse it" if young else None
-    )
-    return LinkReport(host, port, found.subject.rfc4514_string(), host_names(found), begins, ends, hint, seconds)
+    return LinkReport(host, port, found.subject.rfc4514_string(), host_names(found), begins, ends, seconds)
 
 
 def _split(address: str) -> tuple[str, int]:

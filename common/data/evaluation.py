@@ -18,68 +18,41 @@ from common.system.memory import halving
 
 
 @dataclass(frozen=True)
-class LossResult:
-    """Held-out loss.
+class EvalSettings:
+    """What is measured of a model, and how.
 
     Attributes:
-        loss: mean cross-entropy over all answer tokens, nats.
-        perplexity: exp(loss).
-        tokens: answer tokens counted.
-        examples: rows.
+        config: the federation's evaluation section.
+        max_length: most tokens of a row; of a longer prompt the last ones.
+        device: where the model is.
+        system: system message of every prompt, where the chat template has one.
+        autocast: arithmetic of the forward passes; None for the weights' own.
     """
 
-    loss: float
-    perplexity: float
-    tokens: int
-    examples: int
+    config: EvaluationConfig
+    max_length: int
+    device: torch.device
+    system: str | None = None
+    autocast: torch.dtype | None = None
 
 
 def evaluate_model(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     rows: list[Row],
-    config: EvaluationConfig,
-    *,
-    system: str | None,
-    max_length: int,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
+    settings: EvalSettings,
 ) -> dict[str, float]:
-    """All metrics of a model on some rows.
+    """All metrics of a language model on some rows.
 
     Returns:
-        loss, perplexity, tokens, examples; with ``config.generate`` also generated (rows), and the scores of answers.
+        loss (mean cross-entropy of an answer's tokens, nats), perplexity, tokens (of answers), examples (rows); with
+        ``config.generate`` also generated (rows), and the scores of answers.
     """
-    chosen = in_fixed_order(rows)
-    result = evaluate_loss(
-        model,
-        tokenizer,
-        chosen[: config.max_examples],
-        system=system,
-        max_length=max_length,
-        batch_size=config.batch_size,
-        device=device,
-        autocast_dtype=autocast_dtype,
-    )
-    metrics = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "tokens": float(result.tokens),
-        "examples": float(result.examples),
-    }
+    chosen, config = in_fixed_order(rows), settings.config
+    metrics = _loss(model, tokenizer, chosen[: config.max_examples], settings)
     asked = chosen[: config.generate]
     if asked:
-        answers = generate_answers(
-            model,
-            tokenizer,
-            asked,
-            system=system,
-            max_length=max_length,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            device=device,
-            autocast_dtype=autocast_dtype,
-        )
+        answers = generate_answers(model, tokenizer, asked, settings)
         metrics |= {"generated": float(len(asked)), **scores(ANSWERS, answers, [row.answer for row in asked])}
     return metrics
 
@@ -90,33 +63,24 @@ def in_fixed_order(rows: list[Row]) -> list[Row]:
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
-    rows: list[Row],
-    *,
-    system: str | None,
-    max_length: int,
-    batch_size: int,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-) -> LossResult:
+def _loss(model: nn.Module, tokenizer: Any, rows: list[Row], settings: EvalSettings) -> dict[str, float]:  # noqa: ANN401
     """Mean loss over the answer tokens of all rows; on half as many rows at a time where memory runs out."""
-    examples = [encode(tokenizer, row, system, max_length) for row in rows]
+    examples = [encode(tokenizer, row, settings.system, settings.max_length) for row in rows]
     examples.sort(key=lambda example: len(example.input_ids))  # little padding
     total, tokens = 0.0, 0
     padding = pad_id(tokenizer)
 
     def loss_of(some: list[Example]) -> tuple[float, int]:
         batch = collate(some, padding)
-        loss, counted = causal_loss_sum(model, {key: value.to(device) for key, value in batch.items()})
+        loss, counted = causal_loss_sum(model, {key: value.to(settings.device) for key, value in batch.items()})
         return float(loss), counted
 
-    with _evaluating(model, device, autocast_dtype):
-        for loss, counted in halving(examples, batch_size, loss_of):
+    with _evaluating(model, settings):
+        for loss, counted in halving(examples, settings.config.batch_size, loss_of):
             total, tokens = total + loss, tokens + counted
     mean = total / max(tokens, 1)
-    return LossResult(mean, math.exp(min(mean, 700.0)), tokens, len(rows))
+    perplexity = math.exp(min(mean, 700.0))
+    return {"loss": mean, "perplexity": perplexity, "tokens": float(tokens), "examples": float(len(rows))}
 
 
 @torch.no_grad()
@@ -124,13 +88,7 @@ def generate_answers(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     rows: list[Row],
-    *,
-    system: str | None,
-    max_length: int,
-    max_new_tokens: int,
-    batch_size: int,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
+    settings: EvalSettings,
 ) -> list[str]:
     """Greedy answers to the rows' prompts, in their order.
 
@@ -138,12 +96,11 @@ def generate_answers(
     """
     from transformers import GenerationConfig
 
-    padding = pad_id(tokenizer)
-    ends = end_ids(tokenizer)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=padding)
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length + max_new_tokens
-    room = max(min(max_length, positions - max_new_tokens), 1)
-    prompts = [last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, system), room) for row in rows]
+    padding, ends, new = pad_id(tokenizer), end_ids(tokenizer), settings.config.max_new_tokens
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=ends, pad_token_id=padding)
+    positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length + new
+    room = max(min(settings.max_length, positions - new), 1)
+    prompts = [last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, settings.system), room) for row in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
 
     def answers_to(some: list[int]) -> list[str]:
@@ -154,40 +111,41 @@ def generate_answers(
             ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[line, width - len(prompts[i]) :] = 1
         out = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            input_ids=ids.to(settings.device), attention_mask=mask.to(settings.device), generation_config=greedy
         )
         answers = []
-        for new in out[:, width:].tolist():
-            stop = min((new.index(end) for end in ends if end in new), default=len(new))
-            answers.append(tokenizer.decode(new[:stop], skip_special_tokens=True).strip())
+        for said in out[:, width:].tolist():
+            stop = min((said.index(end) for end in ends if end in said), default=len(said))
+            answers.append(tokenizer.decode(said[:stop], skip_special_tokens=True).strip())
         return answers
 
-    with _evaluating(model, device, autocast_dtype), _only_settings(model, settings):
-        answers = dict(zip(by_length, chain.from_iterable(halving(by_length, batch_size, answers_to)), strict=True))
+    with _evaluating(model, settings), _only(greedy, model):
+        told = chain.from_iterable(halving(by_length, settings.config.batch_size, answers_to))
+        answers = dict(zip(by_length, told, strict=True))
     return [answers[i] for i in range(len(rows))]
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+def _evaluating(model: nn.Module, settings: EvalSettings) -> Iterator[None]:
     """Evaluation mode and arithmetic; afterwards the model is in the mode it was in."""
     was_training = model.training
     model.train(False)
     try:
-        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
             yield
     finally:
         model.train(was_training)
 
 
 @contextmanager
-def _only_settings(model: Any, settings: Any) -> Iterator[None]:  # noqa: ANN401
-    """Generate by ``settings`` alone.
+def _only(generation: Any, model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Generate by one configuration alone.
 
     ``generate`` fills what is unset in a configuration that it is given from the model's own, so a model's repetition
     penalty or maximum length would change what "greedy" means.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, inner.generation_config = inner.generation_config, settings
+    own, inner.generation_config = inner.generation_config, generation
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from common.config.federation import (
     resolve,
 )
 from common.data import chat
-from common.data.evaluation import evaluate_model, in_fixed_order
+from common.data.evaluation import EvalSettings, evaluate_model, in_fixed_order
 from common.data.images import load_images, read_image
 from common.data.rows import Row, load_rows
 from common.errors import DataError
@@ -30,14 +30,6 @@ from common.system.memory import halving
 
 Batch = dict[str, Tensor]
 E = TypeVar("E")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and how a model is evaluated: device, and the arithmetic there (None: the weights' own)."""
-
-    device: torch.device
-    autocast: torch.dtype | None = None
 
 
 class Task(ABC, Generic[E]):
@@ -108,10 +100,7 @@ class Task(ABC, Generic[E]):
         model: nn.Module,
         tokenizer: Any,  # noqa: ANN401
         rows: list[Row],
-        config: EvaluationConfig,
-        system: str | None,
-        max_length: int,
-        place: Place,
+        settings: EvalSettings,
     ) -> dict[str, float]:
         """Metrics of a model on held-out rows."""
 
@@ -142,22 +131,10 @@ class CausalLM(Task[chat.Example]):
         model: nn.Module,
         tokenizer: Any,  # noqa: ANN401
         rows: list[Row],
-        config: EvaluationConfig,
-        system: str | None,
-        max_length: int,
-        place: Place,
+        settings: EvalSettings,
     ) -> dict[str, float]:
         """See ``Task.evaluate``: loss, perplexity, and scores of generated answers."""
-        return evaluate_model(
-            model,
-            tokenizer,
-            rows,
-            config,
-            system=system,
-            max_length=max_length,
-            device=place.device,
-            autocast_dtype=place.autocast,
-        )
+        return evaluate_model(model, tokenizer, rows, settings)
 
 
 class Classification(Task[E]):
@@ -192,27 +169,25 @@ class Classification(Task[E]):
         model: nn.Module,
         tokenizer: Any,  # noqa: ANN401
         rows: list[Row],
-        config: EvaluationConfig,
-        system: str | None,
-        max_length: int,
-        place: Place,
+        settings: EvalSettings,
     ) -> dict[str, float]:
         """See ``Task.evaluate``: loss, perplexity (of the label), scores of labels, and their confusion matrix."""
         model.train(False)
-        examples = self.examples(tokenizer, in_fixed_order(rows)[: config.max_examples], system, max_length)
+        chosen, device = in_fixed_order(rows)[: settings.config.max_examples], settings.device
+        examples = self.examples(tokenizer, chosen, settings.system, settings.max_length)
         collate = self.collater(tokenizer)
         total, predicted, labels = 0.0, list[int](), list[int]()
 
         def measure(some: list[E]) -> tuple[float, list[int], list[int]]:
-            batch = {key: value.to(place.device) for key, value in collate(some).items()}
+            batch = {key: value.to(device) for key, value in collate(some).items()}
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
+            with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
                 logits = model(**inputs).logits.float()
             loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
             return loss, logits.argmax(-1).tolist(), batch["labels"].tolist()
 
-        for loss, chosen, right in halving(examples, config.batch_size, measure):
-            total, predicted, labels = total + loss, predicted + chosen, labels + right
+        for loss, found, right in halving(examples, settings.config.batch_size, measure):
+            total, predicted, labels = total + loss, predicted + found, labels + right
         loss = total / len(examples)
         return {
             "loss": loss,

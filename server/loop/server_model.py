@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from common.config.federation import FederationConfig
-from common.data.evaluation import generate_answers, in_fixed_order
+from common.data.evaluation import EvalSettings, generate_answers, in_fixed_order
 from common.data.rows import Row
-from common.data.tasks import Place, make_task
+from common.data.tasks import make_task
 from common.model import tuning
 from common.model.base_model import check_length
 from common.protocol.digest import base_digest, tokenizer_digest
@@ -41,8 +41,10 @@ class Evaluator:
         self.base_digest = base_digest(self._base.model)
         self.tokenizer_digest = tokenizer_digest(self._base.tokenizer)
         self._tuned = tuning.tune(self._base.model, config.strategy, self._task.peft_type, seed=seed)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._tuned.model.to(self._device)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._tuned.model.to(device)
+        system = data.system if data is not None else None
+        self._settings = EvalSettings(config.evaluation, config.training.max_length, device, system)
 
     def initial_state(self) -> Tensors:
         """The federation's tensors of the base model, from which round 1 starts."""
@@ -53,15 +55,7 @@ class Evaluator:
         if not self._rows:
             return {}
         self._tuned.set(state)
-        return self._task.evaluate(
-            self._tuned.model,
-            self._base.tokenizer,
-            self._rows,
-            self._config.evaluation,
-            self._system,
-            self._config.training.max_length,
-            Place(self._device),
-        )
+        return self._task.evaluate(self._tuned.model, self._base.tokenizer, self._rows, self._settings)
 
     def answers(self, state: Tensors) -> list[dict[str, str]]:
         """Questions of the server's own set with the expected and the generated answer."""
@@ -69,17 +63,7 @@ class Evaluator:
         if not rows or not self._task.generates:
             return []
         self._tuned.set(state)
-        generated = generate_answers(
-            self._tuned.model,
-            self._base.tokenizer,
-            rows,
-            system=self._system,
-            max_length=self._config.training.max_length,
-            max_new_tokens=self._config.evaluation.max_new_tokens,
-            batch_size=self._config.evaluation.batch_size,
-            device=self._device,
-            autocast_dtype=None,
-        )
+        generated = generate_answers(self._tuned.model, self._base.tokenizer, rows, self._settings)
         return [
             {"prompt": row.prompt, "expected": row.answer, "answer": answer}
             for row, answer in zip(rows, generated, strict=True)
@@ -104,7 +88,3 @@ class Evaluator:
         with built(folder) as new:
             model.save_pretrained(new)
             self._base.tokenizer.save_pretrained(new)
-
-    @property
-    def _system(self) -> str | None:
-        return self._config.evaluation.server.system if self._config.evaluation.server is not None else None

@@ -1,7 +1,6 @@
 """Tokens of rows: what the loss counts, what an answer ends with, and answers that are really generated."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from common.config.federation import EvaluationConfig
 from common.data.chat import IGNORED, causal_loss_sum, collate, encode, last_tokens, pad_id, prompt_ids
-from common.data.evaluation import evaluate_model, generate_answers, in_fixed_order
+from common.data.evaluation import EvalSettings, evaluate_model, generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.errors import ModelError
 from tests.harness.tiny import make_tokenizer
@@ -97,11 +96,8 @@ def test_answers_are_generated_token_by_token_and_batching_changes_none() -> Non
         )
     lm.generation_config = GenerationConfig(repetition_penalty=5.0, max_length=3)  # must not change what greedy is
     for batch_size in (1, 3):
-        answers = generate_answers(
-            lm, tokenizer, rows, system=None, max_length=64, max_new_tokens=6, batch_size=batch_size, device=CPU,
-            autocast_dtype=None,
-        )  # fmt: skip
-        assert answers == expected
+        settings = EvalSettings(EvaluationConfig(max_new_tokens=6, batch_size=batch_size), 64, CPU)
+        assert generate_answers(lm, tokenizer, rows, settings) == expected
 
 
 def test_metrics_do_not_depend_on_order_or_batch_size_and_leave_the_model_as_it_was() -> None:
@@ -109,11 +105,13 @@ def test_metrics_do_not_depend_on_order_or_batch_size_and_leave_the_model_as_it_
     rows = [Row(f"term {i}", f"title {i}") for i in range(7)]
     found = [
         evaluate_model(
-            lm, tokenizer, some, EvaluationConfig(max_examples=5, generate=2, max_new_tokens=3, batch_size=size),
-            system=None, max_length=64, device=CPU, autocast_dtype=None,
+            lm,
+            tokenizer,
+            some,
+            EvalSettings(EvaluationConfig(max_examples=5, generate=2, max_new_tokens=3, batch_size=size), 64, CPU),
         )
         for some, size in ((rows, 1), (rows[::-1], 4))
-    ]  # fmt: skip
+    ]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0]["perplexity"] == pytest.approx(math.exp(found[0]["loss"]))
     assert (found[0]["examples"], found[0]["generated"]) == (5, 2)
@@ -124,9 +122,8 @@ def test_metrics_do_not_depend_on_order_or_batch_size_and_leave_the_model_as_it_
 def test_evaluation_goes_on_with_fewer_rows_when_memory_runs_out() -> None:
     tokenizer, lm = make_tokenizer(), model()
     rows = [Row(f"term {i}", f"title {i}") for i in range(7)]
-    config = EvaluationConfig(generate=5, max_new_tokens=3, batch_size=4)
-    options: dict[str, Any] = {"system": None, "max_length": 64, "device": CPU, "autocast_dtype": None}
-    expected = evaluate_model(lm, tokenizer, rows, config, **options)
+    settings = EvalSettings(EvaluationConfig(generate=5, max_new_tokens=3, batch_size=4), 64, CPU)
+    expected = evaluate_model(lm, tokenizer, rows, settings)
     sizes = []
 
     def fail(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -135,7 +132,7 @@ def test_evaluation_goes_on_with_fewer_rows_when_memory_runs_out() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     lm.register_forward_pre_hook(fail, with_kwargs=True)
-    assert evaluate_model(lm, tokenizer, rows, config, **options) == pytest.approx(expected, rel=1e-5)
+    assert evaluate_model(lm, tokenizer, rows, settings) == pytest.approx(expected, rel=1e-5)
     assert sizes.count(4) == 2  # once for the loss, once for the answers
 
 
