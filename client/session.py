@@ -31,11 +31,11 @@ from common.model import second_moments, tuning
 from common.model.adapters import cut
 from common.model.base_model import Base, check_length
 from common.model.families import in_head
-from common.packages import installed
 from common.protocol.digest import tensors_digest
 from common.protocol.factors import Exchange
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
+from common.text import installed
 
 
 @dataclass(frozen=True)

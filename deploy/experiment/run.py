@@ -38,10 +38,10 @@ from common.metrics import SCORES
 from common.system.files import write_atomically
 from common.system.lock import hold
 from common.system.processes import last_lines
+from common.text import clock
 from deploy.experiment import trial as cells
 from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan, Setting
-from server.report.format import clock
 from server.run.folder import read_lines
 from server.run.records import SERVER
 

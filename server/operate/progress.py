@@ -13,7 +13,7 @@ from rich.text import Text
 
 from common.metrics import SCORES
 from common.system import logs
-from common.text import size
+from common.text import clock, size
 from server.run.events import LINKS, PROBLEMS, Event, describe, log, log_event
 from server.run.run_progress import RunProgress
 
@@ -59,7 +59,7 @@ def render(progress: RunProgress, now: float) -> Group:
     head = Text(f"round {progress.round}/{progress.rounds}", style="bold")
     eta = progress.eta(now)
     elapsed = now - progress.started if progress.started else 0.0
-    head.append(f"   {clock(elapsed)} elapsed, {'--:--' if eta is None else clock(eta)} to go", style="not bold")
+    head.append(f"   {clock(elapsed)} elapsed, {clock(eta)} to go", style="not bold")
     head.append(f"   {size(progress.bytes_down)} down, {size(progress.bytes_up)} up", style="not bold")
     table = Table(box=None, pad_edge=False)
     measured = [s for s in SCORES.values() if any(s.name in site.scores for site in progress.sites.values())]
@@ -69,13 +69,6 @@ def render(progress: RunProgress, now: float) -> Group:
         state = "" if name == "server" else site.state
         table.add_row(name, state, _number(site.loss), *(_number(site.scores.get(s.name)) for s in measured))
     return Group(head, ProgressBar(total=max(progress.rounds, 1), completed=progress.finished_rounds, width=60), table)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _number(value: float | None) -> str:

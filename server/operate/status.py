@@ -15,8 +15,7 @@ from rich.text import Text
 
 from common.errors import FedSpanError, RunFolderError
 from common.metrics import SCORES
-from common.text import size
-from server.operate.progress import clock
+from common.text import clock, size
 from server.report.format import score, seconds, whole
 from server.run.state import Overview, overview, runs
 
@@ -48,7 +47,7 @@ def show_all(found: list[Overview]) -> RenderableType:
         "run", "state", "round", "strategy", "started", "lasted", "to go", right=("round", "lasted", "to go")
     )
     for run in found:
-        lasted, eta = _clock(run.seconds), _clock(run.eta)
+        lasted, eta = clock(run.seconds), clock(run.eta)
         table.add_row(run.name, _state(run), _round(run), run.strategy, _moment(run.started), lasted, eta)
     reasons = [Text(f"{run.name}: {run.reason}") for run in found if run.reason]
     return Group(table, *reasons) if found else Text("no runs")
@@ -57,7 +56,7 @@ def show_all(found: list[Overview]) -> RenderableType:
 def show_one(run: Overview) -> RenderableType:
     """A run with its rounds, sites and last problems."""
     head = Text.assemble((run.name, "bold"), "  ", _state(run), f"  round {_round(run)}  {run.strategy}")
-    times = f"started {_moment(run.started)}, lasted {_clock(run.seconds)}, to go {_clock(run.eta)}"
+    times = f"started {_moment(run.started)}, lasted {clock(run.seconds)}, to go {clock(run.eta)}"
     lines = [f"{times}, {size(run.bytes_down)} down, {size(run.bytes_up)} up"]
     lines += [f"Flower's run {run.flower_run}"] if run.flower_run else []
     lines += [f"reason: {run.reason}"] if run.reason else []
@@ -112,10 +111,6 @@ def _round(run: Overview) -> str:
 
 def _moment(time_: float | None) -> str:
     return "–" if time_ is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_))
-
-
-def _clock(lasted: float | None) -> str:
-    return "–" if lasted is None else clock(max(0.0, lasted))
 
 
 def watch(look: Callable[[], RenderableType], console: Console, every: float | None) -> None:

@@ -47,13 +47,6 @@ def seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:,.1f}"
 
 
-def clock(lasted: float) -> str:
-    """A duration, e.g. 1 h 02 min 03 s."""
-    minutes, rest = divmod(round(lasted), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def utc(moment: float) -> str:
     """Unix seconds as date and time of day."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))

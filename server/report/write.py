@@ -19,8 +19,9 @@ from common.config.strategy import title_of
 from common.errors import FedSpanError, RunFolderError
 from common.metrics import ANSWERS, SCORES, Score
 from common.system.files import write_atomically
+from common.text import clock
 from server.report import plots
-from server.report.format import clock, delta, precise, score, seconds, size, utc, whole
+from server.report.format import delta, precise, score, seconds, size, utc, whole
 from server.report.page import PAGE, STYLE
 from server.run import records as facts
 from server.run.folder import read_lines

@@ -32,9 +32,9 @@ import yaml
 
 from common.config.federation import FederationConfig, resolved
 from common.errors import RunFolderError
-from common.packages import installed
 from common.system.files import write_atomically
 from common.system.lock import hold, is_held
+from common.text import installed
 from server.run.events import log_event
 
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.text import size
-from server.operate.progress import Display, clock, render
+from common.text import clock, size
+from server.operate.progress import Display, render
 from server.run.events import describe
 from server.run.folder import read_lines
 from server.run.run_progress import RunProgress
@@ -44,7 +44,7 @@ def test_progress_shows_round_sites_loss_and_time_to_go() -> None:
     assert progress.eta(150.0) == pytest.approx(120.0)
     text = shown(progress, 150.0)
     assert "round 1/4" in text
-    assert "0:50 elapsed, 2:00 to go" in text
+    assert "0:00:50 elapsed, 0:02:00 to go" in text
     assert "2.0 MB down, 1.0 kB up" in text
     assert ["site-a", "waiting", "2.500", "-", "-"] in [line.split() for line in text.splitlines()]
     assert ["server", "-", "3.250", "0.500"] in [line.split() for line in text.splitlines()]
@@ -63,4 +63,4 @@ def test_terminal_gets_a_live_display_and_is_left_as_it_was() -> None:
 
 def test_units() -> None:
     assert [size(n) for n in (0, 999, 1e3, 318.5e6, 2.5e12)] == ["0 B", "999 B", "1.0 kB", "318.5 MB", "2.5 TB"]
-    assert [clock(n) for n in (0, 61, 3600)] == ["0:00", "1:01", "1:00:00"]
+    assert [clock(n) for n in (None, -1, 0, 61, 3599.6)] == ["–", "0:00:00", "0:00:00", "0:01:01", "1:00:00"]
