@@ -69,7 +69,7 @@ class RoundNotes:
         self._records[update.client] = (time.monotonic(), record)
         self.admitted[update.client] = spent = round(time.time() - sent.at, 3)
         loss = metrics.get("train.loss")
-        self._folder.event("reply", round=self.number, client=update.client, phase="train", loss=loss, seconds=spent)
+        self._folder.event("reply", round=self.number, client=update.client, loss=loss, seconds=spent)
         return metrics
 
     def close(self, diagnostics: dict[str, float]) -> None:
@@ -110,7 +110,7 @@ def record_evaluation(
         record["seconds"] = {"evaluate": seconds}
     folder.metrics(record)
     told = {name: metrics[name] for name, score in SCORES.items() if score.headline and name in metrics}
-    folder.event("evaluated", round=version, client=client, **told)
+    folder.event("evaluated", round=version, client=client, scores=told)
 
 
 def scalars(reply: Message) -> dict[str, float]:

@@ -14,10 +14,8 @@ from rich.text import Text
 from common.metrics import SCORES
 from common.system import logs
 from common.text import clock, size
-from server.run.events import LINKS, PROBLEMS, Event, describe, log, log_event
+from server.run.events import Event, describe, log, log_event, stays_visible
 from server.run.run_progress import RunProgress
-
-_ALWAYS = {*PROBLEMS, *LINKS, "resumed", "round_finished"}
 
 
 class Display:
@@ -38,7 +36,7 @@ class Display:
             line = describe(event)
             if logs.as_json():
                 log_event(self._run, event)
-            elif line and (self._live is None or event["event"] in _ALWAYS):
+            elif line and (self._live is None or stays_visible(event)):
                 self._console.print(Text(f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}  {line}"))
         if self._live is not None:
             self._live.update(render(self.progress, time.time()), refresh=True)

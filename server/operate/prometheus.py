@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from common.errors import LaunchError
-from server.run.state import STATES, Overview, Site, overview
+from server.run.state import STATES, Overview, SiteState, overview
 
 _RUN = ("run", "strategy")
 
@@ -90,7 +90,7 @@ _OF_SITE = {
 }
 
 
-def _of_site(site: Site) -> dict[str, float | None]:
+def _of_site(site: SiteState) -> dict[str, float | None]:
     numbers = [site.connection == "up", site.last_seen, site.rounds, site.refusals]
     return dict(zip(_OF_SITE, [*numbers, site.bytes_down, site.bytes_up, site.seconds], strict=True))
 

@@ -1,7 +1,16 @@
-"""What happens in a run: the kinds of events, and how each is told and logged."""
+"""What can happen in a run: one table of kinds of events, which the writer checks and every reader asks.
+
+An event is a line of events.jsonl: its time (Unix seconds), its kind and the fields that the table names. A new kind is
+a line in the table and a call of ``RunFolder.event``: the log, the display, the status, Prometheus and the report know
+it then.
+"""
 
 import logging
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
+from typing import Any, Literal
 
 from common.metrics import SCORES, Score
 from common.text import size
@@ -9,57 +18,179 @@ from common.text import size
 log = logging.getLogger("fedspan")
 Event = dict[str, Any]
 
-PROBLEMS = {"client_refused", "client_failed", "update_refused", "client_excluded", "client_readmitted", "late_reply"}
-PROBLEMS |= {"checkpoint_damaged"}
-_ENDS = {"failed", "interrupted"}
-LINKS = {"client_disconnected": "is not connected any more", "client_connected": "is connected again"}
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of event.
+
+    Attributes:
+        fields: names, separated by spaces. ``client`` is the name of a site or "server", ``clients`` are those of
+            several sites, ``reason`` is a sentence, ``kind`` that of the error behind it.
+        words: the event as a line for people, a template of its fields or a function; "" when it is worth no line.
+        level: of that line in the log.
+        stays: the line stays on the terminal, above the live display. Those of warnings and errors always do.
+        state: what the named sites do from now on; when the event names none, all sites.
+        outcome: what became of the named sites' part in the round.
+        link: how the site's connection stands from now on.
+        seen: the site itself has just been heard of.
+        problem: title in lists of refusals and failures; "" when it is none.
+    """
+
+    fields: str
+    words: str | Callable[[Event], str] = ""
+    level: int = INFO
+    stays: bool = False
+    state: str = ""
+    outcome: Literal["", "asked", "trained", "refused", "failed"] = ""
+    link: Literal["", "up", "down", "refused"] = ""
+    seen: bool = False
+    problem: str = ""
 
 
-def describe(event: Event) -> str:
-    """An event in words; empty when it is not worth a line."""
-    kind = event["event"]
-    if kind == "started":
-        share = event["trained_parameters"] / max(event["model_parameters"], 1)
-        what = f"{event['trained_tensors']} tensors, {event['trained_parameters']:,} parameters ({share:.1%})"
-        return f"{event['strategy']}: {event['rounds']} rounds, training {what}"
-    if kind == "waiting":
-        return f"waiting for sites: {event['connected']} of {event['needed']} (at most {event['deadline']} s more)"
-    if kind == "client_joined":
-        return (
-            f"{event['client']} joined: {event['num_examples']} rows, {event['held_out']} held out, {event['device']}"
-        )
-    if kind in PROBLEMS:
-        return f"{kind.replace('_', ' ')}: {event['reason']}"
-    if kind == "resumed":
-        return f"resumed after round {event['round']}" + (
-            f"; the sites' {event['lost']} start anew" if event.get("lost") else ""
-        )
-    if kind == "round_started":
-        return f"round {event['round']}: {', '.join(event['clients'])}"
-    if kind == "reply":
-        loss = _number(event["loss"])
-        return f"round {event['round']}: {event['client']} trained, loss {loss}, {event['seconds']:.1f} s"
-    if kind == "evaluated":
-        told = ", ".join(f"{score.in_text} {_number(value)}" for score, value in held_out_scores(event))
-        return f"after round {event['round']}: {event['client']} held-out {told}"
-    if kind == "round_finished":
-        moved = f"{size(event['bytes_down'])} down, {size(event['bytes_up'])} up"
-        return f"round {event['round']} done in {event['seconds']:.1f} s, {moved}"
-    return f"{event['client']} {LINKS[kind]}" if kind in LINKS else ""
+def _started(event: Event) -> str:
+    share = event["trained_parameters"] / max(event["model_parameters"], 1)
+    what = f"{event['trained_tensors']} tensors, {event['trained_parameters']:,} parameters ({share:.1%})"
+    return f"{event['strategy']}: {event['rounds']} rounds, training {what}"
 
 
-def log_event(run: str, event: Event) -> None:
-    """Log an event of a run."""
-    kind = event["event"]
-    level = logging.ERROR if kind in _ENDS else logging.WARNING if kind in PROBLEMS else logging.INFO
-    site = event.get("client") if event.get("client") != "server" else None
-    known = {"run": run, "site": site, "round": event.get("round"), "event": kind}
-    log.log(level, "%s", describe(event) or event.get("reason") or kind, extra=known)
+def _resumed(event: Event) -> str:
+    lost = f"; the sites' {event['lost']} start anew" if event.get("lost") else ""
+    return f"resumed after round {event['round']}{lost}"
+
+
+def _reply(event: Event) -> str:
+    loss = _number(event["loss"])
+    return f"round {event['round']}: {event['client']} trained, loss {loss}, {event['seconds']:.1f} s"
+
+
+def _evaluated(event: Event) -> str:
+    told = ", ".join(f"{score.in_text} {_number(value)}" for score, value in held_out_scores(event))
+    return f"after round {event['round']}: {event['client']} held-out {told}"
+
+
+def _round_finished(event: Event) -> str:
+    moved = f"{size(event['bytes_down'])} down, {size(event['bytes_up'])} up"
+    return f"round {event['round']} done in {event['seconds']:.1f} s, {moved}"
+
+
+KINDS: dict[str, Kind] = {
+    # the run
+    "started": Kind("rounds strategy trained_tensors trained_parameters model_parameters", _started),
+    "resumed": Kind("round lost", _resumed, stays=True),
+    "checkpoint_damaged": Kind("reason", "checkpoint damaged: {reason}", WARNING),
+    "finished": Kind("seconds", state="done"),
+    "failed": Kind("reason kind causes", level=ERROR),
+    "interrupted": Kind("reason", level=ERROR),
+    # who is there
+    "waiting": Kind(
+        "connected needed deadline", "waiting for sites: {connected} of {needed} (at most {deadline} s more)"
+    ),
+    "client_joined": Kind(
+        "client num_examples held_out device version privacy",
+        "{client} joined: {num_examples} rows, {held_out} held out, {device}",
+        state="joined",
+        link="up",
+        seen=True,
+    ),
+    "client_refused": Kind(
+        "client reason",
+        "client refused: {reason}",
+        WARNING,
+        state="refused",
+        link="refused",
+        seen=True,
+        problem="not admitted",
+    ),
+    "client_connected": Kind(
+        "client", "{client} is connected again", stays=True, state="connected", link="up", seen=True
+    ),
+    "client_disconnected": Kind(
+        "client", "{client} is not connected any more", stays=True, state="not connected", link="down"
+    ),
+    # a round
+    "round_started": Kind(
+        "round clients deadline",
+        lambda event: f"round {event['round']}: {', '.join(event['clients'])}",
+        state="training",
+        outcome="asked",
+    ),
+    "reply": Kind("round client loss seconds", _reply, state="waiting", outcome="trained", seen=True),
+    "update_refused": Kind(
+        "round client reason kind",
+        "update refused: {reason}",
+        WARNING,
+        state="update refused",
+        outcome="refused",
+        seen=True,
+        problem="update refused",
+    ),
+    "client_failed": Kind(
+        "round client reason kind",
+        "client failed: {reason}",
+        WARNING,
+        state="failed",
+        outcome="failed",
+        problem="failed",
+    ),
+    "client_excluded": Kind(
+        "client reason", "client excluded: {reason}", WARNING, state="left out", problem="left out"
+    ),
+    "client_readmitted": Kind(
+        "client reason", "client readmitted: {reason}", WARNING, state="joined", problem="readmitted"
+    ),
+    "late_reply": Kind("client reason", "late reply: {reason}", WARNING, problem="too late"),
+    "evaluated": Kind("round client scores", _evaluated, seen=True),
+    "round_finished": Kind("round seconds bytes_down bytes_up", _round_finished, stays=True),
+}
+_UNKNOWN = Kind("")
+
+
+def new_event(kind: str, fields: Mapping[str, object]) -> Event:
+    """An event that happens now.
+
+    Raises:
+        ValueError: the table has no such kind, or other fields for it.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of event; allowed: {', '.join(KINDS)}")
+    if fields.keys() != set(KINDS[kind].fields.split()):
+        raise ValueError(f"event {kind!r} has the fields {' '.join(fields)}; allowed: {KINDS[kind].fields}")
+    return {"time": round(time.time(), 3), "event": kind, **fields}
+
+
+def event_kind(event: Event) -> Kind:
+    """The kind of an event that was read; one that this version does not know means nothing."""
+    return KINDS.get(event["event"], _UNKNOWN)
+
+
+def named_in(event: Event) -> list[str]:
+    """The sites (or the server) that an event names."""
+    return [event["client"]] if "client" in event else list(event.get("clients", []))
 
 
 def held_out_scores(event: Event) -> list[tuple[Score, float | None]]:
     """The scores that an evaluation tells, in their fixed order; None: not finite."""
-    return [(score, event[name]) for name, score in SCORES.items() if name in event]
+    return [(score, event["scores"][name]) for name, score in SCORES.items() if name in event["scores"]]
+
+
+def describe(event: Event) -> str:
+    """An event in words; empty when it is not worth a line."""
+    words = event_kind(event).words
+    return words.format_map(event) if isinstance(words, str) else words(event)
+
+
+def stays_visible(event: Event) -> bool:
+    """Whether an event's line stays on the terminal."""
+    kind = event_kind(event)
+    return kind.stays or kind.level >= WARNING
+
+
+def log_event(run: str, event: Event) -> None:
+    """Log an event of a run."""
+    site = event.get("client") if event.get("client") != "server" else None
+    known = {"run": run, "site": site, "round": event.get("round"), "event": event["event"]}
+    text = describe(event) or event.get("reason") or event["event"]
+    log.log(event_kind(event).level, "%s", text, extra=known)
 
 
 def _number(value: float | None) -> str:

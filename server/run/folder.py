@@ -35,7 +35,7 @@ from common.errors import RunFolderError
 from common.system.files import write_atomically
 from common.system.lock import hold, is_held
 from common.text import installed
-from server.run.events import log_event
+from server.run.events import log_event, new_event
 
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint
 #: Any of these is a run, or what is left of one.
@@ -148,8 +148,8 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
 
     def event(self, kind: str, /, **fields: object) -> None:
-        """Note that something happened, and log it."""
-        event = {"time": round(time.time(), 3), "event": kind, **fields}
+        """Note that something happened, and log it; see ``server.run.events.KINDS``."""
+        event = new_event(kind, fields)
         self._append("events.jsonl", event)
         log_event(self.path.name, event)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.metrics import COUNTS, SCORES, Score
+from server.run.events import event_kind, named_in
 
 Record = dict[str, Any]
 SERVER = "server"
@@ -72,7 +73,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Site:
+class Participation:
     """A site's part in the run.
 
     Attributes:
@@ -212,21 +213,17 @@ def trainings(records: list[Record]) -> list[Record]:
     return sorted(_of(records, "train"), key=lambda record: (record["round"], natural(record["client"])))
 
 
-def sites(events: list[Record], rounds: list[int]) -> list[Site]:
+def sites(events: list[Record], rounds: list[int]) -> list[Participation]:
     """Every site that said hello or was asked, with what became of each round."""
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     outcome: dict[tuple[str, int], str] = {}
     for event in events:
-        if event["event"] == "round_started":
-            outcome.update({(who, event["round"]): "asked" for who in event["clients"]})
-        elif event["event"] == "reply":
-            outcome[event["client"], event["round"]] = "trained"
-        elif event["event"] == "update_refused":
-            outcome[event["client"], event["round"]] = "refused"
-        elif event["event"] == "client_failed" and outcome.get((event["client"], event["round"])) == "asked":
-            outcome[event["client"], event["round"]] = "failed"  # one to evaluate leaves the training as it was
+        became = event_kind(event).outcome
+        for who in named_in(event) if became else []:
+            if became != "failed" or outcome.get((who, event["round"])) == "asked":  # else it failed to evaluate
+                outcome[who, event["round"]] = became
     return [
-        Site(
+        Participation(
             who,
             joined.get(who, {}).get("num_examples"),
             joined.get(who, {}).get("held_out"),
@@ -252,18 +249,10 @@ def rounds_begun(events: list[Record]) -> list[int]:
 
 def problems(events: list[Record]) -> list[Problem]:
     """All refusals and failures of sites, in the order in which they happened."""
-    kinds = {
-        "client_refused": "not admitted",
-        "update_refused": "update refused",
-        "client_failed": "failed",
-        "client_excluded": "left out",
-        "client_readmitted": "readmitted",
-        "late_reply": "too late",
-    }
     return [
-        Problem(event["time"], event.get("round"), event["client"], kinds[event["event"]], str(event["reason"]))
+        Problem(event["time"], event.get("round"), event["client"], title, str(event["reason"]))
         for event in events
-        if event["event"] in kinds
+        if (title := event_kind(event).problem)
     ]
 
 

@@ -2,69 +2,62 @@
 
 from dataclasses import dataclass, field
 
-from server.run.events import Event, held_out_scores
-
-_STATES = {
-    "client_joined": "joined",
-    "client_refused": "refused",
-    "client_failed": "failed",
-    "update_refused": "update refused",
-    "client_excluded": "left out",
-    "client_readmitted": "joined",
-    "client_disconnected": "not connected",
-    "client_connected": "connected",
-}
+from server.run.events import Event, event_kind, held_out_scores, named_in
 
 
 @dataclass
 class SiteProgress:
-    """What a site does, and its last numbers."""
+    """What a site does, and its last numbers: training loss, and scores on held-out rows (None: not finite)."""
 
     state: str = "joining"
     loss: float | None = None
-    scores: dict[str, float | None] = field(default_factory=dict)  # on held-out rows; None: not finite
+    scores: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass
 class RunProgress:
-    """What is known of a run, built up from its events."""
+    """What is known of a run; times are Unix seconds.
+
+    Attributes:
+        started: when the server began; ``first_round``: when its first round did.
+        rounds_seen: rounds finished since then.
+        sites: by name; the server is among them once it has evaluated.
+    """
 
     rounds: int = 0
     round: int = 0
     finished_rounds: int = 0
     started: float = 0.0
     first_round: float = 0.0
-    rounds_seen: int = 0  # finished since the start or the resumption
+    rounds_seen: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
     sites: dict[str, SiteProgress] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
-        """Take in one event; unknown kinds change nothing."""
-        kind, client = event["event"], event.get("client", "")
-        if kind == "started":
-            self.rounds, self.started = event["rounds"], event["time"]
-        elif kind == "round_started":
-            self.round = event["round"]
-            self.first_round = self.first_round or event["time"]
-            for name in event["clients"]:
-                self.sites.setdefault(name, SiteProgress()).state = "training"
-        elif kind in ("round_finished", "resumed"):
-            self.finished_rounds = event["round"]
-            self.rounds_seen += kind == "round_finished"
-            self.bytes_down += event.get("bytes_down", 0)
-            self.bytes_up += event.get("bytes_up", 0)
-        elif kind == "evaluated":
-            site = self.sites.setdefault(client, SiteProgress("evaluating"))
-            site.scores = {score.name: value for score, value in held_out_scores(event)}
-        elif kind == "reply":
-            site = self.sites.setdefault(client, SiteProgress())
-            site.state, site.loss = "waiting", event.get("loss")
-        elif kind in _STATES:
-            self.sites.setdefault(client, SiteProgress()).state = _STATES[kind]
-        elif kind == "finished":
-            for site in self.sites.values():
-                site.state = "done"
+        """Take in one event."""
+        named, state = named_in(event), event_kind(event).state
+        for name in named:
+            self.sites.setdefault(name, SiteProgress())
+        for name in named or self.sites:
+            self.sites[name].state = state or self.sites[name].state
+        match event["event"]:
+            case "started":
+                self.rounds, self.started = event["rounds"], event["time"]
+            case "round_started":
+                self.round = event["round"]
+                self.first_round = self.first_round or event["time"]
+            case "reply":
+                self.sites[event["client"]].loss = event["loss"]
+            case "evaluated":
+                self.sites[event["client"]].scores = {s.name: value for s, value in held_out_scores(event)}
+            case "round_finished":
+                self.finished_rounds = event["round"]
+                self.rounds_seen += 1
+                self.bytes_down += event["bytes_down"]
+                self.bytes_up += event["bytes_up"]
+            case "resumed":
+                self.finished_rounds = event["round"]
 
     def eta(self, now: float) -> float | None:
         """Seconds to the end, from the rounds that are finished; None before the first."""

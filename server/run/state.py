@@ -10,17 +10,17 @@ import yaml
 
 from common.errors import RunFolderError
 from server.run import records as facts
+from server.run.events import Event, event_kind
 from server.run.folder import in_use, read_lines, read_run
 from server.run.quarantine import Refusals
 from server.run.run_progress import RunProgress
 from server.run.supervisor_lock import Supervisor, is_looked_after, supervisor_of
 
-Event = dict[str, Any]
 STATES = ("starting", "running", "completed", "failed", "interrupted", "dead")
 
 
 @dataclass(frozen=True)
-class Round:
+class FinishedRound:
     """A finished round.
 
     Attributes:
@@ -39,7 +39,7 @@ class Round:
 
 
 @dataclass
-class Site:
+class SiteState:
     """A site's part.
 
     Attributes:
@@ -100,8 +100,8 @@ class Overview:
     bytes_down: int = 0
     bytes_up: int = 0
     loss: float | None = None
-    finished_rounds: list[Round] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
+    finished_rounds: list[FinishedRound] = field(default_factory=list)
+    sites: list[SiteState] = field(default_factory=list)
     problems: list[facts.Problem] = field(default_factory=list)
 
 
@@ -182,12 +182,12 @@ def _last(events: list[Event], kind: str) -> int:
     return max((i for i, event in enumerate(events) if event["event"] == kind), default=0)
 
 
-def _rounds(events: list[Event], records: list[facts.Record]) -> list[Round]:
+def _rounds(events: list[Event], records: list[facts.Record]) -> list[FinishedRound]:
     """The finished rounds; of one that was done again after a crash, the last time."""
     scores = facts.evaluations(records).get(facts.SERVER, {})
     asked: dict[int, set[str]] = {}
     came: dict[int, set[str]] = {}
-    found: dict[int, Round] = {}
+    found: dict[int, FinishedRound] = {}
     for event in events:
         number = event.get("round", 0)
         if event["event"] == "round_started":
@@ -197,7 +197,7 @@ def _rounds(events: list[Event], records: list[facts.Record]) -> list[Round]:
         elif event["event"] == "round_finished":
             down, up = event["bytes_down"], event["bytes_up"]
             counts = len(came[number]), len(asked[number])
-            found[number] = Round(number, event["seconds"], down, up, *counts, scores.get(number, {}))
+            found[number] = FinishedRound(number, event["seconds"], down, up, *counts, scores.get(number, {}))
     return [found[number] for number in sorted(found)]
 
 
@@ -207,8 +207,8 @@ def _sites(
     records: list[facts.Record],
     settings: dict[str, Any],
     progress: RunProgress | None,
-) -> list[Site]:
-    refused = {e["client"] for e in events if e["event"] == "client_refused"}
+) -> list[SiteState]:
+    known = {event["client"] for event in events if event_kind(event).link}
     outcomes = {site.who: site for site in facts.sites(events, facts.rounds_begun(events))}
     costs = {cost.who: cost for cost in facts.costs(records)}
     trained = {record["client"]: record for record in facts.trainings(records)}
@@ -216,10 +216,10 @@ def _sites(
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     connections = _connections(events)
     found = []
-    for name in facts.order(outcomes.keys() | refused):
-        site = Site(name, connections.get(name, "down") if progress is not None else "unknown")
+    for name in facts.order(outcomes.keys() | known):
+        site = SiteState(name, connections.get(name, "down") if progress is not None else "unknown")
         site.last_seen = max(
-            (e["time"] for e in events if e.get("client") == name and e["event"] in _ALIVE), default=None
+            (e["time"] for e in events if e.get("client") == name and event_kind(e).seen), default=None
         )
         site.version, site.device = (str(joined.get(name, {}).get(key, "")) for key in ("version", "device"))
         site.refusals, site.left_out = refusals.counts.get(name, 0), refusals.excluded().get(name)
@@ -235,20 +235,13 @@ def _sites(
     return found
 
 
-#: Events that show that a site is there.
-_ALIVE = {"client_joined", "client_connected", "client_refused", "reply", "evaluated", "update_refused"}
-_CONNECTIONS = {"client_joined": "up", "client_connected": "up", "client_disconnected": "down"}
-
-
 def _connections(events: list[Event]) -> dict[str, str]:
     """Whether a site is connected, since the server began."""
     found: dict[str, str] = {}
     for event in events[_last(events, "started") :]:
-        kind, name = event["event"], event.get("client", "")
-        if kind in _CONNECTIONS:
-            found[name] = _CONNECTIONS[kind]
-        elif kind == "client_refused" and found.get(name) != "up":  # else a namesake was
-            found[name] = "refused"
+        link, name = event_kind(event).link, event.get("client", "")
+        if link and not (link == "refused" and found.get(name) == "up"):  # else a namesake was refused
+            found[name] = link
     return found
 
 

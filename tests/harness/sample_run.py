@@ -72,7 +72,15 @@ def begin(path: Path) -> RunFolder:
     )
     folder.event("waiting", connected=0, needed=2, deadline=300)
     for site, (rows, held_out, _) in SITES.items():
-        folder.event("client_joined", client=site, num_examples=rows, held_out=held_out, device="cpu")
+        folder.event(
+            "client_joined",
+            client=site,
+            num_examples=rows,
+            held_out=held_out,
+            device="cpu",
+            version="0.1.0",
+            privacy=None,
+        )
     return folder
 
 
@@ -91,17 +99,17 @@ def train(folder: RunFolder, number: int, site: str) -> None:
     folder.metrics(
         {"round": number, "client": site, "phase": "train", "train": trained, "bytes": moved, "seconds": seconds}
     )
-    folder.event("reply", round=number, client=site, phase="train", loss=loss, seconds=sum(seconds.values()))
+    folder.event("reply", round=number, client=site, loss=loss, seconds=sum(seconds.values()))
 
 
 def play_round(folder: RunFolder, number: int) -> None:
     """Site-c fails in round 3."""
-    folder.event("round_started", round=number, clients=list(SITES))
+    folder.event("round_started", round=number, clients=list(SITES), deadline=600.0)
     evaluate(folder, "server", number - 1)
     for site in SITES:
         if number == 3 and site == "site-c":
             reason = "site-c: CUDA out of memory in round 3, step 4; lower training.batch_size or set max_batch_size"
-            folder.event("client_failed", round=number, client=site, reason=reason)
+            folder.event("client_failed", round=number, client=site, reason=reason, kind="TrainingError")
         else:
             train(folder, number, site)
             evaluate(folder, site, number - 1)

@@ -36,7 +36,7 @@ def test_scrape_follows_the_run(tmp_path: Path) -> None:
         assert of(first, "fedspan_sites_connected") == 3
         play_round(folder, 1)
         folder.event("client_disconnected", client="site-b")
-        folder.event("update_refused", round=1, client="site-c", reason="site-c: NaN")
+        folder.event("update_refused", round=1, client="site-c", reason="site-c: NaN", kind="RefusedUpdate")
         evaluate(folder, "server", 1)
         seen = scrape(port)
         assert of(seen, "fedspan_round") == 1
@@ -60,7 +60,7 @@ def test_scrape_follows_the_run(tmp_path: Path) -> None:
 def test_labels_are_names_and_kinds_alone(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     folder = begin(tmp_path / "sample-run")
-    folder.event("client_failed", round=1, client="site-a", reason="a text that may be long")
+    folder.event("client_failed", round=1, client="site-a", reason="a text that may be long", kind="MemoryError")
     folder.close()
     with exposed(folder.path, "127.0.0.1", port):
         labels = {label for _, labels in scrape(port) for label in labels}

@@ -39,7 +39,7 @@ def test_progress_shows_round_sites_loss_and_time_to_go() -> None:
     assert progress.eta(120.0) is None
     progress.take({"event": "reply", "client": "site-a", "loss": 2.5, "time": 140.0})
     progress.take({"event": "round_finished", "round": 1, "time": 150.0, "bytes_down": 2e6, "bytes_up": 1e3})
-    progress.take({"event": "evaluated", "client": "server", "loss": 3.25, "rouge_l": 0.5, "time": 151.0})
+    progress.take({"event": "evaluated", "client": "server", "scores": {"loss": 3.25, "rouge_l": 0.5}, "time": 151.0})
     progress.take({"event": "something-new", "time": 151.0})
     assert progress.eta(150.0) == pytest.approx(120.0)
     text = shown(progress, 150.0)
