@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks import (
     averaging,
+    fixed_cost,
     flexlora_aggregation,
     galore_refresh,
     optimizer_step,
@@ -32,6 +33,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "averaging": Benchmark(averaging.run, "2 minutes"),
+    "fixed-cost": Benchmark(fixed_cost.run, "1 minute"),
     "flexlora-aggregation": Benchmark(flexlora_aggregation.run, "10 minutes"),
     "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),

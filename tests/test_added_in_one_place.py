@@ -22,6 +22,7 @@ from common.model.base_model import check_length
 from common.model.families import FAMILIES, Family, freeze_all_but, select
 from deploy.data import partition
 from deploy.experiment.compare import write_comparison
+from deploy.sandbox.tiny import make_federation, make_model
 from deploy.schemas import FOLDER, schemas
 from server.loop.server_model import Evaluator
 from server.operate.progress import render
@@ -34,7 +35,6 @@ from server.run.state import overview
 from tests.deploy.experiment.test_compare import out as out
 from tests.deploy.experiment.test_experiment import make_experiment, plan
 from tests.harness import sample_run
-from tests.harness.tiny import make_federation, make_model
 
 
 def excess(predictions: list[str], references: list[str]) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -19,9 +20,44 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app as client_app
+from common.config.federation import FederationConfig
+from common.config.load import load
+from common.errors import ConfigError
+from server.app import federate
 
 _RUN = 1
 _POLL_SECONDS = 0.05
+
+
+def simulate(
+    source: Path,
+    run_dir: Path,
+    threads: int,
+    *,
+    ledgers: Path | None = None,
+    resume: bool = False,
+    keep_model: bool = True,
+) -> None:
+    """Run a federation whose sites, those of ``local.sites``, are in this process.
+
+    Args:
+        source: the federation file.
+        run_dir: where the results go.
+        threads: that PyTorch may use.
+        ledgers: see ``InProcessGrid``.
+        resume: go on with the run that is there.
+        keep_model: write the fine-tuned model.
+
+    Raises:
+        FedSpanError: with the reason, after it was written to the run folder.
+    """
+    torch.set_num_threads(threads)
+    local = load(source, FederationConfig).local
+    if local is None:
+        raise ConfigError(f"{source}: missing key `local.sites`; a federation in one process needs the site files")
+    sites = [source.parent / site for site in local.sites]
+    with InProcessGrid(sites, ledgers) as grid:
+        federate(grid, source.resolve(), run_dir, resume=resume, flower_run=None, keep_model=keep_model)
 
 
 class InProcessGrid(Grid):

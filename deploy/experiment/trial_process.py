@@ -16,11 +16,8 @@ import client.session
 import server.loop.rounds
 import server.loop.server_model
 import strategies.flower.named
-from common.config.federation import FederationConfig
-from common.config.load import load
 from common.errors import FedSpanError
-from deploy.experiment.simulate import InProcessGrid
-from server.app import federate
+from deploy.experiment.simulate import simulate
 from server.run.folder import CHECKPOINTS
 
 
@@ -34,13 +31,9 @@ def run(source: Path, folder: Path, ledgers: Path, threads: int, *, resume: bool
         threads: that PyTorch may use.
         resume: go on with the run in ``folder``.
     """
-    torch.set_num_threads(threads)
-    local = load(source, FederationConfig).local
-    assert local is not None  # noqa: S101 - the plan wrote it
     ledgers.mkdir(exist_ok=True)
     try:
-        with InProcessGrid([Path(site) for site in local.sites], ledgers=ledgers) as grid:
-            federate(grid, source, folder, resume=resume, flower_run=None, keep_model=False)
+        simulate(source, folder, threads, ledgers=ledgers, resume=resume, keep_model=False)
     except FedSpanError as error:
         sys.exit(str(error))
     finally:  # a killed trial keeps what it goes on with

@@ -17,13 +17,13 @@ from client import app as site_app
 from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from deploy.sandbox.tiny import make_federation
 from server.loop.rounds import RoundLoop
 from server.loop.server_model import Evaluator
 from server.run.folder import RunFolder, read_lines
 from strategies.flower.named import make_strategy
 from strategies.rule import Tensors
 from tests.harness.fake_sites import Grid
-from tests.harness.tiny import make_federation
 from tests.harness.tiny_images import make_image_federation
 
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}

@@ -15,8 +15,8 @@ from common.errors import DataError, ModelError, StaleStateError, TrainingError
 from common.protocol.factors import Exchange, unpack
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
+from deploy.sandbox.tiny import make_federation, make_tokenizer
 from strategies.flower.named import make_rule
-from tests.harness.tiny import make_federation, make_tokenizer
 
 LORA = {"name": "ffa-lora", "rank": 2, "blocks": "lower half", "modules": "mlp"}
 

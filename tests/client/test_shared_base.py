@@ -12,7 +12,7 @@ from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
 from common.data.tasks import CausalLM
 from common.model.base_model import Base
-from tests.harness.tiny import make_federation
+from deploy.sandbox.tiny import make_federation
 
 _LORA = {"rank": 4, "lora_alpha": 8.0, "blocks": "lower half"}
 

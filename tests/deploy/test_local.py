@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from deploy.local import main
-from tests.harness.tiny import make_federation
+from deploy.sandbox.tiny import make_federation
 
 
 def edit(file: Path, **changes: object) -> None:

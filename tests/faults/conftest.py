@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.sandbox.tiny import make_federation
 from tests.harness.faults import Federation
-from tests.harness.tiny import make_federation
 
 QUIET = {"every": 100, "max_examples": 1, "samples": 0}
 SIZES = {"site-a": 9, "site-b": 17}

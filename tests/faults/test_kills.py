@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import QUIET, SIZES, Note
 from tests.harness.faults import Federation, kill, same_result, trainings
-from tests.harness.tiny import make_federation
 
 FEDFTG = {"name": "fedftg", "blocks": "lower half", "rank": 4, "update_proj_gap": 2, "scale": 1.0}
 ROLORA = {"name": "rolora", "blocks": "lower half", "rank": 2}

@@ -10,10 +10,10 @@ from common.config.load import load
 from common.data.tasks import make_task
 from common.model.tuning import tune
 from deploy.sandbox.flower import Flower, kill, wait_for
+from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import Note
 from tests.harness.faults import lines
 from tests.harness.launcher import ROOT
-from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 4

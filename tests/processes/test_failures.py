@@ -9,8 +9,8 @@ import psutil
 import pytest
 import yaml
 
+from deploy.sandbox.tiny import make_federation, make_model
 from tests.harness.launcher import launch, start, survivors
-from tests.harness.tiny import make_federation, make_model
 
 
 def outcome(federation: Path) -> dict[str, object]:

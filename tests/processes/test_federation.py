@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from client.session import Session
 from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
 from common.config.load import load, parse
+from deploy.sandbox.tiny import make_federation
 from tests.harness.launcher import launch, survivors
-from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17, "site-c": 30}
 

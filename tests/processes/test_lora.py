@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from deploy.sandbox.tiny import make_federation
 from tests.harness.launcher import launch, survivors
-from tests.harness.tiny import make_federation
 
 PARTS = ("hand", "foot", "ear")
 IDS = torch.arange(5, 13)[None]

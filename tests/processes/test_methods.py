@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from deploy.sandbox.tiny import make_federation
 from tests.harness.launcher import launch, survivors
-from tests.harness.tiny import make_federation
 from tests.processes.test_lora import payload, records, trained_shapes
 
 IDS = torch.arange(5, 13)[None]

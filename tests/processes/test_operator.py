@@ -13,10 +13,10 @@ from common.config.load import load
 from common.system.flower import program
 from common.system.processes import ProcessGroup, free_ports, listens
 from deploy.sandbox.flower import Flower, wait_for
+from deploy.sandbox.tiny import make_federation
 from server.run.folder import check_resumable, in_use
 from server.run.state import overview
 from tests.harness.launcher import command, environment, survivors
-from tests.harness.tiny import make_federation
 from tests.processes.test_supervise import supervise
 from tests.server.operate.test_metrics import scrape
 

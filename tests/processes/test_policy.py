@@ -10,9 +10,9 @@ import yaml
 from client.privacy.ledger import Entry, verify
 from client.privacy.ledger_summary import main
 from client.privacy.noise import epsilon
+from deploy.sandbox.tiny import make_federation
 from server.report.write import read_run, render
 from tests.harness.launcher import launch, survivors
-from tests.harness.tiny import make_federation
 
 PRIVATE = {"clip": 0.01, "noise_multiplier": 1.0, "delta": 1e-5, "max_epsilon": 100.0}
 

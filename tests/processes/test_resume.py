@@ -11,8 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from deploy.sandbox.tiny import make_federation
 from tests.harness.launcher import launch, start, survivors
-from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 4

@@ -16,11 +16,11 @@ import yaml
 from common.system.processes import ProcessGroup, free_ports
 from deploy.keys import bundle, certs
 from deploy.sandbox.flower import Flower
+from deploy.sandbox.tiny import make_federation
 from server.operate.supervise import main
 from server.superlink import registry
 from tests.harness.launcher import ROOT, environment
 from tests.harness.sample_run import completed
-from tests.harness.tiny import make_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
 SETTINGS = {"local": None, "evaluation": {"every": 9, "max_examples": 1, "samples": 0}}

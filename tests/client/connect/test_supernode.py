@@ -15,7 +15,7 @@ from common.config.federation import FederationConfig, SiteConfig, resolved, set
 from common.config.load import load
 from common.errors import ConfigError
 from deploy.keys import certs
-from tests.harness.tiny import make_federation
+from deploy.sandbox.tiny import make_federation
 
 PROGRAM = Path(__file__).parents[3] / "client" / "connect" / "supernode.py"
 

@@ -20,9 +20,9 @@ from client.privacy.ledger import Ledger
 from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
 from deploy.keys.certs import make_site
+from deploy.sandbox.tiny import make_federation, make_tokenizer
 from tests.harness.certificates import Authority
 from tests.harness.programs import needs
-from tests.harness.tiny import make_federation, make_tokenizer
 
 MARKER = "Mrs-Miller-of-Leeds"  # is in every row of every shard here
 

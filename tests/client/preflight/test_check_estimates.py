@@ -13,9 +13,9 @@ from client.preflight.steps import measured
 from client.session import Session
 from common.errors import TrainingError
 from common.protocol.factors import num_bytes
+from deploy.sandbox.tiny import make_tokenizer
 from strategies.flower.named import make_rule
 from tests.client.preflight.test_check import Files, files as files, look, output as output
-from tests.harness.tiny import make_tokenizer
 
 FEDFTG = {"name": "fedftg", "blocks": "lower half", "rank": 4, "scale": 1.0}
 

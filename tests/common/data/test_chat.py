@@ -11,7 +11,7 @@ from common.data.chat import IGNORED, causal_loss_sum, collate, encode, last_tok
 from common.data.evaluation import EvalSettings, evaluate_model, generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.errors import ModelError
-from tests.harness.tiny import make_tokenizer
+from deploy.sandbox.tiny import make_tokenizer
 
 ROW = Row("acute pain", "ache of the hand")
 CPU = torch.device("cpu")

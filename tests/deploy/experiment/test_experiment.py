@@ -23,9 +23,9 @@ from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan
 from deploy.experiment.run import Experiment, main
 from deploy.experiment.trial import start
+from deploy.sandbox.tiny import make_federation, make_shard
 from server.run.folder import read_lines
 from tests.harness.launcher import ROOT, environment
-from tests.harness.tiny import make_federation, make_shard
 
 SIZES = {"site-a": 9, "site-b": 17}
 TERMS = {"prompt": "term", "answer": "title"}

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from deploy.sandbox.tiny import make_federation
 from server.run.folder import read_lines
 from tests.harness.launcher import ROOT, environment, launch
-from tests.harness.tiny import make_federation
 
 RUN = """
 import sys, torch

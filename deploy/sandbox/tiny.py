@@ -1,4 +1,4 @@
-"""A tiny random Llama with a real tokenizer, shards and files of a federation: what process tests run on."""
+"""A tiny random Llama with a real tokenizer, shards and the files of a federation, whose rounds take milliseconds."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with a chat template, trained on a few terms."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -68,7 +68,7 @@ def make_shard(file: Path, rows: int, offset: int = 0) -> Path:
     return file
 
 
-def make_federation(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
+def make_federation(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:  # noqa: ANN401 - of any section
     """Write model, shards, site files and a federation file of FedFTG; return the federation file.
 
     Args:
