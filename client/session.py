@@ -16,7 +16,8 @@ import torch
 from client.held_weights import Weights
 from client.shared_base import Bases, Digests, digests, own
 from client.training.device import pick_autocast, pick_device
-from client.training.galore import GaLore, SecondMoments
+from client.training.galore import GaLore
+from client.training.inner import SecondMoments
 from client.training.optimizer_state import capture, restore
 from client.training.settings import lora_rank, make_optimizer, model_source
 from client.training.trainer import train

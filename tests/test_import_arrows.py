@@ -37,7 +37,6 @@ MOST_FILES, MOST_LINES = 13, 300
 TOO_LONG = {
     "client/connect/worker.py",
     "client/session.py",
-    "client/training/galore.py",
     "common/data/rows.py",
     "deploy/data/partition.py",
     "server/operate/supervise.py",

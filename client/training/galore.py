@@ -18,32 +18,19 @@ their gradients, and its step is not scaled.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from client.training.moments import Moments, moment_store
-from client.training.range_finder import range_finder
+from client.training import changes
+from client.training.inner import Inner, SecondMoments
+from client.training.moments import Moments
+from client.training.range_finder import leading_basis
 from common.config.federation import TrainingConfig
 from common.errors import DivergedError, TrainingError
 from common.linalg.subspace import generator_for, projects_right
-from common.model.second_moments import gathered, name_of, spread
 from common.protocol.factors import Factors
-
-
-@dataclass(frozen=True)
-class SecondMoments:
-    """Second moments to begin with (see ``common.model.second_moments``).
-
-    Attributes:
-        tensors: by name, (longer side,) of a weight, corrected for the bias; all zero: none yet.
-        steps: that count as done before.
-    """
-
-    tensors: Mapping[str, Tensor]
-    steps: int
 
 
 class GaLore(torch.optim.Optimizer):
@@ -108,8 +95,8 @@ class GaLore(torch.optim.Optimizer):
         self._names = {parameter: name for name, parameter in params.items()}
         self._projected = set(projected.values())
         self._seed = seed
-        self._basis, self._moments, self._max_norm = basis, moment_store(moments), max_grad_norm
-        self._second_moments = second_moments
+        self._basis, self._max_norm = basis, max_grad_norm
+        self._inner = Inner(moments, second_moments)
         self.refresh_batches = refresh_batches if basis is None else 1
         self.last_backward = True
         defaults = {
@@ -204,23 +191,12 @@ class GaLore(torch.optim.Optimizer):
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            if parameter.dtype != torch.float32:
-                state["start"] = parameter.detach().clone()
-            state.update(step=0, refreshed=-1, decay=1.0, bases=[], updates=[])
-            if parameter not in self._projected:
-                state["updates"].append(torch.zeros_like(parameter, dtype=torch.float32))
-            elif self._second_moments is not None:
-                self._begin_with(self._second_moments, parameter, state)
+            projected = parameter in self._projected
+            new = {"step": 0, "refreshed": -1, **changes.begun(parameter, projected=projected)}
+            if projected:
+                self._inner.begin(new, self._names[parameter], parameter, self.defaults)
+            state.update(new)  # after all that may run out of memory: whole or not at all
         return state
-
-    def _begin_with(self, known: SecondMoments, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        """Have Adam go on from second moments that are known."""
-        moment = known.tensors[name_of(self._names[parameter])].to(parameter.device)
-        if moment.any():
-            square = spread(moment, parameter.shape, self.defaults["rank"])
-            square.mul_(1 - self.defaults["betas"][1] ** known.steps)
-            self._moments.save(state, torch.zeros_like(square), square)
-            state["before"] = known.steps
 
     def _due(self, parameter: nn.Parameter) -> bool:
         if parameter not in self._projected:
@@ -238,63 +214,20 @@ class GaLore(torch.optim.Optimizer):
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state, projected = self.state[parameter], parameter in self._projected
         state["step"] += 1
-        change = self._inner_step(state, state.pop("low"), group, group["scale"] if projected else 1.0)
-        state["updates"][-1].add_(change)
-        kept = 1.0 - group["lr"] * group["weight_decay"]
-        if kept != 1.0:
-            state["decay"] *= kept
-            for update in state["updates"]:
-                update.mul_(kept)
-        if "start" in state:  # a low-precision weight: materialised from its float32 factors, so no small step is lost
-            name, start = self._names[parameter], state["start"]
-            parameter.copy_(self.factors(name).apply(start) if projected else self.whole(name, start))
-        else:
-            if not projected:
-                parameter.add_(change)
-            elif projects_right(parameter.shape):
-                parameter.addmm_(change, state["bases"][-1])
-            else:
-                parameter.addmm_(state["bases"][-1], change)
-            if kept != 1.0:
-                parameter.mul_(kept)
-
-    def _inner_step(self, state: dict[str, Any], low: Tensor, group: dict[str, Any], scale: float) -> Tensor:
-        """The change in the subspace: (m, r) or (r, n), float32, sign and learning rate included."""
-        if group["inner"] == "sgd":
-            return low.mul_(-group["lr"] * scale)
-        beta1, beta2 = group["betas"]
-        mean, square = self._moments.load(state, low)
-        mean.lerp_(low, 1 - beta1)
-        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        self._moments.save(state, mean, square)
-        correction = (1 - beta2 ** self._steps(state)) ** 0.5 / (1 - beta1 ** state["step"])
-        normalised: Tensor = mean / square.sqrt().add_(group["eps"])
-        return normalised.mul_(-group["lr"] * correction * scale)
-
-    def _steps(self, state: dict[str, Any]) -> int:
-        """That the second moment is of."""
-        return int(state["step"]) + int(state.get("before", 0))
+        change = self._inner.change(state, state.pop("low"), group, group["scale"] if projected else 1.0)
+        changes.add(state, parameter, change, 1.0 - group["lr"] * group["weight_decay"], projected=projected)
 
     def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
         """Take a new basis, from ``gradient`` or the shared one, and open a new term of the factors."""
         name, rank = self._names[parameter], self.defaults["rank"]
-        right = projects_right(gradient.shape)
         if self._basis is not None:
             basis = self._basis(name, gradient.shape).to(gradient.device)
         else:
             if not torch.isfinite(gradient).all():
                 raise DivergedError(f"{name}: its gradient is not finite; lower training.learning_rate")
-            tall = gradient if right else gradient.T  # (rows, short side)
             last = state["bases"][-1] if state["bases"] else None
-            warm = None if last is None else (last.T if right else last)
-            generator = generator_for(self._seed, name, state["step"])
-            vectors = range_finder(tall, rank, warm, generator)  # (short side, r)
-            basis = vectors.T.contiguous() if right else vectors
-        rows, columns = gradient.shape
-        shape = (rows, rank) if right else (rank, columns)
-        update = torch.zeros(shape, dtype=torch.float32, device=gradient.device)
-        state["bases"].append(basis)  # after all that may run out of memory: a term is opened whole or not at all
-        state["updates"].append(update)
+            basis = leading_basis(gradient, rank, last, generator_for(self._seed, name, state["step"]))
+        changes.open_term(state, basis, gradient.shape)
         state["refreshed"] = state["step"]
 
     def factors(self, name: str) -> Factors:
@@ -304,12 +237,10 @@ class GaLore(torch.optim.Optimizer):
             KeyError: no weight of this name.
         """
         parameter, state = self._of(name)
-        pairs = list(zip(state["updates"], state["bases"], strict=True)) if state else []
-        right, (rows, columns), rank = projects_right(parameter.shape), parameter.shape, self.defaults["rank"]
-        if self._basis is not None and not pairs:  # it got no gradient; what travels is R, which is zero
-            pairs = [(torch.zeros((rows, rank) if right else (rank, columns)), self._basis(name, parameter.shape))]
-        terms = [(update, basis) if right else (basis, update) for update, basis in pairs]
-        return Factors(state["decay"] if state else 1.0, terms, common=self._basis is not None)
+        if self._basis is not None and not state.get("bases"):  # it got no gradient; what travels is R, which is zero
+            state = {"decay": state.get("decay", 1.0), "bases": [], "updates": []}
+            changes.open_term(state, self._basis(name, parameter.shape), parameter.shape)
+        return changes.factors(state, parameter.shape, common=self._basis is not None)
 
     def whole(self, name: str, start: Tensor) -> Tensor:
         """What an unprojected tensor has become since then if it was ``start``, in float32 beside it.
@@ -318,11 +249,7 @@ class GaLore(torch.optim.Optimizer):
             KeyError: no tensor of this name.
         """
         _, state = self._of(name)
-        if not state:
-            return start.to(torch.float32)
-        update: Tensor = state["updates"][0]
-        weight: Tensor = start.to(torch.float32) * state["decay"]
-        return weight.add_(update.to(start.device))
+        return changes.whole(state, start) if state else start.to(torch.float32)
 
     def second_moment(self, name: str) -> Tensor:
         """Adam's second moment of a projected weight as it travels: (longer side,), corrected for the bias, on the CPU.
@@ -330,12 +257,8 @@ class GaLore(torch.optim.Optimizer):
         Raises:
             KeyError: no weight of this name.
         """
-        assert self._second_moments is not None  # noqa: S101 - nobody asks without
         parameter, state = self._of(name)
-        if not state or not state["step"]:  # it got no gradient
-            return self._second_moments.tensors[name_of(name)]
-        moment = gathered(state["exp_avg_sq"], parameter.shape)
-        return moment.div_(1 - self.defaults["betas"][1] ** self._steps(state)).cpu()
+        return self._inner.second_moment(state, name, parameter.shape, self.defaults)
 
     def _of(self, name: str) -> tuple[nn.Parameter, dict[str, Any]]:
         parameter = {n: p for p, n in self._names.items()}[name]
@@ -345,10 +268,7 @@ class GaLore(torch.optim.Optimizer):
         """Take the weights as they are now as W_0; moments and the current basis live on, the step count too."""
         for parameter, state in self.state.items():
             if state:
-                state["bases"], state["updates"] = state["bases"][-1:], [torch.zeros_like(state["updates"][-1])]
-                state["decay"] = 1.0
-                if "start" in state:
-                    state["start"] = parameter.detach().clone()
+                changes.begin_again(state, parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those that are projected already."""

@@ -3,10 +3,26 @@
 import torch
 from torch import Tensor
 
+from common.linalg.subspace import projects_right
+
 _OVERSAMPLING = 8
 _MOST_ITERATIONS = 12
 _CONVERGED = 4e-3  # an iteration that adds less than this share of the captured energy is the last
 _BLOCKS = 6  # the search space is cut back to its best directions when it would be wider than so many blocks
+
+
+def leading_basis(gradient: Tensor, rank: int, last: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The basis that captures most of a gradient (m, n): (rank, n) rows for m >= n, else (m, rank) columns.
+
+    Args:
+        gradient: float32, finite.
+        rank: at most the smaller side.
+        last: an earlier basis of the same weight, which is a good guess; None for none.
+        generator: see ``range_finder``.
+    """
+    if projects_right(gradient.shape):
+        return range_finder(gradient, rank, None if last is None else last.T, generator).T.contiguous()
+    return range_finder(gradient.T, rank, last, generator)
 
 
 def range_finder(matrix: Tensor, rank: int, warm: Tensor | None, generator: torch.Generator) -> Tensor:

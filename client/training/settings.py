@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from client.training.galore import GaLore, SecondMoments
+from client.training.galore import GaLore
+from client.training.inner import SecondMoments
 from common.config.federation import ModelConfig, SiteConfig, StrategyConfig, TrainingConfig, resolve
 from common.config.strategy import names
 from common.errors import ModelError

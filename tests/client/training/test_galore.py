@@ -343,6 +343,22 @@ def test_step_that_runs_out_of_memory_at_a_refresh_can_be_made_anew(
     assert torch.equal(straight, parameter)
 
 
+def test_unprojected_tensor_that_found_no_memory_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    params = {"w": weight((12, 7)), "head": weight((3, 5))}
+    optimizer = GaLore(params, lr=0.1, rank=2, update_proj_gap=9, scale=1.0, inner="sgd", unprojected=["head"])
+    start, params["head"].grad = params["head"].detach().clone(), torch.ones(3, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.zeros_like", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    params["head"].grad = torch.ones(3, 5)
+    optimizer.step()
+    torch.testing.assert_close(params["head"].detach(), start - 0.1)
+
+
 def test_norm_of_all_projected_gradients_together_is_clipped() -> None:
     moves = []
     for limit in (0.05, None, 1e6):

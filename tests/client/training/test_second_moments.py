@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from client.session import Session
-from client.training.galore import GaLore, SecondMoments
+from client.training.galore import GaLore
+from client.training.inner import SecondMoments
 from common.errors import PolicyError, RefusedUpdate
 from common.linalg.subspace import SharedBasis, projects_right
 from common.model.second_moments import gathered, is_second_moment, name_of, spread

@@ -1,0 +1,86 @@
+"""The change of a weight within a round in its exact factors: c W_0 + sum_j P_j R_j, in the weight's optimizer state.
+
+decay     c, the product of all (1 - lr weight_decay)
+bases     P_j (r, n) or (m, r), one for every basis used, the current one last
+updates   R_j (m, r) or (r, n) in float32; of an unprojected tensor just one, in its own shape
+start     W_0, beside a weight of low precision alone: it is made of its factors, so that no small step is lost
+"""
+
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from common.linalg.subspace import projects_right
+from common.protocol.factors import Factors
+
+State = dict[str, Any]
+
+
+def begun(weight: Tensor, *, projected: bool) -> State:
+    """The state of a weight that is W_0 as it is."""
+    state: State = {"decay": 1.0, "bases": [], "updates": []}
+    if weight.dtype != torch.float32:
+        state["start"] = weight.detach().clone()
+    if not projected:
+        state["updates"].append(torch.zeros_like(weight, dtype=torch.float32))
+    return state
+
+
+def begin_again(state: State, weight: Tensor) -> None:
+    """Take a weight as it is now as W_0; the current basis lives on."""
+    state.update(decay=1.0, bases=state["bases"][-1:], updates=[torch.zeros_like(state["updates"][-1])])
+    if "start" in state:
+        state["start"] = weight.detach().clone()
+
+
+def open_term(state: State, basis: Tensor, shape: Size) -> None:
+    """Go on in another basis of a weight (m, n)."""
+    rows, columns = shape
+    low = (rows, len(basis)) if projects_right(shape) else (basis.shape[1], columns)
+    update = torch.zeros(low, dtype=torch.float32, device=basis.device)
+    state["bases"].append(basis)  # after all that may run out of memory: a term is opened whole or not at all
+    state["updates"].append(update)
+
+
+def add(state: State, weight: Tensor, change: Tensor, kept: float, *, projected: bool) -> None:
+    """Add a step to a weight (m, n), and to its factors.
+
+    Args:
+        state: the weight's.
+        weight: it is changed.
+        change: in the current basis (m, r) or (r, n), or in the shape of an unprojected tensor.
+        kept: 1 - lr weight_decay, by which the weight shrinks after the step.
+        projected: whether the change is in a basis.
+    """
+    state["updates"][-1].add_(change)
+    if kept != 1.0:
+        state["decay"] *= kept
+        for update in state["updates"]:
+            update.mul_(kept)
+    if "start" in state:
+        shape, start = weight.shape, state["start"]
+        weight.copy_(factors(state, shape, common=False).apply(start) if projected else whole(state, start))
+        return
+    if not projected:
+        weight.add_(change)
+    elif projects_right(weight.shape):
+        weight.addmm_(change, state["bases"][-1])
+    else:
+        weight.addmm_(state["bases"][-1], change)
+    if kept != 1.0:
+        weight.mul_(kept)
+
+
+def factors(state: State, shape: Size, *, common: bool) -> Factors:
+    """The change of a projected weight (m, n); ``common``: in the basis that all sites share."""
+    pairs = zip(state.get("updates", []), state.get("bases", []), strict=True)
+    right = projects_right(shape)
+    terms = [(update, basis) if right else (basis, update) for update, basis in pairs]
+    return Factors(state.get("decay", 1.0), terms, common)
+
+
+def whole(state: State, start: Tensor) -> Tensor:
+    """What an unprojected tensor has become if it was ``start``, in float32 beside it."""
+    weight: Tensor = start.to(torch.float32) * state["decay"]
+    return weight.add_(state["updates"][0].to(start.device))
