@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common import text as units
@@ -28,12 +27,12 @@ from common.metrics import SCORES
 from common.system.files import write_atomically
 from deploy.experiment import compare_plots as plots
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
-from deploy.experiment.compare_page import PAGE
 from deploy.experiment.compare_text import headline, notes, unscored
-from server.report.format import precise, score, seconds, whole
-from server.report.page import STYLE
-from server.report.write import MEANINGS
+from server.report.diagnostics import MEANINGS
+from server.report.format import precise, score, seconds
+from server.report.template import fill
 
+_PAGE = Path(__file__).with_name("compare.html")
 _SETTING = ("clients", "alpha", "rank", "local_steps")
 _DRAWN = ("client-cosine", "client-norm", "numerical-rank", "stable-rank", "truncation-loss", "aggregation-error")
 
@@ -73,8 +72,6 @@ def markdown(found: Comparison) -> str:
 
 def render(found: Comparison) -> str:
     """The page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"whole": whole}
     groups = [_shown(group, number) for number, group in enumerate(found.groups)]
     partitions = [
         (_partition_title(held), _partition_figure(held, number), held) for number, held in enumerate(found.partitions)
@@ -86,8 +83,8 @@ def render(found: Comparison) -> str:
     contents += [("partitions", "Who holds what")] if partitions else []
     contents += [("answers", "Answers")] if samples else []
     lines = [line for group in found.groups for line in group.lines]
-    return environment.from_string(PAGE).render(
-        style=Markup(STYLE),  # noqa: S704 - a constant
+    return fill(
+        _PAGE,
         name=found.name,
         missing=sum(line.missing for line in lines),
         wanted=sum(line.missing + len(line.seeds) for line in lines),

@@ -11,7 +11,8 @@ from client.privacy.ledger import Entry, verify
 from client.privacy.ledger_summary import main
 from client.privacy.noise import epsilon
 from deploy.sandbox.tiny import make_federation
-from server.report.write import read_run, render
+from server.report.read import read_run
+from server.report.write import render
 from tests.harness.launcher import launch, survivors
 
 PRIVATE = {"clip": 0.01, "noise_multiplier": 1.0, "delta": 1e-5, "max_epsilon": 100.0}

@@ -4,14 +4,18 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from common.errors import RunFolderError
+from server.report.figures import FIGURES, Figure
 from server.report.format import precise
-from server.report.write import read_run, render, write_report
+from server.report.read import read_run
+from server.report.write import render, write_report
 from tests.harness.sample_run import ROUNDS, SAMPLES, begin, completed, evaluate, play_round, scores
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "use", "path", "rect", "circle"}
@@ -102,6 +106,32 @@ def test_settings_versions_and_problems_are_there(html: str) -> None:
     for package in ("flwr", "torch", "transformers", "peft"):
         assert package in text
     assert "CUDA out of memory in round 3, step 4" in text
+
+
+def test_new_figure_stands_in_its_section(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new plot is a drawing and a line of the table: the page shows it wherever that says."""
+    sections = re.findall(r'<h2 id="(\w+)">', render(read_run(run)))
+    for section in sections:
+        one = Figure(Markup("<svg></svg>"), f"about {section}")
+        monkeypatch.setitem(FIGURES, section, [lambda run, one=one: [one]])
+    html = render(read_run(run))
+    assert len(sections) > 5
+    for section in sections:
+        shown = html.split(f'<h2 id="{section}">')[1].split("</section>")[0]
+        assert f"<figure><svg></svg><figcaption>about {section}</figcaption></figure>" in shown
+
+
+def test_pages_and_styles_are_installed_with_the_code() -> None:
+    """What setuptools takes besides Python files is named in pyproject.toml."""
+    root = Path(__file__).parents[3]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    for file in [
+        file
+        for folder in ("server", "deploy")
+        for kind in ("html", "css")
+        for file in root.glob(f"{folder}/**/*.{kind}")
+    ]:
+        assert any(file.match(pattern) for pattern in patterns), file
 
 
 def test_the_same_folder_gives_the_same_bytes(run: Path, html: str) -> None:

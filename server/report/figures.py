@@ -1,0 +1,58 @@
+"""The report's figures: in which section each stands, and what it says in words."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from server.report import plots
+from server.report.format import score
+from server.report.read import Run
+from server.run import records as facts
+
+_MOST_BARS = 40  # more bars than that are shown as one mean bar per site
+_MOST_WORDS = 40  # bars that are told in words
+_MOST_LINES = 10  # likewise lines
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing and the words below it."""
+
+    svg: Markup
+    caption: str
+
+
+def scores_by_round(run: Run) -> Iterator[Figure]:
+    """One figure per score that is drawn."""
+    for how in facts.shown_scores(facts.results(run.metrics)):
+        lines = facts.curve(run.metrics, how.name)
+        if how.curve and lines:
+            ends = [f"{w} {score(v[min(v)])} to {score(v[max(v)])}" for w, v in list(lines.items())[:_MOST_LINES]]
+            label = f"{how.title} by round. {'; '.join(ends)}."
+            zero = not how.lower_is_better
+            svg = plots.curves(lines, name=how.name, axis=f"held-out {how.title}", label=label, from_zero=zero)
+            better = "Lower" if how.lower_is_better else "Higher"
+            scale = "" if zero else " The axis does not start at zero."
+            yield Figure(Markup(svg), f"{how.title} on held-out rows. {better} is better.{scale}")  # noqa: S704
+
+
+def time_by_phase(run: Run) -> Iterator[Figure]:
+    """Where the rounds' time went; of many rounds and sites, the mean round."""
+    bars, caption = facts.bars(run.metrics), "Where each round's time went, for every site and the server."
+    if len(bars) > _MOST_BARS:
+        bars = facts.mean_bars(bars)
+        caption = "Where a round's time went: the mean over all rounds, for every site and the server."
+    told = [f"{f'round {b.round}, ' if b.round else ''}{b.who}: {sum(b.seconds.values()):.0f} s" for b in bars]
+    if bars:
+        label = f"Seconds by phase. {'; '.join(told[:_MOST_WORDS])}."
+        yield Figure(Markup(plots.time_bars(bars, name="time", label=label)), caption)  # noqa: S704 - drawn here
+
+
+#: By section of the page (its heading's id), what draws its figures. A new plot is a line here.
+FIGURES: dict[str, list[Callable[[Run], Iterable[Figure]]]] = {"curves": [scores_by_round], "costs": [time_by_phase]}
+
+
+def figures(run: Run) -> dict[str, list[Figure]]:
+    """All figures of a run by section."""
+    return {section: [figure for draw in draws for figure in draw(run)] for section, draws in FIGURES.items()}

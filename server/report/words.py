@@ -1,0 +1,85 @@
+"""What the report says of a run in words: its headline, its first facts, its versions."""
+
+from pathlib import Path
+
+from common.metrics import SCORES
+from common.text import clock
+from server.report.format import score, size, utc
+from server.report.read import Run
+from server.run import records as facts
+
+_WORDS = {"better": "better", "worse": "worse", "same": "unchanged", "unknown": "not comparable"}
+
+
+def headline(run: Run, results: list[facts.Result]) -> list[str]:
+    """The result in one to three sentences, as plain when it is bad as when it is good."""
+    judged = [line for line in results if line.version]
+    if not judged:
+        return ["No trained model was evaluated, so there is no result to compare."]
+    sentences = []
+    for line in judged:
+        if line.who == facts.SERVER:
+            parts = [
+                f"{how.in_text} went from {score(change.before)} to {score(change.after)} ({_WORDS[change.verdict]})"
+                for how in SCORES.values()
+                if how.headline and (change := line.changes.get(how.name)) is not None
+            ]
+            after = f"After {line.version} round{'s' if line.version > 1 else ''} of {run.strategy}"
+            sentences.append(f"{after}, on the server's own set, {' and '.join(parts)}.")
+    sites = [line for line in judged if line.who != facts.SERVER and "loss" in line.changes]
+    if sites:
+        count = {v: [s.who for s in sites if s.changes["loss"].verdict == v] for v in ("better", "worse", "same")}
+        worse = f", worse at {len(count['worse'])} ({', '.join(count['worse'][:5])})" if count["worse"] else ""
+        same = f", unchanged at {len(count['same'])}" if count["same"] else ""
+        sentences.append(
+            f"At the sites, held-out loss is better at {len(count['better'])} of {len(sites)}{worse}{same}."
+        )
+    return sentences
+
+
+def first_facts(run: Run) -> list[tuple[str, str]]:
+    """What is said first about a run."""
+    model = run.config.get("model", {})
+    revision = f" at {model['revision'][:12]}" if model.get("revision") else ""
+    lasted = run.info.get("seconds") or run.newest - run.info["started"]
+    costs = facts.costs(run.metrics)
+    moved = f"{size(sum(c.down for c in costs))} down, {size(sum(c.up for c in costs))} up" if costs else "none"
+    return [
+        ("Status", str(run.info["status"])),
+        ("Strategy", run.strategy),
+        ("Base model", Path(model["path"]).name if model.get("path") else f"{model.get('hub', '–')}{revision}"),
+        ("Rounds", f"{run.done} of {run.planned}"),
+        ("Sites that trained", str(len(costs))),
+        ("Started", utc(run.info["started"])),
+        ("Duration", clock(lasted)),
+        ("Tensors moved", moved),
+    ]
+
+
+def sent(run: Run) -> str:
+    """What share of the model travels."""
+    started = run.event("started")
+    if not started.get("model_parameters"):
+        return ""
+    tensors, trained, all_ = (started[k] for k in ("trained_tensors", "trained_parameters", "model_parameters"))
+    return (
+        f"Only what is trained travels: {tensors} tensors, {trained:,} of the model's {all_:,} parameters "
+        f"({trained / all_:.1%})."
+    )
+
+
+def versions(run: Run) -> list[tuple[str, str]]:
+    """The server's software and machine."""
+    machine = run.info.get("machine", {})
+    lines = [(key, str(value)) for key, value in run.info.get("versions", {}).items()]
+    cores, memory = machine.get("cores"), machine.get("memory_gib")
+    lines += [("machine", f"{machine['cpu']}, {cores} cores, {memory} GiB")] if "cpu" in machine else []
+    lines += [("system", str(machine["system"]))] if "system" in machine else []
+    lines += [("GPU", ", ".join(machine["gpus"]) or "none")] if "gpus" in machine else []
+    return lines
+
+
+def digests(run: Run) -> list[tuple[str, str]]:
+    """SHA-256 digests by what they are of."""
+    keys = {"base_digest": "base model", "tokenizer_digest": "tokenizer", "federation_digest": "federation file"}
+    return [(title, str(run.info[key])) for key, title in keys.items() if key in run.info]
