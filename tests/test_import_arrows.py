@@ -37,7 +37,6 @@ MOST_FILES, MOST_LINES = 13, 300
 TOO_LONG = {
     "client/connect/worker.py",
     "client/session.py",
-    "common/data/rows.py",
     "deploy/data/partition.py",
     "server/operate/supervise.py",
 }
@@ -161,7 +160,7 @@ def test_bundle_holds_what_the_two_apps_reach_and_nothing_else() -> None:
 def test_bundle_is_short_enough_to_be_read() -> None:
     code = shipped() - {"LICENSE"}
     assert [name for name in code if name.startswith(AT_HOME)] == []
-    assert len(code) <= 105
+    assert len(code) <= 110
     assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 12_000
 
 

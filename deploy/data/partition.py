@@ -23,7 +23,8 @@ from common.config.federation import (
     SiteConfig,
 )
 from common.config.load import load, parse
-from common.data.rows import Cells, Template, check_columns, load_cells
+from common.data.rows import Template, check_columns
+from common.data.shards import Cells, load_cells
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError
 from common.system.files import built
 from deploy.data.partition_picture import draw

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.data.rows import Cells
+from common.data.shards import Cells
 from common.errors import ConfigError, DataError, FedSpanError, LaunchError
 from common.system.files import built
 from deploy.data.recipes import answers, glue, images, packaged

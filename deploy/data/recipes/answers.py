@@ -3,7 +3,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common.data.rows import Cells, load_cells
+from common.data.shards import Cells, load_cells
 from common.errors import DataError
 from deploy.data.recipes.splits import Splits, by_group
 

@@ -8,7 +8,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.data.rows import Cells, load_cells
+from common.data.shards import Cells, load_cells
 from common.errors import DataError
 from deploy.data.recipes.splits import Splits
 

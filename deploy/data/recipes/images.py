@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.data.rows import Cells, load_cells
+from common.data.shards import Cells, load_cells
 from common.errors import DataError
 from deploy.data.recipes.splits import Splits
 

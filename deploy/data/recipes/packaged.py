@@ -4,7 +4,7 @@ import csv
 import tempfile
 from pathlib import Path
 
-from common.data.rows import Cells
+from common.data.shards import Cells
 from common.errors import DataError
 from deploy.data.recipes.mnist import DEFAULT_CACHE, digits
 from deploy.data.recipes.splits import Splits, by_group

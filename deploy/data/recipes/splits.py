@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from common.data.rows import Cells
+from common.data.shards import Cells
 
 
 @dataclass(frozen=True)

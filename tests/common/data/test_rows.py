@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from common.config.federation import DataConfig
-from common.data.rows import Row, load_cells, load_rows, split_held_out
+from common.data.rows import Row, load_rows, split_held_out
+from common.data.shards import load_cells
 from common.errors import DataError
 
 RECORDS = [
