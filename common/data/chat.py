@@ -64,7 +64,7 @@ def encode(tokenizer: Any, row: Row, system: str | None, max_length: int) -> Exa
     return Example((prompt + answer)[:max_length], len(prompt))
 
 
-def collate(examples: list[Example], pad_id: int) -> Batch:
+def collate(examples: list[Example], padding: int) -> Batch:
     """A batch padded on the right.
 
     Returns:
@@ -72,7 +72,7 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
         values, so a padding token that doubles as end token does not hide the answer's end.
     """
     width = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), width), pad_id)
+    ids = torch.full((len(examples), width), padding)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
@@ -89,18 +89,6 @@ def causal_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     counted = labels != IGNORED
     loss = functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
     return loss, int(counted.sum())
-
-
-def pad_id(tokenizer: Any) -> int:  # noqa: ANN401
-    """The padding token; the end token where the tokenizer has none (positions, not values, mark the padding).
-
-    Raises:
-        ModelError: the tokenizer has neither.
-    """
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if padding is None:
-        raise ModelError("the tokenizer has neither a padding nor an end-of-text token")
-    return int(padding)
 
 
 def end_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from common.config.federation import EvaluationConfig
-from common.data.chat import Example, causal_loss_sum, collate, encode, end_ids, last_tokens, pad_id, prompt_ids
+from common.data.chat import Example, causal_loss_sum, collate, encode, end_ids, last_tokens, prompt_ids
 from common.data.rows import Row
 from common.metrics import ANSWERS, scores
+from common.model.base_model import pad_id
 from common.system.memory import halving
 
 

@@ -25,7 +25,7 @@ from common.data.images import load_images, read_image
 from common.data.rows import Row, load_rows
 from common.errors import DataError
 from common.metrics import ANSWERS, LABELS, SCORES, Score, confusion, scores
-from common.model.base_model import Base, load_base
+from common.model.base_model import Base, load_base, pad_id
 from common.system.memory import halving
 
 Batch = dict[str, Tensor]
@@ -119,7 +119,7 @@ class CausalLM(Task[chat.Example]):
 
     def collater(self, tokenizer: Any) -> Callable[[list[chat.Example]], Batch]:  # noqa: ANN401
         """See ``Task.collater``."""
-        padding = chat.pad_id(tokenizer)
+        padding = pad_id(tokenizer)
         return lambda examples: chat.collate(examples, padding)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -232,7 +232,7 @@ class SequenceClassification(Classification[LabelledText]):
 
     def collater(self, tokenizer: Any) -> Callable[[list[LabelledText]], Batch]:  # noqa: ANN401
         """See ``Task.collater``."""
-        padding = chat.pad_id(tokenizer)
+        padding = pad_id(tokenizer)
 
         def collate(examples: list[LabelledText]) -> Batch:
             batch = chat.collate([chat.Example(e.input_ids, len(e.input_ids)) for e in examples], padding)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from common.config.federation import Dtype
-from common.data.chat import pad_id
 from common.errors import ModelError
 from common.model.families import FAMILIES
 
@@ -88,3 +87,15 @@ def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401
         raise ModelError(
             f"`training.max_length` is {max_length}, but this {kind} model has {most} positions; allowed: up to {most}"
         )
+
+
+def pad_id(tokenizer: Any) -> int:  # noqa: ANN401
+    """The padding token; the end token where the tokenizer has none (positions, not values, mark the padding).
+
+    Raises:
+        ModelError: the tokenizer has neither.
+    """
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if padding is None:
+        raise ModelError("the tokenizer has neither a padding nor an end-of-text token")
+    return int(padding)

@@ -7,10 +7,11 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from common.config.federation import EvaluationConfig
-from common.data.chat import IGNORED, causal_loss_sum, collate, encode, last_tokens, pad_id, prompt_ids
+from common.data.chat import IGNORED, causal_loss_sum, collate, encode, last_tokens, prompt_ids
 from common.data.evaluation import EvalSettings, evaluate_model, generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.errors import ModelError
+from common.model.base_model import pad_id
 from deploy.sandbox.tiny import make_tokenizer
 
 ROW = Row("acute pain", "ache of the hand")
