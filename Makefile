@@ -22,8 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## Run a real federation: three sites, a real model, real data; ends with a report
-	$(BIN)/python -m deploy.demo.prepare
-	$(BIN)/python -m deploy.local deploy/demo/federation.yaml --name "demo-$$(date +%Y%m%d-%H%M%S)"
+	$(BIN)/fedspan demo
+	$(BIN)/fedspan run deploy/demo/federation.yaml --name "demo-$$(date +%Y%m%d-%H%M%S)"
 
 test: lint ## Format check, lint, types, and tests, JOBS (2) at a time; those of many processes one by one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --ignore tests/processes --ignore tests/faults

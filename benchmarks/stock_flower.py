@@ -74,7 +74,7 @@ def federation(folder: Path, sites: int, strategy: dict[str, object], *, warm: b
 
 def ours(folder: Path, file: Path, name: str) -> dict[str, float]:
     """Measurements of a run through the launcher."""
-    command = [sys.executable, "-m", "deploy.local", str(file), "--runs", str(folder), "--name", name]
+    command = [sys.executable, "-m", "deploy", "run", str(file), "--runs", str(folder), "--name", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -68,7 +68,7 @@ def federate(folder: Path, strategy: dict[str, object]) -> list[dict[str, Any]]:
     changes = {"strategy": strategy, "rounds": ROUNDS, "training": training, "evaluation": evaluation}
     file = folder / "federation.yaml"
     file.write_text(yaml.safe_dump({**config, **changes}), encoding="utf-8")
-    command = [sys.executable, "-m", "deploy.local", str(file), "--runs", str(folder), "--name", "run"]
+    command = [sys.executable, "-m", "deploy", "run", str(file), "--runs", str(folder), "--name", "run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{strategy['name']}: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -235,7 +235,7 @@ def _session(site: SiteConfig, message: Message, context: Context) -> "Session":
         if site.trust is not None and VETTED not in os.environ:
             raise ConfigError(
                 f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
-                f"run python -m client.connect.worker --site {site_file.name} beside a "
+                f"run fedspan site worker --site {site_file.name} beside a "
                 f"SuperNode with --isolation process"
             )
         most = int(os.environ.get(SESSIONS, "1"))

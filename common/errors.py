@@ -84,7 +84,7 @@ class StaleStateError(TrainingError):
 
 
 class WorkerDied(FedSpanError):  # noqa: N818 - it names what happened, as the operator reads it
-    """The process that did a site's work ended before it answered; said by ``client.connect.worker``."""
+    """The process that did a site's work ended before it answered; said by ``client.connect.worker_supervisor``."""
 
     code = 1002
 

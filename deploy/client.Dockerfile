@@ -40,8 +40,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=lean /opt/venv /opt/venv
 # HOME and USER, because an arbitrary user id has neither; nothing is installed and nobody is called while it runs.
-# FLWR_HOME is where client.connect.join is told to work (--home), so that client.preflight.check looks there.
-ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+# FLWR_HOME is where `site join` is told to work (--home), so that `site check` looks there.
+ENV PATH=/metadata/bin:/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_HOME=/var/lib/fedspan
 WORKDIR /app
 COPY --from=metadata /metadata /metadata
@@ -49,7 +49,7 @@ COPY LICENSE pyproject.toml ./
 COPY common common
 COPY strategies strategies
 COPY client client
-COPY deploy/__init__.py deploy/health.py deploy/
+COPY deploy/__init__.py deploy/__main__.py deploy/cli.py deploy/completion.py deploy/health.py deploy/
 COPY deploy/keys deploy/keys
 RUN python -m compileall -q . && install -d -m 1777 /var/lib/fedspan
 LABEL org.opencontainers.image.title="FedSpan client" \
@@ -58,6 +58,6 @@ LABEL org.opencontainers.image.title="FedSpan client" \
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:0
 HEALTHCHECK --interval=15s --timeout=20s --start-period=120s --retries=4 \
-  CMD ["python", "-m", "deploy.health", "site", "/var/lib/fedspan/status.json", "--linked"]
-ENTRYPOINT ["tini", "--", "python", "-m"]
-CMD ["client.connect.join", "--help"]
+  CMD ["python", "-m", "deploy", "health", "site", "/var/lib/fedspan/status.json", "--linked"]
+ENTRYPOINT ["tini", "--", "python", "-m", "deploy"]
+CMD ["site", "join", "--help"]

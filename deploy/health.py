@@ -1,21 +1,16 @@
-"""Whether a container is well, for its health check: ``python -m deploy.health superlink|site ...``.
-
-    superlink HOST:PORT --root-certificates ca.crt   does gRPC answer over TLS with a certificate that is good today?
-    site status.json [--linked]                      do a site's processes live; and is the server connected?
-
-Exit codes: 0 well, 1 not, with the reason on one line, 2 an argument is wrong.
-"""
+"""Whether a container is well, for its health check: ``fedspan health``. Exit code 0: well, 1: not."""
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 from common.errors import LaunchError
+from common.system.command import Command, address, number
 
 TIMEOUT = 10.0  # seconds that a SuperLink may take to answer
 MAX_AGE = 30.0  # seconds
+_seconds = number(float, 0.1, 86400.0, "seconds")
 
 
 def check_superlink(address: str, ca: Path, timeout: float = TIMEOUT) -> None:
@@ -43,7 +38,7 @@ def check_superlink(address: str, ca: Path, timeout: float = TIMEOUT) -> None:
 
 
 def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
-    """Read what ``client.connect.join`` says of a site, twice a second.
+    """Read what ``fedspan site join`` says of a site, twice a second.
 
     Args:
         status: its status file.
@@ -57,7 +52,7 @@ def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
         told = json.loads(status.read_text(encoding="utf-8"))
         age, link, worker = time.time() - told["time"], told["link"], told["worker"].get("state", "not started")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise LaunchError(f"{status} is not there, or is not what client.connect.join writes with --status") from None
+        raise LaunchError(f"{status} is not there, or is not what `fedspan site join` writes with --status") from None
     if age > max_age:
         raise LaunchError(f"{status} is {age:.0f} seconds old; allowed: {max_age:g}")
     if worker not in ("idle", "working"):
@@ -66,33 +61,37 @@ def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
         raise LaunchError(f"the link to {told.get('superlink')} is {link}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deploy.health", description="Whether a container is well.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    superlink = kinds.add_parser("superlink", help="a SuperLink's interface for SuperNodes")
-    superlink.add_argument("address", metavar="HOST:PORT")
-    superlink.add_argument("--root-certificates", type=Path, required=True, metavar="FILE")
-    superlink.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS")
-    site = kinds.add_parser("site", help="a site, by its status file")
-    site.add_argument("status", type=Path, metavar="FILE")
-    site.add_argument("--linked", action="store_true", help="a server must be connected, too")
-    site.add_argument("--max-age", type=float, default=MAX_AGE, metavar="SECONDS")
-    return parser
+def _superlink_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", type=address, metavar="HOST:PORT", help="its interface for SuperNodes")
+    parser.add_argument(
+        "--root-certificates", type=Path, required=True, metavar="FILE", help="ca.crt, which signed its certificate"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS", help=f"to wait (default: {TIMEOUT:g})"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.kind == "superlink":
-            check_superlink(options.address, options.root_certificates, options.timeout)
-        else:
-            check_site(options.status, linked=options.linked, max_age=options.max_age)
-    except LaunchError as error:
-        print(f"not well: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+def _site_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("status", type=Path, metavar="FILE", help="that `fedspan site join --status FILE` writes")
+    parser.add_argument("--linked", action="store_true", help="a server must be connected, too")
+    parser.add_argument(
+        "--max-age",
+        type=_seconds,
+        default=MAX_AGE,
+        metavar="SECONDS",
+        help=f"after which what it says counts no more (default: {MAX_AGE:g})",
+    )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+SUPERLINK = Command(
+    _superlink_arguments,
+    lambda options: check_superlink(options.address, options.root_certificates, options.timeout),
+    example="127.0.0.1:9092 --root-certificates /certs/ca.crt",
+    then="fedspan keys show /certs/server.pem, when its certificate is refused",
+)
+SITE = Command(
+    _site_arguments,
+    lambda options: check_site(options.status, linked=options.linked, max_age=options.max_age),
+    example="/var/lib/fedspan/status.json --linked",
+    then="the log of `fedspan site join`, which says why it is not well",
+)

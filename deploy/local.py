@@ -1,13 +1,9 @@
-"""Run a federation on this machine: ``python -m deploy.local FEDERATION.yaml``.
+"""Runs a federation on this machine: ``fedspan run FEDERATION.yaml``.
 
 Starts a SuperLink, one SuperNode for every site file and the run, as separate processes that talk gRPC over loopback,
 just as on many machines. Stops all of them at the end, on Ctrl-C and on failure.
-
-Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong, 130 interrupted.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +13,11 @@ from rich.console import Console
 from client.connect.programs import supernode, worker
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
-from common.errors import ConfigError, FedSpanError, LaunchError
-from common.system.logs import configure as configure_logs
+from common.errors import ConfigError, LaunchError
 from common.system.processes import ProcessGroup, Started, free_ports, last_lines
 from server.operate.progress import teller
 from server.operate.site_files import check_sites
-from server.operate.supervise import Supervised, add_run_options, follow, to_the_end
+from server.operate.supervise import Supervised, follow
 from server.run.folder import check_resumable, read_lines, refuse_existing
 from server.superlink.process import OwnSuperLink, environment
 
@@ -117,23 +112,3 @@ class _Reviver:
             self._tell(f"{site.name} ended by itself and is started again ({count} of {self._tries})")
             self._group.forget(site)
             self._sites[number] = self._group.start(site.name, site.command, site.env)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.local", description="Run a federation on this machine.")
-    parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml")
-    add_run_options(parser)
-    options = parser.parse_args(arguments)
-    try:
-        configure_logs("supervisor")
-        plan = make_plan(options.federation, options.runs, options.name, resume=options.resume)
-    except (FedSpanError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-
-    return to_the_end(plan.run_dir, options, lambda: run(plan, Console(), options.tries))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

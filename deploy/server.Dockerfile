@@ -31,9 +31,9 @@ WORKDIR /app
 RUN pip install --no-cache-dir --disable-pip-version-check -c /build/constraints.txt gguf
 COPY LICENSE pyproject.toml ./
 COPY common common
-COPY deploy/__init__.py deploy/
+COPY deploy/__init__.py deploy/__main__.py deploy/cli.py deploy/
 COPY deploy/demo deploy/demo
-RUN python -m deploy.demo.prepare --cache /demo && chmod -R a+rX /demo
+RUN python -m deploy demo --cache /demo && chmod -R a+rX /demo
 COPY client client
 COPY strategies strategies
 COPY server server
@@ -41,8 +41,7 @@ COPY deploy deploy
 RUN cd / && install -d -m 1777 ca registry model server-certs server-data \
       site-a-certs site-a-data site-b-certs site-b-data site-c-certs site-c-data
 USER 10001:0
-ENTRYPOINT ["python", "-m"]
-CMD ["deploy.compose.setup"]
+ENTRYPOINT ["python", "-m", "deploy.compose.setup"]
 
 # What tells the installed version: metadata alone, the code is copied as it is.
 FROM build AS metadata
@@ -62,7 +61,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=lean /opt/venv /opt/venv
 # HOME and USER, because an arbitrary user id has neither; nothing is installed and nobody is called while it runs.
-ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV PATH=/metadata/bin:/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp USER=fedspan PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 WORKDIR /app
 # The client's code, pyproject.toml and LICENSE go into the app's bundle, which the sites receive.
@@ -80,6 +79,6 @@ LABEL org.opencontainers.image.title="FedSpan server" \
 USER 10001:0
 EXPOSE 9092
 HEALTHCHECK --interval=15s --timeout=20s --start-period=120s --retries=4 \
-  CMD ["python", "-m", "deploy.health", "superlink", "127.0.0.1:9092", "--root-certificates", "/certs/ca.crt"]
-ENTRYPOINT ["tini", "--", "python", "-m"]
-CMD ["server.operate.supervise", "--help"]
+  CMD ["python", "-m", "deploy", "health", "superlink", "127.0.0.1:9092", "--root-certificates", "/certs/ca.crt"]
+ENTRYPOINT ["tini", "--", "python", "-m", "deploy"]
+CMD ["serve", "--help"]

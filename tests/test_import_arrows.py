@@ -35,7 +35,7 @@ ROOMS = {
 AT_HOME = ("client/connect/", "client/preflight/", "server/operate/", "server/report/", "server/superlink/", "deploy/")
 MOST_FILES, MOST_LINES = 13, 300
 TOO_LONG = {
-    "client/connect/worker.py",
+    "client/connect/worker_supervisor.py",
     "client/session.py",
     "deploy/data/partition.py",
     "server/operate/supervise.py",
@@ -45,8 +45,8 @@ FLOWER = {
     "client/app.py",
     "client/connect/worker_process.py",
     "client/preflight/superlink.py",
-    "client/connect/supernode.py",
-    "client/connect/worker.py",
+    "client/connect/link.py",
+    "client/connect/worker_supervisor.py",
     "common/protocol/messages.py",
     "common/protocol/records.py",
     "common/protocol/wire.py",

@@ -1,1 +1,1 @@
-"""Experiments: strategies compared on real models and data; see ``deploy.experiment.run``."""
+"""Experiments: strategies compared on real models and data; see ``fedspan experiment``."""

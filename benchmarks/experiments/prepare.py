@@ -29,9 +29,10 @@ import yaml
 
 from benchmarks.experiments.dinov2 import convert
 from common.errors import DataError
+from common.system.command import program
 from deploy.data.recipes.packaged import mnist
 from deploy.demo.icd import DEPARTMENTS
-from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, command, install, only, prepare as prepare_demo
+from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, install, only, prepare as prepare_demo, preparing
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
@@ -178,12 +179,7 @@ def _draw(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def main() -> int:
-    """Command line."""
-    return command(
-        "python -m benchmarks.experiments.prepare", "the experiments' models and data", DEFAULT_CACHE, prepare
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    name, what = "python -m benchmarks.experiments.prepare", "the experiments' models and data"
+    command = preparing(what, DEFAULT_CACHE, prepare, then="fedspan experiment benchmarks/experiments/terms.yaml")
+    sys.exit(program(name, f"prepare {what}", command))

@@ -1,10 +1,8 @@
-"""Take part in federations: ``python -m client.connect.join SITE.yaml --superlink HOST:PORT``.
+"""Take part in federations: ``fedspan site join SITE.yaml --superlink HOST:PORT``.
 
 Starts the link to the server (``supernode.py``) and beside it the worker that keeps model and rows in memory
 (``worker.py``), starts either again when it dies, and ends both on SIGTERM and Ctrl-C. Connections are opened to the
 outside only; what listens here, listens on the loopback interface.
-
-Exit codes: 0 it was asked to end, 1 a process died too often, 2 a file or an argument is wrong.
 """
 
 import argparse
@@ -22,7 +20,8 @@ import psutil
 from client.connect.programs import supernode, worker
 from common.config.federation import SiteConfig, resolve
 from common.config.load import load
-from common.errors import DataError, FedSpanError, LaunchError
+from common.errors import ConfigError, DataError, LaunchError
+from common.system.command import Command, address, number
 from common.system.files import write_atomically
 from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, free_ports
@@ -168,7 +167,7 @@ def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(
+        raise ConfigError(
             f"--home {home} cannot be made ({error.strerror}); give a folder that may be written"
         ) from None
     (port,) = free_ports(1)
@@ -191,57 +190,65 @@ def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
     return member, environment(home, hub=site.model is None)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m client.connect.join", description="Take part in federations.")
-    parser.add_argument("site", type=Path, metavar="SITE.yaml")
-    parser.add_argument("--superlink", required=True, metavar="HOST:PORT", help="the server's address for sites")
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    parser.add_argument(
+        "--superlink", type=address, required=True, metavar="HOST:PORT", help="the server's address for sites"
+    )
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
     parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
     parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    seconds = number(float, 0.0, unit="seconds")
     parser.add_argument(
-        "--connect-deadline", type=float, metavar="SECONDS", help="for a server that does not answer, or not yet"
+        "--connect-deadline",
+        type=seconds,
+        metavar="SECONDS",
+        help="longest wait for a server that does not answer, or not yet (default: 120)",
     )
     parser.add_argument("--home", type=Path, metavar="DIR", help="working files (default: .NAME beside SITE.yaml)")
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the state as JSON, twice a second")
-    parser.add_argument("--idle", type=float, default=900.0, metavar="SECONDS", help="until the device is released")
-    parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="between two questions for work")
-    parser.add_argument("--tries", type=int, default=10, help="deaths in a row before it gives up (default: 10)")
-    return parser
+    parser.add_argument(
+        "--idle", type=seconds, default=900.0, metavar="SECONDS", help="until the device is released (default: 900)"
+    )
+    parser.add_argument(
+        "--poll",
+        type=number(float, 0.05, 60.0, "seconds"),
+        default=1.0,
+        metavar="SECONDS",
+        help="between two questions for work (default: 1)",
+    )
+    parser.add_argument(
+        "--tries", type=number(int, 0), default=10, metavar="N", help="deaths in a row before it gives up (default: 10)"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def _run(options: argparse.Namespace) -> int:
     if options.insecure == (options.root_certificates is not None):
-        parser.error("give --root-certificates, or --insecure")
-    if not options.superlink.rpartition(":")[2].isdecimal():
-        parser.error(f"--superlink is {options.superlink!r}; allowed: HOST:PORT")
+        raise ConfigError("give --root-certificates, or --insecure")
     for file in filter(None, (options.root_certificates, options.auth_supernode_private_key)):
         if not file.is_file():
-            parser.error(f"{file} does not exist")
+            raise ConfigError(f"{file} does not exist")
     if options.status is not None and not options.status.parent.is_dir():
-        parser.error(f"--status: folder {options.status.parent} does not exist")
-    try:
-        member, env = plan(options)
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+        raise ConfigError(f"--status: folder {options.status.parent} does not exist")
+    member, env = plan(options)
+    for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_, _end)
     try:
         member.work(env, options.tries)
     except Ended as end:
         _say(f"ended by {end}")
         return 0
-    except FedSpanError as error:
-        _say(str(error))
-        return 1
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise Ended(signal.Signals(number).name)
+def _end(signal_: int, frame: FrameType | None) -> NoReturn:
+    raise Ended(signal.Signals(signal_).name)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+JOIN = Command(
+    _arguments,
+    _run,
+    example="site-a.yaml --superlink fl.example.org:9092 --root-certificates ca.crt "
+    "--auth-supernode-private-key site-a.key",
+    then="fedspan ledger summary FILE, when a run has ended",
+    notes="It takes part in one run after the other, until it is ended with Ctrl-C or SIGTERM.",
+)

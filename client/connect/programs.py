@@ -15,7 +15,7 @@ def supernode(site: Path, superlink: str, port: int, *options: str) -> list[str]
         site: the site file.
         superlink: host and port of the server.
         port: of the Runtime API, on the loopback interface.
-        options: more of ``client.connect.supernode``.
+        options: more of ``fedspan site supernode``.
     """
     where = ["--host", LOOPBACK, "--port", str(port), "--node-config", f"site={json.dumps(str(site))}"]
     return [*_program("supernode.py"), "--grpc-rere", "--superlink", superlink, *where, *options]

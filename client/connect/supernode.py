@@ -1,268 +1,68 @@
-"""``flower-supernode`` for sites: tries the link first, says in one line why it is refused, works beside a worker.
+"""``fedspan site supernode``: ``flower-supernode`` that tries its link first (``client.connect.link``).
 
-    python -m client.connect.supernode --poll 0.5 --connect-deadline 120 [options of flower-supernode]
-
-Before Flower begins, the files and the way to the SuperLink are tried (``client.connect.probe``). A SuperLink that
-does not answer yet, or does not let this site in yet, is asked again until the deadline. Whatever cannot mend
-itself ends the program with one line; Flower 1.39 prints a traceback, tries for ever, or ends as if all were well.
-
-Three more differences. It asks its SuperLink for messages as often as it is told; Flower 1.39 waits three seconds
-between two questions, which on a near link is most of a short round. When a run is stopped while its message is still
-coming in, the task that was made of the message ends; Flower 1.39 keeps it, and whoever takes it up waits for its
-content for ever. And it asks for the next message when the last one is answered; Flower 1.39 when anything is, so an
-answer to a run that was stopped meanwhile leaves the next answer lying there until one more message has come.
-
-Exit codes: 0 stopped, 1 refused or not reached, 2 a file or an argument is wrong.
+``fedspan site join`` and ``fedspan run`` start this file by its path.
 """
 
 import argparse
-import os
 import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import grpc  # type: ignore[import-untyped]
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message
-from flwr.common.config import parse_config_args
-from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
-from flwr.supercore.retry import RetryInvoker
-from flwr.supercore.run import RunNotRunningException
-from flwr.supernode import start_client_internal
-from flwr.supernode.cli.flower_supernode import flower_supernode
-
-from client.connect.probe import probe
-from common.config.federation import SiteConfig
-from common.config.load import load
-from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
-from common.system.keys import fingerprint, read_private
-from common.system.logs import configure as configure_logs
+from common.errors import ConfigError
+from common.system.command import Command, address, number, program, start_log
 
 CONNECT_DEADLINE = 120.0  # seconds; Flower takes 60 to notice that an earlier SuperNode with the same key is gone
-_PROBE_SECONDS = 10.0
-_AGAIN_SECONDS = 2.0
-_receive, _send = start_client_internal._pull_and_store_message, start_client_internal._push_messages
-_make_retry_invoker = start_client_internal._make_fleet_connection_retry_invoker
 
 
-def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa: ANN401 - as Flower's own
-    """Flower's ``pull_objects``, whose caller cleans up after any error but the one that a stopped run raises."""
-    try:
-        return pull_objects(*arguments, **options)
-    except RunNotRunningException:
-        raise ConnectionAbortedError("the run was stopped") from None
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--superlink", type=address, metavar="HOST:PORT", help="the server's address for sites")
+    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
+    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
+    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    parser.add_argument("--node-config", metavar="'site=\"FILE\"'", help="names the site file")
+    parser.add_argument(
+        "--isolation",
+        default="subprocess",
+        metavar="KIND",
+        help="process: beside `fedspan site worker`; subprocess: a process for every message (default)",
+    )
+    parser.add_argument(
+        "--poll",
+        type=number(float, 0.05, 60.0, "seconds"),
+        default=3.0,
+        metavar="SECONDS",
+        help="between two questions for messages (default: 3)",
+    )
+    parser.add_argument(
+        "--connect-deadline",
+        type=number(float, 0.0, unit="seconds"),
+        default=CONNECT_DEADLINE,
+        metavar="SECONDS",
+        help=f"longest wait for a server that does not answer, or not yet (default: {CONNECT_DEADLINE:g})",
+    )
 
 
-class _Turns:
-    """Receives a message, sends its answer, and only then receives the next."""
-
-    def __init__(self) -> None:
-        self._received = ""
-
-    def receive(self, *, receive: Callable[[], tuple[Message, Any] | None], **rest: Any) -> int | None:  # noqa: ANN401
-        """Flower's ``_pull_and_store_message``."""
-
-        def noted() -> tuple[Message, Any] | None:
-            found = receive()
-            if found is not None:
-                self._received = found[0].metadata.message_id
-            return found
-
-        return _receive(receive=noted, **rest)
-
-    def answer(self, *, state: Any, **rest: Any) -> None:  # noqa: ANN401
-        """Flower's ``_push_messages``: waits for an answer, sends all that are there, forgets what they answer."""
-        _send(state=state, **rest)
-        while self._received in state.msg_store:
-            _send(state=state, **rest)
-
-
-class _Clock:
-    """The time module as that one file of Flower's sees it."""
-
-    def __init__(self, longest: float) -> None:
-        self._longest = longest
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(time, name)
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, but not longer than the longest pause."""
-        time.sleep(min(seconds, self._longest))
-
-
-class Link:
-    """The way to the SuperLink as one site takes it.
-
-    Args:
-        address: HOST:PORT of the Fleet API.
-        root_certificates: the federation's CA; None: without TLS.
-        key: fingerprint of the site's key; None when it has none.
-        patience: seconds to wait for a SuperLink that does not answer, or does not let the site in.
-    """
-
-    def __init__(self, address: str, root_certificates: Path | None, key: str | None, patience: float) -> None:
-        self._address, self._root_certificates, self._key = address, root_certificates, key
-        self._patience, self._deadline = patience, time.monotonic() + patience
-        self._told = False
-
-    def wait(self) -> None:
-        """Wait until the SuperLink answers and is the right one.
-
-        Raises:
-            FedSpanError: it is not, or has not answered in time.
-        """
-        while True:
-            try:
-                probe(self._address, self._root_certificates, _PROBE_SECONDS)
-                return
-            except UnreachableError as error:
-                self._try_on(str(error))
-                time.sleep(_AGAIN_SECONDS)
-
-    def judge(self, error: grpc.RpcError) -> bool | None:
-        """What to make of an error of the SuperLink's: False to try again, None for Flower to decide; or end."""
-        code, details = error.code(), str(error.details() or "")
-        if code == grpc.StatusCode.UNAUTHENTICATED:
-            _end(LinkError(self._unwelcome(details)))
-        told = FlowerError.from_json(details)
-        if told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-            who = f"the key {self._key}" if self._key else "this site"
-            why = (
-                "not in its register, revoked or expired there, or in use by another SuperNode that is still connected"
-            )
-            mend = "give the operator the .pub file"
-            self._try_on(f"{self._address} does not let {who} in: {why}; {mend}", end=True)
-            return False
-        if told is not None and told.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
-            _end(LinkError(f"{self._address} wants a registered key: give --auth-supernode-private-key"))
-        if code == grpc.StatusCode.CANCELLED and "Channel closed" not in details:  # not here: the SuperLink was stopped
-            return False
-        if code == grpc.StatusCode.UNAVAILABLE and "handshake" in details.lower():
-            try:
-                probe(self._address, self._root_certificates, _PROBE_SECONDS)
-            except UnreachableError:
-                return False
-            except FedSpanError as reason:
-                _end(reason)
-        return None
-
-    def _unwelcome(self, details: str) -> str:
-        if "timestamp" in details:
-            clock = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-            return (
-                f"{self._address}: this machine's clock says {clock}, which is not the server's time; set it right "
-                "(it may be 5 seconds ahead and 5 minutes behind)"
-            )
-        if self._key is None:
-            return f"{self._address} does not know this site any more; it was started with a new database"
-        return f"{self._address} has shut the key {self._key} out: it was revoked, or has expired; ask the operator"
-
-    def _try_on(self, reason: str, *, end: bool = False) -> None:
-        """Say once that this is tried again; when it has been tried for too long, end, or raise."""
-        if time.monotonic() >= self._deadline:
-            error = LinkError(f"{reason} (tried for {self._patience:g} seconds)")
-            if end:
-                _end(error)
-            raise error
-        if not self._told:
-            print(f"{reason}; trying on for {self._patience:g} seconds", file=sys.stderr, flush=True)  # noqa: T201
-            self._told = True
-
-    def retry_invoker(self, *arguments: Any, **options: Any) -> RetryInvoker:  # noqa: ANN401 - as Flower's own
-        """Flower's ``_make_fleet_connection_retry_invoker``, which asks ``judge`` first."""
-        invoker = _make_retry_invoker(*arguments, **options)
-        flowers = invoker.should_giveup
-        assert flowers is not None  # noqa: S101 - Flower sets it
-
-        def give_up(error: Exception) -> bool:
-            judged = self.judge(error) if isinstance(error, grpc.RpcError) else None
-            return flowers(error) if judged is None else judged
-
-        invoker.should_giveup = give_up
-        return invoker
-
-
-def _end(error: FedSpanError) -> NoReturn:
-    """End at once, from any thread; Flower's own way would end with exit code 0."""
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-    os._exit(1)
-
-
-def _key(file: str | None) -> str | None:
-    """Fingerprint of the site's key."""
-    if file is None:
-        return None
-    key = read_private(Path(file).expanduser())
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{file}: not an ECDSA key; make one with: python -m deploy.keys.certs site PREFIX")
-    return fingerprint(key.public_key())
-
-
-def _check_isolation(node_config: str | None, isolation: str) -> None:
-    """Refuse to let Flower run bundles by itself, unchecked, where the site trusts only some."""
-    config = parse_config_args([node_config]) if node_config else {}
-    file = Path(str(config.get("site", "")))
-    if isolation == "subprocess" and file.is_file() and load(file, SiteConfig).trust is not None:
+def _run(options: argparse.Namespace) -> NoReturn:
+    start_log("supernode")
+    if options.superlink is None or options.insecure == (options.root_certificates is not None):
         raise ConfigError(
-            f"{file}: `trust` is kept by the worker alone; start this with --isolation process, and beside it "
-            f"python -m client.connect.worker --site {file}"
+            "give --superlink HOST:PORT, and --root-certificates FILE (the operator's ca.crt) or --insecure"
         )
+    from client.connect import link  # imports Flower
+
+    link.run(options)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m client.connect.supernode", add_help=False, allow_abbrev=False)
-    parser.add_argument("--poll", type=float, default=3.0)
-    parser.add_argument("--connect-deadline", type=float, default=CONNECT_DEADLINE)
-    options, rest = parser.parse_known_args()
-    if not 0.05 <= options.poll <= 60.0:
-        parser.error(f"--poll is {options.poll:g}; allowed: 0.05 to 60 seconds")
-    if not 0.0 <= options.connect_deadline < float("inf"):
-        parser.error(f"--connect-deadline is {options.connect_deadline:g}; allowed: 0 seconds and more")
-    try:
-        configure_logs("supernode")
-    except ValueError as error:
-        parser.error(str(error))
-    sys.argv = ["flower-supernode", *rest]
-    if {"-h", "--help", "-V", "--version"} & set(rest):
-        flower_supernode()
-    for name in ("--superlink", "--root-certificates", "--auth-supernode-private-key", "--node-config"):
-        parser.add_argument(name)
-    parser.add_argument("--isolation", default="subprocess")
-    parser.add_argument("--insecure", action="store_true")
-    flowers, _ = parser.parse_known_args(rest)
-    if flowers.superlink is None or flowers.insecure == (flowers.root_certificates is not None):
-        parser.error("give --superlink HOST:PORT, and --root-certificates FILE (the operator's ca.crt) or --insecure")
-    try:
-        _check_isolation(flowers.node_config, flowers.isolation)
-        key = _key(flowers.auth_supernode_private_key)
-        if key is not None and flowers.insecure:
-            raise ConfigError("--auth-supernode-private-key needs TLS: give --root-certificates in place of --insecure")
-        ca = None if flowers.insecure else Path(flowers.root_certificates).expanduser()
-        link = Link(flowers.superlink, ca, key, options.connect_deadline)
-        link.wait()
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    start_client_internal.time = _Clock(options.poll)  # type: ignore[attr-defined, assignment]
-    start_client_internal.pull_objects = _pull_objects  # type: ignore[attr-defined]
-    start_client_internal._make_fleet_connection_retry_invoker = link.retry_invoker
-    turns = _Turns()
-    start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
-    start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
-    try:
-        flower_supernode()
-    except SystemExit as end:  # at once: a thread that still tries to reach the SuperLink would keep the process
-        sys.stdout.flush()
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-    # Its loop has ended by an error; its Runtime API would keep the process, and the worker, waiting for ever.
-    _end(LinkError(f"the link to {flowers.superlink} ended; the lines above say why"))
-
+SUPERNODE = Command(
+    _arguments,
+    _run,
+    example="--superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key site-a.key "
+    "--isolation process --host 127.0.0.1 --port 9094 --node-config 'site=\"/etc/fedspan/site-a.yaml\"'",
+    then="fedspan site worker --runtime-api 127.0.0.1:9094 --site /etc/fedspan/site-a.yaml",
+    notes="For Flower's own way of starting things; `fedspan site join` starts this and the worker.\n"
+    "All other options of flower-supernode can be given, too.",
+    passes_on=True,
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("supernode", "the link of a site", SUPERNODE))

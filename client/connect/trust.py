@@ -25,6 +25,6 @@ def read_trust(site_file: Path) -> Trust | None:
     for name in site.trust.keys:
         key = read_public(resolve(name, site_file))
         if not isinstance(key, Ed25519PublicKey):
-            raise ConfigError(f"{site_file}: `trust.keys`: {name} is no Ed25519 key, as deploy.keys.bundle makes them")
+            raise ConfigError(f"{site_file}: `trust.keys`: {name} is no Ed25519 key, as `fedspan code key` makes them")
         keys[name] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     return Trust(site.name, keys, site.trust.bundles)

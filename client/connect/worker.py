@@ -1,338 +1,62 @@
-"""A site's long-lived worker: model, tokenizer, rows and device stay in memory from one message to the next.
+"""``fedspan site worker``: a site's long-lived worker (``client.connect.worker_supervisor``).
 
-    flower-supernode --isolation process --host 127.0.0.1 --port 9094 ...
-    python -m client.connect.worker --runtime-api 127.0.0.1:9094 --site SITE.yaml
-
-By itself Flower starts a process for every message, which imports everything and loads the model again. The results
-are the same. Two processes: the *keeper* is small, asks the SuperNode for messages and outlives restarts of the
-SuperNode; the *bench*, its child, loads the app's bundle and does the work. The bench is bound to one bundle: another
-bundle gets a new one. It is ended when it was idle for a time, which frees the device. If it dies at work, the message
-is answered with an error and the next one gets a new bench.
-
-With a section ``trust`` in the site file, the bench refuses a bundle that is neither listed there nor signed with one
-of its keys, before anything of it is written or run (``client.connect.verify``).
-
-This file and ``client.connect.worker_process`` are all that touches Flower's Runtime API.
+``fedspan site join`` and ``fedspan run`` start this file by its path.
 """
 
 import argparse
-import contextlib
-import json
-import logging
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
 
-import httpx
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.constant import SubStatus
-from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullAppMessagesRequest,
-    PullTaskInputRequest,
-    SendTaskHeartbeatRequest,
-)
-from flwr.proto.task_pb2 import Task
-from flwr.supercore.constant import TaskType
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
-
-from client.connect.trust import read_trust
-from client.connect.verify import Trust
-from client.connect.worker_process import LONG_LIVED, RuntimeApi, announced
-from common.errors import ConfigError, WorkerDied
-from common.system.files import write_atomically
-from common.system.logs import configure as configure_logs
-
-HEARTBEAT_SECONDS = 10.0
-_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-log = logging.getLogger("worker")
+from common.errors import ConfigError
+from common.system.command import Command, address, number, program, start_log
 
 
-@dataclass
-class Status:
-    """What the site can see of its worker, as JSON in the status file.
-
-    Attributes:
-        state: "no SuperNode", "idle" or "working".
-        messages: answered so far, those with an error included.
-        crashes: times that the bench died at work.
-        bundle: hash of the app's bundle that the bench is bound to.
-        bench: process id of the bench; None when there is none, and so nothing held on the device.
-        memory_bytes: resident memory of the bench after its last message.
-        device_bytes: CUDA memory that it held then.
-        last_message: Unix time of the last answer.
-    """
-
-    state: str = "no SuperNode"
-    messages: int = 0
-    crashes: int = 0
-    bundle: str | None = None
-    bench: int | None = None
-    memory_bytes: int = 0
-    device_bytes: int = 0
-    last_message: float | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line."""
-
-    api: RuntimeApi
-    idle: float
-    poll: float
-    status: Path | None
-    auth_secret: Path | None
-    site: Path | None = None
-
-
-class Bench:
-    """The child process that does the work, seen from the keeper."""
-
-    def __init__(self, bundle: str, options: Options, trust: Trust | None) -> None:
-        self.bundle = bundle
-        self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # where nobody could have put other code before
-        read, write = os.pipe()
-        program = str(Path(__file__).resolve().with_name("worker_process.py"))
-        command = [sys.executable, "-P", program, "--runtime-api", options.api.address, "--tell", str(write)]
-        if options.api.root_certificates is not None:
-            command += ["--root-certificates", str(options.api.root_certificates)]
-        self.process = subprocess.Popen(  # noqa: S603 - our own file
-            command,
-            stdin=subprocess.PIPE,
-            pass_fds=[write],
-            env={**os.environ, LONG_LIVED: "1"},
-            text=True,
-        )
-        os.close(write)
-        self._told = os.fdopen(read)
-        handed = {"folder": self._folder, "trust": asdict(trust) if trust is not None else None}
-        self._hand(json.dumps(handed))
-
-    def work(self, token: str) -> Iterator[dict[str, Any]]:
-        """Hand over a message by its token; what the bench tells, until the message is done or the bench is dead."""
-        self._hand(token)  # not on a command line, where others could read it
-        for line in self._told:
-            told = json.loads(line)
-            yield told
-            if "done" in told:
-                return
-
-    def stop(self) -> None:
-        """End the process, and with it all that it holds on the device."""
-        self.process.terminate()
-        try:
-            self.process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._told.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _hand(self, line: str) -> None:
-        assert self.process.stdin is not None  # noqa: S101 - opened above
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-
-
-class Keeper:
-    """Asks for messages and has a bench answer them, one at a time."""
-
-    def __init__(self, options: Options, trust: Trust | None = None) -> None:
-        self._options, self._trust = options, trust
-        self._bench: Bench | None = None
-        self._status = Status()
-        self._shown = True
-        self._idle_since = time.monotonic()
-        secret = [] if options.auth_secret is None else [_signed(options.auth_secret)]
-        self._client = options.api.connect(*secret, patience=0.0)
-
-    def run(self) -> NoReturn:
-        """Until the process is stopped."""
-        self._show("no SuperNode")
-        while True:
-            task, token = self._acquire()
-            if task is not None:
-                self._answer(task, token)
-                self._idle_since = time.monotonic()
-                continue
-            if self._bench is not None and time.monotonic() - self._idle_since > self._options.idle:
-                log.info("idle for %g seconds: the device is released", self._options.idle)
-                self.stop()
-            time.sleep(self._options.poll)
-
-    def stop(self) -> None:
-        """End the bench, if there is one."""
-        if self._bench is not None:
-            self._bench.stop()
-            self._bench = None
-            self._show(self._status.state)
-
-    def _acquire(self) -> tuple[Task | None, str]:
-        try:
-            found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-        except httpx.HTTPError as error:
-            if self._status.state != "no SuperNode":
-                log.warning("no SuperNode at %s (%s); asking on", self._options.api.address, type(error).__name__)
-                self._show("no SuperNode")
-            return None, ""
-        if self._status.state != "idle":
-            self._show("idle")
-        return (found.task, found.token) if found.HasField("task") and found.token else (None, "")
-
-    def _answer(self, task: Task, token: str) -> None:
-        if self._bench is not None and (self._bench.bundle != task.fab_hash or self._bench.process.poll() is not None):
-            self.stop()
-        if self._bench is None:
-            self._bench = Bench(task.fab_hash, self._options, self._trust)
-        self._show("working")
-        started, pulled, answering, done = time.monotonic(), None, False, False
-        with _heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
-            for told in self._bench.work(token):
-                pulled, answering = told.get("pulled", pulled), answering or "answering" in told
-                if "done" in told:
-                    done = True
-                    self._status.memory_bytes, self._status.device_bytes = told["memory"], told["device"]
-        self._status.messages += 1
-        self._status.last_message = time.time()
-        if not done:
-            code = self._bench.process.wait()
-            self._status.crashes += 1
-            self.stop()
-            reason = f"the site's worker process ended with exit code {code}; its log says more"
-            log.error("%s", reason)
-            if not answering:  # a second answer would be taken for that to the next message
-                self._fail(token, pulled, reason)
-        log.info("message answered in %.1f s", time.monotonic() - started)
-        self._show("idle")
-
-    def _fail(self, token: str, pulled: dict[str, str] | None, reason: str) -> None:
-        """Answer a message whose bench died with an error."""
-        client = self._options.api.connect(RuntimeTokenHttpInterceptor(token))
-        try:
-            if pulled is None:  # it died before it could tell
-                with contextlib.suppress(httpx.HTTPStatusError):  # or after it had begun to ask
-                    client.PullTaskInput(PullTaskInputRequest())
-                pulled = announced(client.PullMessages(PullAppMessagesRequest()))
-            message = message_from_proto(ProtoMessage.FromString(bytes.fromhex(pulled["message"])))
-            message.metadata.__dict__["_message_id"] = pulled["id"]
-            run, node = message.metadata.run_id, message.metadata.dst_node_id
-            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, node, 0
-            context = Context(run, node, {}, RecordDict(), {})
-            error = Message(Error(WorkerDied.code, reason), reply_to=message)
-            push_message(client, error, context)
-            push_task_output(client, None, SubStatus.FAILED, reason)
-        except Exception:  # the message came over the network: what it holds may make Flower's code fail in any way
-            log.exception("the message could not be answered")
-        finally:
-            client.close()
-
-    def _show(self, state: str) -> None:
-        """Write the status file, whole or not at all; warn once when it cannot be written."""
-        self._status.state = state
-        self._status.bench = self._bench.process.pid if self._bench is not None else None
-        self._status.bundle = self._bench.bundle if self._bench is not None else None
-        if self._options.status is not None:
-            try:
-                write_atomically(self._options.status, json.dumps(asdict(self._status)) + "\n", durable=False)
-            except OSError as error:  # a full disk, say: the site works on
-                if self._shown:
-                    log.warning("the status file cannot be written (%s); trying on at every change", error)
-                self._shown = False
-            else:
-                self._shown = True
-
-
-def _signed(secret: Path) -> ProtobufClientInterceptor:
-    return SuperExecAuthHttpInterceptor(master_secret=secret.read_bytes(), protected_methods=[_ACQUIRE])
-
-
-@contextlib.contextmanager
-def _heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
-    """Tell the SuperNode that the message is being worked on; end the bench when it is not wanted any more."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(HEARTBEAT_SECONDS):
-            try:
-                wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
-            except httpx.TransportError:
-                continue  # the bench finds out by itself when it wants to answer
-            except httpx.HTTPStatusError:
-                wanted = False
-            if not wanted and not over.is_set():
-                log.warning("the SuperNode does not want the answer any more; the work is stopped")
-                bench.process.terminate()
-                return
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        client.close()
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(0)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m client.connect.worker", description="A site's long-lived worker.")
-    parser.add_argument("--runtime-api", required=True, metavar="HOST:PORT", help="the SuperNode's --host and --port")
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--idle", type=float, default=900.0, metavar="SECONDS", help="idle time after which the device is released"
+        "--runtime-api", type=address, required=True, metavar="HOST:PORT", help="the SuperNode's --host and --port"
     )
-    parser.add_argument("--poll", type=float, default=0.1, metavar="SECONDS", help="between two questions for work")
+    parser.add_argument("--site", type=Path, metavar="SITE.yaml", help="the site file; says whose code may run here")
+    parser.add_argument(
+        "--idle",
+        type=number(float, 0.0, unit="seconds"),
+        default=900.0,
+        metavar="SECONDS",
+        help="idle time after which the device is released (default: 900)",
+    )
+    parser.add_argument(
+        "--poll",
+        type=number(float, 0.01, unit="seconds"),
+        default=0.1,
+        metavar="SECONDS",
+        help="between two questions for work (default: 0.1)",
+    )
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="CA of the Runtime API, if it has TLS")
     parser.add_argument("--auth-secret", type=Path, metavar="FILE", help="the SuperNode's --superexec-auth-secret-file")
-    parser.add_argument("--site", type=Path, metavar="SITE.yaml", help="the site file; says whose code may run here")
-    given = vars(parser.parse_args(arguments))
-    options = Options(RuntimeApi(given.pop("runtime_api"), given.pop("root_certificates")), **given)
-    for file in (options.api.root_certificates, options.auth_secret):
-        if file is not None and not file.is_file():
-            parser.error(f"{file} does not exist")
-    for name, value, least in (("--idle", options.idle, 0.0), ("--poll", options.poll, 0.01)):
-        if not least <= value < float("inf"):
-            parser.error(f"{name} is {value:g}; allowed: {least:g} seconds and more")
-    if options.status is not None and not options.status.parent.is_dir():
-        parser.error(f"--status: folder {options.status.parent} does not exist")
-    try:
-        configure_logs("worker")
-        trust = read_trust(options.site) if options.site is not None else None
-    except (ConfigError, ValueError) as error:
-        parser.error(str(error))
-    if trust is None:
-        log.warning("no `trust` in %s: every bundle that the operator sends is run", options.site or "a site file")
-    signal.signal(signal.SIGTERM, _stop)
-    keeper = Keeper(options, trust)
-    try:
-        keeper.run()
-    except KeyboardInterrupt:
-        return
-    finally:
-        keeper.stop()
 
+
+def _run(options: argparse.Namespace) -> None:
+    for file in (options.root_certificates, options.auth_secret):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{file} does not exist")
+    if options.status is not None and not options.status.parent.is_dir():
+        raise ConfigError(f"--status: folder {options.status.parent} does not exist")
+    start_log("worker")
+    from client.connect.worker_process import RuntimeApi
+    from client.connect.worker_supervisor import Options, run  # imports Flower
+
+    api = RuntimeApi(options.runtime_api, options.root_certificates)
+    run(Options(api, options.idle, options.poll, options.status, options.auth_secret, options.site))
+
+
+WORKER = Command(
+    _arguments,
+    _run,
+    example="--runtime-api 127.0.0.1:9094 --site /etc/fedspan/site-a.yaml",
+    then="fedspan ledger summary FILE, when a run has ended",
+    notes="For Flower's own way of starting things, beside `fedspan site supernode --isolation process`;\n"
+    "`fedspan site join` starts both.",
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("worker", "the worker of a site", WORKER))

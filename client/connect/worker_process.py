@@ -1,7 +1,7 @@
 """The process that does a site's work: loads the app's bundle, and answers one message after the other with it.
 
-Started by ``client.connect.worker`` alone, which hands it the tokens of messages. It checks a bundle before anything
-of it is written or run (``client.connect.verify``) and unpacks it into a folder of its own.
+Started by ``client.connect.worker_supervisor`` alone, which hands it the tokens of messages. It checks a bundle before
+anything of it is written or run (``client.connect.verify``) and unpacks it into a folder of its own.
 
 It must not import FedSpan: it runs the code of the bundle, for which an installed FedSpan would stand in otherwise.
 """
@@ -168,7 +168,7 @@ def _on_device() -> int:
 
 
 def main() -> None:
-    """Command line, for ``client.connect.worker``."""
+    """Command line, for ``client.connect.worker_supervisor``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runtime-api", required=True)
     parser.add_argument("--root-certificates", type=Path)

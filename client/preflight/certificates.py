@@ -53,7 +53,7 @@ def private_key(subject: Subject) -> Finding:
     if file is None:
         raise Skip("needs --auth-supernode-private-key")
     prefix = file.parent / subject.site.name
-    make = f"make one: python -m deploy.keys.certs site {prefix}; then send {prefix}.pub to the operator"
+    make = f"make one: fedspan keys site {prefix}; then send {prefix}.pub to the operator"
     try:
         key, content = read_private(file), read_bytes(file)
     except ConfigError as error:

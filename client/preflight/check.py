@@ -1,10 +1,8 @@
-"""Whether a site is ready to join: ``python -m client.preflight.check SITE.yaml [--federation FEDERATION.yaml] ...``.
+"""Whether a site is ready to join: ``fedspan site check SITE.yaml [--federation FEDERATION.yaml] ...``.
 
 One line per check: ok, warning, FAIL or skipped, what was found, and what to do about it. No line holds content of the
 shard. A check is a function that takes the ``Subject`` and returns a ``Finding``; a ``FedSpanError`` that it raises
 is a failure. To add one, write it and name it in ``all_checks``.
-
-Exit codes: 0 nothing failed, 1 something did, 2 the site file, the federation file or the command line is wrong.
 """
 
 import argparse
@@ -25,6 +23,7 @@ from client.preflight.finding import Finding, Skip
 from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
 from common.errors import ConfigError, FedSpanError
+from common.system.command import Command, address, number
 
 if TYPE_CHECKING:
     from client.preflight.context import Subject
@@ -131,51 +130,36 @@ def check(subject: "Subject", *, as_json: bool) -> int:
     return 1 if count["FAIL"] else 0
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m client.preflight.check", description="Is this site ready to join?")
-    parser.add_argument("site", type=Path, help="the site file")
-    parser.add_argument("--federation", type=Path, help="the operator's federation file")
-    parser.add_argument("--superlink", metavar="HOST:PORT", help="the server's address")
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    parser.add_argument("--federation", type=Path, metavar="FILE", help="the operator's federation file")
+    parser.add_argument("--superlink", type=address, metavar="HOST:PORT", help="the server's address")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="who vouches for the server (ca.crt)")
-    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="the SuperNode's key")
+    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="the site's private key")
+    seconds, mbit = number(float, 0.1, 86400.0, "seconds"), number(float, 0.001, unit="Mbit/s")
     parser.add_argument(
-        "--deadline", type=_positive, default=60.0, metavar="SECONDS", help="longest wait (%(default)s)"
+        "--deadline", type=seconds, default=60.0, metavar="SECONDS", help="longest wait (default: %(default)s)"
     )
-    parser.add_argument("--mbit", type=_positive, help="speed of the line in Mbit/s, instead of the measured one")
+    parser.add_argument("--mbit", type=mbit, metavar="MBIT/S", help="speed of the line, instead of the measured one")
     parser.add_argument("--measure", action="store_true", help="make some training steps")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    options = parser.parse_args()
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.superlink is not None and options.root_certificates is None:
-        parser.error("--superlink needs --root-certificates")
+        raise ConfigError("--superlink needs --root-certificates")
     if options.measure and options.federation is None:
-        parser.error("--measure needs --federation")
-    return options
-
-
-def main() -> int:
-    """Command line."""
-    options = _arguments()
+        raise ConfigError("--measure needs --federation")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     logging.getLogger().setLevel(logging.ERROR)  # libraries'; what matters here is a line of its own
     logging.getLogger("common.data.images").setLevel(logging.WARNING)  # names the files that cannot be read
-    try:
-        site = load(options.site, SiteConfig)
-        federation = None
-        if options.federation is not None:
-            federation = resolved(load(options.federation, FederationConfig), options.federation)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    from client.preflight.context import Subject
+    site = load(options.site, SiteConfig)
+    federation = None
+    if options.federation is not None:
+        federation = resolved(load(options.federation, FederationConfig), options.federation)
+    from client.preflight.context import Subject  # imports PyTorch
 
     subject = Subject(
         site,
@@ -192,5 +176,10 @@ def main() -> int:
     return check(subject, as_json=options.json)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+CHECK = Command(
+    _arguments,
+    _run,
+    example="site-a.yaml --federation FEDERATION.yaml --superlink fl.example.org:9092 --root-certificates ca.crt",
+    then="fedspan site join site-a.yaml --superlink fl.example.org:9092 --root-certificates ca.crt ...",
+    notes="One line for each check: ok, warning, FAIL or skipped, and what mends it. Exit code 1: something failed.",
+)

@@ -102,7 +102,7 @@ def _free_host() -> int:
 
 def disk(subject: Subject) -> Finding:
     """Room where the site writes."""
-    beside = subject.site_file.parent / f".{subject.site.name}"  # where client.connect.join puts it
+    beside = subject.site_file.parent / f".{subject.site.name}"  # where `fedspan site join` puts it
     places = {
         "Flower's folder": Path(os.environ.get("FLWR_HOME", beside)).expanduser(),
         "temporary files": Path(tempfile.gettempdir()),

@@ -1,8 +1,5 @@
 """A site's record of all that left it: append-only, chained by hashes, written before anything leaves.
 
-    python -m client.privacy.ledger_summary verify FILE [--head HASH]
-    python -m client.privacy.ledger_summary summary FILE
-
 One JSON object per line. Each holds its number, the hash of the line before it, and last its own hash, the SHA-256 of
 all that stands before; so no line can be edited, inserted, removed or moved without a trace. ``FILE.head`` holds the
 number and hash of the last line, by which a cut at the end is seen. Whoever can write both files can make both anew:

@@ -1,17 +1,12 @@
-"""A ledger in words, and the command for it.
-
-python -m client.privacy.ledger_summary verify FILE [--head HASH]
-python -m client.privacy.ledger_summary summary FILE
-"""
+"""A ledger in words: what left this site. ``fedspan ledger``."""
 
 import argparse
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.privacy.ledger import Entry, read, verify
-from common.errors import LedgerError
+from common.system.command import Command
 
 _SHOWN = 12  # names of tensors, reasons
 
@@ -147,28 +142,26 @@ def _minute(time: str) -> str:
     return time[:16].replace("T", " ")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 whole, 1 damaged or unreadable."""
-    parser = argparse.ArgumentParser(
-        prog="python -m client.privacy.ledger_summary", description="A site's record of all that left it."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (("verify", "check every line"), ("summary", "say what left this site")):
-        command = commands.add_parser(name, help=about)
-        command.add_argument("file", type=Path, metavar="FILE")
-        command.add_argument("--head", metavar="HASH", help="hash of a line that was noted elsewhere")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "summary":
-            print(summary(options.file, options.head))  # noqa: T201
-        else:
-            ledger = verify(options.file, options.head)
-            print(f"{options.file}: {ledger.lines} lines, none changed; head {ledger.head}")  # noqa: T201
-    except LedgerError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="the ledger that the site file names")
+    parser.add_argument("--head", metavar="HASH", help="hash of a line that was noted elsewhere, to be found in it")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _verify(options: argparse.Namespace) -> None:
+    ledger = verify(options.file, options.head)
+    print(f"{options.file}: {ledger.lines} lines, none changed; head {ledger.head}")  # noqa: T201
+
+
+VERIFY = Command(
+    _arguments,
+    _verify,
+    example="site-a-ledger.jsonl",
+    then="a note of the head in another place, for --head at the next time",
+    notes="Finds any line that was edited, inserted, removed, moved or cut off.",
+)
+SUMMARY = Command(
+    _arguments,
+    lambda options: print(summary(options.file, options.head)),  # noqa: T201
+    example="site-a-ledger.jsonl",
+    then="fedspan ledger verify FILE --head HASH",
+)

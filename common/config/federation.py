@@ -130,7 +130,7 @@ class CheckpointConfig(Section):
 
 
 class LocalConfig(Section):
-    """Only for ``python -m deploy.local``: the sites to start on this machine."""
+    """Only for ``fedspan run``: the sites to start on this machine."""
 
     sites: list[str] = Field(min_length=1, description="Site files, relative to this file.")
     warm: bool = Field(

@@ -13,8 +13,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class TrustConfig(Section):
     """An app bundle runs here when it is listed, or signed with one of the keys."""
 
-    keys: list[str] = Field([], description="Public keys of who vouches for code (`python -m deploy.keys.bundle key`).")
-    bundles: list[Digest] = Field([], description="SHA-256 of single bundles (`python -m deploy.keys.bundle digest`).")
+    keys: list[str] = Field([], description="Public keys of who vouches for code (`fedspan code key`).")
+    bundles: list[Digest] = Field([], description="SHA-256 of single bundles (`fedspan code digest`).")
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -4,7 +4,7 @@ Its keys: time (UTC), level, component, message, and where they are known run, s
 type and the places that it passed through are logged, never its text, which might quote a row; FEDSPAN_TRACEBACK=1
 adds the text, for the eyes of those who may see the data.
 
-``client.connect.worker`` loads this file by its path, so it imports nothing of FedSpan.
+``client.connect.worker_process`` loads this file by its path, so it imports nothing of FedSpan.
 """
 
 import json

@@ -6,12 +6,13 @@ that one other container sees, the model's excepted. What is there already stays
 """
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from deploy.cli import main as fedspan
+
 SITES = ("site-a", "site-b", "site-c")
-DEMO = Path("/demo")  # made by deploy.demo.prepare when the image was built
+DEMO = Path("/demo")  # made by `fedspan demo` when the image was built
 CA, CERTS, DATA, MODEL, REGISTRY = map(Path, ("/ca", "/server-certs", "/server-data", "/model", "/registry"))
 OWN = {site: (Path(f"/{site}-certs"), Path(f"/{site}-data")) for site in SITES}
 READY = CA / "ready"  # written last
@@ -25,18 +26,18 @@ def main() -> None:
                 left.unlink()
         _hand_out()
         READY.touch()
-    _python("deploy.keys.bundle", "sign", "--key", str(CA / "release.key"), "--out", str(CERTS / "bundle.sig"))
+    _fedspan("code", "sign", "--key", str(CA / "release.key"), "--out", str(CERTS / "bundle.sig"))
 
 
 def _hand_out() -> None:
-    _python("deploy.keys.certs", "ca", str(CA))
-    _python("deploy.keys.certs", "server", str(CA), "--host", "server")
-    _python("deploy.keys.bundle", "key", str(CA / "release"))
+    _fedspan("keys", "ca", str(CA))
+    _fedspan("keys", "server", str(CA), "--host", "server")
+    _fedspan("code", "key", str(CA / "release"))
     _copy(CA, CERTS, "ca.crt", "server.pem", "server.key")
     _copy(DEMO / "icd", DATA, "server.jsonl")
     for site, (certs, data) in OWN.items():
-        _python("deploy.keys.certs", "site", str(certs / "site"))
-        _python("server.superlink.registry", str(REGISTRY / "sites.json"), "add", site, str(certs / "site.pub"))
+        _fedspan("keys", "site", str(certs / "site"))
+        _fedspan("sites", "add", str(REGISTRY / "sites.json"), site, str(certs / "site.pub"))
         _copy(CA, certs, "ca.crt", "release.pub")
         _copy(DEMO / "icd", data, f"{site}.jsonl")
     _copy(DEMO / "smollm2", MODEL, *(file.name for file in (DEMO / "smollm2").iterdir()))
@@ -47,8 +48,10 @@ def _copy(source: Path, target: Path, *names: str) -> None:
         shutil.copy(source / name, target)
 
 
-def _python(*command: str) -> None:
-    subprocess.run([sys.executable, "-m", *command], check=True)  # noqa: S603 - our own modules
+def _fedspan(*command: str) -> None:
+    code = fedspan(list(command))
+    if code != 0:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

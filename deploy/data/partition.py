@@ -1,4 +1,4 @@
-"""Split one data set among sites: ``python -m deploy.data.partition DATA --by HOW ... --out DIR``; see ``--help``.
+"""Split one data set among sites: ``fedspan data partition DATA --by HOW ... --out DIR``; see ``--help``.
 
 Leaves in DIR a shard and a site file for every site, ``partition.json`` (who holds how much of what: counts, and with
 ``--by column`` the column's values) and ``partition.svg``, a picture of that. The splitting is flwr-datasets'; the same
@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -25,7 +24,8 @@ from common.config.federation import (
 from common.config.load import load, parse
 from common.data.rows import Template, check_columns
 from common.data.shards import Cells, load_cells
-from common.errors import ConfigError, DataError, FedSpanError, LaunchError
+from common.errors import ConfigError, DataError, LaunchError
+from common.system.command import Command
 from common.system.files import built
 from deploy.data.partition_picture import draw
 
@@ -214,27 +214,31 @@ _NEEDS: dict[By, tuple[str, ...]] = {
 }
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.data.partition", description="Split a data set among sites."
-    )
-    parser.add_argument("data", type=Path, help="JSONL, CSV, Parquet, a folder saved by `datasets`, or of images")
-    parser.add_argument("--by", choices=list(_NEEDS), required=True, help="how rows are split")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for shards, site files and the picture")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--sites", type=int, help="how many (iid, dirichlet, label)")
-    parser.add_argument("--label", help="the labels' column; with any split, for the counts")
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--alpha", type=float, help="dirichlet: small for unequal sites, e.g. 0.1; large for equal ones"
+        "data", type=Path, metavar="DATA", help="JSONL, CSV, Parquet, a folder saved by `datasets`, or of images"
     )
-    parser.add_argument("--labels-per-site", type=int, help="label: how many labels a site has")
+    parser.add_argument("--by", choices=list(_NEEDS), required=True, help="how rows are split")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new folder for shards, site files and the picture"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: %(default)s)")
+    parser.add_argument("--sites", type=int, metavar="N", help="how many (iid, dirichlet, label)")
+    parser.add_argument("--label", metavar="COLUMN", help="the labels' column; with any split, for the counts")
+    parser.add_argument(
+        "--alpha", type=float, metavar="A", help="dirichlet: small for unequal sites, e.g. 0.1; large for equal ones"
+    )
+    parser.add_argument("--labels-per-site", type=int, metavar="N", help="label: how many labels a site has")
     parser.add_argument("--column", help="column: whose values are the sites, e.g. a hospital's number")
     parser.add_argument("--sizes", help="quantity: the sites' sizes relative to each other, e.g. 6,3,1")
     parser.add_argument("--prompt", help="for the site files: column or template; of images: image")
     parser.add_argument("--answer", help="for the site files: column or template; of images: label")
-    parser.add_argument("--held-out", type=float, default=0.1, help="for the site files; default: %(default)s")
-    parser.add_argument("--federation", type=Path, help="hold the labels against this federation file's task.labels")
-    return parser
+    parser.add_argument(
+        "--held-out", type=float, default=0.1, metavar="SHARE", help="for the site files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--federation", type=Path, metavar="FILE", help="hold the labels against this federation file's task.labels"
+    )
 
 
 def _plan(given: argparse.Namespace) -> Plan:
@@ -300,15 +304,9 @@ def partition(given: argparse.Namespace) -> str:
     return f"{len(rows):,} rows at {len(parts)} sites ({sizes[0]:,} to {sizes[-1]:,}) in {given.out}"
 
 
-def main() -> int:
-    """Command line."""
-    try:
-        sys.stdout.write(partition(_arguments().parse_args()) + "\n")
-    except FedSpanError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, (ConfigError, DataError)) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+PARTITION = Command(
+    _arguments,
+    lambda options: print(partition(options)),  # noqa: T201
+    example="rows.csv --by dirichlet --sites 3 --alpha 0.5 --label chapter --prompt note --answer chapter --out sites",
+    then="fedspan run FEDERATION.yaml, with the new site files under local.sites",
+)

@@ -1,19 +1,19 @@
-"""Make rows of a public data set: ``python -m deploy.data.recipe NAME --from DOWNLOADED --out DIR``.
+"""Make rows of a public data set: ``fedspan data recipe NAME --from DOWNLOADED --out DIR``.
 
 Leaves in DIR ``train.jsonl``, ``test.jsonl`` and ``recipe.json``, which names columns, labels and counts. ``--help``
-lists the recipes; clinical coding (ICD-10-CM) is prepared by ``python -m deploy.demo.prepare``.
+lists the recipes; clinical coding (ICD-10-CM) is prepared by ``fedspan demo``.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from common.data.shards import Cells
-from common.errors import ConfigError, DataError, FedSpanError, LaunchError
+from common.errors import ConfigError, DataError, LaunchError
+from common.system.command import Command
 from common.system.files import built
 from deploy.data.recipes import answers, glue, images, packaged
 from deploy.data.recipes.splits import Splits
@@ -103,26 +103,17 @@ def _labels(rows: list[Cells], answer: str) -> list[str] | None:
     return sorted({row["label"] for row in rows}) if answer == "label" else None
 
 
-def main() -> int:
-    """Command line."""
-    listed = "\n".join(f"  {name:<14} {recipe.what}" for name, recipe in RECIPES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.data.recipe",
-        description="Make rows of a public data set.",
-        epilog=f"recipes:\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", choices=list(RECIPES), metavar="NAME", help="see below")
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=list(RECIPES), metavar="NAME", help="of a recipe, see above")
     parser.add_argument("--from", dest="source", type=Path, metavar="DOWNLOADED", help="what was downloaded")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the rows")
-    given = parser.parse_args()
-    try:
-        sys.stdout.write(make(given.name, given.source, given.out) + "\n")
-    except FedSpanError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, (ConfigError, DataError)) else 1
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+RECIPE = Command(
+    _arguments,
+    lambda options: print(make(options.name, options.source, options.out)),  # noqa: T201
+    example="medquad --from MedQuAD --out data/medquad",
+    then="fedspan data partition data/medquad/train.jsonl --by iid --sites 3 "
+    "--prompt question --answer answer --out sites",
+    notes="recipes:\n" + "\n".join(f"  {name:<14} {recipe.what}" for name, recipe in RECIPES.items()),
+)

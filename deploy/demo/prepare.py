@@ -1,4 +1,4 @@
-"""Prepare the demo's model and data: ``python -m deploy.demo.prepare [--cache DIR]``.
+"""Prepare the demo's model and data: ``fedspan demo [--cache DIR]``.
 
 Leaves in the cache (default ``.cache/demo``):
 
@@ -20,7 +20,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.errors import FedSpanError, LaunchError
+from common.errors import LaunchError
+from common.system.command import Command
 from common.system.files import built
 from deploy.demo import icd
 
@@ -147,31 +148,27 @@ def only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def command(prog: str, what: str, default: Path, prepare: Callable[[Path], bool]) -> int:
-    """The command line of a preparation.
+def preparing(what: str, default: Path, prepare: Callable[[Path], bool], then: str) -> Command:
+    """The command of a preparation.
 
     Args:
-        prog: name of the command.
         what: is prepared, in words.
         default: cache.
         prepare: makes a cache complete; whether anything was to be made.
+        then: what comes next.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=f"Prepare {what}.")
-    parser.add_argument("--cache", type=Path, default=default, help="default: %(default)s")
-    cache = parser.parse_args().cache.resolve()
-    try:
+
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--cache", type=Path, default=default, metavar="DIR", help="default: %(default)s")
+
+    def run(options: argparse.Namespace) -> None:
+        cache = options.cache.resolve()
         made = prepare(cache)
-    except FedSpanError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"{what} {'prepared' if made else 'found'} in {cache}\n")
-    return 0
+        print(f"{what} {'prepared' if made else 'found'} in {cache}")  # noqa: T201
+
+    return Command(arguments, run, example="", then=then)
 
 
-def main() -> int:
-    """Command line."""
-    return command("python -m deploy.demo.prepare", "the demo's model and data", DEFAULT_CACHE, prepare)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+DEMO = preparing(
+    "the demo's model and data", DEFAULT_CACHE, prepare, then="fedspan run deploy/demo/federation.yaml --name demo"
+)

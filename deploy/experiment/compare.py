@@ -1,4 +1,4 @@
-"""An experiment's folder as page and tables: ``python -m deploy.experiment.compare DIR``.
+"""An experiment's folder as page and tables: ``fedspan compare DIR``.
 
     comparison.html         one self-contained page
     comparison.md           the final tables
@@ -9,11 +9,9 @@ Made from the folder alone, so it can be made again at any time; what is not the
 gives the same bytes.
 """
 
-import argparse
 import csv
 import io
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from markupsafe import Markup
 
 from common import text as units
 from common.config.strategy import title_of
-from common.errors import FedSpanError, RunFolderError
+from common.errors import RunFolderError
 from common.metrics import SCORES
 from common.system.files import write_atomically
 from deploy.experiment import compare_plots as plots
@@ -240,21 +238,3 @@ def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "–"
     return score(value.mean) if value.deviation is None else f"{score(value.mean)} ± {precise(value.deviation)}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.experiment.compare", description="Write an experiment's comparison."
-    )
-    parser.add_argument("experiment", type=Path, metavar="DIR", help="an experiment's folder, e.g. runs/NAME")
-    try:
-        print(write_comparison(parser.parse_args(arguments).experiment))  # noqa: T201
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The experiment file: one federation, many ways to run it. See ``deploy.experiment.run``."""
+"""The experiment file: one federation, many ways to run it. See ``fedspan experiment``."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compare strategies: ``python -m deploy.experiment.run EXPERIMENT.yaml [--scale NAME] [--out DIR] [--jobs N]``.
+"""Compare strategies: ``fedspan experiment EXPERIMENT.yaml [--scale NAME] [--out DIR] [--jobs N]``.
 
 For every setting of the grid (strategy, clients, alpha, rank, local steps) the learning rate is picked on the
 validation set; with it, every seed is run and judged on the test set. All runs are federations in one process each
@@ -7,11 +7,11 @@ validation set; with it, every seed is run and judged on the test set. All runs 
     DIR/experiment.json   the settings with their learning rates and how they were picked, and who holds which labels
     DIR/select/CELL/      a run folder per learning rate, evaluated on the validation set
     DIR/final/CELL/       a run folder per seed, evaluated on the test set
-    DIR/comparison.*      see ``deploy.experiment.compare``
+    DIR/comparison.*      see ``fedspan compare``
 
 Called again, it skips cells that have ended well, lets killed ones of the selection go on, and tries failed ones once
-more; a learning rate whose training diverges has lost the selection and is not tried again. Exit codes: 0 all is there,
-1 a cell failed, 2 a file or an argument is wrong, 130 interrupted; what there is to compare is written then too.
+more; a learning rate whose training diverges has lost the selection and is not tried again. What there is to compare is
+written when a cell failed or the experiment was interrupted, too.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -33,8 +32,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from common.errors import FedSpanError, RunFolderError
+from common.errors import RunFolderError
 from common.metrics import SCORES
+from common.system.command import FAILED, Command, number
 from common.system.files import write_atomically
 from common.system.lock import hold
 from common.system.processes import last_lines
@@ -202,56 +202,61 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.experiment.run", description="Compare strategies on a grid."
-    )
-    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml", help="the experiment file")
     parser.add_argument("--scale", metavar="NAME", help="one of the file's `scales`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME, with a scale runs/NAME-SCALE")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time; they share the cores")
-    return parser
+    parser.add_argument(
+        "--jobs", type=number(int, 1), default=1, metavar="N", help="cells at a time; they share the cores (default: 1)"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def _run(options: argparse.Namespace) -> int:
+    from deploy.experiment.compare import write_comparison  # draws with matplotlib
+
+    console = Console(highlight=False, soft_wrap=True)
+    for signal_ in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signal_) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal_, _interrupt)
+    source = options.experiment.resolve()
+    plan = Plan(load_experiment(source, options.scale), source)
+    name = "-".join(filter(None, (plan.config.name, options.scale)))
+    out = (options.out or Path("runs") / name).resolve()
+    plan.refuse_changed(out)
+    with _alone_in(out):
+        experiment = Experiment(plan, out, options.jobs, console)
+        try:
+            experiment.run()
+        except KeyboardInterrupt:
+            if experiment.has_results():
+                write_comparison(out)
+            raise KeyboardInterrupt("stopped; called again, it goes on") from None
+        page = write_comparison(out)
+    console.print(f"comparison: {page}")
+    return 0 if experiment.complete() else FAILED
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, metavar="DIR", help="an experiment's folder, such as runs/NAME")
+
+
+def _compare(options: argparse.Namespace) -> None:
     from deploy.experiment.compare import write_comparison
 
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}; allowed: 1 and more")
-    console = Console(highlight=False, soft_wrap=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _interrupt)
-    try:
-        source = options.experiment.resolve()
-        plan = Plan(load_experiment(source, options.scale), source)
-        name = "-".join(filter(None, (plan.config.name, options.scale)))
-        out = (options.out or Path("runs") / name).resolve()
-        plan.refuse_changed(out)
-        with _alone_in(out):
-            experiment = Experiment(plan, out, options.jobs, console)
-            try:
-                experiment.run()
-            except KeyboardInterrupt:
-                if experiment.has_results():
-                    write_comparison(out)
-                raise
-            page = write_comparison(out)
-    except KeyboardInterrupt:
-        print("stopped; called again, it goes on", file=sys.stderr)  # noqa: T201
-        return 130
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    console.print(f"comparison: {page}")
-    return 0 if experiment.complete() else 1
+    print(write_comparison(options.experiment))  # noqa: T201
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+EXPERIMENT = Command(
+    _arguments,
+    _run,
+    example="benchmarks/experiments/terms.yaml --scale quick --jobs 2",
+    then="fedspan compare runs/NAME, to write the comparison anew",
+    notes="Called again, it goes on where it was stopped. Exit code 1: a cell failed; the others are compared.",
+)
+COMPARE = Command(
+    _compare_arguments,
+    _compare,
+    example="runs/terms-quick",
+    then="runs/terms-quick/comparison.html, in a browser",
+    notes="Writes comparison.html, .md and .csv into the folder, of what is there.",
+)

@@ -1,18 +1,8 @@
-"""Vouch for the code that a federation sends to its sites: ``python -m deploy.keys.bundle``.
-
-    key PREFIX                     a pair for whoever vouches: PREFIX.key (secret), PREFIX.pub (goes to the sites)
-    digest                         SHA-256 of the app bundle that the server would ship
-    sign --key FILE                vouch for it; the file goes to ``server.operate.supervise --signature``
-    verify --key FILE --signature FILE
-
-A site whose site file has a section ``trust`` runs nothing else. Exit codes: 0 done, 1 not signed with that key, 2 a
-file or an argument is wrong.
-"""
+"""Vouch for the code that a federation sends to its sites: ``fedspan code``."""
 
 import argparse
 import base64
 import json
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from client.connect.verify import signed_message, signed_with
 from common.errors import ConfigError, FedSpanError
+from common.system.command import Command
 from common.system.keys import fingerprint, new_pair, read_private, read_public, write, write_new
 from server.superlink.bundle import bundle_digest
 from server.superlink.signatures import read_signature
@@ -49,7 +40,7 @@ def sign(key_file: Path, digest: str) -> dict[str, str]:
     """
     key = read_private(key_file)
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{key_file}: not an Ed25519 key; make one with: python -m deploy.keys.bundle key PREFIX")
+        raise ConfigError(f"{key_file}: not an Ed25519 key; make one with: fedspan code key PREFIX")
     return {
         "digest": digest,
         "key": fingerprint(key.public_key()),
@@ -75,45 +66,68 @@ def verify(key_file: Path, signature: Path, digest: str) -> str | None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deploy.keys.bundle", description="Vouch for the app bundle.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    key = commands.add_parser("key", help="make a pair of keys for signing")
-    key.add_argument("prefix", type=Path, metavar="PREFIX")
-    made = {
-        name: commands.add_parser(name, help=text)
-        for name, text in (("digest", "SHA-256 of the bundle"), ("sign", "sign it"), ("verify", "check a signature"))
-    }
-    for command in made.values():
-        command.add_argument("--app", type=Path, default=ROOT, metavar="DIR", help="default: this project")
-    made["sign"].add_argument("--key", type=Path, required=True, metavar="FILE", help="secret key")
-    made["sign"].add_argument("--out", type=Path, default=Path("bundle.sig"), metavar="FILE")
-    made["verify"].add_argument("--key", type=Path, required=True, metavar="FILE.pub")
-    made["verify"].add_argument("--signature", type=Path, required=True, metavar="FILE")
-    return parser
+def _key_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="makes PREFIX.key and PREFIX.pub")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.command == "key":
-            mark, prefix = make_key(options.prefix), options.prefix
-            said = f"{prefix}.key is secret; give {prefix}.pub to the sites\nfingerprint {mark}"
-        else:
-            said = digest = bundle_digest(options.app)
-        if options.command == "sign":
-            write(options.out, (json.dumps(sign(options.key, digest), indent=2) + "\n").encode())
-            said = f"{options.out}: vouches for bundle {digest}"
-        elif options.command == "verify" and (wrong := verify(options.key, options.signature, digest)) is not None:
-            print(f"error: {wrong}", file=sys.stderr)  # noqa: T201
-            return 1
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    print(said)  # noqa: T201
-    return 0
+def _make_key(options: argparse.Namespace) -> None:
+    mark, prefix = make_key(options.prefix), options.prefix
+    print(f"{prefix}.key is secret; give {prefix}.pub to the sites\nfingerprint {mark}")  # noqa: T201
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _app(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--app", type=Path, default=ROOT, metavar="DIR", help="whose code is meant (default: this project)"
+    )
+
+
+def _sign_arguments(parser: argparse.ArgumentParser) -> None:
+    _app(parser)
+    parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="secret key to sign with")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bundle.sig"), metavar="FILE", help="the signature (default: bundle.sig)"
+    )
+
+
+def _sign(options: argparse.Namespace) -> None:
+    digest = bundle_digest(options.app)
+    write(options.out, (json.dumps(sign(options.key, digest), indent=2) + "\n").encode())
+    print(f"{options.out}: vouches for bundle {digest}")  # noqa: T201
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _app(parser)
+    parser.add_argument("--key", type=Path, required=True, metavar="FILE.pub", help="public key of who vouched")
+    parser.add_argument("--signature", type=Path, required=True, metavar="FILE", help="that `fedspan code sign` made")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    digest = bundle_digest(options.app)
+    wrong = verify(options.key, options.signature, digest)
+    if wrong is not None:
+        raise FedSpanError(wrong)
+    print(digest)  # noqa: T201
+
+
+KEY = Command(_key_arguments, _make_key, example="reviewer", then="fedspan code sign --key reviewer.key")
+DIGEST = Command(
+    _app,
+    lambda options: print(bundle_digest(options.app)),  # noqa: T201
+    example="",
+    then="fedspan code sign --key reviewer.key",
+    notes="SHA-256 of the app bundle that this project's server ships to the sites.",
+)
+SIGN = Command(
+    _sign_arguments,
+    _sign,
+    example="--key reviewer.key",
+    then="fedspan serve FEDERATION.yaml --signature bundle.sig ...",
+    notes="A site whose site file has a section `trust` runs no code but what is signed, or listed there.",
+)
+VERIFY = Command(
+    _verify_arguments,
+    _verify,
+    example="--key reviewer.pub --signature bundle.sig",
+    then="fedspan serve FEDERATION.yaml --signature bundle.sig ...",
+    notes="Exit code 1: the code is not signed with that key.",
+)

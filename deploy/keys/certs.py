@@ -1,17 +1,8 @@
-"""Certificates and keys of a federation: ``python -m deploy.keys.certs``.
-
-    ca DIR                        at the server, once: DIR/ca.key (secret) and DIR/ca.crt (goes to every site)
-    server DIR --host NAME ...    at the server: DIR/server.key and DIR/server.pem; run again, it renews the certificate
-    site PREFIX                   at a hospital: PREFIX.key (secret, stays) and PREFIX.pub (goes to the operator)
-    show FILE ...                 what a file is, for whom, and until when
-
-Exit codes: 0 done, 2 a file or an argument is wrong.
-"""
+"""Certificates and keys of a federation: ``fedspan keys``."""
 
 import argparse
 import re
 import secrets
-import sys
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError
+from common.system.command import Command, number
 from common.system.keys import (
     PrivateKey,
     PublicKey,
@@ -184,66 +176,75 @@ def _pem(key: PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _days(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_DAYS:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 to {MAX_DAYS} days")
-    return int(text)
+_days = number(int, 1, MAX_DAYS, "days")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deploy.keys.certs", description="Certificates and keys.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    ca = commands.add_parser("ca", help="make the federation's certificate authority")
-    ca.add_argument("folder", type=Path, metavar="DIR")
-    ca.add_argument("--days", type=_days, default=CA_DAYS, help=f"how long it is valid (default: {CA_DAYS})")
-    server = commands.add_parser("server", help="make or renew the server's certificate")
-    server.add_argument("folder", type=Path, metavar="DIR")
-    server.add_argument(
+def _ca_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where ca.key and ca.crt are made")
+    parser.add_argument("--days", type=_days, default=CA_DAYS, help=f"how long it is valid (default: {CA_DAYS})")
+
+
+def _make_ca(options: argparse.Namespace) -> None:
+    folder: Path = options.folder
+    make_ca(folder, options.days)
+    print(f"{folder / 'ca.key'} is secret and stays here; {folder / 'ca.crt'} goes to every site")  # noqa: T201
+
+
+def _server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds ca.key and ca.crt")
+    parser.add_argument(
         "--host",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="DNS names and IP addresses of the server",
+        help="DNS names and IP addresses of the server (default: those of the present certificate)",
     )
-    server.add_argument(
+    parser.add_argument(
         "--days", type=_days, default=SERVER_DAYS, help=f"how long it is valid (default: {SERVER_DAYS})"
     )
-    site = commands.add_parser("site", help="make a site's pair of keys")
-    site.add_argument("prefix", type=Path, metavar="PREFIX")
-    show = commands.add_parser("show", help="say what files are")
-    show.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    return parser
 
 
-def _run(options: argparse.Namespace) -> list[str]:
-    folder: Path = getattr(options, "folder", Path())
-    if options.command == "ca":
-        make_ca(folder, options.days)
-        return [f"{folder / 'ca.key'} is secret and stays here; {folder / 'ca.crt'} goes to every site"]
-    if options.command == "server":
-        renewed = (folder / "server.pem").exists()
-        certificate = make_server(folder, options.host, options.days)
-        until = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-        again = "; a SuperLink that runs reads it when it is started again" if renewed else ""
-        return [f"{folder / 'server.pem'} is for {', '.join(host_names(certificate))}, valid until {until}{again}"]
-    if options.command == "site":
-        mark, prefix = make_site(options.prefix), options.prefix
-        return [f"{prefix}.key is secret and stays here; give {prefix}.pub to the operator", f"fingerprint {mark}"]
-    return [line for file in options.files for line in (f"{file}", *(f"  {fact}" for fact in describe(file)))]
+def _make_server(options: argparse.Namespace) -> None:
+    file: Path = options.folder / "server.pem"
+    renewed = file.exists()
+    certificate = make_server(options.folder, options.host, options.days)
+    until = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    again = "; a SuperLink that runs reads it when it is started again" if renewed else ""
+    print(f"{file} is for {', '.join(host_names(certificate))}, valid until {until}{again}")  # noqa: T201
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        lines = _run(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+def _site_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="makes PREFIX.key and PREFIX.pub")
+
+
+def _make_site(options: argparse.Namespace) -> None:
+    mark, prefix = make_site(options.prefix), options.prefix
+    print(f"{prefix}.key is secret and stays here; give {prefix}.pub to the operator\nfingerprint {mark}")  # noqa: T201
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="certificates and keys")
+
+
+def _show(options: argparse.Namespace) -> None:
+    lines = [line for file in options.files for line in (f"{file}", *(f"  {fact}" for fact in describe(file)))]
     print("\n".join(lines))  # noqa: T201
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+CA = Command(_ca_arguments, _make_ca, example="pki", then="fedspan keys server pki --host NAME")
+SERVER = Command(
+    _server_arguments,
+    _make_server,
+    example="pki --host fl.example.org",
+    then="fedspan sites add sites.json NAME NAME.pub",
+    notes="Makes DIR/server.key and DIR/server.pem. Run again, it renews the certificate.",
+)
+SITE = Command(
+    _site_arguments,
+    _make_site,
+    example="site-a",
+    then="fedspan site check SITE.yaml --superlink HOST:PORT --auth-supernode-private-key site-a.key ...",
+    notes="Made at the hospital: the key stays there, the .pub file goes to the operator.",
+)
+SHOW = Command(_show_arguments, _show, example="pki/server.pem", then="fedspan keys server pki, to renew a certificate")

@@ -1,14 +1,16 @@
 """JSON schemas of the federation, site and experiment files, for editors and for checks outside Python.
 
-``python -m deploy.schemas`` writes them from the code. YAML editors find them through the first line of a
+``fedspan schemas`` writes them from the code. YAML editors find them through the first line of a
 file: ``# yaml-language-server: $schema=<path of the schema>``.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from common.config.federation import FederationConfig, Section, SiteConfig
+from common.system.command import Command
 from deploy.experiment.config import ExperimentConfig
 
 FOLDER = Path(__file__).parent
@@ -47,3 +49,17 @@ def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> 
         definition["required"] = [tag, *definition.get("required", [])]
     kept = {name: value for name, value in union.items() if name not in ("discriminator", "oneOf")}
     return {**kept, "anyOf": [{"type": "string", "enum": words}, {"oneOf": union["oneOf"]}]}
+
+
+def _write(options: argparse.Namespace) -> None:
+    for path, text in schemas().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)  # noqa: T201
+
+
+SCHEMAS = Command(
+    lambda parser: None,
+    _write,
+    example="",
+    then="# yaml-language-server: $schema=FILE, as the first line of a federation, site or experiment file",
+)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,8 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import FedSpanError, RunFolderError
+from common.errors import RunFolderError
 from common.metrics import SCORES
+from common.system.command import Command, number
 from common.text import clock, size
 from server.report.format import score, seconds, whole
 from server.run.state import Overview, overview, runs
@@ -131,27 +131,15 @@ def _print(shown: RenderableType, console: Console) -> None:
     console.out(shown, highlight=False) if isinstance(shown, str) else console.print(shown)
 
 
-def _seconds(text: str) -> float:
-    try:
-        every = float(text)
-    except ValueError:
-        every = 0.0
-    if not 0.1 <= every <= 86400.0:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0.1 to 86400 seconds")
-    return every
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m server.operate.status", description="Show all runs, or one of them."
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of one run: its rounds and sites")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    parser.add_argument("--watch", type=_seconds, metavar="SECONDS", help="show it again after so many seconds")
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of one run, to see its rounds and sites")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
+    every = number(float, 0.1, 86400.0, "seconds")
+    parser.add_argument("--watch", type=every, metavar="SECONDS", help="show it again after so many seconds")
     parser.add_argument("--json", action="store_true", help="one JSON document, times in Unix seconds")
-    options = parser.parse_args(arguments)
 
+
+def _run(options: argparse.Namespace) -> None:
     def look() -> RenderableType:
         one = None if options.name is None else overview(options.runs / options.name)
         if options.json:
@@ -165,16 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         watch(look, console, options.watch)
     except KeyboardInterrupt:
-        return 0
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    return 0
+        if options.watch is None:  # else that is how a display ends
+            raise
 
 
 def _summary(run: Overview) -> dict[str, object]:
     return {k: v for k, v in asdict(run).items() if k not in ("finished_rounds", "sites", "problems")}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+STATUS = Command(_arguments, _run, example="NAME --watch 5", then="fedspan report NAME")

@@ -1,10 +1,8 @@
-"""Runs a federation to its end although its server may die: ``python -m server.operate.supervise FEDERATION.yaml``.
+"""Runs a federation to its end although its server may die: ``fedspan serve`` and ``fedspan run``.
 
 Flower marks a run failed when its ServerApp or its SuperLink dies, and never starts it again. What is here notices,
 starts the SuperLink again on the same database, from which the SuperNodes' registrations come back, and submits a run
 that goes on after the last checkpoint. A run that ends with a reason (too few sites, a full disk) has ended.
-
-Exit codes: 0 the run ended well, 1 it failed, 2 a file or an argument is wrong, 130 interrupted.
 """
 
 import argparse
@@ -23,24 +21,19 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from common.config.federation import FederationConfig, resolved
-from common.config.load import load
-from common.errors import FedSpanError, LaunchError, RunFailed, RunFolderError
-from common.system.logs import configure as configure_logs
+from common.errors import FedSpanError, LaunchError, RunFailed
+from common.system.command import FAILED, INTERRUPTED
 from common.system.processes import ProcessGroup, Started, last_lines, listens
 from server.operate.progress import Display, teller
 from server.operate.prometheus import exposed
-from server.report.write import write_report
-from server.run import bundle_signatures
-from server.run.folder import CHECKPOINTS, check_resumable, in_use, read_lines, read_run, refuse_existing
+from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run
 from server.run.supervisor_lock import Interrupted, looking_after
-from server.superlink import control, nodes, registry, signatures
+from server.superlink import control, nodes
 from server.superlink.bundle import make_bundle
-from server.superlink.process import MALLOC, OwnSuperLink, Tls, environment
+from server.superlink.process import MALLOC, OwnSuperLink
 
 ROOT = Path(__file__).resolve().parents[2]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
-TRIES = 3
 START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
 _LEAST_SPACE = 2**20  # bytes
 _DYING_SECONDS = 1.0  # from the last answer of a SuperLink that is killed to the end of its process
@@ -72,7 +65,7 @@ class Supervised:
         env: Mapping[str, str],
         tell: Callable[[str], None],
         *,
-        tries: int = TRIES,
+        tries: int,
     ) -> None:
         self._source, self._run_dir, self._group = source, run_dir, group
         self._own = superlink if isinstance(superlink, OwnSuperLink) else None
@@ -147,6 +140,8 @@ class Supervised:
         if self._is_ours(outcome) and outcome["status"] == "interrupted" and not link_died:
             raise Interrupted("Flower, or a signal to the server")
         if begun and outcome["status"] == "completed" and not at_work:
+            from server.report.write import write_report  # draws with matplotlib
+
             write_report(self._run_dir)
             return True
         if link_died:
@@ -254,125 +249,13 @@ def to_the_end(run_dir: Path, options: argparse.Namespace, work: Callable[[], No
             work()
     except Interrupted as interruption:
         say(f"stopped by {interruption}")
-        return 130
+        return INTERRUPTED
     except FedSpanError as error:
         say(f"run failed: {error}")
-        return 1
+        return FAILED
     teller(print, run_dir.name, logging.INFO)(f"report: {run_dir / 'report.html'}\nmodel:  {run_dir / 'model'}")
     return 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(signal.Signals(number).name)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m server.operate.supervise", description="Run a federation whose sites are elsewhere."
-    )
-    parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml")
-    add_run_options(parser)
-    parser.add_argument(
-        "--resume-if-begun", action="store_true", help="for service managers: start the run, go on with it, or end well"
-    )
-    parser.add_argument("--superlink", metavar="NAME", help="use the running SuperLink of this name in Flower's config")
-    parser.add_argument("--port", type=int, default=8000, help="control port of the SuperLink that is started")
-    parser.add_argument("--fleet-api-address", default="127.0.0.1:9092", metavar="HOST:PORT", help="for SuperNodes")
-    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
-    for option in ("ca-certfile", "certfile", "keyfile"):
-        parser.add_argument(f"--ssl-{option}", type=Path, metavar="FILE")
-    parser.add_argument("--registry", type=Path, metavar="FILE", help="only sites in this register may connect")
-    parser.add_argument(
-        "--signature", type=Path, action="append", default=[], metavar="FILE", help="vouches for the code"
-    )
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 0")
-    return int(text)
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every way to run a federation has."""
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    parser.add_argument("--name", help="name of this run's folder (default: the federation's name)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
-    )
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus's metrics there")
-    parser.add_argument("--metrics-address", default="127.0.0.1", metavar="HOST", help="where (default: 127.0.0.1)")
-    parser.add_argument(
-        "--tries", type=_count, default=TRIES, help=f"restarts in a row without a finished round (default: {TRIES})"
-    )
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"run folder {path.parent} cannot be written: {error.strerror}") from None
-
-
-def _superlink(parser: argparse.ArgumentParser, options: argparse.Namespace) -> OwnSuperLink | str:
-    """Which SuperLink the options ask for; ends the program when they do not fit each other."""
-    files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
-    if options.superlink is None and options.insecure == all(files):
-        parser.error("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink")
-    if options.registry is not None and not (options.superlink is None and all(files)):
-        parser.error("--registry needs a SuperLink of its own with TLS: --ssl-ca-certfile and so on")
-    for file in filter(None, files):
-        if not file.is_file():
-            parser.error(f"{file} does not exist")
-    if options.superlink is not None:
-        return str(options.superlink)
-    tls = Tls(*(file.resolve() for file in files)) if all(files) else None
-    return OwnSuperLink(options.port, options.fleet_api_address, tls, options.registry)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    superlink = _superlink(parser, options)
-    try:
-        configure_logs("supervisor")
-        signed = signatures.read_signatures(options.signature, ROOT)
-        if options.registry is not None:
-            registry.read(options.registry)
-        source = options.federation.resolve()
-        federation = resolved(load(source, FederationConfig), source)
-        run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
-        begun = read_run(run_dir) if options.resume_if_begun else {}
-        if begun.get("status") == "completed":
-            if not (run_dir / "report.html").exists():  # its supervisor died before it came to that
-                write_report(run_dir)
-            print(f"{run_dir}: the run has ended well, nothing is left to do")  # noqa: T201
-            return 0
-        resume = options.resume or bool(begun)
-        check_resumable(run_dir, federation) if resume else refuse_existing(run_dir)
-        _make_folder(run_dir / "logs")
-    except (FedSpanError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-
-    def work() -> None:
-        console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
-        env = environment(run_dir / "flwr", federation)
-        bundle_signatures.keep(run_dir, signed)
-        with ProcessGroup(run_dir / "logs") as group:
-            run = Supervised(
-                source, run_dir, group, superlink, env, teller(console.print, run_dir.name), tries=options.tries
-            )
-            if not run.start_superlink():
-                log = run_dir / "logs" / "superlink.log"
-                raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
-            run.submit(resume=resume)
-            follow(run, run_dir, console, seen, lambda: None)
-
-    return to_the_end(run_dir, options, work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

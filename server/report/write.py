@@ -1,14 +1,12 @@
-"""A run folder as one self-contained page: ``python -m server.report.write runs/NAME`` writes runs/NAME/report.html.
+"""A run folder as one self-contained page: ``fedspan report NAME`` writes runs/NAME/report.html.
 
 Made from the folder alone, so it can be made again at any time, also of a run that failed or has not ended. The same
 folder gives the same bytes.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from common.errors import FedSpanError, RunFolderError
+from common.errors import RunFolderError
 from common.metrics import ANSWERS
 from common.system.files import write_atomically
 from server.report import words
@@ -80,19 +78,3 @@ def render(run: Run) -> str:
         settings=run.settings,
         trained=run.info.get("trained", {}),
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m server.report.write", description="Write a run's report.html.")
-    parser.add_argument("run", type=Path, metavar="runs/NAME")
-    try:
-        print(write_report(parser.parse_args(arguments).run))  # noqa: T201
-    except FedSpanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

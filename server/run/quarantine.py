@@ -1,17 +1,8 @@
-"""Sites whose updates were refused too often in a row: left out until an operator readmits them.
+"""Sites whose updates were refused too often in a row: left out until ``fedspan readmit``."""
 
-python -m server.run.quarantine RUN_DIR SITE
-"""
-
-import argparse
-import sys
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from common.config.federation import Name
-
-_FOLDER = "readmit"
+FOLDER = "readmit"  # in a run's folder: a file for every site that an operator has readmitted
 
 
 class Refusals:
@@ -27,7 +18,7 @@ class Refusals:
 
     def __init__(self, run_dir: Path, limit: int) -> None:
         self.counts: dict[str, int] = {}
-        self._folder, self._run_dir, self._limit = run_dir / _FOLDER, run_dir, limit
+        self._folder, self._run_dir, self._limit = run_dir / FOLDER, run_dir, limit
 
     def note(self, site: str, *, refused: bool) -> None:
         """An update of ``site`` was refused, or admitted."""
@@ -40,7 +31,7 @@ class Refusals:
         """Sites that are left out, with the reason and what can be done."""
         return {
             site: f"{site}: left out after {count} refused updates in a row; to readmit it: "
-            f"python -m server.run.quarantine {self._run_dir} {site}"
+            f"fedspan readmit {self._run_dir.name} {site} --runs {self._run_dir.parent}"
             for site, count in self.counts.items()
             if count >= self._limit
         }
@@ -54,29 +45,3 @@ class Refusals:
         for site in back:
             del self.counts[site]
         return back
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m server.run.quarantine", description="Readmit a site to a run.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("site", metavar="SITE")
-    options = parser.parse_args(arguments)
-    try:
-        site = TypeAdapter(Name).validate_python(options.site)
-        if not (options.run_dir / "run.json").is_file():
-            raise OSError(f"{options.run_dir} holds no run")
-        (options.run_dir / _FOLDER).mkdir(exist_ok=True)
-        (options.run_dir / _FOLDER / site).touch()
-    except ValidationError:
-        print(f"error: {options.site!r} is no name of a site", file=sys.stderr)  # noqa: T201
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    print(f"{site} takes part again from the next round on, if it was left out")  # noqa: T201
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

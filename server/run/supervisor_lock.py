@@ -74,9 +74,7 @@ def looking_after(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = hold(run_dir / _LOCK)
         if lock is None:
-            raise RunFolderError(
-                f"{run_dir}: another supervisor looks after this run; see python -m server.operate.status"
-            )
+            raise RunFolderError(f"{run_dir}: another supervisor looks after this run; see fedspan status")
         _write(run_dir, own)
     except OSError as error:
         raise RunFolderError(f"run folder {run_dir} cannot be written: {error.strerror or error}") from None

@@ -1,18 +1,13 @@
-"""The register of sites, a file of the operator's: ``python -m server.superlink.registry FILE``.
-
-    add NAME NAME.pub [--expires YYYY-MM-DD]    a site may connect with this key; again, to change when it expires
-    revoke NAME                                 from now on it may not
-    list                                        all that ever could
+"""The register of sites, a file of the operator's: ``fedspan sites``.
 
 The file is the truth: ``--registry FILE`` of a run makes Flower's own register follow it, also while a run goes on. A
-revoked key never comes back; the site makes a new pair. Exit codes: 0 done, 2 a file or an argument is wrong.
+revoked key never comes back; the site makes a new pair.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -25,6 +20,7 @@ from pydantic import BeforeValidator, Field
 from common.config.federation import Name, Section
 from common.config.load import parse
 from common.errors import ConfigError
+from common.system.command import Command
 from common.system.keys import fingerprint, read_bytes, read_public, write
 from common.system.lock import hold
 
@@ -83,9 +79,7 @@ def add(path: Path, name: str, key_file: Path, expires: date | None) -> Register
     """
     key = read_public(key_file)
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError(
-            f"{key_file}: not an ECDSA key; the site makes one with: python -m deploy.keys.certs site {name}"
-        )
+        raise ConfigError(f"{key_file}: not an ECDSA key; the site makes one with: fedspan keys site {name}")
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     now = datetime.now(UTC).replace(microsecond=0)
     if expires is not None and expires < now.date():
@@ -144,39 +138,46 @@ def _date(text: str) -> date:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: a date as {date.today() + timedelta(365)}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m server.superlink.registry", description="The register of sites.")
-    parser.add_argument("file", type=Path, metavar="FILE")
-    commands = parser.add_subparsers(dest="command", required=True)
-    new = commands.add_parser("add", help="a site may connect with this key")
-    new.add_argument("name", metavar="NAME", help="as in its site file")
-    new.add_argument("key", type=Path, metavar="NAME.pub")
-    new.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="its last day, in UTC (default: none)")
-    gone = commands.add_parser("revoke", help="a site may not connect any more")
-    gone.add_argument("name", metavar="NAME")
-    commands.add_parser("list", help="all sites")
-    return parser
+def _file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="the register")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.command == "add":
-            sites = [add(options.file, options.name, options.key, options.expires)]
-        elif options.command == "revoke":
-            sites = [revoke(options.file, options.name)]
-        else:
-            sites = list(read(options.file).sites)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    _file(parser)
+    parser.add_argument("name", metavar="NAME", help="of the site, as in its site file")
+    parser.add_argument("key", type=Path, metavar="NAME.pub", help="the site's public key")
+    parser.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="its last day, in UTC (default: none)")
+
+
+def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
+    _file(parser)
+    parser.add_argument("name", metavar="NAME", help="of the site")
+
+
+def _show(sites: list[Registered]) -> None:
     for site in sites:
         until = f"until {site.expires}" if site.expires is not None else "without end"
         state = site.state(datetime.now(UTC))
         print(f"{site.name:16} {state:8} {site.fingerprint}  since {site.registered:%Y-%m-%d}, {until}")  # noqa: T201
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+ADD = Command(
+    arguments=_add_arguments,
+    run=lambda options: _show([add(options.file, options.name, options.key, options.expires)]),
+    example="sites.json site-a site-a.pub --expires 2027-12-31",
+    then="fedspan serve FEDERATION.yaml --registry sites.json ...",
+    notes="With the key that a site has already, --expires is changed. A run follows the file while it goes on.",
+)
+REVOKE = Command(
+    arguments=_revoke_arguments,
+    run=lambda options: _show([revoke(options.file, options.name)]),
+    example="sites.json site-a",
+    then="a new pair of keys, made by the site: fedspan keys site site-a",
+    notes="The key never comes back. A run that goes on ends the site's connection.",
+)
+LIST = Command(
+    arguments=_file,
+    run=lambda options: _show(list(read(options.file).sites)),
+    example="sites.json",
+    then="fedspan sites add sites.json NAME NAME.pub",
+)

@@ -12,7 +12,7 @@ _KEYS = ("digest", "key", "signature", "made")
 
 
 def read_signature(path: Path) -> dict[str, str]:
-    """A file that ``python -m deploy.keys.bundle sign`` made.
+    """A file that ``fedspan code sign`` made.
 
     Raises:
         ConfigError: it is not such a file.
@@ -22,7 +22,7 @@ def read_signature(path: Path) -> dict[str, str]:
     except ValueError:
         entry = None
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in _KEYS):
-        raise ConfigError(f"{path}: no signature of a bundle; make one with: python -m deploy.keys.bundle sign")
+        raise ConfigError(f"{path}: no signature of a bundle; make one with: fedspan code sign")
     return {key: entry[key] for key in _KEYS}
 
 

@@ -49,7 +49,7 @@ def events(runs: Path, run: str, kind: str) -> list[dict[str, Any]]:
 def test_image_is_for_nobody_in_particular_and_installs_nothing(engine: Engine, name: str) -> None:
     image = json.loads(engine.docker("image", "inspect", f"fedspan-{name}"))[0]
     assert image["Config"]["User"] == "10001:0"
-    assert image["Config"]["Healthcheck"]["Test"][:4] == ["CMD", "python", "-m", "deploy.health"]
+    assert image["Config"]["Healthcheck"]["Test"][:5] == ["CMD", "python", "-m", "deploy", "health"]
     assert image["Config"]["Labels"]["org.opencontainers.image.title"] == f"FedSpan {name}"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     version = "import importlib.metadata as m; print(m.version('fedspan'))"
@@ -123,7 +123,7 @@ class Intruders:
         make_server(folder / "expired", ["expired"], 10)
         expire(folder / "expired")
         self.register("add", "site-d", "/intruder/known.pub")
-        command = "server.operate.supervise /intruder/federation.yaml --runs=/runs --name=intruders"
+        command = "serve /intruder/federation.yaml --runs=/runs --name=intruders"
         command += " --fleet-api-address=0.0.0.0:9092 --ssl-ca-certfile=/certs/ca.crt --ssl-certfile=/certs/server.pem"
         command += " --ssl-keyfile=/certs/server.key --registry=/registry/sites.json"
         engine.docker("rm", "-f", engine.container("server"))
@@ -136,7 +136,7 @@ class Intruders:
         self._give()
         options = ["--rm", "--user", self._engine.user, *self._mount, *self._volumes]
         self._engine.docker(
-            "run", *options, "fedspan-server", "server.superlink.registry", "/registry/sites.json", *command
+            "run", *options, "fedspan-server", "sites", command[0], "/registry/sites.json", *command[1:]
         )
 
     def _give(self) -> None:
@@ -151,7 +151,8 @@ class Intruders:
     def join(self, *options: str, server: str = "server", docker: tuple[str, ...] = ()) -> str:
         """Start a client; its container."""
         command = [
-            "client.connect.join",
+            "site",
+            "join",
             "/intruder/site.yaml",
             f"--superlink={server}:9092",
             "--home=/var/lib/fedspan",

@@ -13,6 +13,7 @@ import pytest
 
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import load
+from tests.harness.launcher import FEDSPAN
 from tests.harness.manifests import ROOT, paths, read, understood, within
 
 DOCKERFILES = [ROOT / "deploy" / f"{name}.Dockerfile" for name in ("server", "client")]
@@ -73,7 +74,7 @@ def test_image_runs_as_nobody_in_particular_and_stops_on_sigterm(file: Path) -> 
     assert [i for i, _ in last].index("USER") > max(n for n, (i, _) in enumerate(last) if i in ("RUN", "COPY"))
     assert json.loads(said["ENTRYPOINT"])[0] == "tini"  # exec form, and somebody who reaps
     understood_health = json.loads(said["HEALTHCHECK"].partition("CMD ")[2])
-    understood(understood_health[2:])
+    understood(understood_health[3:])
     labels = [a for i, a in last if i == "LABEL"]
     assert all(f"org.opencontainers.image.{key}=" in labels[0] for key in ("title", "description", "licenses"))
     assert "COPY --from=lean /opt/venv /opt/venv" in [f"{i} {a}" for i, a in last]
@@ -110,7 +111,7 @@ def test_client_image_can_make_the_sites_key(tmp_path: Path) -> None:
             place = tmp_path / (target if (ROOT / source).is_dir() else target + Path(source).name)
             place.parent.mkdir(exist_ok=True)
             place.symlink_to(ROOT / source)
-    command = [sys.executable, "-m", "deploy.keys.certs", "site", str(tmp_path / "site-a")]
+    command = [*FEDSPAN, "keys", "site", str(tmp_path / "site-a")]
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "site-a.key").stat().st_mode & 0o777 == 0o600
@@ -124,7 +125,7 @@ def test_client_image_checks_the_folder_that_it_works_in() -> None:
 
 def test_server_image_holds_what_the_bundle_for_the_sites_is_made_of() -> None:
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    parts = {pattern.split("/")[0] for pattern in app["fab-include"]} | {"pyproject.toml"}
+    parts = {pattern.lstrip("/").split("/")[0] for pattern in app["fab-include"]} | {"pyproject.toml"}
     for stage in (stages(DOCKERFILES[0])[1], stages(DOCKERFILES[0])[-1]):  # where it is signed, where it is shipped
         assert parts <= {source for i, a in stage if i == "COPY" for source in a.split()[:-1]}
 

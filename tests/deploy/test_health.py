@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from common.system.processes import free_ports
-from deploy.health import main
+from deploy.cli import main
 from deploy.keys.certs import make_ca, make_server
 
 GOOD = {"time": 0.0, "superlink": "s:1", "link": "up", "worker": {"state": "idle"}}
@@ -35,7 +35,7 @@ def address(certs: Path) -> Iterator[str]:
 
 
 def superlink(address: str, ca: Path) -> int:
-    return main(["superlink", address, "--root-certificates", str(ca), "--timeout", "5"])
+    return main(["health", "superlink", address, "--root-certificates", str(ca), "--timeout", "5"])
 
 
 def test_superlink_that_answers_over_tls_is_well(certs: Path, address: str) -> None:
@@ -55,7 +55,7 @@ def test_nobody_at_the_address_is_not_well(certs: Path, capsys: pytest.CaptureFi
     assert superlink(f"127.0.0.1:{port}", certs / "ca.crt") == 1
     assert superlink(f"127.0.0.1:{port}", certs / "missing.crt") == 1
     told = capsys.readouterr().err.splitlines()
-    assert f"not well: 127.0.0.1:{port} does not answer" in told[0]
+    assert f"error: 127.0.0.1:{port} does not answer" in told[0]
     assert told[1].endswith("missing.crt cannot be read: No such file or directory")
 
 
@@ -67,7 +67,7 @@ def test_nobody_at_the_address_is_not_well(certs: Path, capsys: pytest.CaptureFi
         ({"time": -99.0}, "seconds old; allowed: 30"),
         ({"worker": {}}, "the worker's state is 'not started'"),
         ({"worker": {"state": "no SuperNode"}}, "the worker's state is 'no SuperNode'"),
-        ({"worker": None}, "is not there, or is not what client.connect.join writes"),
+        ({"worker": None}, "is not there, or is not what `fedspan site join` writes"),
         ({"link": "down"}, "the link to s:1 is down"),
     ],
 )
@@ -77,11 +77,11 @@ def test_site_is_well_while_it_says_so(
     told = {**GOOD, **change}
     told["time"] = time.time() + float(str(told["time"]))
     (tmp_path / "status.json").write_text(json.dumps(told))
-    assert main(["site", str(tmp_path / "status.json"), "--linked"]) == bool(says)
+    assert main(["health", "site", str(tmp_path / "status.json"), "--linked"]) == bool(says)
     assert says in capsys.readouterr().err
 
 
 def test_site_without_a_server_is_well_unless_it_must_be_linked(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps({**GOOD, "time": time.time(), "link": "down"}))
-    assert main(["site", str(tmp_path / "status.json")]) == 0
-    assert main(["site", str(tmp_path / "status.json"), "--linked"]) == 1
+    assert main(["health", "site", str(tmp_path / "status.json")]) == 0
+    assert main(["health", "site", str(tmp_path / "status.json"), "--linked"]) == 1

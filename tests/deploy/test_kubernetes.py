@@ -75,7 +75,7 @@ def test_what_the_container_names_is_mounted_and_its_commands_are_understood(pod
     (container,) = pod["containers"]
     probes = [container[f"{kind}Probe"]["exec"]["command"] for kind in ("startup", "readiness", "liveness")]
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    for command in (container["args"], *(probe[2:] for probe in probes)):
+    for command in (container["args"], *(probe[3:] for probe in probes)):
         understood(command)
         assert all(within(path, list(mounts)) for path in paths(command)), command
     written = {path for path, mount in mounts.items() if not mount.get("readOnly")}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.local import main
+from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
 
 
@@ -49,7 +49,7 @@ def test_mistake_is_one_line_and_nothing_is_written(
     file = make_federation(tmp_path, {"site-a": 9})
     make(tmp_path)
     capsys.readouterr()  # transformers shows its progress
-    assert main([str(file), "--runs", str(tmp_path / "runs")]) == 2
+    assert main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -62,6 +62,6 @@ def test_run_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureF
     file = make_federation(tmp_path, {"site-a": 9})
     (tmp_path / "runs" / "again").mkdir(parents=True)
     (tmp_path / "runs" / "again" / "metrics.jsonl").write_text("old")
-    assert main([str(file), "--runs", str(tmp_path / "runs"), "--name", "again"]) == 2
+    assert main(["run", str(file), "--runs", str(tmp_path / "runs"), "--name", "again"]) == 2
     assert "again already holds a run (metrics.jsonl)" in capsys.readouterr().err
     assert (tmp_path / "runs" / "again" / "metrics.jsonl").read_text() == "old"

@@ -28,7 +28,7 @@ def schema(name: str) -> dict[str, object]:
 
 def test_files_are_up_to_date() -> None:
     for path, text in schemas().items():
-        assert path.read_text() == text, f"{path} is out of date; run python -m deploy.schemas"
+        assert path.read_text() == text, f"{path} is out of date; run fedspan schemas"
 
 
 @pytest.mark.parametrize(("name", "section"), EXAMPLES)

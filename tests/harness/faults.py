@@ -26,7 +26,7 @@ def lines(file: Path) -> list[Event]:
 
 
 class Federation:
-    """A run of ``python -m deploy.local`` in the background. Use as a context manager."""
+    """A run of ``fedspan run`` in the background. Use as a context manager."""
 
     def __init__(self, file: Path, name: str = "tiny", *options: str) -> None:
         self.file, self.run = file, file.parent / "runs" / name

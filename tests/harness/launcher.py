@@ -8,10 +8,11 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
+FEDSPAN = [sys.executable, "-m", "deploy"]
 
 
 def command(federation: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.local", str(federation), "--runs", str(federation.parent / "runs"), *options]
+    return [*FEDSPAN, "run", str(federation), "--runs", str(federation.parent / "runs"), *options]
 
 
 def environment() -> dict[str, str]:

@@ -7,16 +7,9 @@ from typing import Any
 
 import yaml
 
-from client.connect import join
-from deploy import health
-from server.operate import supervise
+from deploy import cli
 
 ROOT = Path(__file__).parents[2]
-PARSERS = {
-    "client.connect.join": join._parser,
-    "server.operate.supervise": supervise._parser,
-    "deploy.health": health._parser,
-}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -26,8 +19,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def understood(command: list[str]) -> argparse.Namespace:
     """A container's command as the program itself reads it; fails as the program would."""
-    module, *arguments = command
-    return PARSERS[module]().parse_args(arguments)
+    verb = next(verb for verb in cli.VERBS if command[: len(verb.split())] == verb.split())
+    return cli.parser(verb, cli.load(verb)).read(command[len(verb.split()) :])
 
 
 def paths(command: list[str]) -> list[str]:

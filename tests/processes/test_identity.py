@@ -18,6 +18,7 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from common.system import flower
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports, listens
+from deploy.cli import main
 from deploy.keys import certs
 from deploy.sandbox.flower import wait_for
 from server.run.node_owners import site_of
@@ -94,10 +95,10 @@ def last_words(node: Started, code: int = 1) -> str:
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     folder = tmp_path_factory.mktemp("gate")
     pki, register = folder / "pki", folder / "register.json"
-    assert certs.main(["ca", str(pki)]) == 0
-    assert certs.main(["server", str(pki)]) == 0
+    assert main(["keys", "ca", str(pki)]) == 0
+    assert main(["keys", "server", str(pki)]) == 0
     for site in SITES:
-        assert certs.main(["site", str(folder / site)]) == 0
+        assert main(["keys", "site", str(folder / site)]) == 0
         if site not in ("late", "stranger"):
             registry.add(register, site, folder / f"{site}.pub", None)
     expire(register, "expired")
@@ -169,7 +170,7 @@ def _serve(listener: socket.socket, context: ssl.SSLContext) -> None:
 
 @pytest.mark.timeout(400)
 def test_every_intruder_is_told_why_in_one_line(gate: Gate, tmp_path: Path) -> None:
-    assert certs.main(["ca", str(tmp_path / "other")]) == 0
+    assert main(["keys", "ca", str(tmp_path / "other")]) == 0
     (gate.folder / "open.key").chmod(0o644)
     here, day = f"127.0.0.1:{gate.port}", timedelta(days=1)
     nobody = f"127.0.0.1:{free_ports(1)[0]}"

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from deploy.sandbox.flower import Flower, wait_for
 from deploy.sandbox.tiny import make_federation
 from server.run.folder import check_resumable, in_use
 from server.run.state import overview
-from tests.harness.launcher import command, environment, survivors
+from tests.harness.launcher import FEDSPAN, command, environment, survivors
 from tests.processes.test_supervise import supervise
 from tests.server.operate.test_metrics import scrape
 
 
-def told(file: Path, module: str, *arguments: str) -> str:
-    program = [sys.executable, "-m", module, "--runs", str(file.parent / "runs"), *arguments]
+def told(file: Path, verb: str, *arguments: str) -> str:
+    program = [*FEDSPAN, verb, "--runs", str(file.parent / "runs"), *arguments]
     done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -53,7 +52,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
     try:
         wait_for(lambda: (run_dir / "supervisor.json").exists(), 60)
         wait_for(lambda: overview(run_dir).finished_rounds, 240)
-        seen = json.loads(told(file, "server.operate.status", "tiny", "--json"))
+        seen = json.loads(told(file, "status", "tiny", "--json"))
         assert seen["state"] == "running"
         assert {s["site"]: (s["connection"], s["device"], s["rounds"] > 0) for s in seen["sites"]} == {
             "site-a": ("up", "cpu", True),
@@ -66,7 +65,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
         federation = resolved(load(file, FederationConfig), file)
         assert flower_lists(run_dir, seen["flower_run"])["status"] == "running"
 
-        assert "tiny is stopped after round" in told(file, "server.operate.stop", "tiny")
+        assert "tiny is stopped after round" in told(file, "stop", "tiny")
         assert launcher.wait(60) == 130, log.read_text()
     finally:
         launcher.kill()
@@ -92,7 +91,7 @@ def test_stop_ends_the_run_on_a_superlink_that_goes_on(tmp_path: Path) -> None:
         env = {**environment(), "FLWR_HOME": str(tmp_path / "flwr")}
         supervisor = group.start("supervisor", supervise(file, "--superlink", "local"), env).process
         wait_for(lambda: overview(run_dir).state == "running" if (run_dir / "supervisor.json").exists() else None, 120)
-        told(file, "server.operate.stop", "tiny")
+        told(file, "stop", "tiny")
         assert supervisor.wait(60) == 130
         wait_for(lambda: not in_use(run_dir), 60)  # no site ever came: the server ends because it is told to
         assert listens(flower.fleet)

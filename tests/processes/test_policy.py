@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from client.privacy.ledger import Entry, verify
-from client.privacy.ledger_summary import main
 from client.privacy.noise import epsilon
+from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
 from server.report.read import read_run
 from server.report.write import render
@@ -28,7 +28,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def ledger(folder: Path, site: str) -> list[Entry]:
     path = folder / f"{site}-ledger.jsonl"
-    assert main(["verify", str(path)]) == 0
+    assert main(["ledger", "verify", str(path)]) == 0
     return lines(path)
 
 

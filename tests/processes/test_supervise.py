@@ -14,12 +14,10 @@ import pytest
 import yaml
 
 from common.system.processes import ProcessGroup, free_ports
-from deploy.keys import bundle, certs
+from deploy.cli import main
 from deploy.sandbox.flower import Flower
 from deploy.sandbox.tiny import make_federation
-from server.operate.supervise import main
-from server.superlink import registry
-from tests.harness.launcher import ROOT, environment
+from tests.harness.launcher import FEDSPAN, ROOT, environment
 from tests.harness.sample_run import completed
 
 SIZES = {"site-a": 9, "site-b": 17}
@@ -27,7 +25,7 @@ SETTINGS = {"local": None, "evaluation": {"every": 9, "max_examples": 1, "sample
 
 
 def supervise(file: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "server.operate.supervise", str(file), "--runs", str(file.parent / "runs"), *options]
+    return [*FEDSPAN, "serve", str(file), "--runs", str(file.parent / "runs"), *options]
 
 
 def finished(folder: Path, process: "subprocess.Popen[bytes]") -> None:
@@ -43,12 +41,12 @@ def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Pat
     """One site joins with a worker that is killed in between, the other with Flower's process for every message."""
     file = make_federation(tmp_path, SIZES, rounds=2, **SETTINGS)
     pki, register, signature = tmp_path / "pki", tmp_path / "register.json", tmp_path / "bundle.sig"
-    assert certs.main(["ca", str(pki)]) == certs.main(["server", str(pki)]) == 0
-    assert bundle.main(["key", str(tmp_path / "reviewer")]) == 0
-    assert bundle.main(["sign", "--key", str(tmp_path / "reviewer.key"), "--out", str(signature)]) == 0
+    assert main(["keys", "ca", str(pki)]) == main(["keys", "server", str(pki)]) == 0
+    assert main(["code", "key", str(tmp_path / "reviewer")]) == 0
+    assert main(["code", "sign", "--key", str(tmp_path / "reviewer.key"), "--out", str(signature)]) == 0
     for site in SIZES:
-        assert certs.main(["site", str(tmp_path / site)]) == 0
-        assert registry.main([str(register), "add", site, str(tmp_path / f"{site}.pub")]) == 0
+        assert main(["keys", "site", str(tmp_path / site)]) == 0
+        assert main(["sites", "add", str(register), site, str(tmp_path / f"{site}.pub")]) == 0
     trusting = tmp_path / "site-a.yaml"
     trusting.write_text(yaml.safe_dump({**yaml.safe_load(trusting.read_text()), "trust": {"keys": ["reviewer.pub"]}}))
     control, fleet, port = free_ports(3)
@@ -62,7 +60,7 @@ def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Pat
         status = tmp_path / "status.json"
         link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(pki / "ca.crt"), "--poll", "0.5"]
         link += ["--connect-deadline", "180", "--auth-supernode-private-key"]
-        join = [sys.executable, "-m", "client.connect.join", str(trusting), *link, str(tmp_path / "site-a.key")]
+        join = [*FEDSPAN, "site", "join", str(trusting), *link, str(tmp_path / "site-a.key")]
         member = group.start("site-a", [*join, "--status", str(status)], environment())
         program = str(ROOT / "client" / "connect" / "supernode.py")
         node = [sys.executable, "-P", program, *link, str(tmp_path / "site-b.key")]
@@ -121,7 +119,7 @@ def test_federation_on_a_superlink_that_runs_already(tmp_path: Path) -> None:
         (["--ssl-ca-certfile", "ca", "--ssl-certfile", "c", "--ssl-keyfile", "k"], "ca does not exist"),
         (["--insecure", "--registry", "register.json"], "--registry needs a SuperLink of its own with TLS"),
         (["--insecure", "--signature", "none.sig"], "none.sig: cannot be read (No such file or directory)"),
-        (["--insecure", "--tries", "-1"], "'-1'; allowed: whole numbers from 0"),
+        (["--insecure", "--tries", "-1"], "'-1'; allowed: whole numbers, 0 and more"),
         (["--insecure", "--resume"], "holds no run that could go on"),
     ],
 )
@@ -130,11 +128,7 @@ def test_mistakes_are_told_before_anything_starts(
 ) -> None:
     file = make_federation(tmp_path, SIZES, **SETTINGS)
     capsys.readouterr()
-    try:
-        code = main([str(file), "--runs", str(tmp_path / "runs"), *options])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    assert code == 2
+    assert main(["serve", str(file), "--runs", str(tmp_path / "runs"), *options]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -144,7 +138,7 @@ def test_service_manager_may_start_a_run_again_that_has_ended(
 ) -> None:
     file = make_federation(tmp_path, SIZES, **SETTINGS)
     run = completed(tmp_path / "runs" / "tiny")
-    again = [str(file), "--runs", str(tmp_path / "runs"), "--insecure"]
+    again = ["serve", str(file), "--runs", str(tmp_path / "runs"), "--insecure"]
     assert main([*again, "--resume-if-begun"]) == 0
     assert "the run has ended well" in capsys.readouterr().out
     assert "<html" in (run / "report.html").read_text()  # its supervisor had died before it wrote one

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from flwr.cli.build import build_fab_from_disk
 
+from deploy.cli import main
 from deploy.keys import bundle
 from deploy.sandbox.flower import Flower, kill, wait_for
 
@@ -102,7 +103,7 @@ def test_worker_runs_only_what_its_site_trusts_and_takes_its_process_along(
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))  # where benches unpack what they run
     for name in ("reviewer", "stranger"):
-        bundle.main(["key", str(tmp_path / name)])
+        main(["code", "key", str(tmp_path / name)])
         data = {"path": "rows.jsonl", "prompt": "p", "answer": "a"}
         site = {"name": "site-a", "data": data, "trust": {"keys": [f"{name}.pub"]}}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(site))

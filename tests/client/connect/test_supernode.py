@@ -1,7 +1,5 @@
 """The SuperNode with a pause of one's own choice."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,14 +8,12 @@ import yaml
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.connect.supernode import _Clock, main
+from client.connect.link import _Clock
 from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
 from common.config.load import load
 from common.errors import ConfigError
-from deploy.keys import certs
+from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
-
-PROGRAM = Path(__file__).parents[3] / "client" / "connect" / "supernode.py"
 
 
 def test_flower_still_pauses_through_its_modules_time() -> None:
@@ -36,21 +32,19 @@ def test_pause_is_cut_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("poll", ["0", "-1", "nan", "61"])
-def test_pause_outside_its_limits_is_refused(poll: str) -> None:
-    command = [sys.executable, str(PROGRAM), "--poll", poll]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "allowed: 0.05 to 60 seconds" in done.stderr
+def test_pause_outside_its_limits_is_refused(poll: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["site", "supernode", "--poll", poll]) == 2
+    assert "allowed: 0.05 to 60 seconds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--superlink", "127.0.0.1:1"], "give --superlink HOST:PORT, and --root-certificates FILE"),
-        (["--superlink", "nowhere", "--insecure"], "--superlink 'nowhere'; allowed: HOST:PORT"),
+        (["--superlink", "nowhere", "--insecure"], "--superlink: 'nowhere'; allowed: HOST:PORT"),
         (["--superlink", "127.0.0.1:1", "--root-certificates", "/none/ca.crt"], "/none/ca.crt: cannot be read"),
         (["--superlink", "127.0.0.1:1", "--insecure", "--auth-supernode-private-key", "{}/site-a.key"], "needs TLS"),
-        (["--superlink", "127.0.0.1:1", "--insecure", "--connect-deadline", "-1"], "--connect-deadline is -1"),
+        (["--superlink", "127.0.0.1:1", "--insecure", "--connect-deadline", "-1"], "'-1'; allowed: 0 and more seconds"),
         (
             ["--superlink", "127.0.0.1:1", "--insecure", "--node-config", 'site="{}/site-a.yaml"'],
             "`trust` is kept by the worker alone; start this with --isolation process",
@@ -61,19 +55,15 @@ def test_mistakes_are_one_line_and_nothing_is_started(
     tmp_path: Path,
     arguments: list[str],
     says: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert certs.main(["site", str(tmp_path / "site-a")]) == 0
+    assert main(["keys", "site", str(tmp_path / "site-a")]) == 0
     data = {"path": "rows.jsonl", "prompt": "p", "answer": "a"}
     trust = {"bundles": ["0" * 64]}
     (tmp_path / "site-a.yaml").write_text(yaml.safe_dump({"name": "site-a", "data": data, "trust": trust}))
-    monkeypatch.setattr(sys, "argv", ["supernode", *(argument.format(tmp_path) for argument in arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert says in error.splitlines()[-1]
+    assert main(["site", "supernode", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
 
 
 def test_app_refuses_to_work_unchecked_where_the_site_trusts_only_some(

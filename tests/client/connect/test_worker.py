@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from client.connect.worker import Keeper, Options
 from client.connect.worker_process import RuntimeApi
+from client.connect.worker_supervisor import Keeper, Options
 
 
 def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

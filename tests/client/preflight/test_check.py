@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from client.preflight.finding import Finding
 from client.privacy.ledger import Ledger
 from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
+from deploy import cli
 from deploy.keys.certs import make_site
 from deploy.sandbox.tiny import make_federation, make_tokenizer
 from tests.harness.certificates import Authority
@@ -88,9 +88,8 @@ def look(name: str, subject: Subject) -> Finding:
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    return check.main()
+    return cli.main(["site", "check", *map(str, arguments)])
 
 
 # What the site promises itself
@@ -163,11 +162,11 @@ def test_wrong_file_ends_with_2(files: Files, file: str, monkeypatch: pytest.Mon
     assert "unknown key `colour`" in err
 
 
-def test_command_line_that_makes_no_sense_ends_with_2(files: Files) -> None:
-    command = [sys.executable, "-m", "client.preflight.check", str(files.site), "--superlink", "127.0.0.1:1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--superlink needs --root-certificates" in done.stderr
+def test_command_line_that_makes_no_sense_ends_with_2(
+    files: Files, monkeypatch: pytest.MonkeyPatch, output: Output
+) -> None:
+    assert main(monkeypatch, files.site, "--superlink", "127.0.0.1:1") == 2
+    assert output()[1] == "error: --superlink needs --root-certificates\n"
 
 
 def test_unexpected_error_is_told_without_its_text(files: Files) -> None:
@@ -441,7 +440,7 @@ def test_private_key_that_cannot_be_used_fails(files: Files, tmp_path: Path) -> 
     for options, found in cases:
         finding = look("private key", files.subject(private_key=key_file(tmp_path, *options)))
         assert (finding.level, found in finding.found) == ("FAIL", True)
-        assert f"python -m deploy.keys.certs site {tmp_path / 'site-a'}" in finding.mend
+        assert f"fedspan keys site {tmp_path / 'site-a'}" in finding.mend
     files.site.chmod(0o600)
     assert "no private key" in look("private key", files.subject(private_key=files.site)).found
     assert "cannot be read" in look("private key", files.subject(private_key=tmp_path / "none")).found

@@ -12,12 +12,12 @@ from flwr.common.constant import ErrorCode
 from client.privacy import guard as policy
 from client.privacy.guard import Gate
 from client.privacy.ledger import Entry, verify
-from client.privacy.ledger_summary import main
 from client.privacy.noise import cost, epsilon
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import parse
 from common.errors import ConfigError, DivergedError, FedSpanError, LedgerError, PolicyError, TrainingError
 from common.protocol.messages import Failure
+from deploy.cli import main
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 PRIVATE = {"clip": 1.0, "noise_multiplier": 4.0, "delta": 1e-5, "max_epsilon": 5.0}
@@ -254,7 +254,7 @@ def test_summary_says_what_left_in_words(tmp_path: Path, capsys: pytest.CaptureF
     own = Site(tmp_path, privacy=PRIVATE)
     own.train(2)
     own.train(3)
-    assert main(["summary", str(own.ledger)]) == 0
+    assert main(["ledger", "summary", str(own.ledger)]) == 0
     told = capsys.readouterr().out
     total = epsilon(2 * cost(4.0), 1e-5)
     for part in (

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from client.privacy.ledger import FIRST, Entry, Ledger, verify
-from client.privacy.ledger_summary import main
 from common.errors import LedgerError
+from deploy.cli import main
 from tests.harness.full_disk import no_space
 
 
@@ -103,7 +103,7 @@ def test_damage_is_named_with_its_line(
 ) -> None:
     lines = change(*whole[0].splitlines(keepends=True))  # type: ignore[operator]
     path = put(tmp_path, b"".join(lines), whole[1])
-    assert main(["verify", str(path)]) == 1
+    assert main(["ledger", "verify", str(path)]) == 1
     assert reason in capsys.readouterr().err
 
 
@@ -126,13 +126,13 @@ def test_ledger_made_anew_is_found_by_a_head_noted_elsewhere(
     ledger = Ledger(path)
     with ledger.opened():
         ledger.append({"event": "failed", "reason": "later"})
-    assert main(["verify", str(path), "--head", noted]) == 0
+    assert main(["ledger", "verify", str(path), "--head", noted]) == 0
     assert ledger.head in capsys.readouterr().out
     for file in list(tmp_path.iterdir()):
         file.unlink()
     write(path, 5)
-    assert main(["verify", str(path)]) == 0
-    assert main(["verify", str(path), "--head", noted]) == 1
+    assert main(["ledger", "verify", str(path)]) == 0
+    assert main(["ledger", "verify", str(path), "--head", noted]) == 1
     assert "made anew" in capsys.readouterr().err
 
 

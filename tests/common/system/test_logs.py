@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
-from deploy import local
-from server.operate import supervise
+from deploy.cli import main
 from tests.harness.launcher import ROOT
 
 ROW = "Jane Doe, born 1970"
@@ -112,10 +110,10 @@ def test_unknown_format_is_refused_at_a_sites_start(program: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("main", [supervise.main, local.main])
+@pytest.mark.parametrize("command", [["serve", "x.yaml", "--insecure"], ["run", "x.yaml"]])
 def test_unknown_format_is_refused_at_a_runs_start(
-    main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDSPAN_LOG", "xml")
-    assert main(["x.yaml", *(["--insecure"] if main is supervise.main else [])]) == 2
+    assert main(command) == 2
     assert capsys.readouterr().err == "error: FEDSPAN_LOG is 'xml'; allowed: json, text\n"

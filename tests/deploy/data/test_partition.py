@@ -12,7 +12,7 @@ from common.config.federation import SiteConfig
 from common.config.load import load
 from common.data.images import load_images
 from common.data.rows import load_rows
-from deploy.data.partition import main
+from deploy.cli import main
 from tests.harness.tiny_images import COLORS, make_image_federation, make_images
 
 LABELS = ("a", "b", "c", "d")
@@ -26,10 +26,9 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-def run(monkeypatch: pytest.MonkeyPatch, data: Path, *options: str, out: str = "out") -> int:
+def run(data: Path, *options: str, out: str = "out") -> int:
     texts = [] if data.is_dir() or "--prompt" in options else ["--prompt", "text", "--answer", "label"]
-    monkeypatch.setattr("sys.argv", ["partition", str(data), "--out", str(data.parent / out), *texts, *options])
-    return main()
+    return main(["data", "partition", str(data), "--out", str(data.parent / out), *texts, *options])
 
 
 def shards(out: Path) -> list[list[dict[str, Any]]]:
@@ -47,11 +46,9 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("by", SPLITS)
-def test_every_row_is_at_one_site_and_the_seed_decides_where(
-    monkeypatch: pytest.MonkeyPatch, data: Path, by: str
-) -> None:
+def test_every_row_is_at_one_site_and_the_seed_decides_where(data: Path, by: str) -> None:
     for out, seed in (("one", "7"), ("two", "7"), ("other", "8")):
-        assert run(monkeypatch, data, *SPLITS[by], "--seed", seed, out=out) == 0
+        assert run(data, *SPLITS[by], "--seed", seed, out=out) == 0
     found = shards(data.parent / "one")
     assert sorted(row["text"] for shard in found for row in shard) == sorted(row["text"] for row in ROWS)
     assert all(found)
@@ -60,9 +57,9 @@ def test_every_row_is_at_one_site_and_the_seed_decides_where(
     assert (shards(data.parent / "other") == found) == (by == "column")
 
 
-def test_splits_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+def test_splits_are_what_they_are_called(data: Path) -> None:
     for by, options in SPLITS.items():
-        assert run(monkeypatch, data, *options, out=by) == 0
+        assert run(data, *options, out=by) == 0
     found = {by: shards(data.parent / by) for by in SPLITS}
     assert [len(shard) for shard in found["quantity"]] == [120, 60, 20]
     assert [len(shard) for shard in found["iid"]] == [67, 67, 66]
@@ -78,8 +75,8 @@ def test_splits_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch, data: 
     assert skew("iid") < 0.35 < skew("dirichlet") <= 1
 
 
-def test_site_files_can_be_used_and_the_record_holds_counts_only(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
-    assert run(monkeypatch, data, *SPLITS["dirichlet"]) == 0
+def test_site_files_can_be_used_and_the_record_holds_counts_only(data: Path) -> None:
+    assert run(data, *SPLITS["dirichlet"]) == 0
     out = data.parent / "out"
     record = json.loads((out / "partition.json").read_text())
     assert record["rows"] == 200
@@ -94,9 +91,9 @@ def test_site_files_can_be_used_and_the_record_holds_counts_only(monkeypatch: py
     assert all(f">{site['name']}<" in picture for site in record["sites"])
 
 
-def test_folder_of_images_becomes_tables_that_name_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_folder_of_images_becomes_tables_that_name_them(tmp_path: Path) -> None:
     folder = make_images(tmp_path / "scans", 4, seed=0)
-    assert run(monkeypatch, folder, "--by", "label", "--label", "label", "--sites", "3", "--labels-per-site", "1") == 0
+    assert run(folder, "--by", "label", "--label", "label", "--sites", "3", "--labels-per-site", "1") == 0
     found = shards(tmp_path / "out")
     assert [{row["label"] for row in shard} for shard in found] == [{color} for color in COLORS]
     assert all(Path(row["image"]).is_file() for shard in found for row in shard)
@@ -112,7 +109,7 @@ def loaded(out: Path, site: str = "site-1") -> list[tuple[str, str]]:
 def test_folder_of_images_may_be_named_by_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_images(tmp_path / "scans", 2, seed=0)
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, Path("scans"), "--by", "iid", "--sites", "1", out="deep/out") == 0
+    assert run(Path("scans"), "--by", "iid", "--sites", "1", out="deep/out") == 0
     assert loaded(tmp_path / "deep" / "out") == [
         (str(tmp_path / "scans" / color / f"{i}.png"), color) for color in COLORS for i in range(2)
     ]
@@ -131,36 +128,32 @@ def test_table_of_images_names_them_from_anywhere(
     (folder / "all.jsonl").write_text("\n".join(json.dumps({"image": c, "label": "x"}) for c in cells))
     monkeypatch.chdir(folder)
     options = ["--by", "iid", "--sites", "1", "--prompt", prompt, "--answer", "label"]
-    assert run(monkeypatch, Path("all.jsonl"), *options, out="deep/out") == 0
+    assert run(Path("all.jsonl"), *options, out="deep/out") == 0
     assert loaded(folder / "deep" / "out") == [(str(file), "x") for file in files]
 
 
-def test_images_that_are_not_there_are_known_by_the_federation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
-) -> None:
+def test_images_that_are_not_there_are_known_by_the_federation(tmp_path: Path, data: Path) -> None:
     """Texts stay what they are, even where one of them is a file's name."""
     (tmp_path / "row 0").touch()
-    assert run(monkeypatch, data, *SPLITS["iid"]) == 0
+    assert run(data, *SPLITS["iid"]) == 0
     assert yaml.safe_load((tmp_path / "out" / "site-1.yaml").read_text())["data"]["prompt"] == "text"
     file = make_image_federation(
         tmp_path / "federation", {"one": 1}, task={"type": "image-classification", "labels": list(LABELS)}
     )
-    assert run(monkeypatch, data, *SPLITS["iid"], "--federation", str(file), out="other") == 0
+    assert run(data, *SPLITS["iid"], "--federation", str(file), out="other") == 0
     assert yaml.safe_load((tmp_path / "other" / "site-1.yaml").read_text())["data"]["prompt"] == f"{tmp_path}/{{text}}"
 
 
-def test_record_tells_the_value_that_makes_a_site_apart_from_its_name(
-    monkeypatch: pytest.MonkeyPatch, data: Path
-) -> None:
+def test_record_tells_the_value_that_makes_a_site_apart_from_its_name(data: Path) -> None:
     data.write_text("\n".join(json.dumps({**row, "name": row["ward"]}) for row in ROWS))
-    assert run(monkeypatch, data, "--by", "column", "--column", "name") == 0
+    assert run(data, "--by", "column", "--column", "name") == 0
     sites = json.loads((data.parent / "out" / "partition.json").read_text())["sites"]
     assert [(site["name"], site["value"]) for site in sites] == [(f"site-{i + 1}", f"ward {i}") for i in range(4)]
 
 
-def test_label_that_looks_like_mathematics_is_drawn_as_it_is(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+def test_label_that_looks_like_mathematics_is_drawn_as_it_is(data: Path) -> None:
     data.write_text("\n".join(json.dumps({**row, "label": f"$\\{row['label']}^{{$"}) for row in ROWS))
-    assert run(monkeypatch, data, *SPLITS["label"]) == 0
+    assert run(data, *SPLITS["label"]) == 0
     assert ">$\\a^{$<" in (data.parent / "out" / "partition.svg").read_text()
 
 
@@ -173,10 +166,10 @@ def test_label_that_looks_like_mathematics_is_drawn_as_it_is(monkeypatch: pytest
     ],
 )
 def test_row_that_cannot_be_used_is_named_with_its_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: Path, content: str, says: str
+    capsys: pytest.CaptureFixture[str], data: Path, content: str, says: str
 ) -> None:
     data.write_text(content)
-    assert run(monkeypatch, data, "--by", "iid", "--sites", "1") == 2
+    assert run(data, "--by", "iid", "--sites", "1") == 2
     said = capsys.readouterr().err
     assert f"{data}, {says}" in said
     assert "secret" not in said
@@ -184,20 +177,20 @@ def test_row_that_cannot_be_used_is_named_with_its_file(
 
 
 def test_value_of_a_split_that_is_missing_is_named_with_its_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: Path
+    capsys: pytest.CaptureFixture[str], data: Path
 ) -> None:
     data.write_text("\n".join(json.dumps(row) for row in [*ROWS, {**ROWS[0], "ward": " "}]))
-    assert run(monkeypatch, data, *SPLITS["column"]) == 2
+    assert run(data, *SPLITS["column"]) == 2
     assert f"{data}, row 201: column 'ward' is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--prompt", "", "--answer", ""], ["--prompt", "text", "--answer", "lable"]])
 def test_csv_without_a_header_does_not_have_its_first_row_quoted(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
 ) -> None:
     file = tmp_path / "all.csv"
     file.write_text("secret,test\nsecret,b\n")
-    assert run(monkeypatch, file, "--by", "iid", "--sites", "1", *options) == 2
+    assert run(file, "--by", "iid", "--sites", "1", *options) == 2
     said = capsys.readouterr().err
     assert "--prompt" in said
     assert "secret" not in said
@@ -232,21 +225,18 @@ def test_csv_without_a_header_does_not_have_its_first_row_quoted(
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     data: Path,
     options: list[str],
     code: int,
     says: str,
 ) -> None:
-    assert run(monkeypatch, data, *options) == code
+    assert run(data, *options) == code
     assert says in capsys.readouterr().err
     assert [file.name for file in data.parent.iterdir()] == [data.name]
 
 
-def test_labels_are_held_against_the_federations(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: Path
-) -> None:
+def test_labels_are_held_against_the_federations(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     federation: dict[str, Any] = {
         "name": "x",
         "model": {"path": "m"},
@@ -257,20 +247,18 @@ def test_labels_are_held_against_the_federations(
     }
     file = data.parent / "federation.yaml"
     file.write_text(yaml.safe_dump(federation))
-    assert run(monkeypatch, data, *SPLITS["iid"], "--federation", str(file)) == 2
+    assert run(data, *SPLITS["iid"], "--federation", str(file)) == 2
     assert "label(s) 'd' of the data are not in `task.labels` of" in capsys.readouterr().err
     template = ["--prompt", "text", "--answer", "{label}", "--label", "ward"]  # a site's labels are its answers
-    assert run(monkeypatch, data, *SPLITS["iid"], *template, "--federation", str(file)) == 2
+    assert run(data, *SPLITS["iid"], *template, "--federation", str(file)) == 2
     assert "label(s) 'd' of the data are not in `task.labels` of" in capsys.readouterr().err
     federation["task"]["labels"].append("d")
     file.write_text(yaml.safe_dump(federation))
-    assert run(monkeypatch, data, *SPLITS["iid"], "--federation", str(file)) == 0
-    assert run(monkeypatch, data, *SPLITS["iid"], *template, "--federation", str(file), out="other") == 0
+    assert run(data, *SPLITS["iid"], "--federation", str(file)) == 0
+    assert run(data, *SPLITS["iid"], *template, "--federation", str(file), out="other") == 0
 
 
-def test_folder_that_exists_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: Path
-) -> None:
+def test_folder_that_exists_is_left_alone(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     (data.parent / "out").mkdir()
-    assert run(monkeypatch, data, *SPLITS["iid"]) == 1
+    assert run(data, *SPLITS["iid"]) == 1
     assert "exists already; name another folder with --out" in capsys.readouterr().err

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.experiment.compare import main, write_comparison
+from deploy.cli import main
+from deploy.experiment.compare import write_comparison
 
 LOSS = {"fedit": [0.52, 0.61, 0.58], "flexlora": [0.41, 0.47, 0.50], "<b>ours</b>": [0.44, 0.55]}
 BYTES = {"fedit": 4000, "flexlora": 3000, "<b>ours</b>": 500}
@@ -187,11 +188,11 @@ def test_page_is_whole_fetches_nothing_and_is_the_same_again(out: Path) -> None:
 
 
 def test_folder_without_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path)]) == 2
     assert "holds no experiment" in capsys.readouterr().err
     settings = [{"strategy": "fedit", "clients": 2, "alpha": None, "rank": None, "local_steps": None}]
     settings = [{**settings[0], "learning_rate": None, "tried": [], "cells": []}]
     summary = {"name": "x", "select_by": "loss", "settings": settings, "partitions": []}
     (tmp_path / "experiment.json").write_text(json.dumps(summary))
-    assert main([str(tmp_path)]) == 0
+    assert main(["compare", str(tmp_path)]) == 0
     assert "There is no result to compare yet." in (tmp_path / "comparison.html").read_text()

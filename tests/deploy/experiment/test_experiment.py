@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ import pytest
 import yaml
 
 from common.errors import DataError, DivergedError, DivergedUpdate, TrainingError, kind_of
+from deploy.cli import main
 from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan
-from deploy.experiment.run import Experiment, main
+from deploy.experiment.run import Experiment
 from deploy.experiment.trial import start
 from deploy.sandbox.tiny import make_federation, make_shard
 from server.run.folder import read_lines
-from tests.harness.launcher import ROOT, environment
+from tests.harness.launcher import FEDSPAN, ROOT, environment
 
 SIZES = {"site-a": 9, "site-b": 17}
 TERMS = {"prompt": "term", "answer": "title"}
@@ -128,7 +128,7 @@ def test_partition_folders_are_found_by_alpha(tmp_path: Path) -> None:
     assert [s.alpha for s in found.settings] == [0.5, 10.0]
     assert found.sites[2, 0.5] == [tmp_path / "sites-0.5" / f"{site}.yaml" for site in SIZES]
     (tmp_path / "sites-0.5" / "site-b.yaml").unlink()
-    assert main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert main(["experiment", str(file), "--out", str(tmp_path / "out")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_is_impossible_is_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
 ) -> None:
     file = make_experiment(tmp_path, **changes)
-    assert main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert main(["experiment", str(file), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert all(word in told for word in [str(file.parent), *words]), told
     assert not (tmp_path / "out").exists()
@@ -180,7 +180,7 @@ def test_what_is_impossible_is_refused_before_anything_runs(
 
 def test_unknown_scale_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = make_experiment(tmp_path, scales={"quick": {"federation": {"rounds": 1}}})
-    assert main([str(file), "--scale", "quik", "--out", str(tmp_path / "out")]) == 2
+    assert main(["experiment", str(file), "--scale", "quik", "--out", str(tmp_path / "out")]) == 2
     assert "no scale 'quik'; allowed: quick" in capsys.readouterr().err
 
 
@@ -189,7 +189,7 @@ def test_rows_that_cannot_be_used_are_one_error_before_anything_runs(
 ) -> None:
     file = make_experiment(tmp_path)
     (tmp_path / "site-b.jsonl").write_text('{"term": "x", "title": ""}\n')
-    assert main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert main(["experiment", str(file), "--out", str(tmp_path / "out")]) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     for word in (str(file), f"`data.sites.2`: {tmp_path / 'site-b.yaml'}: ", "row 1: column 'title' is empty"):
         assert word in told
@@ -234,7 +234,7 @@ def test_learning_rate_without_a_score_is_named_and_counts_as_an_error_unless_it
     for cell in found.final(setting, 1e-3):
         pretend(out, found, cell, 2.5)
     nothing_runs(monkeypatch)
-    assert main([str(file), "--out", str(out)]) == code
+    assert main(["experiment", str(file), "--out", str(out)]) == code
     told = f"0.03 ({told})"
     for name in ("comparison.html", "comparison.md"):
         assert f"Learning rates without a score: FedIT with 2 clients, rank 2: {told}" in (out / name).read_text()
@@ -250,7 +250,7 @@ def test_strategy_whose_learning_rates_all_failed_is_in_the_table_of_numbers(
     for cell in found.selection(found.settings[0]):
         pretend(out, found, cell, **DIVERGED)
     nothing_runs(monkeypatch)
-    assert main([str(file), "--out", str(out)]) == 1
+    assert main(["experiment", str(file), "--out", str(out)]) == 1
     with (out / "comparison.csv").open() as lines:
         (line,) = csv.DictReader(lines)
     assert (line["strategy"], line["measure"], line["seeds"]) == ("fedit", "", "0")
@@ -272,9 +272,9 @@ def test_mistake_in_the_test_set_can_be_mended_after_the_selection(
     mended["data"]["test"]["answer"] = "{title}!"
     file.write_text(yaml.safe_dump(mended))
     nothing_runs(monkeypatch)
-    assert main([str(file), "--out", str(out)]) == 1  # the final cells are still to be run
+    assert main(["experiment", str(file), "--out", str(out)]) == 1  # the final cells are still to be run
     pretend(out, found, first, 2.0)  # one of them with the test set as it was
-    assert main([str(file), "--out", str(out)]) == 2
+    assert main(["experiment", str(file), "--out", str(out)]) == 2
     assert "`evaluation.server.answer` was 'title', is '{title}!'" in capsys.readouterr().err
 
 
@@ -289,13 +289,13 @@ def test_interrupt_leaves_the_results_that_earlier_calls_have_found(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Experiment, "_cells", interrupt)
-    assert main([str(file), "--out", str(out)]) == 130
+    assert main(["experiment", str(file), "--out", str(out)]) == 130
     assert not (out / "comparison.md").exists()  # there is nothing to compare
     for cell, score in zip(found.selection(fedit), (3.0, 2.0), strict=True):
         pretend(out, found, cell, score)
     pretend(out, found, found.selection(flexlora)[0], 2.0)
     pretend(out, found, found.final(fedit, 3e-2)[0], 2.25)
-    assert main([str(file), "--out", str(out)]) == 130
+    assert main(["experiment", str(file), "--out", str(out)]) == 130
     settings = json.loads((out / "experiment.json").read_text())["settings"]
     assert [setting["learning_rate"] for setting in settings] == [3e-2, None]
     assert "| FedIT | 0.03† | 1 | **2.250** |" in (out / "comparison.md").read_text()
@@ -329,7 +329,7 @@ def test_killed_cell_goes_on_unless_its_bytes_are_to_be_compared(
 def test_signal_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        main([str(tmp_path / "none.yaml")])
+        main(["experiment", str(tmp_path / "none.yaml")])
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -351,7 +351,7 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("experiment")
     file, out = make_experiment(folder), folder / "out"
-    command = [sys.executable, "-m", "deploy.experiment.run", str(file), "--out", str(out)]
+    command = [*FEDSPAN, "experiment", str(file), "--out", str(out)]
     first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     while first.poll() is None and not list(out.glob("*/*/checkpoints/round-*")):
         time.sleep(0.02)
@@ -362,10 +362,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     test = (folder / "test.jsonl").read_text()
     (folder / "test.jsonl").write_text('{"term": "broken"}\n')
-    second = main([str(file), "--out", str(out)])
+    second = main(["experiment", str(file), "--out", str(out)])
     (folder / "test.jsonl").write_text(test)
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        third = main([str(file), "--out", str(out)])
+        third = main(["experiment", str(file), "--out", str(out)])
     return Story(out, interrupted, [str(p) for p in left], second, third, told.getvalue())
 
 
@@ -407,7 +407,7 @@ def test_finished_cells_are_skipped_and_failed_ones_tried_again(story: Story) ->
     before, expected = ended([*selection, *finals]), scores(finals[1])
     (finals[1] / "run.json").write_text(json.dumps(FAILED))
     (finals[1] / "metrics.jsonl").unlink()
-    assert main([str(story.out.parent / "experiment.yaml"), "--out", str(story.out)]) == 0
+    assert main(["experiment", str(story.out.parent / "experiment.yaml"), "--out", str(story.out)]) == 0
     assert ended([*selection, finals[0]]) == before[:-1]
     assert scores(finals[1]) == expected
 
@@ -418,7 +418,7 @@ def test_cells_of_another_experiment_are_not_mixed_in(story: Story, capsys: pyte
     changed["federation"]["rounds"] = 7
     other = file.with_name("other.yaml")
     other.write_text(yaml.safe_dump(changed))
-    assert main([str(other), "--out", str(story.out)]) == 2
+    assert main(["experiment", str(other), "--out", str(story.out)]) == 2
     assert "`rounds` was 6, is 7; choose another --out" in capsys.readouterr().err
 
 
@@ -430,7 +430,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     for site in SIZES:
         told = yaml.safe_load((folder / f"{site}.yaml").read_text())
         (folder / f"{site}.yaml").write_text(yaml.safe_dump({**told, "policy": {"max_rounds": 2}}))
-    return main([str(file), "--out", str(folder / "out")]), file
+    return main(["experiment", str(file), "--out", str(folder / "out")]), file
 
 
 def test_sites_limits_and_ledgers_are_those_of_one_cell(limited: tuple[int, Path]) -> None:
@@ -447,7 +447,7 @@ def test_rate_that_diverges_loses_and_is_not_tried_again(limited: tuple[int, Pat
     assert setting["learning_rate"] == 1e-3
     assert [tried["status"] for tried in setting["tried"]] == ["completed", "diverged"]
     before = ended(sorted(out.glob("*/*")))
-    assert main([str(file), "--out", str(out)]) == 0
+    assert main(["experiment", str(file), "--out", str(out)]) == 0
     assert ended(sorted(out.glob("*/*"))) == before
 
 
@@ -464,7 +464,7 @@ def test_cells_with_other_data_are_not_mixed_in(
     limited: tuple[int, Path], capsys: pytest.CaptureFixture[str], name: str, told: str
 ) -> None:
     _, file = limited
-    changed, command = file.parent / name, [str(file), "--out", str(file.parent / "out")]
+    changed, command = file.parent / name, ["experiment", str(file), "--out", str(file.parent / "out")]
     before = changed.read_text()
     changed.write_text(before.replace("hand", "knee") + "\n")
     try:
@@ -485,12 +485,12 @@ def test_cells_with_other_sites_are_not_mixed_in(
         told = json.loads(facts.read_text())
         del told["digests"]
         facts.write_text(json.dumps(told))
-    assert main([str(file), "--out", str(out)]) == 0
+    assert main(["experiment", str(file), "--out", str(out)]) == 0
     other = yaml.safe_load(file.read_text())
     (file.parent / "more").mkdir()
     moved = file.parent / "more" / "site-b.yaml"
     moved.write_text((file.parent / "site-b.yaml").read_text().replace("site-b.jsonl", "../site-b.jsonl"))
     other["data"]["sites"] = {2: ["site-a.yaml", "more/site-b.yaml"]}
     file.with_name("other.yaml").write_text(yaml.safe_dump(other))
-    assert main([str(file.with_name("other.yaml")), "--out", str(out)]) == 2
+    assert main(["experiment", str(file.with_name("other.yaml")), "--out", str(out)]) == 2
     assert f"`data.sites` has other files: {moved}" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from client.connect.verify import Trust, refusal, signed_message
-from deploy.keys.bundle import main
+from deploy.cli import main
 from tests.harness.programs import needs
 
 APP = Path(__file__).parents[2] / "processes" / "orders_app"
@@ -21,13 +21,13 @@ APP = Path(__file__).parents[2] / "processes" / "orders_app"
 @pytest.fixture
 def reviewer(tmp_path: Path) -> Path:
     for name in ("reviewer", "stranger"):
-        assert main(["key", str(tmp_path / name)]) == 0
+        assert main(["code", "key", str(tmp_path / name)]) == 0
     return tmp_path
 
 
 def signature(folder: Path, key: str = "reviewer", app: Path = APP) -> dict[str, Any]:
     out = folder / f"{key}.sig"
-    assert main(["sign", "--key", str(folder / f"{key}.key"), "--app", str(app), "--out", str(out)]) == 0
+    assert main(["code", "sign", "--key", str(folder / f"{key}.key"), "--app", str(app), "--out", str(out)]) == 0
     return dict(json.loads(out.read_text()))
 
 
@@ -36,7 +36,7 @@ def trust(folder: Path, *keys: str, bundles: list[str] | None = None) -> Trust:
 
 
 def test_digest_is_that_of_the_shipped_bundle(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["digest", "--app", str(APP)]) == 0
+    assert main(["code", "digest", "--app", str(APP)]) == 0
     assert capsys.readouterr().out.strip() == hashlib.sha256(build_fab_from_disk(APP)).hexdigest()
 
 
@@ -92,11 +92,11 @@ def test_verify_tells_right_from_wrong(reviewer: Path, tmp_path: Path, capsys: p
     client = changed / "orders_client.py"
     client.write_text(client.read_text() + "\n# one more line\n")
     pub, sig = str(reviewer / "reviewer.pub"), str(reviewer / "reviewer.sig")
-    assert main(["verify", "--key", pub, "--signature", sig, "--app", str(APP)]) == 0
-    assert main(["verify", "--key", pub, "--signature", sig, "--app", str(changed)]) == 1
+    assert main(["code", "verify", "--key", pub, "--signature", sig, "--app", str(APP)]) == 0
+    assert main(["code", "verify", "--key", pub, "--signature", sig, "--app", str(changed)]) == 1
     assert "reviewer.sig is for bundle" in capsys.readouterr().err
     stranger = str(reviewer / "stranger.pub")
-    assert main(["verify", "--key", stranger, "--signature", sig, "--app", str(APP)]) == 1
+    assert main(["code", "verify", "--key", stranger, "--signature", sig, "--app", str(APP)]) == 1
     assert "was not made with the key SHA256:" in capsys.readouterr().err
 
 
@@ -115,7 +115,7 @@ def test_mistakes_are_one_clear_line(
     reviewer: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert main([argument.format(reviewer) for argument in arguments]) == 2
+    assert main(["code", *(argument.format(reviewer) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error

@@ -11,13 +11,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from common.system.keys import host_names, read_certificates
-from deploy.keys.certs import main
+from deploy.cli import main
 from tests.harness.programs import needs
 
 
 @pytest.fixture
 def pki(tmp_path: Path) -> Path:
-    assert main(["ca", str(tmp_path / "pki")]) == 0
+    assert main(["keys", "ca", str(tmp_path / "pki")]) == 0
     return tmp_path / "pki"
 
 
@@ -44,7 +44,7 @@ def handshake(pki: Path, host: str) -> None:
 
 @needs("openssl")
 def test_server_certificate_passes_strict_checks_for_all_its_names(pki: Path) -> None:
-    assert main(["server", str(pki), "--host", "fl.example.org", "10.0.0.7", "--host", "2001:db8::1"]) == 0
+    assert main(["keys", "server", str(pki), "--host", "fl.example.org", "10.0.0.7", "--host", "2001:db8::1"]) == 0
     for host in ("fl.example.org", "10.0.0.7", "2001:db8::1", "localhost", "127.0.0.1"):
         handshake(pki, host)
     with pytest.raises(ssl.SSLCertVerificationError):
@@ -54,9 +54,9 @@ def test_server_certificate_passes_strict_checks_for_all_its_names(pki: Path) ->
 
 
 def test_renewal_keeps_names_and_key_and_tells_the_new_expiry(pki: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["server", str(pki), "--host", "fl.example.org", "--days", "1"]) == 0
+    assert main(["keys", "server", str(pki), "--host", "fl.example.org", "--days", "1"]) == 0
     key, before = (pki / "server.key").read_bytes(), read_certificates(pki / "server.pem")[0]
-    assert main(["server", str(pki)]) == 0
+    assert main(["keys", "server", str(pki)]) == 0
     after = read_certificates(pki / "server.pem")[0]
     assert (pki / "server.key").read_bytes() == key
     assert host_names(after) == host_names(before)
@@ -67,15 +67,15 @@ def test_renewal_keeps_names_and_key_and_tells_the_new_expiry(pki: Path, capsys:
 
 
 def test_server_certificate_ends_with_the_authority(tmp_path: Path) -> None:
-    assert main(["ca", str(tmp_path), "--days", "3"]) == 0
-    assert main(["server", str(tmp_path)]) == 0
+    assert main(["keys", "ca", str(tmp_path), "--days", "3"]) == 0
+    assert main(["keys", "server", str(tmp_path)]) == 0
     ca, server = (read_certificates(tmp_path / name)[0] for name in ("ca.crt", "server.pem"))
     assert server.not_valid_after_utc == ca.not_valid_after_utc
 
 
 @needs("ssh-keygen")
 def test_site_pair_is_what_ssh_keygen_and_flower_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["site", str(tmp_path / "site-a")]) == 0
+    assert main(["keys", "site", str(tmp_path / "site-a")]) == 0
     key = load_ssh_private_key((tmp_path / "site-a.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     assert key.curve.name == "secp384r1"
@@ -86,20 +86,20 @@ def test_site_pair_is_what_ssh_keygen_and_flower_read(tmp_path: Path, capsys: py
 
 
 def test_secrets_are_private(pki: Path) -> None:
-    main(["server", str(pki)])
-    main(["site", str(pki / "site-a")])
+    main(["keys", "server", str(pki)])
+    main(["keys", "site", str(pki / "site-a")])
     assert {mode(pki / name) for name in ("ca.key", "server.key", "site-a.key")} == {0o600}
 
 
 def test_two_makers_of_one_pair_never_mix_theirs(tmp_path: Path) -> None:
     codes: list[int] = []
-    makers = [threading.Thread(target=lambda: codes.append(main(["ca", str(tmp_path)]))) for _ in range(4)]
+    makers = [threading.Thread(target=lambda: codes.append(main(["keys", "ca", str(tmp_path)]))) for _ in range(4)]
     for maker in makers:
         maker.start()
     for maker in makers:
         maker.join()
     assert sorted(codes) == [0, 2, 2, 2]
-    assert main(["server", str(tmp_path)]) == 0
+    assert main(["keys", "server", str(tmp_path)]) == 0
 
 
 def expired(pki: Path) -> None:
@@ -115,11 +115,11 @@ def expired(pki: Path) -> None:
         patch.setattr("deploy.keys.certs.datetime", Past)
         (pki / "ca.crt").unlink()
         (pki / "ca.key").unlink()
-        assert main(["ca", str(pki), "--days", "10"]) == 0
+        assert main(["keys", "ca", str(pki), "--days", "10"]) == 0
 
 
 def foreign(pki: Path) -> None:
-    assert main(["ca", str(pki / "other")]) == 0
+    assert main(["keys", "ca", str(pki / "other")]) == 0
     (pki / "ca.crt").write_bytes((pki / "other" / "ca.crt").read_bytes())
 
 
@@ -146,7 +146,7 @@ def test_mistakes_are_one_clear_line(
         spoil(pki)
     before = {path: path.read_bytes() for path in pki.iterdir() if path.is_file()}
     capsys.readouterr()
-    assert main([argument.format(pki=pki) for argument in arguments]) == 2
+    assert main(["keys", *(argument.format(pki=pki) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error
@@ -155,10 +155,12 @@ def test_mistakes_are_one_clear_line(
 
 
 def test_show_says_what_a_file_is(pki: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["server", str(pki), "--host", "fl.example.org"])
-    main(["site", str(pki / "site-a")])
+    main(["keys", "server", str(pki), "--host", "fl.example.org"])
+    main(["keys", "site", str(pki / "site-a")])
     capsys.readouterr()
-    assert main(["show", *(str(pki / name) for name in ("ca.crt", "server.pem", "site-a.pub", "site-a.key"))]) == 0
+    assert (
+        main(["keys", "show", *(str(pki / name) for name in ("ca.crt", "server.pem", "site-a.pub", "site-a.key"))]) == 0
+    )
     said = capsys.readouterr().out
     for part in ("CN=FedSpan CA", "issuer     itself", "fl.example.org, localhost, 127.0.0.1", "364 days left"):
         assert part in said

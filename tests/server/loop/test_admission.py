@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 
 from common.errors import FederationError
 from common.protocol import wire
+from deploy.cli import main
 from server.loop.checkpoint import newest
-from server.run import quarantine as refusals
 from server.run.folder import read_lines
 from strategies.admission.bounds import change_norms
 from strategies.rule import Update
@@ -186,7 +186,7 @@ def test_site_refused_three_times_in_a_row_is_left_out_until_readmitted(tmp_path
 
     def readmit_in_round_6(message: Message) -> None:
         if message.metadata.message_type == MessageType.TRAIN and good.sent[-1][0] == 6:
-            assert refusals.main([str(tmp_path / "run"), "site-3"]) == 0
+            assert main(["readmit", "run", "site-3", "--runs", str(tmp_path)]) == 0
 
     good.before_reply = readmit_in_round_6  # type: ignore[assignment]
     run(tmp_path, [good, Site(2), bad], 8, cohort=cohort(2))
@@ -194,7 +194,7 @@ def test_site_refused_three_times_in_a_row_is_left_out_until_readmitted(tmp_path
     (excluded,) = events(tmp_path, "client_excluded")
     assert excluded["reason"] == (
         "site-3: left out after 3 refused updates in a row; to readmit it: "
-        f"python -m server.run.quarantine {tmp_path / 'run'} site-3"
+        f"fedspan readmit run site-3 --runs {tmp_path}"
     )
     assert [e["client"] for e in events(tmp_path, "client_readmitted")] == ["site-3"]
     asked = {e["round"]: "site-3" in e["clients"] for e in events(tmp_path, "round_started")}
@@ -233,12 +233,12 @@ def test_who_is_left_out_stays_so_when_the_run_is_resumed(tmp_path: Path) -> Non
     assert asked[2:] == [["site-1", "site-2"]] * (len(asked) - 2)
 
 
-@pytest.mark.parametrize("arguments", [["{run}", "../x"], ["{run}/nothing", "site-1"]])
+@pytest.mark.parametrize("arguments", [["run", "../x"], ["run/nothing", "site-1"]])
 def test_readmitting_names_what_is_wrong(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, [Site(1)], 1)
-    assert refusals.main([part.format(run=tmp_path / "run") for part in arguments]) == 2
+    assert main(["readmit", *arguments, "--runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "run" / "readmit").exists()
 

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from common.errors import FederationError, LaunchError, RunFailed, RunFolderError
 from common.system.lock import hold
+from deploy.cli import main
 from server.loop.checkpoint import newest
 from server.operate import status
-from server.operate.stop import main as stop_main
 from server.run.folder import read_lines
 from server.run.state import overview
 from server.run.supervisor_lock import (
@@ -38,7 +38,7 @@ from tests.harness.sample_run import ROUNDS, SITES, begin, completed, play_round
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert status.main(list(arguments)) == 0
+    assert main(["status", *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -134,7 +134,7 @@ def test_run_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pytest.C
     text = shown(capsys, "--runs", str(tmp_path))
     assert "good  completed" in " ".join(text.split(" "))
     assert "events.jsonl, line 1: not valid JSON" in text
-    assert status.main(["--runs", str(tmp_path), "bad"]) == 2
+    assert main(["status", "--runs", str(tmp_path), "bad"]) == 2
     assert "events.jsonl, line 1" in capsys.readouterr().err
 
 
@@ -267,10 +267,10 @@ def test_stop_ends_the_supervisor_and_waits_for_it(
         looking_after(tmp_path / "run"),
     ):
         pass
-    assert stop_main(["run", "--runs", str(tmp_path)]) == 0
+    assert main(["stop", "run", "--runs", str(tmp_path)]) == 0
     assert "run is stopped after round 0" in capsys.readouterr().out
     assert supervisor.wait(10) == 0
-    assert stop_main(["run", "--runs", str(tmp_path)]) == 0  # nothing is left to stop
+    assert main(["stop", "run", "--runs", str(tmp_path)]) == 0  # nothing is left to stop
     assert "run is not running" in capsys.readouterr().out
 
 
@@ -278,7 +278,7 @@ def test_stop_ends_the_supervisor_and_waits_for_it(
 def test_supervisor_that_does_not_end_in_time_is_named(
     tmp_path: Path, supervisor: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert stop_main(["run", "--runs", str(tmp_path), "--deadline", "0.5"]) == 1
+    assert main(["stop", "run", "--runs", str(tmp_path), "--deadline", "0.5"]) == 1
     assert f"process {supervisor.pid} has not ended within 0.5 seconds" in capsys.readouterr().err
     assert supervisor.poll() is None
 
@@ -304,7 +304,7 @@ def test_process_that_only_has_the_supervisors_number_is_not_touched(tmp_path: P
 
 def test_server_without_a_supervisor_is_left_to_flower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = begin(tmp_path / "run")
-    assert stop_main(["run", "--runs", str(tmp_path)]) == 1
+    assert main(["stop", "run", "--runs", str(tmp_path)]) == 1
     assert "stop it with `flwr stop`" in capsys.readouterr().err
     folder.close()
 
@@ -318,9 +318,5 @@ def test_server_without_a_supervisor_is_left_to_flower(tmp_path: Path, capsys: p
     ],
 )
 def test_mistakes_are_told(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = status.main(arguments)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    assert code == 2
+    assert main(["status", *arguments]) == 2
     assert says in capsys.readouterr().err

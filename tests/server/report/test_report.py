@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 from markupsafe import Markup
 
 from common.errors import RunFolderError
+from deploy.cli import main
 from server.report.figures import FIGURES, Figure
 from server.report.format import precise
 from server.report.read import read_run
@@ -188,19 +187,17 @@ def test_many_sites_and_rounds_still_fit_one_page(tmp_path: Path) -> None:
     assert len(html) < 3_000_000
 
 
-def test_command_line_writes_it_and_names_a_folder_that_holds_no_run(run: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "server.report.write", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path} is no run folder: it holds no run.json\n"
+def test_command_line_writes_it_and_names_a_folder_that_holds_no_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = ["--runs", str(tmp_path.parent)]
+    assert main(["report", tmp_path.name, *runs]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is no run folder: it holds no run.json\n"
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"run\.json: not valid JSON"):
         write_report(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "server.report.write", str(run)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == str(run / "report.html")
+    assert main(["report", run.name, "--runs", str(run.parent)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
 def test_tiny_diagnostics_are_not_shown_as_zero() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,22 @@ from typing import Any
 import pytest
 
 from common.errors import FederationError
-from deploy.keys import certs
-from server.superlink.registry import main, read
+from deploy.cli import main
+from server.superlink.registry import read
 from tests.harness.fake_sites import Site, run
+from tests.harness.launcher import FEDSPAN
 from tests.harness.programs import needs
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     for site in ("site-a", "site-b", "site-c"):
-        assert certs.main(["site", str(tmp_path / site)]) == 0
+        assert main(["keys", "site", str(tmp_path / site)]) == 0
     return tmp_path / "register.json"
 
 
 def add(file: Path, name: str, *options: str, key: str = "") -> int:
-    return main([str(file), "add", name, str(file.parent / f"{key or name}.pub"), *options])
+    return main(["sites", "add", str(file), name, str(file.parent / f"{key or name}.pub"), *options])
 
 
 def states(file: Path) -> list[tuple[str, str]]:
@@ -34,12 +34,12 @@ def states(file: Path) -> list[tuple[str, str]]:
 @needs("ssh-keygen")
 def test_sites_are_added_revoked_and_listed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(file, "site-a") == add(file, "site-b", "--expires", "2999-12-31") == 0
-    assert main([str(file), "revoke", "site-a"]) == 0
+    assert main(["sites", "revoke", str(file), "site-a"]) == 0
     assert add(file, "site-a", key="site-c") == 0  # the site has made a new pair
     assert states(file) == [("site-a", "revoked"), ("site-b", "active"), ("site-a", "active")]
     assert len(read(file).active(datetime.now(UTC))) == 2
     capsys.readouterr()
-    assert main([str(file), "list"]) == 0
+    assert main(["sites", "list", str(file)]) == 0
     said = capsys.readouterr().out.splitlines()
     marks = [
         subprocess.run(
@@ -86,10 +86,10 @@ def test_mistakes_change_nothing(
 ) -> None:
     add(file, "site-a")
     add(file, "gone", key="site-c")
-    main([str(file), "revoke", "gone"])
+    main(["sites", "revoke", str(file), "gone"])
     before = file.read_bytes()
     capsys.readouterr()
-    assert main([str(file), *(argument.format(file.parent) for argument in arguments)]) == 2
+    assert main(["sites", arguments[0], str(file), *(argument.format(file.parent) for argument in arguments[1:])]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error
@@ -99,12 +99,12 @@ def test_mistakes_change_nothing(
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sites": [{"name": "x"}]}', '{"sites": [], "more": 1}'])
 def test_damaged_register_is_named(file: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(text)
-    assert main([str(file), "list"]) == 2
+    assert main(["sites", "list", str(file)]) == 2
     assert str(file) in capsys.readouterr().err
 
 
 def test_editors_at_the_same_time_lose_nothing(file: Path) -> None:
-    command = [sys.executable, "-m", "server.superlink.registry", str(file), "add"]
+    command = [*FEDSPAN, "sites", "add", str(file)]
     names = ["site-a", "site-b", "site-c"]
     editors = [subprocess.Popen([*command, name, str(file.parent / f"{name}.pub")]) for name in names]
     assert [editor.wait(120) for editor in editors] == [0, 0, 0]

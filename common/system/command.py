@@ -1,0 +1,166 @@
+"""A command of ``fedspan``: its arguments, what it does, and how it ends.
+
+The one place that turns errors into exit codes, the same ones for every command:
+
+    0     it went well; so has a command that goes on until it is asked to end (a site, a display)
+    1     it failed
+    2     a file or an argument is wrong
+    130   it was interrupted before it was done
+"""
+
+import argparse
+import contextlib
+import difflib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+from common.errors import ConfigError, FedSpanError
+from common.system import logs
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a module offers to ``fedspan``.
+
+    Importing that module must stay light, because ``--help`` does it: no PyTorch, no Flower, no transformers.
+
+    Attributes:
+        arguments: adds the command's arguments to a parser, each with its help.
+        run: does the work; its exit code, None for 0. Errors of the user are raised as ``FedSpanError``.
+        example: arguments as they are typed.
+        then: what comes next: a command, or a sentence.
+        notes: more for the help, as it is to be shown.
+        passes_on: options that the parser does not know are left in ``options.rest`` for another program.
+    """
+
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    example: str
+    then: str
+    notes: str = ""
+    passes_on: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command.
+
+    Args:
+        name: how the command is called, such as "fedspan sites add".
+        about: what it does, in one line.
+        command: the command itself.
+    """
+
+    def __init__(self, name: str, about: str, command: Command) -> None:
+        head = f"{about[0].upper()}{about[1:]}."
+        super().__init__(
+            prog=name,
+            description=f"{head}\n\n{command.notes}" if command.notes else head,
+            epilog=f"example:\n  {f'{name} {command.example}'.strip()}\n\nnext:\n  {command.then}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._passes_on = command.passes_on
+        command.arguments(self)
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """What the command line says.
+
+        Raises:
+            ConfigError: it is not understood; names the nearest option.
+        """
+        if self._passes_on:
+            options, rest = self.parse_known_args(arguments)
+            options.rest = rest
+            return options
+        for word in itertools.takewhile(lambda word: word != "--", arguments):
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                self.error(f"there is no option {option}{nearest(option, self._option_string_actions)}")
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError instead of ending the process."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def number(kind: type[Number], least: Number, most: Number | None = None, unit: str = "") -> Callable[[str], Number]:
+    """A ``type`` for ``add_argument``: a finite number in a range, both ends included.
+
+    Args:
+        kind: int or float.
+        least: the smallest that is allowed.
+        most: the largest; None: there is none.
+        unit: for the error, such as "seconds".
+    """
+
+    def read(text: str) -> Number:
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if least <= value <= (sys.float_info.max if most is None else most):
+                return value
+        ends = f"{least:g} and more" if most is None else f"{least:g} to {most:g}"
+        what = "whole numbers, " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {what}{ends} {unit}".rstrip())
+
+    return read
+
+
+def address(text: str) -> str:
+    """A ``type`` for ``add_argument``: HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: HOST:PORT")
+    return text
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of the known words; empty when none is near."""
+    found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def execute(work: Callable[[], int | None]) -> int:
+    """Do a command's work; its exit code. Every error that a user can mend is one line on standard error."""
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+    except FedSpanError as error:
+        return _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt as interruption:
+        return _end(str(interruption) or "interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has ended, as `head` does; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _end(f"error: {where}{error.strerror or error}", FAILED)
+    return code
+
+
+def program(name: str, about: str, command: Command) -> int:
+    """Run a command by another name than ``fedspan``'s; the exit code. For files that are started by their path."""
+    return execute(lambda: command.run(Parser(name, about, command).read(sys.argv[1:])))
+
+
+def start_log(component: str) -> None:
+    """Set up the log of this process, see ``common.system.logs``.
+
+    Raises:
+        ConfigError: the environment asks for a log that does not exist.
+    """
+    try:
+        logs.configure(component)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _end(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    return code

@@ -1,0 +1,151 @@
+"""``fedspan serve FEDERATION.yaml``: run a federation whose sites are elsewhere (``server.operate.supervise``)."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError, LaunchError
+from common.system.command import Command, address, number, start_log
+
+if TYPE_CHECKING:
+    from server.superlink.process import OwnSuperLink
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every way to run a federation has."""
+    parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml", help="the federation file")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
+    parser.add_argument("--name", help="of this run's folder (default: the federation's name)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
+    )
+    port = number(int, 1, 65535)
+    parser.add_argument("--metrics-port", type=port, metavar="PORT", help="serve Prometheus's metrics there")
+    parser.add_argument("--metrics-address", default="127.0.0.1", metavar="HOST", help="where (default: 127.0.0.1)")
+    parser.add_argument(
+        "--tries",
+        type=number(int, 0),
+        default=3,
+        metavar="N",
+        help="restarts in a row without a finished round (default: 3)",
+    )
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.add_argument(
+        "--resume-if-begun", action="store_true", help="for service managers: start the run, go on with it, or end well"
+    )
+    parser.add_argument(
+        "--fleet-api-address",
+        type=address,
+        default="127.0.0.1:9092",
+        metavar="HOST:PORT",
+        help="for sites (default: %(default)s)",
+    )
+    parser.add_argument("--ssl-ca-certfile", type=Path, metavar="FILE", help="ca.crt of `fedspan keys ca`")
+    parser.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="server.pem of `fedspan keys server`")
+    parser.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="server.key of `fedspan keys server`")
+    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
+    parser.add_argument("--registry", type=Path, metavar="FILE", help="only sites in this register may connect")
+    parser.add_argument(
+        "--signature", type=Path, action="append", default=[], metavar="FILE", help="vouches for the code; also several"
+    )
+    parser.add_argument(
+        "--port",
+        type=number(int, 1, 65535),
+        default=8000,
+        help="control port of the SuperLink that is started (default: %(default)s)",
+    )
+    parser.add_argument("--superlink", metavar="NAME", help="use the running SuperLink of this name in Flower's config")
+
+
+def _superlink(options: argparse.Namespace) -> "OwnSuperLink | str":
+    """Which SuperLink the options ask for.
+
+    Raises:
+        ConfigError: they do not fit each other, or a file does not exist.
+    """
+    from server.superlink.process import OwnSuperLink, Tls
+
+    files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
+    if options.superlink is None and options.insecure == all(files):
+        raise ConfigError("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink")
+    if options.registry is not None and not (options.superlink is None and all(files)):
+        raise ConfigError("--registry needs a SuperLink of its own with TLS: --ssl-ca-certfile and so on")
+    for file in filter(None, files):
+        if not file.is_file():
+            raise ConfigError(f"{file} does not exist")
+    if options.superlink is not None:
+        return str(options.superlink)
+    tls = Tls(*(file.resolve() for file in files)) if all(files) else None
+    return OwnSuperLink(options.port, options.fleet_api_address, tls, options.registry)
+
+
+def _check_ports(superlink: "OwnSuperLink") -> None:
+    from common.system.processes import listens
+
+    fleet = int(superlink.fleet.rpartition(":")[2])
+    for option, port in (("--port", superlink.port), ("--fleet-api-address", fleet)):
+        if listens(port):
+            raise ConfigError(f"port {port} is in use; give another with {option}")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from common.config.federation import FederationConfig, resolved
+    from common.config.load import load
+    from common.system.processes import ProcessGroup, last_lines
+    from server.operate.progress import teller
+    from server.operate.supervise import ROOT, Supervised, follow, to_the_end
+    from server.report.write import write_report
+    from server.run import bundle_signatures
+    from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
+    from server.superlink import registry, signatures
+    from server.superlink.process import environment
+
+    superlink = _superlink(options)
+    start_log("supervisor")
+    signed = signatures.read_signatures(options.signature, ROOT)
+    if options.registry is not None:
+        registry.read(options.registry)
+    source = options.federation.resolve()
+    federation = resolved(load(source, FederationConfig), source)
+    run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
+    begun = read_run(run_dir) if options.resume_if_begun else {}
+    if begun.get("status") == "completed":
+        if not (run_dir / "report.html").exists():  # its supervisor died before it came to that
+            write_report(run_dir)
+        print(f"{run_dir}: the run has ended well, nothing is left to do")  # noqa: T201
+        return 0
+    resume = options.resume or bool(begun)
+    check_resumable(run_dir, federation) if resume else refuse_existing(run_dir)
+    if not isinstance(superlink, str):
+        _check_ports(superlink)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+
+    def work() -> None:
+        console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
+        env = environment(run_dir / "flwr", federation)
+        bundle_signatures.keep(run_dir, signed)
+        with ProcessGroup(run_dir / "logs") as group:
+            tell = teller(console.print, run_dir.name)
+            run = Supervised(source, run_dir, group, superlink, env, tell, tries=options.tries)
+            if not run.start_superlink():
+                log = run_dir / "logs" / "superlink.log"
+                raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
+            run.submit(resume=resume)
+            follow(run, run_dir, console, seen, lambda: None)
+
+    return to_the_end(run_dir, options, work)
+
+
+SERVE = Command(
+    _arguments,
+    _run,
+    example="FEDERATION.yaml --registry sites.json --signature bundle.sig --fleet-api-address 0.0.0.0:9092 "
+    "--ssl-ca-certfile pki/ca.crt --ssl-certfile pki/server.pem --ssl-keyfile pki/server.key",
+    then="fedspan status NAME --watch 5",
+    notes="Started again after a crash of this machine, with --resume, it goes on after the last finished round.",
+)
