@@ -105,8 +105,9 @@ def _about(given: list[str], words: list[str]) -> int:
     if given == ["--version"]:
         print(f"fedspan {installed('fedspan')}")  # noqa: T201
         return 0
-    known = {*VERBS, *(verb.split()[0] for verb in VERBS), "--help", "--version"}
-    hint = nearest(" ".join(words[:2]) or rest[0], known) or nearest(rest[0], known)
+    known = {verb.split()[-1]: verb for verb in VERBS} | {verb.split()[0]: verb.split()[0] for verb in VERBS}
+    known |= {word: word for word in (*VERBS, "--help", "--version")}
+    hint = nearest(" ".join(words[:2]), known, 0.8) or nearest(rest[0], known)
     raise ConfigError(f"fedspan {start}has no {rest[0]}{hint} (see fedspan {start}--help)")
 
 

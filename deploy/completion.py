@@ -11,7 +11,7 @@ from deploy import cli
 _BASH = """\
 _fedspan() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD - 1]}}" verb="" words=""
-    local one="${{COMP_WORDS[1]}}" two="${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}"
+    local one="${{COMP_WORDS[1]}}" two="${{COMP_WORDS[1]}} ${{COMP_WORDS[2]-}}"
     ((COMP_CWORD > 1)) && case "$one" in {single}) verb="$one" ;; esac
     ((COMP_CWORD > 2)) && case "$two" in {double}) verb="$two" ;; esac
     case "$COMP_CWORD $one" in
@@ -79,6 +79,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 COMPLETION = Command(
     _arguments,
     lambda options: print(script(options.shell), end=""),  # noqa: T201
-    example="bash >> ~/.bashrc",
+    example="bash",
     then="a new shell, and: fedspan <Tab><Tab>",
+    notes="To have it in every shell, for bash: fedspan completion bash >> ~/.bashrc, for zsh: ... zsh >> ~/.zshrc",
 )

@@ -14,7 +14,7 @@ import difflib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -79,10 +79,11 @@ class Parser(argparse.ArgumentParser):
             options, rest = self.parse_known_args(arguments)
             options.rest = rest
             return options
+        known = {name: name for name in self._option_string_actions}
         for word in itertools.takewhile(lambda word: word != "--", arguments):
             option = word.partition("=")[0]
-            if option.startswith("--") and option not in self._option_string_actions:
-                self.error(f"there is no option {option}{nearest(option, self._option_string_actions)}")
+            if option.startswith("--") and option not in known:
+                self.error(f"there is no option {option}{nearest(option, known)}")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
@@ -120,17 +121,25 @@ def address(text: str) -> str:
     return text
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question that names the nearest of the known words; empty when none is near."""
-    found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+def nearest(word: str, known: Mapping[str, str], closeness: float = 0.5) -> str:
+    """A question that names what was most likely meant; empty when nothing is near.
+
+    Args:
+        word: what was typed.
+        known: what is meant, by what could be typed.
+        closeness: between 0 and 1, which is the word itself.
+    """
+    found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=closeness)
+    return f"; did you mean {known[found[0]]}?" if found else ""
 
 
 def execute(work: Callable[[], int | None]) -> int:
     """Do a command's work; its exit code. Every error that a user can mend is one line on standard error."""
     try:
-        code = work() or 0
-        sys.stdout.flush()
+        try:
+            code = work() or 0
+        finally:
+            sys.stdout.flush()
     except FedSpanError as error:
         return _end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt as interruption:
