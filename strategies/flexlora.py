@@ -6,7 +6,7 @@ scaling. dW is never formed (``common.linalg.lowrank``).
 """
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class FlexLoRARule(Rule):
         lora_alpha: float | None = None,
         *,
         rslora: bool = False,
-        split: Literal["left", "sqrt"] = "left",
         max_rank: int | None = None,
     ) -> None:
         """Make the rule.
@@ -46,20 +45,18 @@ class FlexLoRARule(Rule):
             lora_alpha: of the state, and of clients that do not report their own. None: the state holds B A = dW, and
                 clients report theirs unless all have the state's rank.
             rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
-            split: ``left``: B = U S / s, A = V^T; ``sqrt``: B = U sqrt(S) / sqrt(s), A = sqrt(S) V^T / sqrt(s).
             max_rank: the largest rank of a client; None: what its layers allow. A larger one than the state's makes
                 the state grow.
         """
         self.lora_alpha = lora_alpha
         self.max_rank = max_rank
         self._rslora = rslora
-        self._split = split
 
     @classmethod
     def from_section(cls, config: FlexLoRAConfig, setup: Setup) -> Self:
         """See ``Rule.from_section``."""
         del setup
-        return cls(config.lora_alpha, rslora=config.rslora, split=config.split, max_rank=config.rank)
+        return cls(config.lora_alpha, rslora=config.rslora, max_rank=config.rank)
 
     def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
         """The best approximation of the state of rank ``rank``, in the scaling of that rank and ``lora_alpha``."""
@@ -71,9 +68,6 @@ class FlexLoRARule(Rule):
             if own == whole and ratio == 1.0:
                 continue
             left, right = state[b][:, :own], state[a][:own]
-            if self._split == "sqrt":  # both change, but for rows of A that stand by for columns of zeros in B
-                ratio = ratio**0.5
-                right = torch.where(left.any(dim=0)[:, None], right.float() * ratio, right.float()).to(right.dtype)
             fitted[a], fitted[b] = right.clone(), (left.float() * ratio).to(left.dtype)
         return fitted
 
@@ -117,20 +111,19 @@ class FlexLoRARule(Rule):
         return [*terms, Term(0.0, state[b].float() * self._scaling(self.lora_alpha, len(state[a])), state[a])]
 
     def _factors(self, svd: TruncatedSVD, before: Tensor) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) of the state; where dW has fewer directions, B is zero and A orthonormal.
+        """A = V^T (rank, in), B = U S / s (out, rank); where dW has fewer directions, B is zero and A orthonormal.
 
         dW = 0 keeps the A there was, so that A and B are never both zero.
         """
         rank, used = len(svd.s), int((svd.s > 0).sum())
         u, s, vt = svd.u[:, :used], svd.s[:used, None], svd.vt[:used]
         scaling = self._scaling(self.lora_alpha, rank)
-        left, right = (s / scaling, vt) if self._split == "left" else ((s / scaling).sqrt(), vt * (s / scaling).sqrt())
-        new_a = right if used else before.to(vt.dtype)
+        new_a = vt if used else before.to(vt.dtype)
         if len(new_a) < rank:
             more = torch.randn(rank, before.shape[1], generator=torch.Generator().manual_seed(0)).to(vt.dtype)
             spare, _ = torch.linalg.qr(torch.cat([vt, before.to(vt.dtype), more]).T)
             new_a = torch.cat([new_a, spare.T[len(new_a) : rank]])
-        new_b = torch.cat([u * left.T, u.new_zeros(len(u), rank - used)], dim=1)
+        new_b = torch.cat([u * (s / scaling).T, u.new_zeros(len(u), rank - used)], dim=1)
         return new_a.to(before.dtype), new_b.to(before.dtype)
 
     def _scaling(self, lora_alpha: float | None, rank: int) -> float:

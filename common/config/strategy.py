@@ -130,7 +130,6 @@ class FlexLoRAConfig(LoraConfig):
     takes_server_optimizer: ClassVar = False  # the factors turn when the average is split anew
 
     name: Literal["flexlora"] = "flexlora"
-    split: Literal["left", "sqrt"] = Field("left", description="B = U S (left) or B = U sqrt(S) (sqrt).")
     optimizer_state: Literal["reset"] = Field("reset", description="Moments are invalid after re-factorisation.")
 
 

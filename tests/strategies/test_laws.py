@@ -41,7 +41,6 @@ def rule_of(name: str, aggregation: AggregationConfig | None = None, **options: 
 
 
 RULES: dict[str, Callable[[], Rule]] = {name: partial(rule_of, name) for name in STRATEGIES}
-RULES["flexlora, sqrt"] = partial(rule_of, "flexlora", split="sqrt")
 ROBUST: dict[str, AggregationConfig] = {
     "clipped": MeanConfig(clip_norm=1.0),
     "trimmed mean": TrimmedMeanConfig(trim=0.34),
