@@ -6,7 +6,7 @@ than one message makes it once.
 
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,26 @@ from typing import Any
 import torch
 
 from client.held_weights import Weights
-from client.shared_base import Bases, Digests, digests, own
-from client.training.device import pick_autocast, pick_device
+from client.shared_base import Bases
+from client.site_model import SiteModel
+from client.training.device import pick_autocast
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
 from client.training.optimizer_state import capture, restore
-from client.training.settings import lora_rank, make_optimizer, model_source
+from client.training.settings import make_optimizer
 from client.training.trainer import train
-from client.update import Outgoing, factored_weights, trained_tensors
+from client.update import changed_weights, trained_tensors
 from common.config.federation import FederationConfig, SiteConfig
 from common.data.evaluation import EvalSettings
 from common.data.rows import Row, split_held_out
 from common.data.tasks import make_task
 from common.errors import StaleStateError
 from common.metrics import COUNTS
-from common.model import second_moments, tuning
+from common.model import second_moments
 from common.model.adapters import cut
-from common.model.base_model import Base, check_length
-from common.model.families import in_head
+from common.model.base_model import check_length
+from common.model.tuning import Tuned
 from common.protocol.digest import tensors_digest
-from common.protocol.factors import Exchange
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 from common.text import installed
@@ -74,9 +74,9 @@ class Session:
         self.site = site
         self.federation = federation
         self._site_file = site_file
-        self._bases = bases
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
+        self._model = SiteModel(site, site_file, federation, self._task, bases, self._seconds)
         self._max_batch_size = site.max_batch_size  # less once memory has run out
         self._left_out = 0  # rows
         self.kept: Tensors = {}
@@ -90,14 +90,14 @@ class Session:
             ModelError: the base model cannot be used.
         """
         train_rows, held_out = self._rows
-        model, tokenizer = self._digests
-        check_length(self._base.model, self.federation.training.max_length)
+        model, tokenizer = self._model.digests
+        check_length(self._model.base.model, self.federation.training.max_length)
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out) if self.site.shares_metrics else 0,  # none of which the server hears
-            device=_describe(pick_device(self.site.device)),
-            rank=self._rank,
+            device=_describe(self._model.device),
+            rank=self._model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
             version=installed("fedspan"),
@@ -110,16 +110,16 @@ class Session:
             StaleStateError: the site does not hold ``since``.
             WireError: a step cannot be read, or does not fit.
         """
-        if since == self._weights.first and self._weights.version not in (since, version):
-            self._start_anew()
-        self._weights.follow(steps, since, version)
-        self._tuned.set(cut(self._weights.tensors, self._rank))
+        if since == self._model.weights.first and self._model.weights.version not in (since, version):
+            self._model.start_anew()
+        self._model.weights.follow(steps, since, version)
+        self._tuned.set(cut(self._model.weights.tensors, self._model.rank))
         self._set_local()
 
     @property
     def weights(self) -> Weights | None:
         """The federation's tensors, and which version they are; None where no base weight changes."""
-        return self._weights if self.federation.strategy.changes_base else None
+        return self._model.weights if self.federation.strategy.changes_base else None
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +149,7 @@ class Session:
         frozen = {name: tensors[name] for name in self._tuned.parameters if name not in set(active)}
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
             raise StaleStateError("the frozen tensors kept from an earlier round are out of date; send them in full")
-        self._tuned.set(tensors if weights is None else cut(tensors, self._rank))
+        self._tuned.set(tensors if weights is None else cut(tensors, self._model.rank))
         if weights is not None:
             weights.replace({name: tensors[name] for name in self.names}, version)
         self._set_local()
@@ -180,11 +180,11 @@ class Session:
         if training.gradient_checkpointing:
             self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoded = self._encoded
-        received = {} if federation.strategy.trains == "weights" else _copy(parameters)
         seed = f"{training.seed}/{self.site.name}/{server_round}"
         torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311 - dropout
         mine = parameters | self._tuned.local
         optimizer = self._optimizer(mine, server_round)
+        received = {} if isinstance(optimizer, GaLore) else _copy(parameters)  # GaLore notes the changes itself
         keep = federation.strategy.optimizer_state == "keep"
         if keep:
             restore(optimizer, mine, self.kept)
@@ -192,24 +192,25 @@ class Session:
             self._tuned.model,
             optimizer,
             encoded,
-            self._task.collater(self._base.tokenizer),
+            self._task.collater(self._model.base.tokenizer),
             self._task.loss_sum,
             training,
             server_round=server_round,
             rounds=federation.rounds,
             max_batch_size=self._max_batch_size,
-            device=self._device,
-            autocast=pick_autocast(self.site.precision, self._device),
+            device=self._model.device,
+            autocast=pick_autocast(self.site.precision, self._model.device),
             seed=seed,
         )
         self._max_batch_size = result.micro_batch
         metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
+        privacy = self.site.privacy
         if isinstance(optimizer, GaLore):
-            update = self._changed_weights(optimizer, list(parameters), server_round)
-        else:
-            update = trained_tensors(parameters, received, self.site.privacy)
-            if self.weights is not None:  # which are federated in float32
-                update = replace(update, tensors={name: tensor.float() for name, tensor in update.tensors.items()})
+            start, exchange = self._model.weights.tensors, self._model.exchange(server_round)
+            moments = federation.strategy.optimizer_state == "averaged"
+            update = changed_weights(optimizer, list(parameters), start, exchange, privacy, moments=moments)
+        else:  # beside base weights, which are federated in float32, factors are, too
+            update = trained_tensors(parameters, received, privacy, in_float32=federation.strategy.changes_base)
         self.update_norm = update.norm
         if update.wire_error is not None:
             metrics["train.wire_error"] = update.wire_error
@@ -224,17 +225,6 @@ class Session:
         self._seconds["train"] = time.monotonic() - started
         return update.tensors, metrics
 
-    def _changed_weights(self, optimizer: GaLore, names: list[str], server_round: int) -> Outgoing:
-        """What leaves of the base weights that were trained."""
-        start, exchange = self._weights.tensors, self._exchange(server_round)
-        changes = {name: optimizer.factors(name) for name in names if not in_head(name)}
-        whole = {name: optimizer.whole(name, start[name]) for name in names if in_head(name)}
-        update = factored_weights(changes, whole, start, exchange, self.site.privacy)
-        if self.federation.strategy.optimizer_state != "averaged":
-            return update
-        moments = {second_moments.name_of(name): optimizer.second_moment(name) for name in changes}
-        return replace(update, tensors=update.tensors | moments)
-
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself.
 
@@ -246,14 +236,14 @@ class Session:
         started = time.monotonic()
         metrics = self._task.evaluate(
             self._tuned.model,
-            self._base.tokenizer,
+            self._model.base.tokenizer,
             held_out,
             EvalSettings(
                 self.federation.evaluation,
                 self.federation.training.max_length,
-                self._device,
+                self._model.device,
                 self.site.data.system,
-                pick_autocast(self.site.precision, self._device),
+                pick_autocast(self.site.precision, self._model.device),
             ),
         )
         self._seconds["evaluate"] = time.monotonic() - started
@@ -266,8 +256,13 @@ class Session:
 
     def seconds(self) -> dict[str, float]:
         """Time spent since the last call, by what it was spent on."""
-        taken, self._seconds = self._seconds, {}
-        return {f"seconds.{key}": value for key, value in taken.items()}
+        taken = {f"seconds.{key}": value for key, value in self._seconds.items()}
+        self._seconds.clear()
+        return taken
+
+    @property
+    def _tuned(self) -> Tuned:
+        return self._model.tuned
 
     @cached_property
     def _rows(self) -> tuple[list[Row], list[Row]]:
@@ -277,72 +272,10 @@ class Session:
     @cached_property
     def _encoded(self) -> list[Any]:
         system, length = self.site.data.system, self.federation.training.max_length
-        return self._task.examples(self._base.tokenizer, self._rows[0], system, length)
-
-    @cached_property
-    def _weights(self) -> Weights:
-        base = tuning.first_state(self._tuned, self.federation.strategy, self.federation.training.seed)
-        return Weights(base, self._exchange)
-
-    def _exchange(self, server_round: int) -> Exchange:
-        """How changes of base weights travel in factors in a round."""
-        return self.federation.strategy.exchange(self.federation.training.seed, server_round)
-
-    @cached_property
-    def _base(self) -> Base:
-        started = time.monotonic()
-        base = self._read() if self._bases is None else self._bases.view(self._key, self._read)
-        self._seconds["load"] = time.monotonic() - started
-        return base
-
-    @cached_property
-    def _digests(self) -> Digests:
-        """Of the base model as it is on disk, and of its tokenizer."""
-        if self._bases is not None:
-            return self._bases.digests(self._key, self._read)
-        if "_tuned" in self.__dict__:  # it is not any more what was loaded
-            self._start_anew()
-        return digests(self._base)
-
-    def _read(self) -> Base:
-        source, revision = model_source(self.site, self._site_file, self.federation.model)
-        return self._task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
-
-    @property
-    def _key(self) -> str:
-        """What the base model depends on."""
-        model = model_source(self.site, self._site_file, self.federation.model)
-        return f"{model} {self.federation.model_dump_json()}"
-
-    def _start_anew(self) -> None:
-        """Back to the base model."""
-        for made in ("_base", "_tuned", "_weights"):
-            self.__dict__.pop(made, None)
-
-    @cached_property
-    def _device(self) -> torch.device:
-        return pick_device(self.site.device)
-
-    @cached_property
-    def _tuned(self) -> tuning.Tuned:
-        tuned = tuning.tune(
-            self._base.model,
-            self.federation.strategy,
-            self._task.peft_type,
-            rank=self._rank,
-            seed=self.federation.training.seed,
-        )
-        tuned.model.to(self._device)
-        if self._bases is not None:
-            own((tuned.parameters | tuned.local).values())
-        return tuned
-
-    @property
-    def _rank(self) -> int:
-        return lora_rank(self.site, self.federation.strategy)
+        return self._task.examples(self._model.base.tokenizer, self._rows[0], system, length)
 
     def _optimizer(self, parameters: dict[str, torch.nn.Parameter], server_round: int) -> torch.optim.Optimizer:
-        basis, moments = self._exchange(server_round).basis, self._second_moments(server_round)
+        basis, moments = self._model.exchange(server_round).basis, self._second_moments(server_round)
         training, strategy = self.federation.training, self.federation.strategy
         return make_optimizer(parameters, training, strategy, server_round, basis, moments)
 
@@ -351,7 +284,7 @@ class Session:
         if self.federation.strategy.optimizer_state != "averaged":
             return None
         steps = self.federation.training.steps(self.train_rows)
-        return SecondMoments(self._weights.tensors, (server_round - 1) * steps)
+        return SecondMoments(self._model.weights.tensors, (server_round - 1) * steps)
 
 
 def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:

@@ -1,15 +1,18 @@
 """What leaves of a round's training: the update in the form in which it travels, clipped and noised where asked."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from client.privacy.noise import norm_of, private
+from client.training.galore import GaLore
 from common.config.federation import PrivacyConfig
 from common.linalg.subspace import projects_right
+from common.model import second_moments
+from common.model.families import in_head
 from common.protocol.factors import Exchange, Factors, pack, rounding_error
 from common.protocol.tensors import Tensors
 
@@ -30,7 +33,11 @@ class Outgoing:
 
 
 def trained_tensors(
-    trained: Mapping[str, Tensor], received: Mapping[str, Tensor], privacy: PrivacyConfig | None
+    trained: Mapping[str, Tensor],
+    received: Mapping[str, Tensor],
+    privacy: PrivacyConfig | None,
+    *,
+    in_float32: bool = False,
 ) -> Outgoing:
     """Tensors that travel whole.
 
@@ -38,15 +45,45 @@ def trained_tensors(
         trained: after training, by name.
         received: the same before it.
         privacy: None: they leave as they are.
+        in_float32: whatever type they were trained in.
     """
     changes = {name: tensor.detach().cpu().float() - received[name].float() for name, tensor in trained.items()}
     if privacy is None:
-        return Outgoing(
-            {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}, norm_of(changes.values())
-        )
-    changes = private(changes, privacy)
-    tensors = {name: (received[name].float() + change).to(trained[name].dtype) for name, change in changes.items()}
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}
+    else:
+        changes = private(changes, privacy)
+        tensors = {name: (received[name].float() + change).to(trained[name].dtype) for name, change in changes.items()}
+    if in_float32:
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
     return Outgoing(tensors, norm_of(changes.values()))
+
+
+def changed_weights(
+    optimizer: GaLore,
+    names: Sequence[str],
+    start: Mapping[str, Tensor],
+    exchange: Exchange,
+    privacy: PrivacyConfig | None,
+    *,
+    moments: bool,
+) -> Outgoing:
+    """Base weights that GaLore trained: those that it projected as a change in factors, a head whole.
+
+    Args:
+        optimizer: after training.
+        names: of all that it trained and that is exchanged.
+        start: what they were before, by name.
+        exchange: how factors travel.
+        privacy: None: the exact change leaves.
+        moments: whether Adam's second moments leave, too.
+    """
+    changes = {name: optimizer.factors(name) for name in names if not in_head(name)}
+    whole = {name: optimizer.whole(name, start[name]) for name in names if in_head(name)}
+    update = factored_weights(changes, whole, start, exchange, privacy)
+    if not moments:
+        return update
+    sent = {second_moments.name_of(name): optimizer.second_moment(name) for name in changes}
+    return replace(update, tensors=update.tensors | sent)
 
 
 def factored_weights(

@@ -36,7 +36,6 @@ AT_HOME = ("client/connect/", "client/preflight/", "server/operate/", "server/re
 MOST_FILES, MOST_LINES = 13, 300
 TOO_LONG = {
     "client/connect/worker_supervisor.py",
-    "client/session.py",
     "deploy/data/partition.py",
     "server/operate/supervise.py",
 }

@@ -1,0 +1,101 @@
+"""A site's model in one federation: the base model as it was read, what of it is trained, and the weights it holds."""
+
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.held_weights import Weights
+from client.shared_base import Bases, Digests, digests, own
+from client.training.device import pick_device
+from client.training.settings import lora_rank, model_source
+from common.config.federation import FederationConfig, SiteConfig
+from common.data.tasks import Task
+from common.model import tuning
+from common.model.base_model import Base
+from common.protocol.factors import Exchange
+
+
+class SiteModel:
+    """Made when it is first asked for, and once.
+
+    Args:
+        site: the site file's content.
+        site_file: where it lies; its relative paths are relative to it.
+        federation: the federation file's content.
+        task: what is learned.
+        bases: of the sites that share this process; None: this one is alone.
+        seconds: where it notes how long it took to ``load``.
+    """
+
+    def __init__(
+        self,
+        site: SiteConfig,
+        site_file: Path,
+        federation: FederationConfig,
+        task: Task[Any],
+        bases: Bases | None,
+        seconds: dict[str, float],
+    ) -> None:
+        self._site, self._federation, self._task = site, federation, task
+        self._source = model_source(site, site_file, federation.model)
+        self._bases, self._seconds = bases, seconds
+        self._key = f"{self._source} {federation.model_dump_json()}"  # what the base model depends on
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return pick_device(self._site.device)
+
+    @property
+    def rank(self) -> int:
+        """With which the site trains."""
+        return lora_rank(self._site, self._federation.strategy)
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model and its tokenizer."""
+        started = time.monotonic()
+        base = self._read() if self._bases is None else self._bases.view(self._key, self._read)
+        self._seconds["load"] = time.monotonic() - started
+        return base
+
+    @cached_property
+    def digests(self) -> Digests:
+        """Of the base model as it is on disk, and of its tokenizer."""
+        if self._bases is not None:
+            return self._bases.digests(self._key, self._read)
+        if "tuned" in self.__dict__:  # it is not any more what was loaded
+            self.start_anew()
+        return digests(self.base)
+
+    @cached_property
+    def tuned(self) -> tuning.Tuned:
+        """What of it is trained, on the device."""
+        seed = self._federation.training.seed
+        tuned = tuning.tune(self.base.model, self._federation.strategy, self._task.peft_type, rank=self.rank, seed=seed)
+        tuned.model.to(self.device)
+        if self._bases is not None:
+            own((tuned.parameters | tuned.local).values())
+        return tuned
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The federation's tensors, where base weights are among them, and which version they are."""
+        base = tuning.first_state(self.tuned, self._federation.strategy, self._federation.training.seed)
+        return Weights(base, self.exchange)
+
+    def exchange(self, server_round: int) -> Exchange:
+        """How changes of base weights travel in factors in a round."""
+        return self._federation.strategy.exchange(self._federation.training.seed, server_round)
+
+    def start_anew(self) -> None:
+        """Back to the base model."""
+        for made in ("base", "tuned", "weights"):
+            self.__dict__.pop(made, None)
+
+    def _read(self) -> Base:
+        source, revision = self._source
+        return self._task.load(source, revision, self._federation.model.dtype, self._federation.training.seed)
