@@ -9,7 +9,7 @@ from common.errors import LaunchError
 from common.system.command import Command, address, number
 
 TIMEOUT = 10.0  # seconds that a SuperLink may take to answer
-MAX_AGE = 30.0  # seconds
+MAX_AGE = 30.0  # seconds after which what a site said counts no more
 _seconds = number(float, 0.1, 86400.0, "seconds")
 
 
@@ -37,13 +37,12 @@ def check_superlink(address: str, ca: Path, timeout: float = TIMEOUT) -> None:
                 raise LaunchError(f"{address} does not answer: {' '.join(error.details().split())}") from None
 
 
-def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
+def check_site(status: Path, *, linked: bool) -> None:
     """Read what ``fedspan site join`` says of a site, twice a second.
 
     Args:
         status: its status file.
         linked: whether a server must be connected, too.
-        max_age: seconds after which what it said counts no more.
 
     Raises:
         LaunchError: it says nothing, or nothing new, or that its worker or its link is down.
@@ -53,8 +52,8 @@ def check_site(status: Path, *, linked: bool, max_age: float = MAX_AGE) -> None:
         age, link, worker = time.time() - told["time"], told["link"], told["worker"].get("state", "not started")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise LaunchError(f"{status} is not there, or is not what `fedspan site join` writes with --status") from None
-    if age > max_age:
-        raise LaunchError(f"{status} is {age:.0f} seconds old; allowed: {max_age:g}")
+    if age > MAX_AGE:
+        raise LaunchError(f"{status} is {age:.0f} seconds old; allowed: {MAX_AGE:g}")
     if worker not in ("idle", "working"):
         raise LaunchError(f"the worker's state is {worker!r}")
     if linked and link != "up":
@@ -74,13 +73,6 @@ def _superlink_arguments(parser: argparse.ArgumentParser) -> None:
 def _site_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("status", type=Path, metavar="FILE", help="that `fedspan site join --status FILE` writes")
     parser.add_argument("--linked", action="store_true", help="a server must be connected, too")
-    parser.add_argument(
-        "--max-age",
-        type=_seconds,
-        default=MAX_AGE,
-        metavar="SECONDS",
-        help=f"after which what it says counts no more (default: {MAX_AGE:g})",
-    )
 
 
 SUPERLINK = Command(
@@ -91,7 +83,7 @@ SUPERLINK = Command(
 )
 SITE = Command(
     _site_arguments,
-    lambda options: check_site(options.status, linked=options.linked, max_age=options.max_age),
+    lambda options: check_site(options.status, linked=options.linked),
     example="/var/lib/fedspan/status.json --linked",
     then="the log of `fedspan site join`, which says why it is not well",
 )

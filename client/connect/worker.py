@@ -31,22 +31,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="between two questions for work (default: 0.1)",
     )
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
-    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="CA of the Runtime API, if it has TLS")
-    parser.add_argument("--auth-secret", type=Path, metavar="FILE", help="the SuperNode's --superexec-auth-secret-file")
 
 
 def _run(options: argparse.Namespace) -> None:
-    for file in (options.root_certificates, options.auth_secret):
-        if file is not None and not file.is_file():
-            raise ConfigError(f"{file} does not exist")
     if options.status is not None and not options.status.parent.is_dir():
         raise ConfigError(f"--status: folder {options.status.parent} does not exist")
     start_log("worker")
     from client.connect.worker_process import RuntimeApi
     from client.connect.worker_supervisor import Options, run  # imports Flower
 
-    api = RuntimeApi(options.runtime_api, options.root_certificates)
-    run(Options(api, options.idle, options.poll, options.status, options.auth_secret, options.site))
+    run(Options(RuntimeApi(options.runtime_api), options.idle, options.poll, options.status, options.site))
 
 
 WORKER = Command(

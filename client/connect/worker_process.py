@@ -46,24 +46,17 @@ log = logging.getLogger("worker")
 
 @dataclass(frozen=True)
 class RuntimeApi:
-    """Where the SuperNode is asked for messages.
-
-    Attributes:
-        address: HOST:PORT.
-        root_certificates: its CA; None: without TLS.
-    """
+    """Where the SuperNode is asked for messages: HOST:PORT, on the loopback interface and so without TLS."""
 
     address: str
-    root_certificates: Path | None
 
     def connect(self, *interceptors: ProtobufClientInterceptor, patience: float = _PATIENCE) -> RuntimeHttpClient:
         """A client of the SuperNode's Runtime API that tries again for ``patience`` seconds."""
-        certificates = self.root_certificates.read_bytes() if self.root_certificates is not None else None
         retry = RetryInvoker(lambda: exponential(max_delay=2), httpx.TransportError, max_tries=None, max_time=patience)
         return RuntimeHttpClient.from_server_address(
             server_address=self.address,
-            insecure=certificates is None,
-            root_certificates=certificates,
+            insecure=True,
+            root_certificates=None,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *interceptors],
             retry_invoker=retry,
         )
@@ -171,12 +164,11 @@ def main() -> None:
     """Command line, for ``client.connect.worker_supervisor``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runtime-api", required=True)
-    parser.add_argument("--root-certificates", type=Path)
     parser.add_argument("--tell", type=int, required=True)
     options = parser.parse_args()
     runpy.run_path(_LOGS)["configure"]("worker")
     with os.fdopen(options.tell, "w") as tell:
-        work(RuntimeApi(options.runtime_api, options.root_certificates), tell)
+        work(RuntimeApi(options.runtime_api), tell)
 
 
 if __name__ == "__main__":

@@ -9,53 +9,38 @@ is answered with an error and the next one gets a new bench.
 With a section ``trust`` in the site file, the bench refuses a bundle that is neither listed there nor signed with one
 of its keys, before anything of it is written or run (``client.connect.verify``).
 
-This file and ``client.connect.worker_process`` are all that touches Flower's Runtime API.
+This file, ``client.connect.bench`` and ``client.connect.worker_process`` are all that touches Flower's Runtime API.
 """
 
 import contextlib
 import json
 import logging
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import SubStatus
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullAppMessagesRequest,
-    PullTaskInputRequest,
-    SendTaskHeartbeatRequest,
-)
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullTaskInputRequest
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+from client.connect.bench import Bench, heartbeats
 from client.connect.trust import read_trust
 from client.connect.verify import Trust
-from client.connect.worker_process import LONG_LIVED, RuntimeApi, announced
+from client.connect.worker_process import RuntimeApi, announced
 from common.errors import WorkerDied
 from common.system.files import write_atomically
 
-HEARTBEAT_SECONDS = 10.0
-_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 log = logging.getLogger("worker")
 
 
@@ -92,58 +77,7 @@ class Options:
     idle: float
     poll: float
     status: Path | None
-    auth_secret: Path | None
     site: Path | None = None
-
-
-class Bench:
-    """The child process that does the work, seen from the keeper."""
-
-    def __init__(self, bundle: str, options: Options, trust: Trust | None) -> None:
-        self.bundle = bundle
-        self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # where nobody could have put other code before
-        read, write = os.pipe()
-        program = str(Path(__file__).resolve().with_name("worker_process.py"))
-        command = [sys.executable, "-P", program, "--runtime-api", options.api.address, "--tell", str(write)]
-        if options.api.root_certificates is not None:
-            command += ["--root-certificates", str(options.api.root_certificates)]
-        self.process = subprocess.Popen(  # noqa: S603 - our own file
-            command,
-            stdin=subprocess.PIPE,
-            pass_fds=[write],
-            env={**os.environ, LONG_LIVED: "1"},
-            text=True,
-        )
-        os.close(write)
-        self._told = os.fdopen(read)
-        handed = {"folder": self._folder, "trust": asdict(trust) if trust is not None else None}
-        self._hand(json.dumps(handed))
-
-    def work(self, token: str) -> Iterator[dict[str, Any]]:
-        """Hand over a message by its token; what the bench tells, until the message is done or the bench is dead."""
-        self._hand(token)  # not on a command line, where others could read it
-        for line in self._told:
-            told = json.loads(line)
-            yield told
-            if "done" in told:
-                return
-
-    def stop(self) -> None:
-        """End the process, and with it all that it holds on the device."""
-        self.process.terminate()
-        try:
-            self.process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._told.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _hand(self, line: str) -> None:
-        assert self.process.stdin is not None  # noqa: S101 - opened above
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
 
 
 class Keeper:
@@ -155,8 +89,7 @@ class Keeper:
         self._status = Status()
         self._shown = True
         self._idle_since = time.monotonic()
-        secret = [] if options.auth_secret is None else [_signed(options.auth_secret)]
-        self._client = options.api.connect(*secret, patience=0.0)
+        self._client = options.api.connect(patience=0.0)
 
     def run(self) -> NoReturn:
         """Until the process is stopped."""
@@ -195,10 +128,10 @@ class Keeper:
         if self._bench is not None and (self._bench.bundle != task.fab_hash or self._bench.process.poll() is not None):
             self.stop()
         if self._bench is None:
-            self._bench = Bench(task.fab_hash, self._options, self._trust)
+            self._bench = Bench(task.fab_hash, self._options.api, self._trust)
         self._show("working")
         started, pulled, answering, done = time.monotonic(), None, False, False
-        with _heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
+        with heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
             for told in self._bench.work(token):
                 pulled, answering = told.get("pulled", pulled), answering or "answering" in told
                 if "done" in told:
@@ -252,38 +185,6 @@ class Keeper:
                 self._shown = False
             else:
                 self._shown = True
-
-
-def _signed(secret: Path) -> ProtobufClientInterceptor:
-    return SuperExecAuthHttpInterceptor(master_secret=secret.read_bytes(), protected_methods=[_ACQUIRE])
-
-
-@contextlib.contextmanager
-def _heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
-    """Tell the SuperNode that the message is being worked on; end the bench when it is not wanted any more."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(HEARTBEAT_SECONDS):
-            try:
-                wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
-            except httpx.TransportError:
-                continue  # the bench finds out by itself when it wants to answer
-            except httpx.HTTPStatusError:
-                wanted = False
-            if not wanted and not over.is_set():
-                log.warning("the SuperNode does not want the answer any more; the work is stopped")
-                bench.process.terminate()
-                return
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        client.close()
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -12,7 +12,7 @@ from client.connect.worker_supervisor import Keeper, Options
 
 def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "logs" / "worker.json"
-    options = Options(RuntimeApi("127.0.0.1:1", None), idle=1.0, poll=1.0, status=file, auth_secret=None)
+    options = Options(RuntimeApi("127.0.0.1:1"), idle=1.0, poll=1.0, status=file)
     keeper = Keeper(options)
     for _ in range(2):  # it fails, comes back, and fails again
         for state in ("working", "idle", "working"):

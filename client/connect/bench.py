@@ -1,0 +1,107 @@
+"""The bench: the child process that does a worker's work, seen from the keeper."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+from flwr.supercore.runtime import RuntimeHttpClient
+
+from client.connect.verify import Trust
+from client.connect.worker_process import LONG_LIVED, RuntimeApi
+
+HEARTBEAT_SECONDS = 10.0
+log = logging.getLogger("worker")
+
+
+class Bench:
+    """The process.
+
+    Args:
+        bundle: hash of the app's bundle that it is bound to.
+        api: where it fetches messages.
+        trust: whose bundles it may run; None: anybody's.
+    """
+
+    def __init__(self, bundle: str, api: RuntimeApi, trust: Trust | None) -> None:
+        self.bundle = bundle
+        self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # where nobody could have put other code before
+        read, write = os.pipe()
+        program = str(Path(__file__).resolve().with_name("worker_process.py"))
+        command = [sys.executable, "-P", program, "--runtime-api", api.address, "--tell", str(write)]
+        self.process = subprocess.Popen(  # noqa: S603 - our own file
+            command,
+            stdin=subprocess.PIPE,
+            pass_fds=[write],
+            env={**os.environ, LONG_LIVED: "1"},
+            text=True,
+        )
+        os.close(write)
+        self._told = os.fdopen(read)
+        handed = {"folder": self._folder, "trust": asdict(trust) if trust is not None else None}
+        self._hand(json.dumps(handed))
+
+    def work(self, token: str) -> Iterator[dict[str, Any]]:
+        """Hand over a message by its token; what the bench tells, until the message is done or the bench is dead."""
+        self._hand(token)  # not on a command line, where others could read it
+        for line in self._told:
+            told = json.loads(line)
+            yield told
+            if "done" in told:
+                return
+
+    def stop(self) -> None:
+        """End the process, and with it all that it holds on the device."""
+        self.process.terminate()
+        try:
+            self.process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._told.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _hand(self, line: str) -> None:
+        assert self.process.stdin is not None  # noqa: S101 - opened above
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+
+
+@contextlib.contextmanager
+def heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
+    """Tell the SuperNode that the message is being worked on; end the bench when it is not wanted any more."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            try:
+                wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+            except httpx.TransportError:
+                continue  # the bench finds out by itself when it wants to answer
+            except httpx.HTTPStatusError:
+                wanted = False
+            if not wanted and not over.is_set():
+                log.warning("the SuperNode does not want the answer any more; the work is stopped")
+                bench.process.terminate()
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        client.close()
