@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.sandbox.tiny import make_federation
 from server.run.folder import read_lines
 from tests.harness.launcher import ROOT, environment
-from tests.harness.tiny import make_federation
 
 PAGE = ROOT / "docs" / "new-strategy.md"
 RUN = """
@@ -52,7 +52,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     touched = applied(PAGE.read_text(), copy)
-    assert within(copy, "-m", "deploy.schemas").returncode == 0
+    done = within(copy, "-m", "deploy", "schemas")
+    assert done.returncode == 0, done.stdout + done.stderr
     return copy, touched
 
 
