@@ -9,121 +9,22 @@ import argparse
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from common.config.federation import (
-    FederationConfig,
-    SiteConfig,
-)
+from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import load, parse
 from common.data.rows import Template, check_columns
 from common.data.shards import Cells, load_cells
 from common.errors import ConfigError, DataError, LaunchError
 from common.system.command import Command
 from common.system.files import built
-from deploy.data.partition_picture import draw
-
-By = Literal["iid", "dirichlet", "label", "column", "quantity"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How rows are split.
-
-    Attributes:
-        by: ``iid``; ``dirichlet``: every label's rows in shares drawn from Dirichlet(``alpha``); ``label``: a site has
-            ``labels_per_site`` labels, or what is left of them; ``column``: a site per value of ``column``;
-            ``quantity``: sites as large as ``sizes`` say, relative to each other.
-        sites: how many; None for ``column`` and ``quantity``, which say it themselves.
-        label: the column with labels; None: rows have none.
-    """
-
-    by: By
-    seed: int
-    sites: int | None = None
-    label: str | None = None
-    column: str | None = None
-    alpha: float | None = None
-    labels_per_site: int | None = None
-    sizes: tuple[float, ...] | None = None
-
-
-def split(rows: list[Cells], plan: Plan, source: Path) -> list[list[int]]:
-    """Row numbers, from 0 and ascending, of every site; errors name ``source``.
-
-    Raises:
-        DataError: a site would be empty, or a row would be nobody's.
-    """
-    import datasets
-    from flwr_datasets import partitioner as by
-
-    sites = plan.sites or 0
-    if sites > len(rows):
-        raise DataError(f"{sites} sites for {len(rows)} rows: some would be empty; take fewer sites")
-    partitioner: by.Partitioner
-    match plan.by:
-        case "iid":
-            partitioner = by.IidPartitioner(sites)
-        case "dirichlet":
-            partitioner = by.DirichletPartitioner(sites, "key", plan.alpha, min_partition_size=1, seed=plan.seed)
-        case "label":
-            partitioner = by.PathologicalPartitioner(sites, "key", 1, "deterministic", seed=plan.seed)
-        case "column":
-            partitioner = by.NaturalIdPartitioner("key")
-        case "quantity":
-            partitioner = by.SizePartitioner(_rows_each(plan.sizes or (), len(rows)))
-    table = datasets.Dataset.from_dict({"key": _keys(rows, plan, source), "row": list(range(len(rows)))})
-    partitioner.dataset = table if plan.by == "column" else table.shuffle(seed=plan.seed)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of attempts that left a site empty
-            found = [sorted(partitioner.load_partition(i)["row"]) for i in range(partitioner.num_partitions)]
-    except ValueError as error:
-        raise DataError(f"the {len(rows)} rows cannot be split so: {' '.join(str(error).split())[:300]}") from None
-    empty = [number for number, part in enumerate(found, start=1) if not part]
-    if empty:
-        raise DataError(f"site(s) {_listed(empty)} of {len(found)} would be empty; take fewer sites, or another split")
-    lost = len(rows) - sum(map(len, found))
-    if lost:
-        raise DataError(f"{lost} of {len(rows)} rows would be at no site; take more sites, or more labels per site")
-    return found
-
-
-def _keys(rows: list[Cells], plan: Plan, source: Path) -> list[str]:
-    """What decides, of every row, where it goes."""
-    column = plan.column if plan.by == "column" else plan.label
-    if column is None:
-        return [""] * len(rows)
-    keys = [_value(source, row, column, number) for number, row in enumerate(rows, start=1)]
-    if plan.by != "label" or plan.labels_per_site is None:
-        return keys
-    place = {label: number // plan.labels_per_site for number, label in enumerate(sorted(set(keys)))}
-    return [f"{place[key]:06}" for key in keys]  # labels that follow each other stay together
-
-
-def _rows_each(sizes: tuple[float, ...], rows: int) -> list[int]:
-    """Whole numbers in the ratio of ``sizes`` that add up to ``rows``."""
-    ends = [round(rows * sum(sizes[: i + 1]) / sum(sizes)) for i in range(len(sizes))]
-    each = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    if 0 in each:
-        raise DataError(f"site(s) {_listed([i for i, n in enumerate(each, start=1) if n == 0])} would be empty")
-    return each
-
-
-def _value(source: Path, row: Cells, column: str, number: int) -> str:
-    value = row.get(column)
-    if value is None or not str(value).strip():
-        raise DataError(f"{source}, row {number}: column {column!r} is empty")
-    return str(value).strip()
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+from deploy.data.partition_picture import write_svg
+from deploy.data.split import By, Plan, cell, split
 
 
 def check_labels(labels: list[str], known: list[str], federation: Path) -> None:
@@ -173,7 +74,7 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
         raise LaunchError(f"{out} exists already; name another folder with --out")
     names = [f"site-{number}" for number in range(1, len(parts) + 1)]
     counts = [
-        dict(sorted(Counter(_value(source, rows[i], plan.label, i + 1) for i in part).items())) if plan.label else {}
+        dict(sorted(Counter(cell(source, rows[i], plan.label, i + 1) for i in part).items())) if plan.label else {}
         for part in parts
     ]
     told: list[dict[str, object]] = [
@@ -181,7 +82,7 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
     ]
     if plan.by == "column" and plan.column:
         for site_, part in zip(told, parts, strict=True):
-            site_["value"] = _value(source, rows[part[0]], plan.column, part[0] + 1)
+            site_["value"] = cell(source, rows[part[0]], plan.column, part[0] + 1)
     settings = {key: value for key, value in asdict(plan).items() if value is not None}
     record = {"source": source.name, "rows": len(rows), "rows_sha256": _digest(rows), "plan": settings, "sites": told}
     try:
@@ -192,7 +93,8 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
                 parse(file, SiteConfig, f"{name}.yaml")
                 (folder / f"{name}.yaml").write_text(yaml.safe_dump(file, sort_keys=False), encoding="utf-8")
             (folder / "partition.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            draw(folder / "partition.svg", names, [len(part) for part in parts], counts)
+            held = zip(names, parts, counts, strict=True)
+            write_svg(folder / "partition.svg", {name: count or {"rows": len(part)} for name, part, count in held})
     except OSError as error:
         raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
 

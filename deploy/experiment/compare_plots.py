@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from common import text as units
+from deploy.data.partition_picture import draw
 from deploy.experiment.compare_data import BYTES, SECONDS, Estimate, Line, Partition
 from server.report.plots import DASHES, INK, MARKERS, STYLE, colour, inline, short
 
 _COLOURS = (2, 3, 4, 7, 6, 0)  # of the report, those that are dark enough for a thin line
-_LARGEST = 160.0  # area of a partition's largest dot, points squared
 
 
 def curves(lines: Sequence[tuple[str, Line]], key: str, *, name: str, axis: str, label: str) -> str:
@@ -86,25 +86,7 @@ def over_rounds(panels: Mapping[str, Sequence[tuple[str, Mapping[int, Estimate]]
 def partition(held: Partition, *, name: str, label: str) -> str:
     """Sites against labels; a dot's area is a site's number of rows with the label."""
     with mpl.rc_context(STYLE):
-        sites, labels = list(held.sites), held.labels
-        figure = Figure(figsize=(min(10.4, 1.6 + 0.34 * len(sites)), 1.0 + 0.26 * len(labels)), layout="constrained")
-        axes = figure.add_subplot()
-        dots = [(x, y, held.sites[s].get(one, 0)) for x, s in enumerate(sites) for y, one in enumerate(labels)]
-        most = max((count for *_, count in dots), default=1)
-        there = [dot for dot in dots if dot[2]]
-        sizes = [_LARGEST * count / most for *_, count in there]
-        axes.scatter([x for x, *_ in there], [y for _, y, _ in there], s=sizes, color=INK, linewidths=0)
-        axes.set_yticks(range(len(labels)), [short(one) for one in labels])
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.set_xlim(-0.7, len(sites) - 0.3)
-        shown = len(sites) <= 24
-        axes.set_xticks(
-            range(len(sites)) if shown else [], [short(site) for site in sites] if shown else [], rotation=90
-        )
-        axes.set_xlabel(f"{len(sites)} sites; the largest dot: {most:,} rows")
-        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        axes.tick_params(length=0)
-        return inline(figure, name, label)
+        return inline(draw(held.sites, ink=INK, name=short), name, label)
 
 
 def _band(axes: Axes, values: Mapping[float, Estimate], number: int, title: str | None) -> None:
