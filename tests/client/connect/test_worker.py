@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from client import app
+from client.connect import verify, worker_process
 from client.connect.worker_process import RuntimeApi
 from client.connect.worker_supervisor import Keeper, Options
+from client.privacy import guard
+from server.run import bundle_signatures
 
 
 def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -24,3 +28,10 @@ def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, ca
     warnings = [record.getMessage() for record in caplog.records if record.name == "worker"]
     assert len(warnings) == 2
     assert all(text.startswith("the status file cannot be written ([Errno 2]") for text in warnings)
+
+
+def test_names_by_which_programs_know_each_other_are_the_same() -> None:
+    """The worker's process imports no FedSpan, and server and client not each other: each has its own copy."""
+    assert (worker_process.VETTED, worker_process.LONG_LIVED) == (app.VETTED, app.LONG_LIVED)
+    assert worker_process.BUNDLE == guard.BUNDLE
+    assert verify.RECORD_KEY == bundle_signatures.RECORD_KEY
