@@ -21,7 +21,7 @@ from client.connect.programs import supernode, worker
 from common.config.federation import SiteConfig, resolve
 from common.config.load import load
 from common.errors import ConfigError, DataError, LaunchError
-from common.system.command import Command, address, number
+from common.system.command import FAILED, WRONG, Command, address, number
 from common.system.files import write_atomically
 from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, free_ports
@@ -29,7 +29,6 @@ from common.system.processes import ProcessGroup, Started, free_ports
 POLL_SECONDS = 0.5
 _LONGEST_PAUSE = 30.0  # seconds before a process that died is started again; the first pause is one second
 _SETTLED = 300.0  # seconds after which an earlier death does not count any more
-_REFUSED, _WRONG_USE = 1, 2  # exit codes of a link that the server turns away, and of wrong files and arguments
 
 
 class Ended(Exception):  # noqa: N818 - not an error
@@ -73,7 +72,7 @@ class Service:
         group.forget(self.started)
         self.started = None
         self.deaths = 1 if now - self.since > _SETTLED else self.deaths + 1
-        if code == _WRONG_USE or (code == _REFUSED and not self.proven) or self.deaths > tries:
+        if code == WRONG or (code == FAILED and not self.proven) or self.deaths > tries:
             times = "" if self.deaths == 1 else f" {self.deaths} times in a row"
             raise LaunchError(f"{self.name} ended{times} with exit code {code}; its last lines above say why")
         pause = min(2.0 ** (self.deaths - 1), _LONGEST_PAUSE)

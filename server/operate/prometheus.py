@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, StateSetMetricFamily
 from prometheus_client.registry import Collector
 
-from common.errors import LaunchError
+from common.errors import ConfigError
 from server.run.state import STATES, Overview, SiteState, overview
 
 _RUN = ("run", "strategy")
@@ -100,7 +100,7 @@ def exposed(run_dir: Path, address: str, port: int | None) -> Iterator[None]:
     """Serve a run's metrics over HTTP at ``/metrics``; nothing without a port.
 
     Raises:
-        LaunchError: the port cannot be had.
+        ConfigError: the port cannot be had.
     """
     if port is None:
         yield
@@ -110,7 +110,7 @@ def exposed(run_dir: Path, address: str, port: int | None) -> Iterator[None]:
     try:
         server, thread = start_http_server(port, addr=address, registry=registry)
     except (OSError, OverflowError) as error:
-        raise LaunchError(f"--metrics-port: {address}:{port} cannot be listened on: {error}") from None
+        raise ConfigError(f"--metrics-port: {address}:{port} cannot be listened on: {error}") from None
     try:
         yield
     finally:

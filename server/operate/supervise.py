@@ -240,18 +240,25 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
 
 
 def to_the_end(run_dir: Path, options: argparse.Namespace, work: Callable[[], None]) -> int:
-    """Look after a run while ``work`` does it, and say how it ended; the exit code."""
+    """Look after a run while ``work`` does it, and say how it ended; the exit code.
+
+    Raises:
+        FedSpanError: it could not begin: another supervisor is there, or the metrics' port cannot be had.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     say = teller(partial(print, file=sys.stderr), run_dir.name, logging.ERROR)
     try:
         with exposed(run_dir, options.metrics_address, options.metrics_port), looking_after(run_dir):
-            work()
+            try:
+                work()
+            except FedSpanError as error:
+                raise RunFailed(str(error)) from error
     except Interrupted as interruption:
         say(f"stopped by {interruption}")
         return INTERRUPTED
-    except FedSpanError as error:
-        say(f"run failed: {error}")
+    except RunFailed as failure:
+        say(f"run failed: {failure}")
         return FAILED
     teller(print, run_dir.name, logging.INFO)(f"report: {run_dir / 'report.html'}\nmodel:  {run_dir / 'model'}")
     return 0

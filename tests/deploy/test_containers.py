@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import load
-from tests.harness.launcher import FEDSPAN
 from tests.harness.manifests import ROOT, paths, read, understood, within
 
 DOCKERFILES = [ROOT / "deploy" / f"{name}.Dockerfile" for name in ("server", "client")]
@@ -104,17 +104,42 @@ def test_client_image_holds_nothing_of_the_server() -> None:
     assert not [a for a in copied if a.startswith(("server", "deploy ", "."))]
 
 
-def test_client_image_can_make_the_sites_key(tmp_path: Path) -> None:
-    for argument in (a for i, a in stages(DOCKERFILES[1])[-1] if i == "COPY" and "--from" not in a):
+def fedspan(image: Path, copied: list[tuple[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in an image that holds what was copied and no installed FedSpan."""
+    for argument in (a for i, a in copied if i == "COPY" and "--from" not in a):
         *sources, target = argument.split()
         for source in sources:
-            place = tmp_path / (target if (ROOT / source).is_dir() else target + Path(source).name)
+            place = image / (target if (ROOT / source).is_dir() else target + Path(source).name)
             place.parent.mkdir(exist_ok=True)
-            place.symlink_to(ROOT / source)
-    command = [*FEDSPAN, "keys", "site", str(tmp_path / "site-a")]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+            if not place.exists():
+                place.symlink_to(ROOT / source)
+    path = os.pathsep.join([str(image), sysconfig.get_path("purelib")])
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-S", "-m", "deploy", *arguments]  # no .pth file, which would find this checkout
+    return subprocess.run(command, cwd=image, env=env, capture_output=True, text=True, check=False)
+
+
+def test_client_image_has_the_verbs_of_a_site_and_says_so_of_others(tmp_path: Path) -> None:
+    copied = stages(DOCKERFILES[1])[-1]
+    for verb in ("site check", "site join", "site worker", "site supernode", "ledger verify", "health site"):
+        told = fedspan(tmp_path, copied, *verb.split(), "--help")
+        assert told.stdout.startswith(f"usage: fedspan {verb} "), told.stderr
+    assert fedspan(tmp_path, copied, "keys", "site", str(tmp_path / "site-a")).returncode == 0
     assert (tmp_path / "site-a.key").stat().st_mode & 0o777 == 0o600
+    for verb, lacks in (("serve", "server"), ("code sign", "server"), ("run", "deploy.run")):
+        told = fedspan(tmp_path, copied, *verb.split(), "--help")
+        assert told.returncode == 2
+        assert told.stderr == f"error: fedspan {verb} is not part of this image, which has no {lacks}\n"
+    offered = fedspan(tmp_path, copied, "completion", "bash").stdout
+    assert '"site join"' in offered
+    assert '"serve"' not in offered
+
+
+def test_demo_is_prepared_by_what_was_copied_until_then(tmp_path: Path) -> None:
+    demo = stages(DOCKERFILES[0])[1]
+    (run,) = [n for n, (i, a) in enumerate(demo) if i == "RUN" and "python -m deploy demo --cache" in a]
+    told = fedspan(tmp_path, demo[:run], "demo", "--help")
+    assert told.stdout.startswith("usage: fedspan demo "), told.stderr
 
 
 def test_client_image_checks_the_folder_that_it_works_in() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.errors import LaunchError
+from common.errors import ConfigError
 from common.system.processes import free_ports
 from server.operate.prometheus import exposed
 from server.run.state import STATES
@@ -74,7 +74,7 @@ def test_port_that_cannot_be_had_is_named(tmp_path: Path, given: int | None) -> 
     (port,) = free_ports(1)
     with (
         exposed(tmp_path, "127.0.0.1", port),
-        pytest.raises(LaunchError, match=f"--metrics-port: 127.0.0.1:{given or port} cannot be listened on"),
+        pytest.raises(ConfigError, match=f"--metrics-port: 127.0.0.1:{given or port} cannot be listened on"),
         exposed(tmp_path, "127.0.0.1", given or port),
     ):
         pass
