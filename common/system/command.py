@@ -106,9 +106,10 @@ def number(kind: type[Number], least: Number, most: Number | None = None, unit: 
             value = kind(text)
             if least <= value <= (sys.float_info.max if most is None else most):
                 return value
-        ends = f"{least:g} and more" if most is None else f"{least:g} to {most:g}"
+        units = f" {unit}" if unit else ""
+        ends = f"{least:g}{units} and more" if most is None else f"{least:g} to {most:g}{units}"
         what = "whole numbers, " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {what}{ends} {unit}".rstrip())
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {what}{ends}")
 
     return read
 

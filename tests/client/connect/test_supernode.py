@@ -44,7 +44,7 @@ def test_pause_outside_its_limits_is_refused(poll: str, capsys: pytest.CaptureFi
         (["--superlink", "nowhere", "--insecure"], "--superlink: 'nowhere'; allowed: HOST:PORT"),
         (["--superlink", "127.0.0.1:1", "--root-certificates", "/none/ca.crt"], "/none/ca.crt: cannot be read"),
         (["--superlink", "127.0.0.1:1", "--insecure", "--auth-supernode-private-key", "{}/site-a.key"], "needs TLS"),
-        (["--superlink", "127.0.0.1:1", "--insecure", "--connect-deadline", "-1"], "'-1'; allowed: 0 and more seconds"),
+        (["--superlink", "127.0.0.1:1", "--insecure", "--connect-deadline", "-1"], "'-1'; allowed: 0 seconds and more"),
         (
             ["--superlink", "127.0.0.1:1", "--insecure", "--node-config", 'site="{}/site-a.yaml"'],
             "`trust` is kept by the worker alone; start this with --isolation process",
