@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 from common.errors import LaunchError
 from common.system.command import Command, address, number
+from common.system.flower import direct
 
 TIMEOUT = 10.0  # seconds that a SuperLink may take to answer
 MAX_AGE = 30.0  # seconds after which what a site said counts no more
@@ -21,6 +23,7 @@ def check_superlink(address: str, ca: Path, timeout: float = TIMEOUT) -> None:
     Raises:
         LaunchError: nobody answers, or with a certificate that is expired, of another CA or for another name.
     """
+    os.environ.update(direct(os.environ))  # a proxy for the way out would be asked for 127.0.0.1 as well
     import grpc  # type: ignore[import-untyped]
     from grpc_health.v1.health_pb2 import HealthCheckRequest  # type: ignore[import-untyped]
     from grpc_health.v1.health_pb2_grpc import HealthStub  # type: ignore[import-untyped]

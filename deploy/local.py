@@ -1,7 +1,8 @@
 """Runs a federation on this machine: ``fedspan run FEDERATION.yaml``.
 
-Starts a SuperLink, one SuperNode for every site file and the run, as separate processes that talk gRPC over loopback,
-just as on many machines. Stops all of them at the end, on Ctrl-C and on failure.
+Starts a SuperLink, one SuperNode for every site file and the run, as separate processes that talk gRPC, just as on many
+machines, but over Unix sockets that no other account of this one can reach. Stops all of them at the end, on Ctrl-C and
+on failure.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,14 @@ from client.connect.programs import supernode, worker
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.errors import ConfigError, LaunchError
-from common.system.processes import ProcessGroup, Started, free_ports, last_lines
+from common.system.processes import ProcessGroup, Started, last_lines
 from server.operate.progress import teller
 from server.operate.site_files import check_sites
 from server.operate.supervise import Supervised, follow
 from server.run.folder import check_resumable, read_lines, refuse_existing
-from server.superlink.process import OwnSuperLink, environment
+from server.superlink.process import OwnSuperLink, environment, sockets
 
 _POLL = ("--poll", "0.2")  # seconds between a SuperNode's questions for messages
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,20 @@ def run(plan: Plan, console: Console, tries: int) -> None:
     local = plan.federation.local
     assert local is not None  # noqa: S101 - make_plan has checked it
     env = environment(plan.run_dir / "flwr", plan.federation, share=len(plan.sites))
-    for attempt in range(1, _ATTEMPTS + 1):
-        with ProcessGroup(logs) as group:
-            control, fleet, *runtime = free_ports(2 + len(plan.sites))
-            superlink = OwnSuperLink(control, f"127.0.0.1:{fleet}")
-            server = Supervised(plan.source, plan.run_dir, group, superlink, env, tell, tries=tries)
-            if not server.start_superlink():
-                if attempt < _ATTEMPTS:
-                    continue  # somebody took a port between our choice and the SuperLink's start
-                log = logs / "superlink.log"
-                raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
-            sites = []
-            for (name, file), port in zip(plan.sites.items(), runtime, strict=True):
-                isolation = "process" if local.warm else "subprocess"
-                link = supernode(file, superlink.fleet, port, "--insecure", "--isolation", isolation, *_POLL)
-                sites.append(group.start(name, link, env))
-                if local.warm:
-                    work = worker(port, "--site", str(file), "--status", str(logs / f"{name}-worker.json"))
-                    sites.append(group.start(f"{name}-worker", work, env))
-            server.submit(resume=plan.resume)
-            follow(server, plan.run_dir, console, plan.events, _Reviver(group, sites, tell, tries))
-            return
+    with sockets(plan.run_dir / "flwr") as folder, ProcessGroup(logs) as group:
+        superlink = OwnSuperLink(folder / "superlink", f"unix:{folder / 'fleet'}")
+        server = Supervised(plan.source, plan.run_dir, group, superlink, env, tell, tries=tries)
+        server.start_superlink()
+        sites = []
+        for number, (name, file) in enumerate(plan.sites.items()):
+            socket, isolation = folder / f"site-{number}", "process" if local.warm else "subprocess"
+            link = supernode(file, superlink.fleet, socket, "--insecure", "--isolation", isolation, *_POLL)
+            sites.append(group.start(name, link, env))
+            if local.warm:
+                work = worker(f"unix:{socket}", "--site", str(file), "--status", str(logs / f"{name}-worker.json"))
+                sites.append(group.start(f"{name}-worker", work, env))
+        server.submit(resume=plan.resume)
+        follow(server, plan.run_dir, console, plan.events, _Reviver(group, sites, tell, tries))
 
 
 class _Reviver:

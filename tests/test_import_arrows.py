@@ -48,6 +48,7 @@ FLOWER = {
     "common/protocol/messages.py",
     "common/protocol/records.py",
     "common/protocol/wire.py",
+    "common/system/flower_socket.py",
     "strategies/flower/strategy.py",
     "strategies/flower/messages.py",
     "strategies/flower/streaming.py",

@@ -2,7 +2,7 @@
 
 Starts the link to the server (``supernode.py``) and beside it the worker that keeps model and rows in memory
 (``worker.py``), starts either again when it dies, and ends both on SIGTERM and Ctrl-C. Connections are opened to the
-outside only; what listens here, listens on the loopback interface.
+outside only; what listens here, listens on a socket that no other account of this machine can reach.
 """
 
 import argparse
@@ -17,14 +17,16 @@ from typing import Any, NoReturn
 
 import psutil
 
+from client.connect.dial import proxy_for
+from client.connect.probe import split
 from client.connect.programs import supernode, worker
 from common.config.federation import SiteConfig, resolve
 from common.config.load import load
 from common.errors import ConfigError, DataError, LaunchError
 from common.system.command import FAILED, WRONG, Command, address, number
-from common.system.files import write_atomically
+from common.system.files import keep_private, make_private, write_atomically
 from common.system.flower import environment
-from common.system.processes import ProcessGroup, Started, free_ports
+from common.system.processes import ProcessGroup, Started, socket_folder
 
 POLL_SECONDS = 0.5
 _LONGEST_PAUSE = 30.0  # seconds before a process that died is started again; the first pause is one second
@@ -132,8 +134,10 @@ class Member:
 
 
 def _connected(link: Started | None, superlink: str) -> bool:
-    """Whether the link has an open connection to the server's port."""
-    port = int(superlink.rpartition(":")[2])
+    """Whether the link has an open connection to the server's port, or its proxy's."""
+    host, port = split(superlink)
+    if (proxy := proxy_for(host)) is not None:
+        port = proxy.port
     try:
         connections = psutil.Process(link.process.pid).net_connections("tcp") if link is not None else []
     except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -152,8 +156,12 @@ def _say(text: str) -> None:
     print(f"join: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
+def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, str]]:
     """Read and check every file before anything is started; who takes part, and its processes' environment.
+
+    Args:
+        options: the command line.
+        socket: that the two processes share, in a folder that no other account may enter.
 
     Raises:
         FedSpanError: names the file and what is wrong with it.
@@ -164,12 +172,11 @@ def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
         raise DataError(f"{file}: shard {resolve(site.data.path, file)} does not exist")
     home = (options.home or file.parent / f".{site.name}").resolve()
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        make_private(home)
     except OSError as error:
         raise ConfigError(
             f"--home {home} cannot be made ({error.strerror}); give a folder that may be written"
         ) from None
-    (port,) = free_ports(1)
     link = ["--poll", f"{options.poll:g}", "--isolation", "process"]
     link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
     if options.connect_deadline is not None:
@@ -180,8 +187,8 @@ def plan(options: argparse.Namespace) -> tuple[Member, dict[str, str]]:
     work = ["--site", str(file), "--idle", f"{options.idle:g}", "--status", str(status)]
     member = Member(
         site,
-        Service("supernode", supernode(file, options.superlink, port, *link)),
-        Service("worker", worker(port, *work)),
+        Service("supernode", supernode(file, options.superlink, socket, *link)),
+        Service("worker", worker(f"unix:{socket}", *work)),
         status,
         options.superlink,
         options.status,
@@ -229,14 +236,16 @@ def _run(options: argparse.Namespace) -> int:
             raise ConfigError(f"{file} does not exist")
     if options.status is not None and not options.status.parent.is_dir():
         raise ConfigError(f"--status: folder {options.status.parent} does not exist")
-    member, env = plan(options)
-    for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signal_, _end)
-    try:
-        member.work(env, options.tries)
-    except Ended as end:
-        _say(f"ended by {end}")
-        return 0
+    keep_private()
+    with socket_folder() as folder:
+        member, env = plan(options, folder / "runtime")
+        for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_, _end)
+        try:
+            member.work(env, options.tries)
+        except Ended as end:
+            _say(f"ended by {end}")
+            return 0
 
 
 def _end(signal_: int, frame: FrameType | None) -> NoReturn:

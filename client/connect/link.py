@@ -4,11 +4,13 @@ Before Flower begins, the files and the way to the SuperLink are tried (``client
 does not answer yet, or does not let this site in yet, is asked again until the deadline. Whatever cannot mend
 itself ends the program with one line; Flower 1.39 prints a traceback, tries for ever, or ends as if all were well.
 
-Three more differences. It asks its SuperLink for messages as often as it is told; Flower 1.39 waits three seconds
-between two questions, which on a near link is most of a short round. When a run is stopped while its message is still
-coming in, the task that was made of the message ends; Flower 1.39 keeps it, and whoever takes it up waits for its
-content for ever. And it asks for the next message when the last one is answered; Flower 1.39 when anything is, so an
-answer to a run that was stopped meanwhile leaves the next answer lying there until one more message has come.
+Four more differences. Its Runtime API is a Unix socket, so that no other account of this machine can answer in the
+site's name (``common.system.flower_socket``). It asks its SuperLink for messages as often as it is told; Flower 1.39
+waits three seconds between two questions, which on a near link is most of a short round. When a run is stopped while
+its message is still coming in, the task that was made of the message ends; Flower 1.39 keeps it, and whoever takes it
+up waits for its content for ever. And it asks for the next message when the last one is answered; Flower 1.39 when
+anything is, so an answer to a run that was stopped meanwhile leaves the next answer lying there until one more message
+has come.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import grpc  # type: ignore[import-untyped]
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.common.config import parse_config_args
+from flwr.supercore.address import parse_address
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.retry import RetryInvoker
@@ -31,10 +34,13 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
+from client.connect.dial import socket_path
 from client.connect.probe import probe
 from common.config.federation import SiteConfig
 from common.config.load import load
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
+from common.system import flower_socket
+from common.system.files import keep_private
 from common.system.keys import fingerprint, read_private
 
 _PROBE_SECONDS = 10.0
@@ -49,6 +55,12 @@ def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa:
         return pull_objects(*arguments, **options)
     except RunNotRunningException:
         raise ConnectionAbortedError("the run was stopped") from None
+
+
+def _parse_address(address: str) -> tuple[str, int | str, bool | None] | None:
+    """Flower's ``parse_address``, which knows no socket: host, port, and whether the host is IPv6."""
+    path = socket_path(address)
+    return parse_address(address) if path is None else ("unix", str(path), None)
 
 
 class _Turns:
@@ -222,6 +234,9 @@ def run(options: argparse.Namespace) -> NoReturn:
     link = Link(options.superlink, ca, key, options.connect_deadline)
     link.wait()
     sys.argv = ["flower-supernode", *_flowers(options)]
+    keep_private()
+    flower_socket.serve("flower-supernode", options.socket)
+    start_client_internal.parse_address = _parse_address  # type: ignore[attr-defined, assignment]
     start_client_internal.time = _Clock(options.poll)  # type: ignore[attr-defined, assignment]
     start_client_internal.pull_objects = _pull_objects  # type: ignore[attr-defined]
     start_client_internal._make_fleet_connection_retry_invoker = link.retry_invoker

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from client.connect.dial import Proxy, dial, dial_socket, proxy_for, said, socket_path
 from common.errors import ConfigError, LinkError, UnreachableError
 from common.system.keys import host_names, read_certificates
 
@@ -31,6 +32,7 @@ class LinkReport:
         not_before: beginning of its validity.
         not_after: end of its validity.
         round_trip: seconds that a connection took to be made.
+        proxy: through which it went; None: straight.
     """
 
     host: str
@@ -40,13 +42,14 @@ class LinkReport:
     not_before: datetime | None
     not_after: datetime | None
     round_trip: float
+    proxy: Proxy | None = None
 
 
 def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkReport:
     """Connect to a SuperLink as gRPC would and look at its certificate; sends nothing of the site.
 
     Args:
-        address: HOST:PORT of the Fleet API.
+        address: HOST:PORT of the Fleet API, or ``unix:`` and the path of a socket of this machine.
         root_certificates: the federation's CA; None: without TLS.
         timeout: seconds for every step.
 
@@ -55,12 +58,19 @@ def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkR
         UnreachableError: nobody answers there.
         LinkError: the server cannot be trusted, or speaks another language; says why and what mends it.
     """
-    host, port = _split(address)
+    path = socket_path(address)
+    if path is not None:
+        started = time.monotonic()
+        with dial_socket(path, timeout) as raw:
+            if not _greets(raw):
+                raise UnreachableError(f"{address}: what answers there is no SuperLink's Fleet API (no gRPC)")
+        return LinkReport(address, 0, None, [], None, None, time.monotonic() - started)
+    host, port = split(address)
     authorities = [] if root_certificates is None else _authorities(root_certificates)
     with _connected(host, port, timeout) as (raw, seconds):
         if root_certificates is None:
             _check_plain(raw, host, port, timeout)
-            return LinkReport(host, port, None, [], None, None, seconds)
+            return LinkReport(host, port, None, [], None, None, seconds, proxy_for(host))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as gRPC
         context.set_alpn_protocols(["h2"])
@@ -78,12 +88,18 @@ def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkR
                     f"{host}:{port} speaks no TLS, so nobody can tell who it is; the operator's SuperLink must be "
                     "started with its certificate (only on one machine for trials: --insecure here too)"
                 ) from None
-            raise UnreachableError(f"{host}:{port}: the TLS handshake failed ({_said(error)})") from None
+            raise UnreachableError(f"{host}:{port}: the TLS handshake failed ({said(error)})") from None
     begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
-    return LinkReport(host, port, found.subject.rfc4514_string(), host_names(found), begins, ends, seconds)
+    subject, names = found.subject.rfc4514_string(), host_names(found)
+    return LinkReport(host, port, subject, names, begins, ends, seconds, proxy_for(host))
 
 
-def _split(address: str) -> tuple[str, int]:
+def split(address: str) -> tuple[str, int]:
+    """Host and port of a SuperLink's address.
+
+    Raises:
+        ConfigError: it is none.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise ConfigError(f"--superlink {address!r}; allowed: HOST:PORT, as fl.example.org:9092 or [::1]:9092")
@@ -100,15 +116,9 @@ def _authorities(file: Path) -> list[x509.Certificate]:
 
 @contextlib.contextmanager
 def _connected(host: str, port: int, timeout: float) -> Iterator[tuple[socket.socket, float]]:
-    """A TCP connection, and the seconds it took."""
+    """A connection, and the seconds it took."""
     started = time.monotonic()
-    try:
-        raw = socket.create_connection((host, port), timeout)
-    except socket.gaierror as error:
-        raise UnreachableError(f"{host}:{port}: no machine of this name is known ({error.strerror})") from None
-    except OSError as error:
-        raise UnreachableError(f"{host}:{port}: nobody answers ({_said(error)}); is the SuperLink running?") from None
-    with raw:
+    with dial(host, port, timeout) as raw:
         yield raw, time.monotonic() - started
 
 
@@ -182,7 +192,3 @@ def _signed(server: x509.Certificate, authority: x509.Certificate) -> bool:
 
 def _minute(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC"
-
-
-def _said(error: OSError) -> str:
-    return str(error.strerror or error or type(error).__name__)

@@ -5,25 +5,29 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-LOOPBACK = "127.0.0.1"
 
 
-def supernode(site: Path, superlink: str, port: int, *options: str) -> list[str]:
+def supernode(site: Path, superlink: str, socket: Path, *options: str) -> list[str]:
     """How a site's link to the server is started.
 
     Args:
         site: the site file.
-        superlink: host and port of the server.
-        port: of the Runtime API, on the loopback interface.
+        superlink: where the server is: host and port, or ``unix:`` and the path of a socket.
+        socket: of the Runtime API, in a folder that no other account may enter.
         options: more of ``fedspan site supernode``.
     """
-    where = ["--host", LOOPBACK, "--port", str(port), "--node-config", f"site={json.dumps(str(site))}"]
+    where = ["--socket", str(socket), "--node-config", f"site={json.dumps(str(site))}"]
     return [*_program("supernode.py"), "--grpc-rere", "--superlink", superlink, *where, *options]
 
 
-def worker(port: int, *options: str) -> list[str]:
-    """How the worker is started beside the SuperNode whose Runtime API is at ``port``."""
-    return [*_program("worker.py"), "--runtime-api", f"{LOOPBACK}:{port}", *options]
+def worker(runtime_api: str, *options: str) -> list[str]:
+    """How the worker is started beside a SuperNode.
+
+    Args:
+        runtime_api: of the SuperNode: ``unix:`` and the path of its socket, or host and port.
+        options: more of ``fedspan site worker``.
+    """
+    return [*_program("worker.py"), "--runtime-api", runtime_api, *options]
 
 
 def _program(file: str) -> list[str]:

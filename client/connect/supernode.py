@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import ConfigError
-from common.system.command import Command, address, number, program, start_log
+from common.system.command import Command, address_or_socket, number, program, start_log
 
 CONNECT_DEADLINE = 120.0  # seconds; Flower takes 60 to notice that an earlier SuperNode with the same key is gone
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--superlink", type=address, metavar="HOST:PORT", help="the server's address for sites")
+    parser.add_argument("--superlink", type=address_or_socket, metavar="HOST:PORT", help="the server's, for sites")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
     parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
     parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    parser.add_argument(
+        "--socket", type=Path, metavar="PATH", help="of its Runtime API; in a folder that no other account may enter"
+    )
     parser.add_argument("--node-config", metavar="'site=\"FILE\"'", help="names the site file")
     parser.add_argument(
         "--isolation",
@@ -44,6 +47,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> NoReturn:
     start_log("supernode")
+    if options.socket is None:
+        raise ConfigError("give --socket PATH, in a folder that no other account may enter")
     if options.superlink is None or options.insecure == (options.root_certificates is not None):
         raise ConfigError(
             "give --superlink HOST:PORT, and --root-certificates FILE (the operator's ca.crt) or --insecure"
@@ -57,8 +62,8 @@ SUPERNODE = Command(
     _arguments,
     _run,
     example="--superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key site-a.key "
-    "--isolation process --host 127.0.0.1 --port 9094 --node-config 'site=\"/etc/fedspan/site-a.yaml\"'",
-    then="fedspan site worker --runtime-api 127.0.0.1:9094 --site /etc/fedspan/site-a.yaml",
+    "--isolation process --socket /run/fedspan/site-a --node-config 'site=\"/etc/fedspan/site-a.yaml\"'",
+    then="fedspan site worker --runtime-api unix:/run/fedspan/site-a --site /etc/fedspan/site-a.yaml",
     notes="For Flower's own way of starting things; `fedspan site join` starts this and the worker.\n"
     "All other options of flower-supernode can be given, too.",
     passes_on=True,

@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 from common.errors import ConfigError
-from common.system.command import Command, address, number, program, start_log
+from common.system.command import Command, address_or_socket, number, program, start_log
+from common.system.files import keep_private
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--runtime-api", type=address, required=True, metavar="HOST:PORT", help="the SuperNode's --host and --port"
+        "--runtime-api",
+        type=address_or_socket,
+        required=True,
+        metavar="unix:PATH",
+        help="of the SuperNode; or of Flower's own, HOST:PORT, which every account of this machine can reach",
     )
     parser.add_argument("--site", type=Path, metavar="SITE.yaml", help="the site file; says whose code may run here")
     parser.add_argument(
@@ -37,6 +42,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.status is not None and not options.status.parent.is_dir():
         raise ConfigError(f"--status: folder {options.status.parent} does not exist")
     start_log("worker")
+    keep_private()
     from client.connect.worker_process import RuntimeApi
     from client.connect.worker_supervisor import Options, run  # imports Flower
 
@@ -46,7 +52,7 @@ def _run(options: argparse.Namespace) -> None:
 WORKER = Command(
     _arguments,
     _run,
-    example="--runtime-api 127.0.0.1:9094 --site /etc/fedspan/site-a.yaml",
+    example="--runtime-api unix:/run/fedspan/site-a --site /etc/fedspan/site-a.yaml",
     then="fedspan ledger summary FILE, when a run has ended",
     notes="For Flower's own way of starting things, beside `fedspan site supernode --isolation process`;\n"
     "`fedspan site join` starts both.",

@@ -39,6 +39,7 @@ LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that it
 BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
 _PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
+_CALL_SECONDS = 30.0  # that a call waits for its answer, as in Flower's client
 # run as a file, it stands in for no module
 _LOGS = str(Path(__file__).resolve().parents[2] / "common" / "system" / "logs.py")
 log = logging.getLogger("worker")
@@ -46,20 +47,28 @@ log = logging.getLogger("worker")
 
 @dataclass(frozen=True)
 class RuntimeApi:
-    """Where the SuperNode is asked for messages: HOST:PORT, on the loopback interface and so without TLS."""
+    """Where the SuperNode is asked for messages: ``unix:`` and the path of its socket.
+
+    A SuperNode of Flower's own has HOST:PORT, on the loopback interface and so without TLS.
+    """
 
     address: str
 
     def connect(self, *interceptors: ProtobufClientInterceptor, patience: float = _PATIENCE) -> RuntimeHttpClient:
         """A client of the SuperNode's Runtime API that tries again for ``patience`` seconds."""
         retry = RetryInvoker(lambda: exponential(max_delay=2), httpx.TransportError, max_tries=None, max_time=patience)
-        return RuntimeHttpClient.from_server_address(
-            server_address=self.address,
+        kind, _, path = self.address.partition(":")
+        client = RuntimeHttpClient.from_server_address(
+            server_address="localhost" if kind == "unix" else self.address,
             insecure=True,
             root_certificates=None,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *interceptors],
             retry_invoker=retry,
         )
+        if kind == "unix":
+            client.close()
+            client._client = httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=_CALL_SECONDS)
+        return client
 
 
 def work(api: RuntimeApi, tell: IO[str]) -> None:

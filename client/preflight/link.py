@@ -14,7 +14,8 @@ def server(subject: Subject) -> Finding:
     report = subject.link
     assert report.not_before is not None and report.not_after is not None  # noqa: S101, PT018 - it has spoken TLS
     what = f"{report.host}:{report.port} is {report.subject or 'nameless'} ({', '.join(report.names)}), "
-    what += f"{report.round_trip * 1000:.0f} ms away; its certificate"
+    way = f" through {report.proxy}" if report.proxy is not None else ""
+    what += f"{report.round_trip * 1000:.0f} ms away{way}; its certificate"
     return validity(what, report.not_before, report.not_after, "ask the operator to renew the server's certificate")
 
 

@@ -122,6 +122,16 @@ def address(text: str) -> str:
     return text
 
 
+def address_or_socket(text: str) -> str:
+    """A ``type`` for ``add_argument``: HOST:PORT, or ``unix:`` and the path of a socket of this machine."""
+    if text.startswith("unix:/"):
+        return text
+    try:
+        return address(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: HOST:PORT, unix:/PATH") from None
+
+
 def nearest(word: str, known: Mapping[str, str], closeness: float = 0.5) -> str:
     """A question that names what was most likely meant; empty when nothing is near.
 

@@ -91,6 +91,22 @@ def built(folder: Path) -> Iterator[Path]:
     flush(folder.parent)
 
 
+def keep_private() -> None:
+    """What this process and its children make from now on, its owner alone may read: files 0600, folders 0700."""
+    os.umask(0o077)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that its owner alone may enter; one that is there and ours becomes so.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid == os.geteuid():  # a volume that is mounted in a container is somebody else's
+        folder.chmod(0o700)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)

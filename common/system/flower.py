@@ -2,6 +2,7 @@
 
 import os
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -10,8 +11,19 @@ def program(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
+LOOPBACK = ("localhost", "127.0.0.0/8", "127.0.0.1", "::1")  # gRPC takes subnets, httpx names of hosts
+
+
+def direct(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which no proxy catches what stays on this machine, whoever reads which spelling."""
+    told = env.get("no_proxy", env.get("NO_PROXY", ""))
+    entries = [entry for entry in told.replace(" ", "").split(",") if entry and entry not in LOOPBACK]
+    around = ",".join([*entries, *LOOPBACK])
+    return {**env, "no_proxy": around, "NO_PROXY": around}
+
+
 def environment(home: Path, *, hub: bool, **defaults: str) -> dict[str, str]:
-    """Environment of Flower's processes: its files in ``home``, no telemetry, no look for updates.
+    """Environment of Flower's processes: its files in ``home``, no telemetry, no look for updates, no proxy at home.
 
     Args:
         home: Flower's folder.
@@ -23,4 +35,4 @@ def environment(home: Path, *, hub: bool, **defaults: str) -> dict[str, str]:
         fixed["HF_HUB_OFFLINE"] = "1"
     scripts = sysconfig.get_path("scripts")  # where Flower's programs find each other
     fixed["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    return {"TOKENIZERS_PARALLELISM": "false", **defaults, **os.environ, **fixed}
+    return {"TOKENIZERS_PARALLELISM": "false", **defaults, **direct(os.environ), **fixed}

@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from common.errors import LaunchError
 MARK = "FEDSPAN_RUN"  # environment variable that every process of a run carries, however deep
 _PART = "FEDSPAN_PART"  # likewise: which of the group's processes it descends from
 _PR_SET_PDEATHSIG = 1
+_LONGEST_FOLDER = 80  # bytes; the path of a socket has 103 on macOS, 107 on Linux
 
 
 @dataclass
@@ -152,11 +154,24 @@ def free_ports(count: int) -> list[int]:
             s.close()
 
 
-def listens(port: int) -> bool:
-    """Whether a connection to a port of the loopback interface is accepted."""
-    with socket.socket() as s:
+def listens(where: int | Path) -> bool:
+    """Whether a connection to a port of the loopback interface, or to a Unix socket, is accepted."""
+    with socket.socket(socket.AF_INET if isinstance(where, int) else socket.AF_UNIX) as s:
         s.settimeout(1.0)
-        return s.connect_ex(("127.0.0.1", port)) == 0
+        return s.connect_ex(("127.0.0.1", where) if isinstance(where, int) else str(where)) == 0
+
+
+@contextlib.contextmanager
+def socket_folder() -> Iterator[Path]:
+    """A new folder for Unix sockets that no other account may enter; it is gone at the end.
+
+    Raises:
+        LaunchError: its path is too long for the path of a socket.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedspan-", ignore_cleanup_errors=True) as name:  # its mode is 0700
+        if len(os.fsencode(name)) > _LONGEST_FOLDER:
+            raise LaunchError(f"{name}: too long for a folder of sockets ({_LONGEST_FOLDER} bytes); set TMPDIR shorter")
+        yield Path(name)
 
 
 def last_lines(log: Path | None, count: int = 5) -> str:

@@ -16,13 +16,15 @@ from common.system import flower
 from common.system.processes import ProcessGroup, free_ports, last_lines, listens
 from server.superlink.bundle import make_bundle
 from server.superlink.control import control, start_run
-from server.superlink.process import OwnSuperLink
 
 ROOT = Path(__file__).resolve().parents[2]
+SUPERLINK = "local"  # name of the connection in Flower's configuration
 
 
 class Flower:
-    """A SuperLink, and SuperNodes that come and go. Use as a context manager.
+    """A SuperLink, and SuperNodes that come and go. Use as a context manager, which sets this process's FLWR_HOME.
+
+    All of it is Flower's own, on ports of the loopback interface that every account of this machine can use.
 
     Args:
         folder: for Flower's files and the logs.
@@ -33,27 +35,31 @@ class Flower:
     def __init__(self, folder: Path, threads: int = 1, env: Mapping[str, str] | None = None) -> None:
         self._logs, self._home = folder / "logs", folder / "flwr"
         self._group = ProcessGroup(self._logs)
-        port, self.fleet = free_ports(2)
-        self.superlink = OwnSuperLink(port, f"127.0.0.1:{self.fleet}")
+        self._port, self.fleet = free_ports(2)
         self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
         self._home.mkdir(parents=True)
-        (self._home / "config.toml").write_text(self.superlink.connection(), encoding="utf-8")
+        link = f'address = "127.0.0.1:{self._port}"\ninsecure = true\n'
+        (self._home / "config.toml").write_text(f"[superlink.{SUPERLINK}]\n{link}", encoding="utf-8")
         code = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for apps that measure ours
         own = {"PYTHONPATH": code, "OMP_NUM_THREADS": str(threads), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         self._env = flower.environment(self._home, hub=False) | own | dict(env or {})
 
     def __enter__(self) -> Self:
-        fleet = ["--fleet-api-address", self.superlink.fleet, "--disable-runtime-dependency-installation"]
+        fleet = ["--fleet-api-address", f"127.0.0.1:{self.fleet}", "--disable-runtime-dependency-installation"]
         # Flower's own way, with its database in memory: benchmarks take it as the peer.
-        command = [flower.program("flower-superlink"), "--insecure", "--port", str(self.superlink.port), *fleet]
-        self._group.start("superlink", command, self._env)
-        wait_for(lambda: listens(self.superlink.port) and listens(self.fleet), 60)
+        own = ["--insecure", "--host", "127.0.0.1", "--port", str(self._port)]
+        self._group.start("superlink", [flower.program("flower-superlink"), *own, *fleet], self._env)
+        wait_for(lambda: listens(self._port) and listens(self.fleet), 60)
+        self._outside, os.environ["FLWR_HOME"] = os.environ.get("FLWR_HOME"), str(self._home)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._group.stop()
+        del os.environ["FLWR_HOME"]
+        if self._outside is not None:
+            os.environ["FLWR_HOME"] = self._outside
 
     def start_node(
         self,
@@ -80,12 +86,12 @@ class Flower:
 
     def start_worker(self, name: str, *options: str) -> psutil.Process:
         """Start a long-lived worker beside a SuperNode."""
-        command = programs.worker(self.ports[name], *options)
+        command = programs.worker(f"127.0.0.1:{self.ports[name]}", *options)
         return psutil.Process(self._group.start(f"{name}-worker", command, self._env).process.pid)
 
     def submit(self, app: Path, config: Mapping[str, str | int]) -> None:
         """Start a run of the app in a folder."""
-        start_run(self.superlink, make_bundle(app), config)
+        start_run(SUPERLINK, make_bundle(app), config)
 
     def wait(self, seconds: float = 180.0) -> None:
         """Wait for the latest run to end.
@@ -93,7 +99,7 @@ class Flower:
         Raises:
             LaunchError: it failed, or did not end in time.
         """
-        with control(self.superlink) as client:
+        with control(SUPERLINK) as client:
 
             def ended() -> bool:
                 runs = client.ListRuns(ListRunsRequest()).run_dict.values()

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import ConfigError, LaunchError
+from common.errors import ConfigError
 from common.system.command import Command, address, number, start_log
 
 if TYPE_CHECKING:
-    from server.superlink.process import OwnSuperLink
+    from server.superlink.process import Tls
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -51,22 +51,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--signature", type=Path, action="append", default=[], metavar="FILE", help="vouches for the code; also several"
     )
-    parser.add_argument(
-        "--port",
-        type=number(int, 1, 65535),
-        default=8000,
-        help="control port of the SuperLink that is started (default: %(default)s)",
-    )
     parser.add_argument("--superlink", metavar="NAME", help="use the running SuperLink of this name in Flower's config")
 
 
-def _superlink(options: argparse.Namespace) -> "OwnSuperLink | str":
-    """Which SuperLink the options ask for.
+def _tls(options: argparse.Namespace) -> "Tls | None":
+    """The files of a SuperLink with TLS; None without.
 
     Raises:
-        ConfigError: they do not fit each other, or a file does not exist.
+        ConfigError: the options do not fit each other, a file does not exist, or the port is taken.
     """
-    from server.superlink.process import OwnSuperLink, Tls
+    from common.system.processes import listens
+    from server.superlink.process import Tls
 
     files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
     if options.superlink is None and options.insecure == all(files):
@@ -76,19 +71,10 @@ def _superlink(options: argparse.Namespace) -> "OwnSuperLink | str":
     for file in filter(None, files):
         if not file.is_file():
             raise ConfigError(f"{file} does not exist")
-    if options.superlink is not None:
-        return str(options.superlink)
-    tls = Tls(*(file.resolve() for file in files)) if all(files) else None
-    return OwnSuperLink(options.port, options.fleet_api_address, tls, options.registry)
-
-
-def _check_ports(superlink: "OwnSuperLink") -> None:
-    from common.system.processes import listens
-
-    fleet = int(superlink.fleet.rpartition(":")[2])
-    for option, port in (("--port", superlink.port), ("--fleet-api-address", fleet)):
-        if listens(port):
-            raise ConfigError(f"port {port} is in use; give another with {option}")
+    port = int(options.fleet_api_address.rpartition(":")[2])
+    if options.superlink is None and listens(port):
+        raise ConfigError(f"port {port} is in use; give another with --fleet-api-address")
+    return Tls(*(file.resolve() for file in files)) if all(files) else None
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -96,16 +82,16 @@ def _run(options: argparse.Namespace) -> int:
 
     from common.config.federation import FederationConfig, resolved
     from common.config.load import load
-    from common.system.processes import ProcessGroup, last_lines
+    from common.system.processes import ProcessGroup
     from server.operate.progress import teller
-    from server.operate.supervise import ROOT, Supervised, follow, to_the_end
+    from server.operate.supervise import ROOT, Supervised, follow, make_folder, to_the_end
     from server.report.write import write_report
     from server.run import bundle_signatures
     from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
     from server.superlink import registry, signatures
-    from server.superlink.process import environment
+    from server.superlink.process import OwnSuperLink, environment, sockets
 
-    superlink = _superlink(options)
+    tls = _tls(options)
     start_log("supervisor")
     signed = signatures.read_signatures(options.signature, ROOT)
     if options.registry is not None:
@@ -121,20 +107,17 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     resume = options.resume or bool(begun)
     check_resumable(run_dir, federation) if resume else refuse_existing(run_dir)
-    if not isinstance(superlink, str):
-        _check_ports(superlink)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
 
     def work() -> None:
         console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
-        env = environment(run_dir / "flwr", federation)
+        home, tell = run_dir / "flwr", teller(console.print, run_dir.name)
+        env = environment(home, federation)
         bundle_signatures.keep(run_dir, signed)
-        with ProcessGroup(run_dir / "logs") as group:
-            tell = teller(console.print, run_dir.name)
-            run = Supervised(source, run_dir, group, superlink, env, tell, tries=options.tries)
-            if not run.start_superlink():
-                log = run_dir / "logs" / "superlink.log"
-                raise LaunchError(f"the SuperLink did not start; {log} ends with: {last_lines(log)}")
+        with sockets(home) as folder, ProcessGroup(run_dir / "logs") as group:
+            own = OwnSuperLink(folder / "superlink", options.fleet_api_address, tls, options.registry)
+            run = Supervised(source, run_dir, group, options.superlink or own, env, tell, tries=options.tries)
+            run.start_superlink()
             run.submit(resume=resume)
             follow(run, run_dir, console, seen, lambda: None)
 

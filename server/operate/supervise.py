@@ -23,7 +23,8 @@ from rich.console import Console
 
 from common.errors import FedSpanError, LaunchError, RunFailed
 from common.system.command import FAILED, INTERRUPTED
-from common.system.processes import ProcessGroup, Started, last_lines, listens
+from common.system.files import keep_private, make_private
+from common.system.processes import ProcessGroup, Started, last_lines
 from server.operate.progress import Display, teller
 from server.operate.prometheus import exposed
 from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run
@@ -77,28 +78,28 @@ class Supervised:
         self._run_id = 0
         self._deaths, self._newest, self._asked = 0, "", 0.0
 
-    def start_superlink(self) -> bool:
-        """Start the SuperLink and wait until it listens; False when it ended, as it does when a port is taken.
+    def start_superlink(self) -> None:
+        """Start the SuperLink and wait until it listens.
 
         Raises:
-            LaunchError: it did not listen in time, or does not take the register of sites.
+            LaunchError: it ended, as it does when its port is taken, did not listen in time, or does not take the
+                register of sites.
         """
         if self._own is None:
-            return True
+            return
         home = Path(self._env["FLWR_HOME"])
         home.mkdir(parents=True, exist_ok=True)
-        (home / "config.toml").write_text(self._own.connection(), encoding="utf-8")
+        self._own.note(home)
         self._process = started = self._group.start("superlink", self._own.command(home), {**MALLOC, **self._env})
         deadline = time.monotonic() + START_SECONDS
-        while not (listens(self._own.port) and listens(int(self._own.fleet.rpartition(":")[2]))):
+        while not self._own.listens():
             if started.process.poll() is not None:
-                return False
+                raise LaunchError(f"the SuperLink did not start; {started.log} ends: {last_lines(started.log)}")
             if time.monotonic() > deadline:
                 raise LaunchError(f"the SuperLink did not listen within {START_SECONDS:g} seconds; see {started.log}")
             time.sleep(0.1)
         if self._nodes is not None:
             self._nodes.begin()
-        return True
 
     def submit(self, *, resume: bool) -> None:
         """Hand the app to the SuperLink.
@@ -199,8 +200,7 @@ class Supervised:
         self._tell(f"{what}; the run goes on after its last checkpoint (try {self._deaths} of {self._limit})")
         if self._process is not None and self._link_died():
             self._group.forget(self._process)  # and its ServerApp with it
-            if not self.start_superlink():
-                raise RunFailed(f"{what} and did not start again; {self._process.log} says more")
+            self.start_superlink()
         self.submit(resume=(self._run_dir / "run.json").exists())
 
     def _newest_checkpoint(self) -> str:
@@ -237,6 +237,17 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
         raise
     finally:
         display.close()
+
+
+def make_folder(run_dir: Path) -> None:
+    """Make a run's folder, which only this account may enter; what is written from now on is for it alone.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    keep_private()
+    make_private(run_dir)
+    (run_dir / "logs").mkdir(exist_ok=True)
 
 
 def to_the_end(run_dir: Path, options: argparse.Namespace, work: Callable[[], None]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 import httpx
 
 from common.errors import LaunchError
+from common.system.flower import direct
+from common.system.flower_socket import call
 from server.superlink.process import OwnSuperLink
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ def control(superlink: OwnSuperLink | str) -> Iterator["ControlHttpClient"]:
     """
     import click
 
-    who = f"the SuperLink {superlink!r}" if isinstance(superlink, str) else f"the SuperLink at port {superlink.port}"
+    who = f"the SuperLink {superlink!r}" if isinstance(superlink, str) else f"the SuperLink at {superlink.socket}"
     try:
         client = _client(superlink)
     except (click.ClickException, ValueError, OSError) as error:
@@ -113,12 +116,14 @@ def _client(superlink: OwnSuperLink | str) -> "ControlHttpClient":
 
     if isinstance(superlink, OwnSuperLink):
         tls = superlink.tls
-        return ControlHttpClient(
-            f"{'http' if tls is None else 'https'}://127.0.0.1:{superlink.port}",
+        client = ControlHttpClient(
+            f"{'http' if tls is None else 'https'}://127.0.0.1",  # what its certificate must be for
             interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
-            verify=tls is not None and ssl.create_default_context(cafile=tls.ca),
-            timeout=CALL_SECONDS,
         )
+        verify = tls is not None and ssl.create_default_context(cafile=tls.ca)
+        call(client, superlink.socket, verify=verify, timeout=CALL_SECONDS)
+        return client
+    os.environ.update(direct(os.environ))  # Flower's client heeds a proxy also for an address of this machine
     with contextlib.redirect_stdout(io.StringIO()):  # where Flower says which connection it uses
         return init_http_client_from_connection(read_superlink_connection(superlink))
 

@@ -1,13 +1,22 @@
-"""A SuperLink of our own: how it is started, and the environment of a run's processes."""
+"""A SuperLink of our own: how it is started, what it leaves, and the environment of a run's processes."""
 
+import contextlib
 import json
 import os
+import sqlite3
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.federation import FederationConfig
 from common.system import flower
+from common.system.flower_socket import NOTE
+from common.system.processes import listens, socket_folder
 
+DATABASE = "superlink.sqlite"
+#: Tables of its database that tell of messages; their content is in memory alone.
+MESSAGES = ("message_ins", "message_res", "object_push_sessions")
 #: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
 #: which would keep one for every thread that pulls replies.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -27,22 +36,23 @@ class OwnSuperLink:
     """A SuperLink that is started here, and started again when it dies.
 
     Attributes:
-        port: of its control interface, on the loopback interface.
-        fleet: host and port for SuperNodes.
+        socket: of its Control API and Runtime API, in a folder that no other account may enter.
+        fleet: where SuperNodes connect: host and port, or ``unix:`` and the path of a socket.
         tls: None for a federation on one machine.
         registry: the register of sites; only SuperNodes with a key in it may connect. None: all may.
     """
 
-    port: int
+    socket: Path
     fleet: str
     tls: Tls | None = None
     registry: Path | None = None
 
     def command(self, home: Path) -> list[str]:
         """How it is started; its database is in ``home``."""
-        command = [flower.program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)]
+        program = str(Path(__file__).resolve().with_name("program.py"))
+        command = [sys.executable, "-P", program, "--socket", str(self.socket)]
         command += ["--fleet-api-address", self.fleet, "--disable-runtime-dependency-installation"]
-        command += ["--database", str(home / "superlink.sqlite")]
+        command += ["--database", str(home / DATABASE)]
         if self.tls is None:
             command += ["--insecure"]
         else:
@@ -50,11 +60,47 @@ class OwnSuperLink:
             command += ["--ssl-keyfile", str(self.tls.key)]
         return [*command, "--enable-supernode-auth"] if self.registry is not None else command
 
-    def connection(self) -> str:
-        """Flower's configuration file with this SuperLink as ``local``."""
+    def listens(self) -> bool:
+        """Whether callers and SuperNodes can connect."""
+        kind, _, where = self.fleet.rpartition(":")
+        return listens(self.socket) and listens(Path(where) if kind == "unix" else int(where))
+
+    def note(self, home: Path) -> None:
+        """Write down in Flower's folder how its own commands, through ``common.system.flower_socket``, get here."""
         trust = "insecure = true" if self.tls is None else f"root-certificates = {json.dumps(str(self.tls.ca))}"
-        link = f'[superlink.local]\naddress = "127.0.0.1:{self.port}"\n{trust}\n'
-        return f'[superlink]\ndefault = "local"\n\n{link}'
+        link = f'[superlink.local]\naddress = "127.0.0.1:1"  # {NOTE}\n{trust}\n'
+        (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n\n{link}', encoding="utf-8")
+        (home / NOTE).write_text(f"{self.socket}\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def sockets(home: Path) -> Iterator[Path]:
+    """A folder for the sockets of a SuperLink with its database in ``home``; it must have ended before this does.
+
+    Raises:
+        LaunchError: the folder's path would be too long.
+    """
+    with socket_folder() as folder:
+        try:
+            yield folder
+        finally:
+            (home / NOTE).unlink(missing_ok=True)
+            forget_messages(home / DATABASE)
+
+
+def forget_messages(database: Path) -> None:
+    """Take what is left of messages, texts of errors by now, out of the database of a SuperLink that has ended.
+
+    A database that cannot be read is left as it is: the next start of a SuperLink says what is wrong with it.
+    """
+    if not database.exists():
+        return
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as base:
+        for table in MESSAGES:
+            base.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
+        base.commit()
+        base.execute("VACUUM")  # pages that are free still hold what they held
+        base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def environment(home: Path, federation: FederationConfig, share: int = 1) -> dict[str, str]:

@@ -96,7 +96,7 @@ class Federation:
         return self.find("flwr-serverapp")
 
     def superlink(self) -> list[psutil.Process]:
-        return self.find("bin/flower-superlink")
+        return self.find("superlink/program.py")
 
     def supernode(self, site: str) -> list[psutil.Process]:
         return self.find("supernode.py", f"{site}.yaml")

@@ -8,11 +8,11 @@ import pytest
 from flwr.proto.control_pb2 import ListRunsRequest
 
 from common.errors import LaunchError
-from common.system.processes import ProcessGroup, Started, free_ports, listens
+from common.system.processes import ProcessGroup, Started
 from deploy.sandbox.flower import wait_for
 from server.superlink.bundle import bundle_digest, make_bundle
 from server.superlink.control import control, is_over, start_run, stop_runs
-from server.superlink.process import OwnSuperLink
+from server.superlink.process import OwnSuperLink, sockets
 from tests.harness.launcher import ROOT, environment
 
 
@@ -24,24 +24,23 @@ class Idle:
     link: OwnSuperLink
     process: Started
 
-    def start(self, run_dir: Path | str, superlink: OwnSuperLink | str | None = None, **config: str | int) -> int:
-        return start_run(superlink or self.link, make_bundle(ROOT), {"run-dir": str(run_dir), **config})
+    def start(self, run_dir: Path | str, **config: str | int) -> int:
+        return start_run(self.link, make_bundle(ROOT), {"run-dir": str(run_dir), **config})
 
 
 @pytest.fixture
 def idle(tmp_path: Path) -> Iterator[Idle]:
-    port, fleet = free_ports(2)
-    link, home = OwnSuperLink(port, f"127.0.0.1:{fleet}"), tmp_path / "flwr"
+    home = tmp_path / "flwr"
     home.mkdir()
-    (home / "config.toml").write_text(link.connection())
-    with ProcessGroup(tmp_path / "logs") as group:
+    with sockets(home) as folder, ProcessGroup(tmp_path / "logs") as group:
+        link = OwnSuperLink(folder / "superlink", f"unix:{folder / 'fleet'}")
         env = {**environment(), "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0"}
         process = group.start("superlink", [*link.command(home), "--isolation", "process"], env)
-        wait_for(lambda: listens(port) and listens(fleet), 120)
+        wait_for(link.listens, 120)
         yield Idle(home, link, process)
 
 
-def test_runs_start_and_stop(idle: Idle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_start_and_stop(idle: Idle, tmp_path: Path) -> None:
     ours = [idle.start(tmp_path / "ours", federation="f.yaml", resume=True) for _ in range(2)]
     other = idle.start(tmp_path / "other")
     with control(idle.link) as client:
@@ -57,11 +56,6 @@ def test_runs_start_and_stop(idle: Idle, tmp_path: Path, monkeypatch: pytest.Mon
         idle.start(tmp_path, speed=9)
     with pytest.raises(LaunchError, match="refused: Run ID not found"):
         is_over(idle.link, 1)
-
-    monkeypatch.setenv("FLWR_HOME", str(idle.home))
-    named = idle.start(tmp_path / "named", "local")
-    stop_runs("local", tmp_path / "named")
-    assert is_over("local", named)
 
     idle.process.process.kill()
     with pytest.raises(LaunchError, match="cannot be reached"):

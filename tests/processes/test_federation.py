@@ -113,6 +113,18 @@ def test_training_lowers_the_held_out_loss_everywhere(federation: Path) -> None:
         assert loss[2, who] < loss[0, who]
 
 
+def test_disk_keeps_no_message_and_nothing_for_other_accounts(federation: Path) -> None:
+    run = federation.parent / "runs" / "tiny"
+    sent = [t for file in run.glob("checkpoints/*/steps.safetensors") for t in load_file(file).values()]
+    parts = [part for t in sent if len(part := t.numpy().tobytes()[:64]) == 64]
+    assert len(parts) > len(SIZES)
+    flower = b"".join(file.read_bytes() for file in (run / "flwr").rglob("*") if file.is_file())
+    assert len(flower) > 100_000
+    assert not any(part in flower for part in parts)
+    wide = {str(file): oct(mode) for file in (run, *run.rglob("*")) if (mode := file.lstat().st_mode) & 0o077}
+    assert wide == {}
+
+
 def test_result_loads_and_answers(federation: Path) -> None:
     folder = federation.parent / "runs" / "tiny" / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -17,7 +17,7 @@ from flwr.proto.control_pb2 import ListNodesRequest
 
 from common.system import flower
 from common.system.keys import fingerprint, read_public
-from common.system.processes import ProcessGroup, Started, free_ports, listens
+from common.system.processes import ProcessGroup, Started, free_ports
 from deploy.cli import main
 from deploy.keys import certs
 from deploy.sandbox.flower import wait_for
@@ -25,7 +25,7 @@ from server.run.node_owners import site_of
 from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.nodes import Nodes
-from server.superlink.process import OwnSuperLink, Tls
+from server.superlink.process import OwnSuperLink, Tls, sockets
 from tests.harness.launcher import ROOT, environment
 
 SITES = ("site-a", "site-b", "site-c", "late", "stranger", "expired", "open")
@@ -67,7 +67,8 @@ class Gate:
             "--poll",
             "0.2",
         ]
-        command += ["--connect-deadline", str(deadline), "--port", str(free_ports(1)[0]), "--isolation", "process"]
+        socket = self.superlink.socket.with_name(f"node-{len(self.group.started)}")
+        command += ["--connect-deadline", str(deadline), "--socket", str(socket), "--isolation", "process"]
         env = {**environment(), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         return self.group.start(f"node-{len(self.group.started)}", [*command, *options], env)
 
@@ -102,18 +103,17 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
         if site not in ("late", "stranger"):
             registry.add(register, site, folder / f"{site}.pub", None)
     expire(register, "expired")
-    port, fleet = free_ports(2)
+    (fleet,) = free_ports(1)
     tls = Tls(pki / "ca.crt", pki / "server.pem", pki / "server.key")
-    superlink = OwnSuperLink(port, f"0.0.0.0:{fleet}", tls, register)  # also at 127.0.0.2, for which it has no name
     told: list[str] = []
     home = folder / "flwr"
     home.mkdir()
-    (home / "config.toml").write_text(superlink.connection())
     env = {**flower.environment(home, hub=True), "PYTHONPATH": environment()["PYTHONPATH"]}
-    with ProcessGroup(folder / "logs") as group:
+    with sockets(home) as at, ProcessGroup(folder / "logs") as group:
+        superlink = OwnSuperLink(at / "superlink", f"0.0.0.0:{fleet}", tls, register)  # also 127.0.0.2, not its name
         gate = Gate(folder, superlink, Nodes(register, superlink, folder, told.append), group, told)
         group.start("superlink", superlink.command(home), env)
-        wait_for(lambda: listens(port) and listens(fleet), 120)
+        wait_for(superlink.listens, 120)
         gate.nodes.begin()
         yield gate
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
-from common.system.flower import program
 from common.system.processes import ProcessGroup, free_ports, listens
 from deploy.sandbox.flower import Flower, wait_for
 from deploy.sandbox.tiny import make_federation
@@ -30,8 +30,15 @@ def told(file: Path, verb: str, *arguments: str) -> str:
 def flower_lists(run_dir: Path, run_id: str) -> dict[str, Any]:
     """A run as Flower's own command shows it."""
     env = {**environment(), "FLWR_HOME": str(run_dir / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
-    command = [program("flwr"), "list", "local", "--run-id", run_id, "--format", "json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+    flwr = [sys.executable, "-m", "common.system.flower_socket", "flwr"]
+    done = subprocess.run(
+        [*flwr, "list", "local", "--run-id", run_id, "--format", "json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     (run,) = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
     return dict(run)
 

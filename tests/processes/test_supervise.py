@@ -49,13 +49,13 @@ def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Pat
         assert main(["sites", "add", str(register), site, str(tmp_path / f"{site}.pub")]) == 0
     trusting = tmp_path / "site-a.yaml"
     trusting.write_text(yaml.safe_dump({**yaml.safe_load(trusting.read_text()), "trust": {"keys": ["reviewer.pub"]}}))
-    control, fleet, port = free_ports(3)
+    (fleet,) = free_ports(1)
     with ProcessGroup(tmp_path / "logs") as group:
         here = Path(os.path.relpath(tmp_path))  # as the README's operator names them
         tls = ["--ssl-ca-certfile", str(here / "pki" / "ca.crt"), "--ssl-certfile", str(here / "pki" / "server.pem")]
         tls += ["--ssl-keyfile", str(here / "pki" / "server.key"), "--registry", str(here / register.name)]
         tls += ["--signature", str(here / signature.name)]
-        command = supervise(file, "--port", str(control), "--fleet-api-address", f"127.0.0.1:{fleet}", *tls)
+        command = supervise(file, "--fleet-api-address", f"127.0.0.1:{fleet}", *tls)
         server = group.start("server", command, environment())
         status = tmp_path / "status.json"
         link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(pki / "ca.crt"), "--poll", "0.5"]
@@ -66,7 +66,7 @@ def test_federation_over_tls_with_registered_sites_and_signed_code(tmp_path: Pat
         node = [sys.executable, "-P", program, *link, str(tmp_path / "site-b.key")]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = {"FLWR_HOME": str(tmp_path / "site-b"), "HF_HUB_OFFLINE": "1", "PATH": path}
-        node += ["--port", str(port), "--node-config", f'site="{tmp_path}/site-b.yaml"']
+        node += ["--socket", str(tmp_path / "site-b.socket"), "--node-config", f'site="{tmp_path}/site-b.yaml"']
         group.start("site-b", node, {**environment(), **own})
         kill_worker(status)
         finished(tmp_path, server.process)

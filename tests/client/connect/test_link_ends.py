@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 
@@ -20,13 +21,24 @@ def test_call_that_a_stopping_superlink_cancels_is_tried_again() -> None:
     assert Link("127.0.0.1:1", None, None, 0.0).judge(Cancelled()) is False
 
 
-def test_loop_that_ends_by_an_error_ends_the_program_though_its_runtime_api_still_serves() -> None:
+def test_loop_that_ends_by_an_error_ends_the_program_though_its_runtime_api_still_serves(tmp_path: Path) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     code = "import sys, threading, time; from client.connect import link; from deploy.cli import main; "
     code += "link.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(main())"
-    command = [sys.executable, "-c", code, "site", "supernode", "--superlink", address, "--insecure"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "site",
+        "supernode",
+        "--socket",
+        str(tmp_path / "s"),
+        "--superlink",
+        address,
+        "--insecure",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     server.stop(None)
     assert done.returncode == 1

@@ -61,7 +61,8 @@ def test_mistakes_are_one_line_and_nothing_is_started(
     data = {"path": "rows.jsonl", "prompt": "p", "answer": "a"}
     trust = {"bundles": ["0" * 64]}
     (tmp_path / "site-a.yaml").write_text(yaml.safe_dump({"name": "site-a", "data": data, "trust": trust}))
-    assert main(["site", "supernode", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    socket = ["--socket", str(tmp_path / "socket")]
+    assert main(["site", "supernode", *socket, *(argument.format(tmp_path) for argument in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
 

@@ -38,8 +38,8 @@ def address(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> I
     _, certificate, key = authority.server()
     tls.certificate.write_bytes(certificate)
     tls.key.write_bytes(key)
-    control, fleet = free_ports(2)
-    command = OwnSuperLink(control, f"127.0.0.1:{fleet}", tls, home / "register.json").command(home)
+    (fleet,) = free_ports(1)
+    command = OwnSuperLink(home / "socket", f"127.0.0.1:{fleet}", tls, home / "register.json").command(home)
     env = {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env["PATH"]])  # where Flower finds its own programs
     with (home / "log").open("wb") as log:

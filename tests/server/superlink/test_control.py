@@ -1,5 +1,6 @@
 """A SuperLink that cannot be used is told in one line, whatever is wrong with it."""
 
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,31 @@ import pytest
 from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
 
 from common.errors import LaunchError
-from common.system.processes import free_ports
 from server.superlink import control
 from server.superlink.process import OwnSuperLink
 
 REFUSAL = b'{"code": 15, "detail": "Invalid run configuration.", "extra": "no such key"}'
 
 
+class OnSocket(ThreadingHTTPServer):
+    """An HTTP server on a Unix socket."""
+
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        """Without looking for a host's name."""
+        self.socket.bind(self.server_address)  # type: ignore[arg-type]
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:  # type: ignore[override]
+        """A caller has no address."""
+        return self.socket.accept()[0], ("", 0)
+
+
 @contextmanager
-def server(status: int | None, body: bytes = b"", hold: Event | None = None) -> Iterator[tuple[int, list[bytes]]]:
-    """An HTTP server with one answer (None: it hangs up), its port, and what it was sent."""
+def server(
+    status: int | None, body: bytes = b"", hold: Event | None = None, at: Path | None = None
+) -> Iterator[tuple[int, list[bytes]]]:
+    """An HTTP server with one answer (None: it hangs up), its port if it has one, and what it was sent."""
     sent: list[bytes] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -37,11 +53,11 @@ def server(status: int | None, body: bytes = b"", hold: Event | None = None) -> 
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) if at is None else OnSocket(str(at), Answer) as listening:  # type: ignore[arg-type]
         thread = Thread(target=listening.serve_forever, args=(0.02,))
         thread.start()
         try:
-            yield listening.server_port, sent
+            yield 0 if at is not None else listening.server_port, sent
         finally:
             if hold is not None:
                 hold.set()
@@ -63,35 +79,35 @@ def start(superlink: OwnSuperLink | str) -> int:
         (None, b"", "cannot be reached (Server disconnected"),
     ],
 )
-def test_answer_that_is_no_run_is_told(status: int | None, body: bytes, says: str) -> None:
-    with server(status, body) as (port, _), pytest.raises(LaunchError) as told:
-        start(OwnSuperLink(port, ""))
+def test_answer_that_is_no_run_is_told(tmp_path: Path, status: int | None, body: bytes, says: str) -> None:
+    with server(status, body, at=tmp_path / "s"), pytest.raises(LaunchError) as told:
+        start(OwnSuperLink(tmp_path / "s", ""))
     assert str(told.value).startswith("the SuperLink ")
     assert says in str(told.value)
 
 
-def test_silence_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "CALL_SECONDS", 0.2)
     with (
-        server(None, hold=Event()) as (port, _),
-        pytest.raises(LaunchError, match=rf"port {port} did not answer within 0.2 seconds"),
+        server(None, hold=Event(), at=tmp_path / "s"),
+        pytest.raises(LaunchError, match=rf"{tmp_path}/s did not answer within 0.2 seconds"),
     ):
-        start(OwnSuperLink(port, ""))
+        start(OwnSuperLink(tmp_path / "s", ""))
 
 
-def test_nobody_there_is_told() -> None:
-    (port,) = free_ports(1)
-    with pytest.raises(LaunchError, match=rf"port {port} cannot be reached \(.*refused"):
-        start(OwnSuperLink(port, ""))
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # httpcore's
+def test_nobody_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=rf"{tmp_path}/s cannot be reached \(.*No such file"):
+        start(OwnSuperLink(tmp_path / "s", ""))
 
 
-def test_other_version_is_no_end_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_version_is_no_end_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supercore.interceptors.http import runtime_version
 
     monkeypatch.setattr(runtime_version, "get_runtime_version_incompatibility_exit_message", lambda _: "too new")
     monkeypatch.setattr(runtime_version, "flwr_exit", lambda *_: sys.exit(1))  # Flower's own kills in a thread as well
-    with server(412, REFUSAL) as (port, _), pytest.raises(LaunchError, match="runs another version of Flower"):
-        start(OwnSuperLink(port, ""))
+    with server(412, REFUSAL, at=tmp_path / "s"), pytest.raises(LaunchError, match="runs another version of Flower"):
+        start(OwnSuperLink(tmp_path / "s", ""))
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""``flower-superlink`` for one account: its Control API and Runtime API on a Unix socket, its messages in memory.
+
+    python -P server/superlink/program.py --socket PATH [options of flower-superlink]
+
+What outlives its death is in the database: nodes, runs, apps. Messages are not: a round that is interrupted is asked
+for again, so they would only lie on the disk. ``--fleet-api-address unix:PATH`` keeps sites on this machine off the
+network too; then nothing listens on a port.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import FederationManager
+
+from common.system import flower_socket
+from common.system.files import keep_private
+from server.superlink.process import MESSAGES
+
+_cli: Any = import_module("flwr.superlink.cli.flower_superlink")  # the package has a function of the same name
+_main: Any = import_module("flwr.superlink.main")
+_grpc: Any = import_module("flwr.supercore.grpc")
+_parse, _in_use = _cli._format_address, _grpc.is_port_in_use
+
+
+def _factories(database: str, manager: FederationManager) -> tuple[ObjectStoreFactory, LinkStateFactory]:
+    """Flower's ``get_objectstore_linkstate_factories``, with the content of messages in memory alone."""
+    objects = ObjectStoreFactory()
+    links = LinkStateFactory(database, manager, objects)
+    state = links.state()
+    if isinstance(state, SqlLinkState):
+        for table in MESSAGES:  # of an earlier start, whose content is gone
+            state.query(f"DELETE FROM {table}")  # noqa: S608 - our own names
+    return objects, links
+
+
+def _address(address: str) -> tuple[str, str, int]:
+    """Flower's ``_format_address``, which knows no socket."""
+    if address.startswith("unix:/"):
+        return address, address, 0
+    parsed: tuple[str, str, int] = _parse(address)
+    return parsed
+
+
+def _is_in_use(address: str) -> bool:
+    """Flower's ``is_port_in_use``, likewise; a socket that an earlier SuperLink left is taken over."""
+    return not address.startswith("unix:/") and bool(_in_use(address))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="server.superlink.program", add_help=False, allow_abbrev=False)
+    parser.add_argument("--socket", type=Path, required=True)
+    options, rest = parser.parse_known_args()
+    sys.argv = ["flower-superlink", *rest]
+    keep_private()
+    flower_socket.serve("flower-superlink", options.socket)
+    _main.get_objectstore_linkstate_factories = _factories
+    _cli._format_address, _grpc.is_port_in_use = _address, _is_in_use
+    _cli.flower_superlink()
+
+
+if __name__ == "__main__":
+    main()
