@@ -19,6 +19,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("server.operate.serve", "run a federation whose sites are elsewhere"),
         "status": ("server.operate.status", "show all runs, or one of them"),
         "stop": ("server.operate.stop", "stop a run; it can go on later"),
+        "flower": ("server.operate.flower", "use Flower's own commands on the SuperLink of a run"),
         "report": ("server.operate.report", "write a run's page, report.html"),
         "readmit": ("server.operate.readmit", "let a site take part again that was left out for its updates"),
         "sites add": ("server.superlink.registry", "let a site connect with a key"),

@@ -1,6 +1,6 @@
 """Flower's programs on a Unix socket in place of a port of the loopback interface.
 
-    FLWR_HOME=runs/NAME/flwr python -m common.system.flower_socket flwr list local    # Flower's own commands
+    FEDSPAN_SOCKET=PATH python -P common/system/flower_socket.py PROGRAM [its options]
 
 Every account of a machine can call a port of it, or listen there first. A socket lies in a folder that only one account
 may enter, so the kernel lets nobody else call Flower's Control API and Runtime APIs, or answer in their place. There is
@@ -23,7 +23,6 @@ from typing import Any
 import httpx
 
 SOCKET = "FEDSPAN_SOCKET"  # environment variable: the socket of the HTTP API that a program serves, or calls
-NOTE = "socket"  # file in FLWR_HOME with its path, for commands that are typed
 _STARTS = {  # where Flower starts further programs
     "flower-superlink": "flwr.superlink.cli.flower_superlink",
     "flower-supernode": "flwr.supernode.start_client_internal",
@@ -95,20 +94,13 @@ def _exchange(place: str, name: str, stand_in: type[_Module]) -> None:
 
 def main() -> None:
     """Run one of Flower's programs, with its own command line."""
-    if SOCKET not in os.environ:
-        note = Path(os.environ.get("FLWR_HOME", "."), NOTE)
-        if not note.is_file():
-            sys.exit(f"{note}: no such file; set FLWR_HOME to the folder `flwr` of a run that goes on")
-        os.environ[SOCKET] = note.read_text(encoding="utf-8").strip()
     del sys.argv[0]
-    program = sys.argv[0] if sys.argv else ""
-    found = [e for e in entry_points(group="console_scripts", name=program) if e.value.partition(".")[0] == "flwr"]
-    if not found:
-        sys.exit(f"{program!r} is no program of Flower's")
+    program = sys.argv[0]
+    (entry,) = (e for e in entry_points(group="console_scripts", name=program) if e.value.startswith("flwr."))
     _exchange("flwr.supercore.protobuf.client", "httpx", _Calls)
     if program in _STARTS:
         _exchange(_STARTS[program], "subprocess", _Starts)
-    found[0].load()()
+    entry.load()()
 
 
 if __name__ == "__main__":

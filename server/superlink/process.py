@@ -11,10 +11,10 @@ from pathlib import Path
 
 from common.config.federation import FederationConfig
 from common.system import flower
-from common.system.flower_socket import NOTE
 from common.system.processes import listens, socket_folder
 
 DATABASE = "superlink.sqlite"
+NOTE = "socket"  # file in Flower's folder with the path of the SuperLink's
 #: Tables of its database that tell of messages; their content is in memory alone.
 MESSAGES = ("message_ins", "message_res", "object_push_sessions")
 #: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
@@ -66,9 +66,9 @@ class OwnSuperLink:
         return listens(self.socket) and listens(Path(where) if kind == "unix" else int(where))
 
     def note(self, home: Path) -> None:
-        """Write down in Flower's folder how its own commands, through ``common.system.flower_socket``, get here."""
+        """Write down in Flower's folder how `fedspan flower` gets here."""
         trust = "insecure = true" if self.tls is None else f"root-certificates = {json.dumps(str(self.tls.ca))}"
-        link = f'[superlink.local]\naddress = "127.0.0.1:1"  # {NOTE}\n{trust}\n'
+        link = f'[superlink.local]\naddress = "127.0.0.1:1"\n{trust}\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n\n{link}', encoding="utf-8")
         (home / NOTE).write_text(f"{self.socket}\n", encoding="utf-8")
 

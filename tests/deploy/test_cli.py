@@ -24,6 +24,7 @@ HEAVY = {"torch", "flwr", "transformers", "numpy", "matplotlib", "datasets", "pa
 #: Programs that other processes of ours start; everything else is a verb.
 PROGRAMS = {"client/connect/supernode.py", "client/connect/worker.py", "client/connect/worker_process.py"}
 PROGRAMS |= {"client/preflight/steps.py", "deploy/compose/setup.py"}
+PROGRAMS |= {"common/system/flower_socket.py", "server/superlink/program.py"}
 
 
 def parser(verb: str) -> Parser:

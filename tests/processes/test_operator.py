@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,10 @@ def told(file: Path, verb: str, *arguments: str) -> str:
     return done.stdout
 
 
-def flower_lists(run_dir: Path, run_id: str) -> dict[str, Any]:
+def flower_lists(file: Path, run_id: str) -> dict[str, Any]:
     """A run as Flower's own command shows it."""
-    env = {**environment(), "FLWR_HOME": str(run_dir / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
-    flwr = [sys.executable, "-m", "common.system.flower_socket", "flwr"]
-    done = subprocess.run(
-        [*flwr, "list", "local", "--run-id", run_id, "--format", "json"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    (run,) = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
+    said = told(file, "flower", "tiny", "list", "local", "--run-id", run_id, "--format", "json")
+    (run,) = json.loads(said[said.index("{") :])["runs"]
     return dict(run)
 
 
@@ -70,7 +60,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
         assert samples["fedspan_round"] >= seen["round"]
         assert samples["fedspan_sites_connected"] == 2
         federation = resolved(load(file, FederationConfig), file)
-        assert flower_lists(run_dir, seen["flower_run"])["status"] == "running"
+        assert flower_lists(file, seen["flower_run"])["status"] == "running"
 
         assert "tiny is stopped after round" in told(file, "stop", "tiny")
         assert launcher.wait(60) == 130, log.read_text()
