@@ -87,12 +87,12 @@ def federate(kind: type[Session], strategy: dict[str, object], rate: float) -> l
             else:
                 session.follow(steps, weights.version, versions.latest)
             if number in (1, ROUNDS + 1):
-                measured.append((len(session._rows[0]), session.evaluate()["evaluate.loss"]))
+                measured.append((len(session._rows[0]), session.evaluate()["loss"]))
             if number <= ROUNDS:
-                sent, told = session.train(number, list(versions.state))
+                sent, _ = session.train(number, list(versions.state))
                 shapes = {name: tuple(tensor.shape) for name, tensor in versions.state.items()}
                 whole, factors = unpack(sent, shapes, rule.exchange(number))
-                updates.append(Update(session.site.name, int(told["num-examples"]), whole, None, factors))
+                updates.append(Update(session.site.name, session.train_rows, whole, None, factors))
         if measured:
             losses.append(sum(n * loss for n, loss in measured) / sum(n for n, _ in measured))
         if updates:

@@ -6,7 +6,7 @@ than one message makes it once.
 
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,23 +34,10 @@ from common.model.adapters import cut
 from common.model.base_model import check_length
 from common.model.tuning import Tuned
 from common.protocol.digest import tensors_digest
+from common.protocol.messages import Declared, Hello
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 from common.text import installed
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a site tells about itself before it takes part."""
-
-    site: str
-    train_rows: int
-    held_out_rows: int
-    device: str
-    rank: int
-    base_digest: str
-    tokenizer_digest: str
-    version: str  # of the FedSpan that is installed at the site; the code that it runs came with the message
 
 
 class Session:
@@ -95,12 +82,13 @@ class Session:
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
-            held_out_rows=len(held_out) if self.site.shares_metrics else 0,  # none of which the server hears
+            held_out_rows=len(held_out),
             device=_describe(self._model.device),
             rank=self._model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
             version=installed("fedspan"),
+            privacy=None if self.site.privacy is None else Declared.of(self.site.privacy),
         )
 
     def follow(self, steps: list[Step], since: str, version: str) -> None:
@@ -167,7 +155,8 @@ class Session:
 
         Returns:
             What is to be sent: the active tensors after training, with FedFTG in factors where these are smaller (see
-            ``common.protocol.factors``), clipped and noised as the site file says; and metrics with "num-examples".
+            ``common.protocol.factors``), clipped and noised as the site file says; and numbers by name, those of
+            ``common.protocol.messages.TRAINING``.
 
         Raises:
             TrainingError: training cannot start or go on.
@@ -203,7 +192,7 @@ class Session:
             seed=seed,
         )
         self._max_batch_size = result.micro_batch
-        metrics: dict[str, float] = {f"train.{key}": float(value) for key, value in asdict(result).items()}
+        numbers: dict[str, float] = asdict(result)
         privacy = self.site.privacy
         if isinstance(optimizer, GaLore):
             start, exchange = self._model.weights.tensors, self._model.exchange(server_round)
@@ -213,17 +202,14 @@ class Session:
             update = trained_tensors(parameters, received, privacy, in_float32=federation.strategy.changes_base)
         self.update_norm = update.norm
         if update.wire_error is not None:
-            metrics["train.wire_error"] = update.wire_error
+            numbers["wire_error"] = update.wire_error
         self.kept = _copy(self._tuned.local)
         if keep:
             self.kept |= capture(optimizer, mine)
-        metrics["num-examples"] = len(encoded)
         if self._left_out:
-            metrics["train.rows_left_out"] = self._left_out
-        if federation.strategy.trains == "lora":
-            metrics["lora-alpha"] = federation.strategy.lora_alpha
+            numbers["rows_left_out"] = self._left_out
         self._seconds["train"] = time.monotonic() - started
-        return update.tensors, metrics
+        return update.tensors, numbers
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself.
@@ -247,7 +233,7 @@ class Session:
             ),
         )
         self._seconds["evaluate"] = time.monotonic() - started
-        return {f"evaluate.{key}": value for key, value in metrics.items() if not key.startswith(COUNTS)}
+        return {key: value for key, value in metrics.items() if not key.startswith(COUNTS)}
 
     @property
     def train_rows(self) -> int:
@@ -256,9 +242,15 @@ class Session:
 
     def seconds(self) -> dict[str, float]:
         """Time spent since the last call, by what it was spent on."""
-        taken = {f"seconds.{key}": value for key, value in self._seconds.items()}
+        taken = dict(self._seconds)
         self._seconds.clear()
         return taken
+
+    @property
+    def lora_alpha(self) -> float | None:
+        """The federation's, where it trains LoRA."""
+        strategy = self.federation.strategy
+        return strategy.lora_alpha if strategy.trains == "lora" else None
 
     @property
     def _tuned(self) -> Tuned:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from flwr.app import ConfigRecordValues, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load
 from common.errors import ConfigError, FederationError, FedSpanError, kind_of
 from common.model.adapters import BASE_WEIGHT
+from common.protocol.messages import HelloRequest
 from common.system import logs
 from server.run import bundle_signatures
 from server.run.folder import RunFolder
@@ -105,10 +106,8 @@ def _run(
         aggregation=config.aggregation,
         server_optimizer=config.server_optimizer,
     )
-    told: dict[str, ConfigRecordValues] = {"federation": settings_for_sites(config)}
-    if (signed := bundle_signatures.kept(folder.path)) is not None:
-        told[bundle_signatures.RECORD_KEY] = signed
-    state = RoundLoop(grid, config, told, strategy, evaluator, folder).run(state, checkpoint)
+    settings = HelloRequest(federation=settings_for_sites(config), signatures=bundle_signatures.kept(folder.path))
+    state = RoundLoop(grid, config, settings, strategy, evaluator, folder).run(state, checkpoint)
     after = evaluator.answers(state)
     folder.samples(
         [

@@ -40,11 +40,13 @@ TOO_LONG = {
 # Files and folders that talk to Flower; training code and strategy maths do not.
 FLOWER = {
     "client/app.py",
+    "client/received.py",
     "client/connect/bench.py",
     "client/connect/worker_process.py",
     "client/preflight/superlink.py",
     "client/connect/link.py",
     "client/connect/worker_supervisor.py",
+    "common/protocol/fields.py",
     "common/protocol/messages.py",
     "common/protocol/records.py",
     "common/protocol/wire.py",

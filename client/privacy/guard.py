@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,17 +32,14 @@ from common.errors import (
     WireError,
 )
 from common.protocol.digest import tensor_digest
-from common.protocol.messages import Failure
+from common.protocol.fields import Content
+from common.protocol.messages import Failure, HelloRequest, State
 
 BUNDLE = "FEDSPAN_BUNDLE"  # environment variable: digest of the bundle whose code this process runs
 _PEFT = "base_model.model."  # what stands before the model's own names under LoRA
 #: Errors that say nothing of the rows, whose text leaves also with `privacy`.
 _PUBLIC = (ConfigError, LedgerError, ModelError, PolicyError, StaleStateError, WireError)
-#: Metrics that leave with `privacy`: of no row's content, or made of what was noised before.
-_INDEPENDENT = frozenset(
-    {"num-examples", "lora-alpha", "train.steps", "train.learning_rate", "train.wire_error", "clock.started"}
-)
-_SCORES = ("evaluate.", "train.loss")
+Reply = TypeVar("Reply", bound=Content)
 log = logging.getLogger(__name__)
 
 
@@ -102,22 +99,23 @@ class Gate:
             _books[path] = Ledger(path, totals.add), totals
         self._ledger, self._totals = _books[path]
         self._active: frozenset[str] = frozenset()
+        self._received = _facts([])
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}
         self._about |= {"round": None, "bundle": os.environ.get(BUNDLE, "not known")}
 
-    def check(self, federation: FederationConfig, server_round: int | None, active: list[str]) -> None:
+    def check(self, federation: FederationConfig, request: HelloRequest) -> None:
         """Look at a request before anything is done for it.
 
         Args:
             federation: what the server sent of its federation file.
-            server_round: of a request to train or evaluate.
-            active: names of the tensors that are to be trained and sent.
+            request: what else it sent.
 
         Raises:
             PolicyError: the site file does not allow it.
             LedgerError: the ledger is damaged or cannot be written.
         """
-        self._about |= {"federation": federation.name, "strategy": federation.strategy.name, "round": server_round}
+        number, active = (request.server_round, request.active) if isinstance(request, State) else (None, [])
+        self._about |= {"federation": federation.name, "strategy": federation.strategy.name, "round": number}
         self._active = frozenset(active)
         policy, strategy = self.site.policy, federation.strategy.name
         for key, value, allowed in (
@@ -140,16 +138,16 @@ class Gate:
         if least is not None and rows < least:
             raise PolicyError(f"this site's policy: `min_examples` is {least}; it has fewer training rows")
 
-    def shared(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a reply's metrics that may leave."""
-        if self.site.privacy is not None:
-            return {key: value for key, value in metrics.items() if key in _INDEPENDENT}
-        keep = self.site.shares_metrics
-        return {key: value for key, value in metrics.items() if keep or not key.startswith(_SCORES)}
+    def receive(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take note of the tensors that came with the message."""
+        self._received = _facts(tensors.items())
+
+    def shared(self, reply: Reply) -> Reply:
+        """A reply without what stays here, as ``common.protocol.messages`` declares it."""
+        return reply.shared(scores=self.site.shares_metrics, private=self.site.privacy is not None)
 
     def admit(
         self,
-        received: Iterable[tuple[str, Tensor]],
         sent: Iterable[tuple[str, Tensor]],
         told: list[str],
         rows: int,
@@ -158,8 +156,7 @@ class Gate:
         """Check a reply and have it in the ledger; only then may it leave.
 
         Args:
-            received: tensors of the message, by name.
-            sent: tensors of the reply.
+            sent: tensors of the reply, by name.
             told: names of all else that the reply holds.
             rows: training rows.
             norm: of the last update, as it is to leave; None when there is none.
@@ -182,7 +179,7 @@ class Gate:
             raise PolicyError(
                 f"this site's policy: `max_update_norm` is {policy.max_update_norm:g}; the update's norm is above it"
             )
-        facts = {"event": "sent", **self._about, "rows": rows, "in": _facts(received), "out": out}
+        facts = {"event": "sent", **self._about, "rows": rows, "in": self._received, "out": out}
         with self._ledger.opened():
             self._check_totals(out["bytes"])
             self._append({**facts, "told": told, "update_norm": norm, "privacy": self._spent()})

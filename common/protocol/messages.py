@@ -1,26 +1,242 @@
-"""What crosses the line between server and site, each kind of message as a class that writes and reads it."""
+"""The page of all that crosses the line between server and site, and nothing else does.
 
-from dataclasses import dataclass
+A message holds records, as in Flower's own apps: "arrays" and "step-NNNNNN" hold tensors, "config" and "privacy"
+settings, "metrics" numbers. Every message is a class here, each of its fields with its key, its kind, and when it stays
+at the site; who sends a message makes one and calls ``to_record``, who receives one calls ``read``, which refuses
+whatever is not declared. ``docs/what-leaves.md`` is made from this page.
 
-from flwr.app import Error
-from flwr.common.constant import ErrorCode
+The server asks (``HelloRequest``, ``TrainRequest``, ``EvaluateRequest``), the site answers (``Hello``, ``TrainReply``,
+``EvaluateReply``, or a ``Failure``). How a site is brought to the state of a round is a ``State``: a round's work names
+the tensors to train and return (``active``); tensors that stay frozen in it are named by a digest of all of them when
+the site has kept them. Where a strategy makes each state of the last one by a step, ``arrays`` is empty and ``steps``
+lead from the version that the site holds to the one that is meant.
+"""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Annotated
+
+from common.config.section import NAME
+from common.config.site_policy import PrivacyConfig
 from common.errors import FedSpanError, WireError
+from common.metrics import SCORES
+from common.protocol.fields import (
+    CONFIG as CONFIG,
+    METRICS as METRICS,
+    Arrays,
+    Content,
+    Entry,
+    Measure,
+    Numbered,
+    Numbers,
+    Part,
+    Stays,
+    plain,
+)
+from common.protocol.kinds import AMOUNT, FLAG, NUMBER, POSITIVE, matching, names, text, whole
 
-LONGEST_TEXT = 4096  # characters of a sentence, such as the reason of an error
-_CUT = " ..."
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, Error, RecordDict
 
+ARRAYS, PRIVACY, STEP = "arrays", "privacy", "step-{:06}"
+NUM_EXAMPLES, LORA_ALPHA = "num-examples", "lora-alpha"  # Flower's name, and ours beside it
+SIGNATURES = "bundle-signatures"  # ``client.connect.verify`` has a copy, because it imports nothing of a bundle
+_JSON, _LINE = text(2**20), text(256)
+_REASON, _CUT = 4096, " ..."  # characters of an error's reason, and how a longer one ends
+_DIGEST = text(64)
+_SITE = matching(NAME, "letters, digits, '.', '_' and '-', up to 64")
+_NAMES = names(longest=512, most=2**17)
+_SCORE: Stays = "without scores"
+_OPEN: Stays = "with privacy"
 
-def _family(error: type[FedSpanError]) -> list[type[FedSpanError]]:
-    """A class and all that derive from it."""
-    return [error, *(one for derived in error.__subclasses__() for one in _family(derived))]
-
-
-#: Name of every error that a reply may be, by its code: FedSpan's classes, and Flower's own codes.
-KINDS: dict[int, str] = {
-    **{code: name for name, code in vars(ErrorCode).items() if name.isupper()},
-    **{error.code: error.__name__ for error in _family(FedSpanError)},
+#: Numbers of a round's training, all without their prefix.
+TRAINING = {
+    "loss": Measure("mean training loss", AMOUNT, _SCORE),
+    "loss_first": Measure("training loss of the first step", AMOUNT, _SCORE),
+    "loss_last": Measure("training loss of the last step", AMOUNT, _SCORE),
+    "steps": Measure("optimizer steps", AMOUNT),
+    "learning_rate": Measure("learning rate of the last step", AMOUNT),
+    "wire_error": Measure("rounding error of the factors", AMOUNT),
+    "tokens": Measure("input tokens, or images, that were trained on", AMOUNT, _OPEN),
+    "seconds": Measure("seconds in the training loop", AMOUNT, _OPEN),
+    "peak_memory_bytes": Measure("peak memory of the GPU", AMOUNT, _OPEN),
+    "micro_batch": Measure("rows per forward pass", AMOUNT, _OPEN),
+    "rows_left_out": Measure("images left out, because they cannot be read", AMOUNT, _OPEN),
 }
+#: Numbers of an evaluation on the site's held-out rows; one that overflowed is not finite.
+EVALUATED = {name: Measure(f"{score.title} on held-out rows", NUMBER, _SCORE) for name, score in SCORES.items()} | {
+    "examples": Measure("held-out rows that were evaluated", AMOUNT, _SCORE),
+    "tokens": Measure("tokens of their answers", AMOUNT, _SCORE),
+    "generated": Measure("held-out rows that were answered by generation", AMOUNT, _SCORE),
+}
+_SECONDS = {
+    "load": Measure("seconds to load the base model", AMOUNT, _OPEN),
+    "train": Measure("seconds to train", AMOUNT, _OPEN),
+    "evaluate": Measure("seconds to evaluate", AMOUNT, _OPEN),
+}
+_CLOCK = {
+    "started": Measure("when the site began with the message, by its clock", POSITIVE),
+    "finished": Measure("when it was done, by its clock", POSITIVE, _OPEN),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HelloRequest(Content):
+    """Who are you? Its fields are in every request."""
+
+    federation: Annotated[
+        str, Entry("federation", _JSON, "the federation file, but for what concerns the server alone")
+    ]
+    signatures: Annotated[str | None, Entry(SIGNATURES, _JSON, "who vouches for the code that came", optional=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State(Content):
+    """How a site is brought to the state of a round."""
+
+    server_round: Annotated[int, Entry("server-round", whole(0), "number of the round")]
+    active: Annotated[list[str], Entry("active", _NAMES, "names of the tensors to train and return")]
+    version: Annotated[str | None, Entry("version", _DIGEST, "version of the state", optional=True)] = None
+    since: Annotated[str | None, Entry("since", _DIGEST, "version before the steps", optional=True)] = None
+    frozen_digest: Annotated[str | None, Entry("frozen-digest", _DIGEST, "of frozen tensors", optional=True)] = None
+    arrays: Annotated["ArrayRecord", Arrays(ARRAYS, "tensors of the state that the site lacks")]
+    steps: Annotated[Mapping[int, "ArrayRecord"], Numbered(STEP, "steps by round")] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.version is None and self.since is not None) or (self.since is None and self.steps):
+            raise WireError("steps come without the version that they lead from (since), or to (version)")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors (without Flower's envelope)."""
+        from common.protocol import wire
+
+        return sum(map(wire.num_bytes, [self.arrays, *self.steps.values()]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(HelloRequest, State):
+    """A round's work."""
+
+    evaluate: Annotated[bool, Entry("evaluate", FLAG, "whether to evaluate the state first")]
+
+    @classmethod
+    def of(cls, settings: HelloRequest, state: State, *, evaluate: bool) -> "TrainRequest":
+        """The work on a state, with what is in every request."""
+        return cls(**vars(settings), **vars(state), evaluate=evaluate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(HelloRequest, State):
+    """Evaluate a state; nothing is trained."""
+
+    @classmethod
+    def of(cls, settings: HelloRequest, state: State) -> "EvaluateRequest":
+        """The evaluation of a state, with what is in every request."""
+        return cls(**vars(settings), **vars(state))
+
+
+@dataclass(frozen=True)
+class Declared(Content):
+    """A site's differential privacy, as the server knows it."""
+
+    clip: Annotated[float, Entry("clip", POSITIVE, "L2 norm to which an update is clipped", PRIVACY)]
+    noise: Annotated[float, Entry("noise", POSITIVE, "standard deviation of the noise on every number", PRIVACY)]
+    delta: Annotated[float, Entry("delta", POSITIVE, "delta of the guarantee", PRIVACY)]
+    max_epsilon: Annotated[float, Entry("max_epsilon", POSITIVE, "budget, after which the site stops", PRIVACY)]
+
+    @classmethod
+    def of(cls, config: PrivacyConfig) -> "Declared":
+        """Of a site file's section."""
+        return cls(config.clip, config.noise_multiplier * config.clip, config.delta, config.max_epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reply(Content):
+    """What every reply holds."""
+
+    seconds: Annotated[Mapping[str, float], Numbers("seconds.", _SECONDS, "by what they were spent on")] = field(
+        default_factory=dict
+    )
+    clock: Annotated[Mapping[str, float], Numbers("clock.", _CLOCK, "Unix times of the site")] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello(_Reply):
+    """What a site tells about itself before it takes part."""
+
+    site: Annotated[str, Entry("site", _SITE, "the site's name")]
+    train_rows: Annotated[int, Entry("train_rows", whole(1), "number of training rows")]
+    held_out_rows: Annotated[int, Entry("held_out_rows", whole(0), "number of held-out rows", stays=_SCORE, instead=0)]
+    device: Annotated[str, Entry("device", _LINE, "the device")]
+    rank: Annotated[int, Entry("rank", whole(0), "rank of LoRA or GaLore here")]
+    base_digest: Annotated[str, Entry("base_digest", _DIGEST, "digest of the base model")]
+    tokenizer_digest: Annotated[str, Entry("tokenizer_digest", _DIGEST, "digest of the tokenizer")]
+    version: Annotated[str, Entry("version", _LINE, "version of FedSpan that is installed here")]
+    privacy: Annotated[Declared | None, Part(PRIVACY, Declared, "the noise that the site adds")] = None
+
+    @classmethod
+    def site_in(cls, content: "RecordDict") -> str | None:
+        """Who speaks, if that much can be read: for the refusal of a hello."""
+        site = plain(content).get(CONFIG, {}).get("site")
+        return site if _SITE.holds(site) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReply(_Reply):
+    """What a site measured of a state."""
+
+    scores: Annotated[Mapping[str, float], Numbers("evaluate.", EVALUATED, "on held-out rows")] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReply(EvaluateReply):
+    """What a site made of a round's state, and, when it was asked to, measured of it before."""
+
+    server_round: Annotated[int, Entry("server-round", whole(1), "number of the round")]
+    arrays: Annotated["ArrayRecord", Arrays(ARRAYS, "the tensors that were asked for, as trained")]
+    num_examples: Annotated[int, Entry(NUM_EXAMPLES, whole(1), "number of training rows", METRICS)]
+    lora_alpha: Annotated[float | None, Entry(LORA_ALPHA, POSITIVE, "LoRA's alpha", METRICS, optional=True)] = None
+    training: Annotated[Mapping[str, float], Numbers("train.", TRAINING, "of the training")] = field(
+        default_factory=dict
+    )
+    version: Annotated[str | None, Entry("version", _DIGEST, "version of the state kept here", optional=True)] = None
+    frozen_digest: Annotated[str | None, Entry("frozen-digest", _DIGEST, "of those kept here", optional=True)] = None
+
+    @classmethod
+    def of_any_client(
+        cls, content: "RecordDict", server_round: int, arrays_key: str, config_key: str, weight_key: str
+    ) -> "TrainReply":
+        """The same of a client of any Flower app: what we do not know is passed over, and little has to be there.
+
+        Args:
+            content: of the reply.
+            server_round: that it is about, when it says nothing else.
+            arrays_key: of the record of tensors.
+            config_key: of the record of settings.
+            weight_key: of the number of examples.
+
+        Raises:
+            WireError: no tensors or no number of examples, or something is not what is allowed.
+        """
+        records = plain(content)
+        arrays, config, metrics = (records.get(key) for key in (arrays_key, config_key, METRICS))
+        if arrays is None or isinstance(arrays, dict):
+            raise WireError(f"the reply has no {arrays_key!r} record")
+        settings, numbers = (part if isinstance(part, dict) else {} for part in (config, metrics))
+        digest, alpha = settings.get("frozen-digest"), numbers.get(LORA_ALPHA)
+        return cls(
+            arrays=arrays,
+            server_round=whole(0).check("server-round", settings.get("server-round", server_round)),
+            num_examples=whole(1).check(weight_key, numbers.get(weight_key)),
+            lora_alpha=None if alpha is None else float(POSITIVE.check(LORA_ALPHA, alpha)),
+            frozen_digest=digest if isinstance(digest, str) else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -38,28 +254,43 @@ class Failure:
     @property
     def kind(self) -> str:
         """The error's name in a run's records."""
-        return KINDS[self.code]
+        return failures()[self.code]
 
     @classmethod
     def of(cls, error: FedSpanError) -> "Failure":
         """The failure that tells of an error as it is."""
         return cls(error.code, str(error))
 
-    def to_error(self) -> Error:
+    def to_error(self) -> "Error":
         """As Flower sends it; a longer reason is cut."""
-        cut = len(self.reason) > LONGEST_TEXT
-        return Error(self.code, self.reason[: LONGEST_TEXT - len(_CUT)] + _CUT if cut else self.reason)
+        from flwr.app import Error
+
+        cut = len(self.reason) > _REASON
+        return Error(self.code, self.reason[: _REASON - len(_CUT)] + _CUT if cut else self.reason)
 
     @classmethod
-    def read(cls, error: Error) -> "Failure":
+    def read(cls, error: "Error") -> "Failure":
         """From a reply.
 
         Raises:
             WireError: nothing has this code, or the reason is too long.
         """
         reason = error.reason or ""
-        if error.code not in KINDS:
-            raise WireError(f"its error has code {error.code}; allowed: {', '.join(map(str, sorted(KINDS)))}")
-        if len(reason) > LONGEST_TEXT:
-            raise WireError(f"its error's reason has {len(reason)} characters; allowed: up to {LONGEST_TEXT}")
+        if error.code not in failures():
+            raise WireError(f"its error has code {error.code}; allowed: {', '.join(map(str, sorted(failures())))}")
+        if len(reason) > _REASON:
+            raise WireError(f"its error's reason has {len(reason)} characters; allowed: up to {_REASON}")
         return cls(error.code, reason)
+
+
+@cache
+def failures() -> dict[int, str]:
+    """Name of every error that a reply may be, by its code: FedSpan's classes, and Flower's own codes."""
+    from flwr.common.constant import ErrorCode
+
+    flowers = {code: name for name, code in vars(ErrorCode).items() if name.isupper()}
+    return flowers | {error.code: error.__name__ for error in _family(FedSpanError)}
+
+
+def _family(error: type[FedSpanError]) -> list[type[FedSpanError]]:
+    return [error, *(one for derived in error.__subclasses__() for one in _family(derived))]

@@ -2,16 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from common.config.federation import AdmissionConfig, CohortConfig
-from common.errors import FederationError
-from common.protocol.declared_noise import Declared
-from common.protocol.records import get_record
+from common.errors import FederationError, WireError, kind_of
+from common.protocol.messages import Hello, HelloRequest
 from server.loop.inflight import LOST, POLL_SECONDS, Mailbox, failure_in
 from server.run import node_owners
 from server.run.folder import RunFolder
@@ -22,19 +20,6 @@ _GROUP = "hello"
 _HELLOS = 3  # so often a node is asked whose hello was lost with a process of its
 
 
-@dataclass(frozen=True)
-class Member:
-    """An admitted site; ``privacy`` when it adds noise to its updates."""
-
-    site: str
-    train_rows: int
-    held_out_rows: int
-    device: str
-    rank: int
-    version: str
-    privacy: Declared | None = None
-
-
 class Roster:
     """The admitted sites by node id.
 
@@ -42,7 +27,7 @@ class Roster:
         grid: Flower's grid.
         mailbox: shared with the round loop.
         folder: where joins and refusals are noted.
-        settings: what every message's "config" record holds.
+        settings: what every request holds.
         refusals: which sites are left out.
         admission: how much noise a site may add, and how many rows it may have.
         base_digest: of the server's base model.
@@ -55,7 +40,7 @@ class Roster:
         grid: Grid,
         mailbox: Mailbox,
         folder: RunFolder,
-        settings: Mapping[str, ConfigRecordValues],
+        settings: HelloRequest,
         refusals: Refusals,
         admission: AdmissionConfig,
         *,
@@ -63,16 +48,17 @@ class Roster:
         tokenizer_digest: str,
         expected: int | None,
     ) -> None:
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, Hello] = {}
         self.refused: dict[int, str] = {}
         self._grid, self._mailbox, self._folder = grid, mailbox, folder
         self._settings, self._refusals, self._admission = settings, refusals, admission
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
+        self._kinds: dict[str, str] = {}  # of errors in place of a hello, or in it, by site
         self._greeted: set[int] = set()
         self._lost = Counter[int]()  # hellos by node
         self._up: set[str] = set()  # admitted sites that are connected, as far as it has been noted
-        self._namesakes: dict[int, Message] = {}  # hellos of nodes whose name another connected node has
+        self._namesakes: dict[int, Hello] = {}  # of nodes whose name another connected node has
 
     def greet(self) -> None:
         """Take in whom an operator readmits and who is new: ask for a hello, read the answers. Does not wait.
@@ -89,17 +75,17 @@ class Roster:
             self._greeted.remove(node_id)
         new = [node_id for node_id in online if node_id not in self._greeted]
         if new:
-            content = RecordDict({"config": ConfigRecord({**self._settings})})
+            content = self._settings.to_record()
             self._mailbox.push([Message(content, node_id, MessageType.QUERY) for node_id in new], _GROUP)
             self._greeted.update(new)
         for sent, reply in self._mailbox.arrived(_GROUP):
             self._take_in(sent.node_id, reply)
-        for node_id, reply in list(self._namesakes.items()):
+        for node_id, hello in list(self._namesakes.items()):
             if node_id not in online:
                 del self._namesakes[node_id]
-            elif not self._connected_as(str(_told(reply)["site"])):
+            elif not self._connected_as(hello.site):
                 del self._namesakes[node_id], self.refused[node_id]
-                self._take_in(node_id, reply)
+                self._admit(node_id, hello)
 
     def returned(self, group: str) -> list[int]:
         """Nodes that connected anew, with the same key, after they had been sent a message that is not answered."""
@@ -154,7 +140,8 @@ class Roster:
                     reasons.append(f"{silent} connected node(s) did not say hello")
                 raise FederationError(
                     f"{ready} of {cohort.min_clients} sites joined within {cohort.join_deadline:g} seconds"
-                    + "".join(f"; {reason}" for reason in reasons)
+                    + "".join(f"; {reason}" for reason in reasons),
+                    self._kinds,
                 )
             time.sleep(POLL_SECONDS)
 
@@ -164,75 +151,55 @@ class Roster:
             if failure.code in LOST and self._lost[node_id] < _HELLOS:
                 self._greeted.remove(node_id)  # it is asked again if it is still there
             else:
-                self._refuse(node_id, f"node {node_id}", failure.reason)
-            return
-        hello = _told(reply)
-        site = str(hello.get("site", f"node {node_id}"))
-        owner = node_owners.site_of(self._folder.path, node_id)
-        if owner not in (site, None):
-            registered = f"its key is registered as {owner}" if owner else "its key is not in the register of sites"
-            self._refuse(node_id, site, f"{site}: node {node_id} says that it is {site}, but {registered}")
-            return
-        for what, key in (("base model", "base_digest"), ("tokenizer", "tokenizer_digest")):
-            theirs, ours = str(hello.get(key)), self._digests[what]
-            if theirs != ours:
-                self._refuse(node_id, site, f"{site}: its {what} differs: digest {theirs}, the federation's is {ours}")
-                return
-        numbers = [hello.get(key) for key in ("train_rows", "held_out_rows", "rank")]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers) or not numbers[0]:
-            self._refuse(
-                node_id, site, f"{site}: train_rows, held_out_rows, rank are {numbers}; allowed: whole numbers"
-            )
-            return
-        rows, most = int(numbers[0]), self._admission.max_rows  # type: ignore[arg-type]
-        if most is not None and rows > most:
-            self._refuse(
-                node_id, site, f"{site}: it declares {rows} training rows; allowed by `admission.max_rows`: {most}"
-            )
+                self._refuse(node_id, f"node {node_id}", failure.reason, failure.kind)
             return
         try:
-            privacy = self._privacy(reply)
-        except ValueError as reason:
-            self._refuse(node_id, site, f"{site}: {reason}")
+            self._admit(node_id, Hello.read(reply.content))
+        except WireError as unreadable:
+            site = Hello.site_in(reply.content) or f"node {node_id}"
+            self._refuse(node_id, site, f"{site}: {unreadable}", kind_of(unreadable))
+
+    def _admit(self, node_id: int, hello: Hello) -> None:
+        """Make a node a member, or say why not."""
+        site = hello.site
+        if (objection := self._objection(node_id, hello)) is not None:
+            self._refuse(node_id, site, f"{site}: {objection}")
             return
         if self._connected_as(site):
-            self._namesakes[node_id] = reply
+            self._namesakes[node_id] = hello
             self._refuse(node_id, site, f"{site}: a site of this name has already joined, and is still connected")
             return
-        member = Member(
-            site,
-            rows,
-            int(numbers[1]),  # type: ignore[arg-type]
-            str(hello.get("device", "")),
-            int(numbers[2]),  # type: ignore[arg-type]
-            str(hello.get("version", "")),
-            privacy,
-        )
-        self.members[node_id] = member
+        self.members[node_id] = hello
         self._up.add(site)
         self._folder.event(
             "client_joined",
             client=site,
-            num_examples=member.train_rows,
-            held_out=member.held_out_rows,
-            device=member.device,
-            version=member.version,
-            privacy=None if privacy is None else asdict(privacy),
+            num_examples=hello.train_rows,
+            held_out=hello.held_out_rows,
+            device=hello.device,
+            version=hello.version,
+            privacy=None if hello.privacy is None else asdict(hello.privacy),
         )
 
-    def _privacy(self, reply: Message) -> Declared | None:
-        """What noise a site adds.
-
-        Raises:
-            ValueError: what it says cannot be, or is more than is allowed.
-        """
-        privacy = Declared.read(get_record(reply.content, "privacy", ConfigRecord))
-        if privacy is not None and privacy.noise > self._admission.max_noise:
-            raise ValueError(
-                f"it adds noise of standard deviation {privacy.noise:g} to every number (differential privacy); "
+    def _objection(self, node_id: int, hello: Hello) -> str | None:
+        """Why a site cannot take part; None when it can."""
+        owner = node_owners.site_of(self._folder.path, node_id)
+        if owner not in (hello.site, None):
+            registered = f"its key is registered as {owner}" if owner else "its key is not in the register of sites"
+            return f"node {node_id} says that it is {hello.site}, but {registered}"
+        theirs = {"base model": hello.base_digest, "tokenizer": hello.tokenizer_digest}
+        for what, digest in theirs.items():
+            if digest != self._digests[what]:
+                return f"its {what} differs: digest {digest}, the federation's is {self._digests[what]}"
+        most = self._admission.max_rows
+        if most is not None and hello.train_rows > most:
+            return f"it declares {hello.train_rows} training rows; allowed by `admission.max_rows`: {most}"
+        if hello.privacy is not None and hello.privacy.noise > self._admission.max_noise:
+            return (
+                f"it adds noise of standard deviation {hello.privacy.noise:g} to every number (differential privacy); "
                 f"allowed by `admission.max_noise`: {self._admission.max_noise:g}"
             )
-        return privacy
+        return None
 
     def _connected_as(self, site: str) -> bool:
         return any(self.members[node_id].site == site for node_id in self._online())
@@ -242,10 +209,8 @@ class Roster:
         online = set(self._grid.get_node_ids()) & self.members.keys()
         return sorted(online, key=lambda node_id: self.members[node_id].site)
 
-    def _refuse(self, node_id: int, site: str, reason: str) -> None:
+    def _refuse(self, node_id: int, site: str, reason: str, kind: str | None = None) -> None:
+        """Note why a node does not take part; ``kind`` is that of its error, if there was one."""
         self.refused[node_id] = reason
-        self._folder.event("client_refused", client=site, reason=reason)
-
-
-def _told(reply: Message) -> ConfigRecord:
-    return get_record(reply.content, "config", ConfigRecord)
+        self._kinds |= {} if kind is None else {site: kind}
+        self._folder.event("client_refused", client=site, reason=reason, kind=kind)

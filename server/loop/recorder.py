@@ -1,12 +1,11 @@
 """What happens in one round, on its way to the run folder."""
 
 import time
-
-from flwr.app import ArrayRecord, Message, MetricRecord
+from collections.abc import Mapping
 
 from common.metrics import SCORES
 from common.protocol import wire
-from common.protocol.records import get_record, get_records
+from common.protocol.messages import TrainReply
 from server.loop.inflight import Sent
 from server.run.folder import RunFolder
 from strategies.rule import Update
@@ -38,10 +37,9 @@ class RoundNotes:
         self._sent: dict[int, int] = {}  # node id -> bytes
         self._bytes_up = 0
 
-    def asked(self, message: Message) -> None:
-        """A training message goes out."""
-        node_id = message.metadata.dst_node_id
-        self._sent[node_id] = self._sent.get(node_id, 0) + _payload(message)
+    def asked(self, node_id: int, num_bytes: int) -> None:
+        """The round's work goes out to a node, in so many bytes of tensors."""
+        self._sent[node_id] = self._sent.get(node_id, 0) + num_bytes
 
     def problem(self, site: str, event: str, reason: str, kind: str) -> None:
         """A site failed, was refused or stayed away; ``kind`` is that of its error."""
@@ -50,12 +48,11 @@ class RoundNotes:
         self._records.pop(site, None)
         self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind)
 
-    def update(self, sent: Sent, reply: Message, update: Update) -> dict[str, float]:
-        """An update came in; the metrics that its reply holds."""
-        metrics = scalars(reply)
-        up = _payload(reply)
+    def update(self, sent: Sent, reply: TrainReply, update: Update) -> None:
+        """An update came in."""
+        up = wire.num_bytes(reply.arrays)
         self._bytes_up += up
-        trained = {**under("train.", metrics), "num_examples": update.num_examples}
+        trained = {**reply.training, "num_examples": update.num_examples}
         if trained.get("seconds"):
             trained["tokens_per_second"] = trained.get("tokens", 0.0) / trained.pop("seconds")
         record = {
@@ -64,13 +61,12 @@ class RoundNotes:
             "phase": "train",
             "train": trained,
             "bytes": {"down": self._sent[sent.node_id], "up": up},
-            "seconds": _transport(sent, metrics) | under("seconds.", metrics),
+            "seconds": _transport(sent, reply) | dict(reply.seconds),
         }
         self._records[update.client] = (time.monotonic(), record)
         self.admitted[update.client] = spent = round(time.time() - sent.at, 3)
-        loss = metrics.get("train.loss")
+        loss = reply.training.get("loss")
         self._folder.event("reply", round=self.number, client=update.client, loss=loss, seconds=spent)
-        return metrics
 
     def close(self, diagnostics: dict[str, float]) -> None:
         """Write the records, now that it is known how long each site waited for the others."""
@@ -100,12 +96,12 @@ class RoundNotes:
 
 
 def record_evaluation(
-    folder: RunFolder, version: int, client: str, metrics: dict[str, float], seconds: float | None = None
+    folder: RunFolder, version: int, client: str, metrics: Mapping[str, float], seconds: float | None = None
 ) -> None:
     """Write down what ``client`` measured of the state after round ``version``; nothing when it measured nothing."""
     if not metrics:
         return
-    record: dict[str, object] = {"round": version, "client": client, "phase": "evaluate", "evaluate": metrics}
+    record: dict[str, object] = {"round": version, "client": client, "phase": "evaluate", "evaluate": dict(metrics)}
     if seconds is not None:
         record["seconds"] = {"evaluate": seconds}
     folder.metrics(record)
@@ -113,26 +109,11 @@ def record_evaluation(
     folder.event("evaluated", round=version, client=client, scores=told)
 
 
-def scalars(reply: Message) -> dict[str, float]:
-    """The numbers among a reply's metrics."""
-    metrics = get_record(reply.content, "metrics", MetricRecord)
-    return {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
-
-
-def under(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics whose names begin with ``prefix``, without it."""
-    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-
-
-def _payload(message: Message) -> int:
-    return sum(wire.num_bytes(arrays) for arrays in get_records(message.content, ArrayRecord).values())
-
-
-def _transport(sent: Sent, metrics: dict[str, float]) -> dict[str, float]:
+def _transport(sent: Sent, reply: TrainReply) -> dict[str, float]:
     """Seconds from the SuperLink to the site's code and back, polling and process start included.
 
     Taken from both machines' clocks, so only as good as these agree; never below zero.
     """
     now = time.time()
-    started, finished = metrics.get("clock.started", sent.at), metrics.get("clock.finished", now)
+    started, finished = reply.clock.get("started", sent.at), reply.clock.get("finished", now)
     return {"download": max(0.0, started - sent.at), "upload": max(0.0, now - finished)}

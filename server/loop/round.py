@@ -2,19 +2,20 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecordValues, Message
+from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 
 from common.config.federation import FederationConfig
-from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError, kind_of
-from common.protocol.messages import Failure
+from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError, WireError, kind_of
+from common.protocol.fields import Content
+from common.protocol.messages import Failure, HelloRequest, TrainReply, TrainRequest
 from server.loop.clients import Roster
 from server.loop.inflight import LOST, Mailbox, Sent, failure_in
 from server.loop.pending_updates import Spool
-from server.loop.recorder import RoundNotes, record_evaluation, under
+from server.loop.recorder import RoundNotes, record_evaluation
 from server.run.folder import RunFolder
 from server.run.quarantine import Refusals
 from strategies.admission.bounds import Moved, change_norms, check_possible, cohort_bound, moved
@@ -31,7 +32,7 @@ class Parts:
     """What all rounds share; see ``RoundLoop``."""
 
     config: FederationConfig
-    settings: Mapping[str, ConfigRecordValues]
+    settings: HelloRequest
     strategy: RuleMessages
     mailbox: Mailbox
     roster: Roster
@@ -42,6 +43,10 @@ class Parts:
     def lifetime(self) -> float:
         """Seconds that a message and its reply live: beyond the deadline, so that a late reply is told from none."""
         return 2 * self.config.cohort.round_deadline
+
+    def message(self, request: Content, node_id: int, kind: str, server_round: int) -> Message:
+        """A request to a node, that lives for ``lifetime``."""
+        return Message(request.to_record(), node_id, kind, ttl=self.lifetime, group_id=str(server_round))
 
 
 class Round:
@@ -66,12 +71,12 @@ class Round:
 
     def ask(self, nodes: list[int]) -> None:
         """Send the round's work to nodes."""
-        settings = {**self._parts.settings, "evaluate": self._evaluate}
-        strategy, lifetime = self._parts.strategy, self._parts.lifetime
-        messages = strategy.train_messages(self._number, self._state, nodes, settings, lifetime)
-        for message in messages:
-            self.notes.asked(message)
-        self._parts.mailbox.push(messages, self._group)
+        parts, messages = self._parts, []
+        for node_id, state in parts.strategy.train_states(self._number, self._state, nodes):
+            request = TrainRequest.of(parts.settings, state, evaluate=self._evaluate)
+            messages.append(parts.message(request, node_id, MessageType.TRAIN, self._number))
+            self.notes.asked(node_id, request.num_bytes)
+        parts.mailbox.push(messages, self._group)
 
     def combine(self) -> Outcome:
         """Wait for the replies and combine those that count.
@@ -115,8 +120,8 @@ class Round:
                 else:
                     limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
                     limit += f", and {noise:.3g} for the declared noise" if noise else ""
-                    refusal = RefusedUpdate(f"{update.client}: its update moved by {norm:.3g}; {limit}")
-                    self._refuse(update.client, refusal)
+                    reason = f"{update.client}: its update moved by {norm:.3g}; {limit}"
+                    self._refuse(update.client, reason, RefusedUpdate.__name__)
                 del update
 
     def _updates(self) -> Iterator[tuple[Update, Moved]]:
@@ -153,28 +158,33 @@ class Round:
                 self._fail(name, failure)
             return None
         try:
-            update, how_far = self._read(reply, sent.node_id)
+            told = TrainReply.read(reply.content)
+            update, how_far = self._admit(told, sent.node_id)
+        except WireError as unreadable:
+            client.forget()
+            self._refuse(name, f"{name}: {unreadable}", kind_of(unreadable))
+            return None
         except RefusedUpdate as refusal:
-            self._refuse(name, refusal)
+            self._refuse(name, str(refusal), kind_of(refusal))
             return None
         except Exception as error:  # whatever a reply may hold, it ends the round for its site alone
             log.exception("round %d: reading the reply of %s failed", self._number, name)
             reason = f"{name}: its reply cannot be used ({kind_of(error)}; the server's log says where)"
-            self._refuse(name, RefusedUpdate(reason))
+            self._refuse(name, reason, kind_of(error))
             return None
-        metrics = self.notes.update(sent, reply, update)
+        self.notes.update(sent, told, update)
         if self._evaluate:
-            record_evaluation(self._parts.folder, self._number - 1, name, under("evaluate.", metrics))
+            record_evaluation(self._parts.folder, self._number - 1, name, told.scores)
         return update, how_far
 
-    def _read(self, reply: Message, node_id: int) -> tuple[Update, Moved]:
+    def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, Moved]:
         """The update in a reply, and how far it moves.
 
         Raises:
             RefusedUpdate: with the reason.
         """
         strategy, config = self._parts.strategy, self._parts.config
-        update = strategy.read_update(reply, node_id)
+        update = strategy.admit(told, node_id)
         member = self._parts.roster.members[node_id]
         rows = member.train_rows
         if update.num_examples != rows:
@@ -209,8 +219,8 @@ class Round:
     def _fail(self, site: str, failure: Failure) -> None:
         self.notes.problem(site, "client_failed", f"{site}: {failure.reason}", failure.kind)
 
-    def _refuse(self, site: str, refusal: RefusedUpdate) -> None:
-        self.notes.problem(site, "update_refused", str(refusal), kind_of(refusal))
+    def _refuse(self, site: str, reason: str, kind: str) -> None:
+        self.notes.problem(site, "update_refused", reason, kind)
         refusals = self._parts.refusals
         before = refusals.excluded()
         refusals.note(site, refused=True)

@@ -2,18 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
 
-from flwr.app import ConfigRecordValues
+from flwr.app import MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.config.federation import FederationConfig
-from common.protocol.messages import Failure
+from common.errors import WireError
+from common.protocol.messages import EvaluateReply, EvaluateRequest, Failure, HelloRequest
 from server.loop.checkpoint import Checkpoint, save
 from server.loop.clients import Roster
 from server.loop.inflight import Mailbox, failure_in
-from server.loop.recorder import record_evaluation, scalars, under
+from server.loop.recorder import record_evaluation
 from server.loop.round import Parts, Round
 from server.loop.server_model import Evaluator
 from server.run.folder import RunFolder
@@ -32,7 +32,7 @@ class RoundLoop:
     Args:
         grid: Flower's grid.
         config: the federation file.
-        settings: what every message's "config" record holds, the federation settings among it.
+        settings: what every request holds.
         strategy: how updates are combined.
         evaluator: holds the server's model.
         folder: where everything is written down.
@@ -42,13 +42,13 @@ class RoundLoop:
         self,
         grid: Grid,
         config: FederationConfig,
-        settings: Mapping[str, ConfigRecordValues],
+        settings: HelloRequest,
         strategy: RuleMessages,
         evaluator: Evaluator,
         folder: RunFolder,
     ) -> None:
         self._config, self._strategy, self._evaluator, self._folder = config, strategy, evaluator, folder
-        self._settings, self._mailbox = settings, Mailbox(grid)
+        self._mailbox = Mailbox(grid)
         self._refusals = Refusals(folder.path, config.admission.max_refusals)
         self._roster = Roster(
             grid,
@@ -133,18 +133,26 @@ class RoundLoop:
 
     def _evaluate(self, version: int, state: Tensors) -> None:
         """The final state, at every site that is still connected and at the server."""
-        nodes, lifetime = self._roster.connected(), self._parts.lifetime
+        nodes = self._roster.connected()
         group = f"evaluate/{version}"
         patience = self._config.cohort.round_deadline
-        self._mailbox.push(self._strategy.evaluate_messages(version, state, nodes, self._settings, lifetime), group)
+        states = self._strategy.evaluate_states(version, state, nodes)
+        requests = ((node_id, EvaluateRequest.of(self._parts.settings, state)) for node_id, state in states)
+        messages = [self._parts.message(asked, n, MessageType.EVALUATE, version) for n, asked in requests]
+        self._mailbox.push(messages, group)
         deadline = time.monotonic() + patience
         self._evaluate_here(version, state)
         for sent, reply in self._mailbox.replies(group, lambda: deadline):
             name = self._strategy.client(sent.node_id).name
-            if (failure := failure_in(reply)) is not None:
+            try:
+                failure = failure_in(reply)
+                told = EvaluateReply.read(reply.content) if failure is None else EvaluateReply()
+            except WireError as unreadable:
+                failure = Failure.of(unreadable)
+            if failure is not None:
                 self._note_failure(version, name, failure)
             else:
-                record_evaluation(self._folder, version, name, under("evaluate.", scalars(reply)))
+                record_evaluation(self._folder, version, name, told.scores)
         for node_id in self._mailbox.forget(group):
             name = self._strategy.client(node_id).name
             failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no evaluation within {patience:g} seconds")

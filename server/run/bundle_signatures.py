@@ -5,7 +5,6 @@ from pathlib import Path
 
 from common.system.files import write_atomically
 
-RECORD_KEY = "bundle-signatures"  # in every message's "config" record (see client.connect.verify)
 _FILE = "signatures.json"
 
 

@@ -93,7 +93,7 @@ KINDS: dict[str, Kind] = {
         seen=True,
     ),
     "client_refused": Kind(
-        "client reason",
+        "client reason kind",
         "client refused: {reason}",
         WARNING,
         state="refused",

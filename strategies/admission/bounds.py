@@ -15,8 +15,8 @@ from common.config.federation import StrategyConfig, TrainingConfig
 from common.errors import RefusedUpdate
 from common.model.families import in_head
 from common.model.second_moments import is_second_moment, without
-from common.protocol.declared_noise import Declared, longest_noise
 from common.protocol.factors import Factors
+from common.protocol.messages import Declared
 from strategies.combine.weighted_mean import change_square
 from strategies.rule import Update
 
@@ -110,6 +110,15 @@ def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Decl
         for name, tensor in base.items()
     )
     return _WIRE * longest_noise(sum(numbers), privacy.noise)
+
+
+def longest_noise(entries: int, std: float) -> float:
+    """L2 norm that ``entries`` independent Gaussians of this standard deviation exceed with probability below 1e-12.
+
+    Source: Laurent and Massart (2000), lemma 1: a chi-square variable with d degrees of freedom exceeds
+    d + 2 sqrt(d t) + 2 t <= (sqrt(d) + sqrt(2 t))^2 with probability at most exp(-t).
+    """
+    return std * (math.sqrt(entries) + math.sqrt(2 * math.log(1e12)))
 
 
 @dataclass(frozen=True)

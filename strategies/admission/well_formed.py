@@ -16,7 +16,6 @@ LARGEST = 1e12  # L2 norm of a tensor in a reply: its product with another, or w
 def admit(
     client: str,
     tensors: Mapping[str, Tensor],
-    num_examples: object,
     expected: Mapping[str, Tensor],
     active: list[str],
     *,
@@ -28,7 +27,6 @@ def admit(
     Args:
         client: the client's name, for the reason of a refusal.
         tensors: what the reply holds; frozen tensors may be among them when they are byte-identical.
-        num_examples: the reply's "num-examples".
         expected: every tensor as the client was to hold it at the start of the round.
         active: names of the tensors that the round trains.
         any_rank: whether LoRA factors may have another rank than the expected ones.
@@ -37,8 +35,6 @@ def admit(
     Raises:
         RefusedUpdate: names the client, the tensor and what is allowed.
     """
-    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
-        raise RefusedUpdate(f"{client}: num-examples is {num_examples!r}; allowed: a whole number from 1")
     _check_names(client, tensors, expected, active)
     for name in tensors.keys() - set(active):
         if not _identical(tensors[name], expected[name]):

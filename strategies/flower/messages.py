@@ -8,25 +8,20 @@ Where a rule makes each state of the last one by a step (FedFTG, in factors), a 
 sent the steps from the version that it holds, if these are smaller than the state; who has the base model holds the
 first version.
 
-Records, as in Flower's own strategies: "arrays", "config", "metrics" with "num-examples". The config that a client
-receives holds ``server-round``, ``active`` (names of the tensors to train and return) and ``frozen-digest`` (see
-``common.protocol.digest``). A client returns the active tensors, and for the frozen ones either the tensors themselves
-or, when it keeps them for its next round, their digest as ``frozen-digest`` in its own "config" record. With steps,
-"arrays" is empty, records ``step-<round>`` hold them, and the config says from which version (``since``) to which
-(``version``) they lead; a client that keeps what it has read returns ``version``.
+What a message holds, and under which names, is declared in ``common.protocol.messages``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord
 
 from common.config.federation import ServerOptimizerConfig
 from common.errors import RefusedUpdate, WireError
 from common.protocol import wire
 from common.protocol.digest import tensor_digest, tensors_digest
 from common.protocol.factors import Factors, unpack
-from common.protocol.records import get_record
+from common.protocol.messages import State, TrainReply
 from common.protocol.versions import Step
 from strategies.admission.well_formed import admit, admit_factors
 from strategies.flower.versions import Versions
@@ -54,7 +49,7 @@ class Client:
 
 
 class RuleMessages:
-    """Makes the messages of a ``Rule`` and reads the replies: all that FedSpan's round loop asks of a strategy.
+    """Who is sent what under a ``Rule``, and which replies are believed: all that the round loop asks of a strategy.
 
     Args:
         rule: what is trained and how replies are combined.
@@ -67,11 +62,6 @@ class RuleMessages:
     Raises:
         ValueError: the rule takes no server optimizer.
     """
-
-    #: Names of the records, and of the metric that weighs a reply, as in ``flwr.serverapp.strategy.FedAvg``.
-    arrayrecord_key: str
-    configrecord_key: str
-    weighted_by_key: str
 
     def __init__(self, rule: Rule, server_optimizer: ServerOptimizerConfig | None) -> None:
         if server_optimizer is not None and not rule.section.takes_server_optimizer:
@@ -116,51 +106,27 @@ class RuleMessages:
         """What is known of a node; a node never seen before holds nothing."""
         return self.clients.setdefault(node_id, Client(f"node-{node_id}"))
 
-    def train_messages(
-        self,
-        server_round: int,
-        state: Tensors,
-        node_ids: Iterable[int],
-        config: Mapping[str, ConfigRecordValues],
-        ttl: float,
-    ) -> list[Message]:
-        """The training messages of a round, one for each node."""
+    def train_states(self, server_round: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
+        """What each node needs for a round's training, by its id."""
         self._state, self._active, self._round = state, self.rule.active(server_round, state), server_round
-        return self._messages(MessageType.TRAIN, server_round, node_ids, config, ttl)
+        return list(self._states(server_round, node_ids, trained=True))
 
-    def evaluate_messages(
-        self,
-        server_round: int,
-        state: Tensors,
-        node_ids: Iterable[int],
-        config: Mapping[str, ConfigRecordValues],
-        ttl: float,
-    ) -> list[Message]:
-        """Messages that have nodes evaluate ``state``; nothing is trained, so ``active`` is empty."""
+    def evaluate_states(self, version: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
+        """What each node needs to evaluate the state after round ``version``; nothing is trained."""
         self._state, self._active = state, []
-        return self._messages(MessageType.EVALUATE, server_round, node_ids, config, ttl)
+        return list(self._states(version, node_ids, trained=False))
 
-    def _messages(
-        self,
-        kind: str,
-        server_round: int,
-        node_ids: Iterable[int],
-        config: Mapping[str, ConfigRecordValues],
-        ttl: float,
-    ) -> list[Message]:
+    def _states(self, server_round: int, node_ids: Iterable[int], *, trained: bool) -> Iterator[tuple[int, State]]:
         records: dict[object, ArrayRecord] = {}  # clients that need the same tensors share one record
-        messages = []
+        version = None if self.versions is None else self.versions.latest
         for node_id in node_ids:
             client = self.client(node_id)
-            content = ConfigRecord({**config, "server-round": server_round, "active": self._active})
-            start, steps = self._steps_for(client)
+            since, steps = self._steps_for(client)
             if steps is not None:
                 for step in steps:
                     if step.server_round not in records:
                         records[step.server_round] = wire.encode(step.tensors, bundled=True)
-                content["since"] = start
-                arrays = {f"step-{s.server_round:06}": records[s.server_round] for s in steps}
-                arrays[self.arrayrecord_key] = ArrayRecord()
+                arrays, digest = ArrayRecord(), None
             else:
                 fitted = self.rule.state_for(self._state, client.rank, client.lora_alpha)
                 frozen = {name: tensor for name, tensor in fitted.items() if name not in self._active}
@@ -168,53 +134,56 @@ class RuleMessages:
                 key = (client.rank, client.lora_alpha, *need)
                 if key not in records:
                     records[key] = wire.encode({name: fitted[name] for name in need}, bundled=self._bundled)
-                arrays = {self.arrayrecord_key: records[key]}
-                if frozen and kind == MessageType.TRAIN and self.versions is None:
-                    content["frozen-digest"] = tensors_digest(frozen)
-            if self.versions is not None:
-                content["version"] = self.versions.latest
-            whole = RecordDict({**arrays, self.configrecord_key: content})
-            messages.append(Message(whole, node_id, kind, ttl=ttl, group_id=str(server_round)))
-        return messages
+                arrays = records[key]
+                digest = tensors_digest(frozen) if frozen and trained and self.versions is None else None
+            yield (
+                node_id,
+                State(
+                    server_round=server_round,
+                    active=self._active,
+                    version=version,
+                    since=since,
+                    frozen_digest=digest,
+                    arrays=arrays,
+                    steps={step.server_round: records[step.server_round] for step in steps or []},
+                ),
+            )
 
-    def _steps_for(self, client: Client) -> tuple[str, list[Step] | None]:
+    def _steps_for(self, client: Client) -> tuple[str | None, list[Step] | None]:
         """From which version the client is sent steps, and these; None when it is sent the state."""
         if self.versions is not None and self.versions.state is self._state:
             for version in (client.version, self.versions.first if client.has_base else None):
                 if version is not None and (steps := self.versions.since(version)) is not None:
                     return version, steps
-        return "", None
+        return None, None
 
     def base_of(self, node_id: int) -> Tensors:
         """What a node trained from in the current round, in the rank and scaling of its last reply."""
         client = self.client(node_id)
         return self.rule.state_for(self._state, client.rank, client.lora_alpha)
 
-    def read_update(self, message: Message, node_id: int | None = None) -> Update:
-        """The update in a reply to a training message of the current round.
+    def admit(self, reply: TrainReply, node_id: int) -> Update:
+        """The update in a reply to the current round.
 
         Args:
-            message: the reply, which is no error.
-            node_id: whom it answers for; None: its sender.
+            reply: as it was read.
+            node_id: whose it is.
 
         Raises:
-            RefusedUpdate: the reply cannot be read, or is not admitted; the text says why and whose.
+            RefusedUpdate: it is not admitted; the text says why and whose.
         """
-        client = self.client(message.metadata.src_node_id if node_id is None else node_id)
+        client = self.client(node_id)
         client.forget()
-        metrics = get_record(message.content, "metrics", MetricRecord)
-        told = get_record(message.content, self.configrecord_key, ConfigRecord)
-        if self.versions is not None and told.get("version") == self.versions.latest:
+        if self.versions is not None and reply.version == self.versions.latest:
             client.version = self.versions.latest  # whatever its update is worth
-        about = told.get("server-round", self._round)
+        about = reply.server_round
         if about != self._round:
-            raise RefusedUpdate(f"{client.name}: the update is of round {about!r}, this is round {self._round}")
+            raise RefusedUpdate(f"{client.name}: the update is of round {about}, this is round {self._round}")
         expected = self.rule.state_for(self._state, None, None)
-        tensors, changes = self._read_tensors(client, message.content, expected)
+        tensors, changes = self._read_tensors(client, reply.arrays, expected)
         admitted = admit(
             client.name,
             tensors,
-            metrics.get(self.weighted_by_key),
             expected,
             [name for name in self._active if name not in changes],
             any_rank=self.rule.section.mixed_ranks,
@@ -223,34 +192,28 @@ class RuleMessages:
         admit_factors(client.name, changes)
         frozen = {name: expected[name] for name in expected if name not in self._active}
         if self.versions is None and not frozen.keys() <= tensors.keys():
-            _check_acknowledged(client.name, told.get("frozen-digest"), frozen)
+            _check_acknowledged(client.name, reply.frozen_digest, frozen)
             client.held = {name: tensor_digest(t) for name, t in frozen.items()}
-        client.lora_alpha = self._lora_alpha(client, metrics.get("lora-alpha"))
+        client.lora_alpha = self._lora_alpha(client, reply.lora_alpha)
         if self.rule.section.mixed_ranks:
             client.rank = rank_of(admitted)
-        examples = int(metrics[self.weighted_by_key])  # type: ignore[arg-type]
-        return Update(client.name, examples, admitted, client.lora_alpha, changes)
+        return Update(client.name, reply.num_examples, admitted, client.lora_alpha, changes)
 
-    def _lora_alpha(self, client: Client, told: object) -> float | None:
+    def _lora_alpha(self, client: Client, told: float | None) -> float | None:
         """The alpha of a reply; a client that tells none has the federation's, and of base weights there is none."""
         common = self.rule.lora_alpha
         if told is None or self.rule.section.trains == "weights":
             return common
-        if not isinstance(told, (int, float)) or not 0 < told < float("inf"):
-            raise RefusedUpdate(f"{client.name}: lora-alpha is {told!r}; allowed: a positive number")
         if common not in (None, told) and not self._mixed_alphas:
             raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; the federation's is {common}")
         if told != common and not _ALPHAS[0] <= told <= _ALPHAS[1]:
             raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; allowed: {_ALPHAS[0]:g} to {_ALPHAS[1]:g}")
-        return float(told)
+        return told
 
     def _read_tensors(
-        self, client: Client, content: RecordDict, expected: Tensors
+        self, client: Client, arrays: ArrayRecord, expected: Tensors
     ) -> tuple[Tensors, dict[str, Factors]]:
         """What a reply holds whole, and what in factors."""
-        arrays = content.get(self.arrayrecord_key)
-        if not isinstance(arrays, ArrayRecord):
-            raise RefusedUpdate(f"{client.name}: the reply has no {self.arrayrecord_key!r} record")
         weights = self._active if self.rule.section.trains == "weights" else []  # a LoRA factor comes whole
         shapes = {name: tuple(expected[name].shape) for name in weights}
         try:
@@ -259,7 +222,7 @@ class RuleMessages:
             raise RefusedUpdate(f"{client.name}: {error}") from None
 
 
-def _check_acknowledged(client: str, acknowledged: object, frozen: Tensors) -> None:
+def _check_acknowledged(client: str, acknowledged: str | None, frozen: Tensors) -> None:
     """Whether a client's digest of the frozen tensors is the federation's."""
     if acknowledged is None:
         raise RefusedUpdate(
@@ -269,5 +232,5 @@ def _check_acknowledged(client: str, acknowledged: object, frozen: Tensors) -> N
     if acknowledged != (digest := tensors_digest(frozen)):
         raise RefusedUpdate(
             f"{client}: its frozen tensors differ from the federation's "
-            f"(digest {str(acknowledged)[:16]}, expected {digest[:16]})"
+            f"(digest {acknowledged[:16]}, expected {digest[:16]})"
         )

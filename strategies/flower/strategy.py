@@ -8,14 +8,15 @@ from functools import cache
 from logging import WARNING
 from typing import Any, TypedDict, Unpack
 
-from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from common.config.federation import ServerOptimizerConfig
-from common.errors import AggregationError, RefusedUpdate
+from common.errors import AggregationError, RefusedUpdate, WireError
 from common.protocol import wire
+from common.protocol.messages import ARRAYS, CONFIG, METRICS, State, TrainReply
 from common.protocol.records import get_record
 from strategies.flower.messages import RuleMessages
 from strategies.flower.streaming import StreamingGrid
@@ -99,7 +100,8 @@ class FlowerStrategy(RuleMessages, FedAvg):
         if self.fraction_train == 0.0:
             return []
         nodes = self._sample(grid, self.fraction_train, self.min_train_nodes, server_round)
-        return self.train_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
+        states = self.train_states(server_round, wire.decode(arrays), nodes)
+        return [self._message(MessageType.TRAIN, node_id, state, config) for node_id, state in states]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -149,7 +151,30 @@ class FlowerStrategy(RuleMessages, FedAvg):
         if self.fraction_evaluate == 0.0:
             return []
         nodes = self._sample(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round)
-        return self.evaluate_messages(server_round, wire.decode(arrays), nodes, config, DEFAULT_TTL)
+        states = self.evaluate_states(server_round, wire.decode(arrays), nodes)
+        return [self._message(MessageType.EVALUATE, node_id, state, config) for node_id, state in states]
+
+    def _message(self, kind: str, node_id: int, state: State, config: ConfigRecord) -> Message:
+        """A state under the records' names of this app, with the caller's settings beside ours."""
+        content = {self.arrayrecord_key if key == ARRAYS else key: part for key, part in state.to_record().items()}
+        content[self.configrecord_key] = ConfigRecord({**config, **content.pop(CONFIG)})  # type: ignore[dict-item]
+        return Message(RecordDict(content), node_id, kind, ttl=DEFAULT_TTL, group_id=str(state.server_round))
+
+    def read_update(self, reply: Message) -> Update:
+        """The update in a reply to a training message of the current round.
+
+        Raises:
+            RefusedUpdate: the reply cannot be read, or is not admitted; the text says why and whose.
+        """
+        node_id = reply.metadata.src_node_id
+        keys = self.arrayrecord_key, self.configrecord_key, self.weighted_by_key
+        try:
+            told = TrainReply.of_any_client(reply.content, self._round, *keys)
+        except WireError as error:
+            client = self.client(node_id)
+            client.forget()
+            raise RefusedUpdate(f"{client.name}: {error}") from None
+        return self.admit(told, node_id)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Combine the metrics of all replies that have some."""
@@ -157,7 +182,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         for reply in replies:
             if reply.has_error():
                 log(WARNING, "round %s, no evaluation: %s", server_round, reply.error.reason)
-            elif "metrics" in reply.content:
+            elif METRICS in reply.content:
                 contents.append(_scalars(reply.content))
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
 
@@ -225,7 +250,7 @@ def weighted_mean(contents: list[RecordDict], weighted_by_key: str) -> MetricRec
     """
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:
-        metrics = get_record(content, "metrics", MetricRecord)
+        metrics = get_record(content, METRICS, MetricRecord)
         weight = metrics.get(weighted_by_key)
         if not isinstance(weight, (int, float)) or not weight > 0:
             continue

@@ -35,14 +35,14 @@ def test_every_family_learns_colors(tmp_path: Path, family: str) -> None:
     assert sum("classifier" in name for name in tensors) == 2  # weight and bias
     own.set_state(tensors, None, list(tensors))
     before = own.evaluate()
-    assert {"evaluate.accuracy", "evaluate.macro_f1", "evaluate.mcc"} <= before.keys()
+    assert {"accuracy", "macro_f1", "mcc"} <= before.keys()
     assert not [name for name in before if "confusion" in name]  # how many images of a site have which label
     for number in range(1, 4):
         trained, metrics = own.train(number, list(tensors))
         own.set_state(trained, None, list(tensors))
-    assert metrics["train.tokens"] == 60.0  # 10 steps of 6 images
-    assert "train.rows_left_out" not in metrics
-    assert own.evaluate()["evaluate.loss"] < 0.7 * before["evaluate.loss"]
+    assert metrics["tokens"] == 60.0  # 10 steps of 6 images
+    assert "rows_left_out" not in metrics
+    assert own.evaluate()["loss"] < 0.7 * before["loss"]
 
 
 @pytest.mark.parametrize("choice", ["train", "freeze", "local"])
@@ -72,7 +72,7 @@ def test_fedftg_trains_the_blocks_and_the_head_beside_them(tmp_path: Path, choic
     sent, _ = own.train(1, list(weights.tensors))
     moved = [name for name, tensor in head(own).items() if not torch.equal(tensor, fresh[name])]
     assert set(moved) == (set() if choice == "freeze" else heads)
-    assert own.evaluate()["evaluate.loss"] < before["evaluate.loss"]
+    assert own.evaluate()["loss"] < before["loss"]
     assert own.kept.keys() == (heads if choice == "local" else set())
     assert {name for name in sent if "/" not in name} == (heads if choice == "train" else set())
     assert bytes_per_round(own.federation, dict(own._tuned.parameters), 10)[1] == num_bytes(sent.values())
@@ -87,7 +87,7 @@ def test_unreadable_images_are_counted_where_the_site_allows_it(tmp_path: Path) 
     own = Session(site, tmp_path / "site-a.yaml", own.federation)
     tensors = own._tuned.get()
     own.set_state(tensors, None, list(tensors))
-    assert own.train(1, list(tensors))[1]["train.rows_left_out"] == 1
+    assert own.train(1, list(tensors))[1]["rows_left_out"] == 1
 
 
 def test_other_settings_of_the_image_processor_are_noticed(tmp_path: Path) -> None:

@@ -52,12 +52,12 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
             assert steps is not None
             own.follow(steps, weights.version, versions.latest)
             assert all(torch.equal(tensor, weights.tensors[name]) for name, tensor in state.items())
-            trained, metrics = own.train(server_round, active)
+            trained, _ = own.train(server_round, active)
             assert trained.keys() == set(active)
             assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
             held = own._tuned.get()
             assert all(torch.equal(held[n], state[n].to(held[n].dtype)) for n in base)  # frozen while A and B train
-            updates.append(Update(own.site.name, 3, trained, metrics["lora-alpha"]))
+            updates.append(Update(own.site.name, 3, trained, own.lora_alpha))
         versions.advance(rule.aggregate(server_round, state, iter(updates)))
     assert all(not torch.equal(versions.state[name], tensor) for name, tensor in base.items())
     first, weights, late = sites[0], sites[0].weights, session(tmp_path / "a", **changes)

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app as site_app
-from common.config.federation import FederationConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
 from deploy.sandbox.tiny import make_federation
@@ -23,7 +23,7 @@ from server.loop.server_model import Evaluator
 from server.run.folder import RunFolder, read_lines
 from strategies.flower.named import make_strategy
 from strategies.rule import Tensors
-from tests.harness.fake_sites import Grid
+from tests.harness.fake_sites import Grid, settings_of
 from tests.harness.tiny_images import make_image_federation
 
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
@@ -63,8 +63,7 @@ def run(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )
     try:
-        told = {"federation": settings_for_sites(config)}
-        loop = RoundLoop(grid, config, told, strategy, evaluator, record)
+        loop = RoundLoop(grid, config, settings_of(config), strategy, evaluator, record)
         state = loop.run(evaluator.initial_state())
     finally:
         record.close()

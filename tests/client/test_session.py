@@ -13,6 +13,7 @@ from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
 from common.errors import DataError, ModelError, StaleStateError, TrainingError
 from common.protocol.factors import Exchange, unpack
+from common.protocol.messages import TRAINING
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 from deploy.sandbox.tiny import make_federation, make_tokenizer
@@ -72,8 +73,8 @@ def test_only_the_active_tensors_are_trained_and_returned(tmp_path: Path) -> Non
     assert all(not torch.equal(trained[name], before[name]) for name in active)
     after = state(own)
     assert all(torch.equal(after[name], before[name]) for name in frozen)
-    assert metrics["num-examples"] == len(own._rows[0])
-    assert metrics["lora-alpha"] == 16.0
+    assert metrics.keys() == TRAINING.keys() - {"wire_error", "rows_left_out"}
+    assert own.lora_alpha == 16.0
 
 
 def test_adapter_names_are_pefts(tmp_path: Path) -> None:
@@ -117,8 +118,8 @@ def test_classification_head(tmp_path: Path, head: str, exchanged: bool, stays: 
     assert bool(moved) == (exchanged or stays)
     assert bool(own.kept) == stays
     if head != "freeze":
-        assert own.evaluate()["evaluate.loss"] < before["evaluate.loss"]
-        assert 0 <= own.evaluate()["evaluate.accuracy"] <= 1
+        assert own.evaluate()["loss"] < before["loss"]
+        assert 0 <= own.evaluate()["accuracy"] <= 1
 
 
 def test_local_head_is_taken_up_by_a_new_process(tmp_path: Path) -> None:
@@ -218,9 +219,9 @@ def test_fewer_rows_per_pass_stay_for_later_rounds(tmp_path: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     own._tuned.model.register_forward_pre_hook(fail, with_kwargs=True)
-    assert own.train(1, list(state(own)))[1]["train.micro_batch"] == 2.0
+    assert own.train(1, list(state(own)))[1]["micro_batch"] == 2.0
     assert sizes == [4] + [2] * 6
-    assert own.train(2, list(state(own)))[1]["train.micro_batch"] == 2.0
+    assert own.train(2, list(state(own)))[1]["micro_batch"] == 2.0
     assert sizes == [4] + [2] * 12
 
 
@@ -263,8 +264,8 @@ def test_update_is_made_for_the_wire_as_the_federation_file_says(tmp_path: Path,
         moved = trained[name] - own.weights.tensors[name]
         error = float((change.apply(own.weights.tensors[name]) - trained[name]).norm() / moved.norm())
         assert error < {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}[precision]
-    assert ("train.wire_error" in metrics) == (precision != "float32")
-    assert metrics.get("train.wire_error", 1e-9) > 0
+    assert ("wire_error" in metrics) == (precision != "float32")
+    assert metrics.get("wire_error", 1e-9) > 0
 
 
 def test_low_precision_weights_are_federated_in_float32(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from client.held_weights import Weights
 from common.config.federation import FederationConfig, settings_for_sites
@@ -14,6 +14,15 @@ from common.config.load import parse
 from common.errors import StaleStateError
 from common.protocol import wire
 from common.protocol.factors import Factors, pack
+from common.protocol.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    Failure,
+    HelloRequest,
+    State,
+    TrainReply,
+    TrainRequest,
+)
 from common.protocol.versions import Step
 from server.loop.checkpoint import newest
 from server.loop.rounds import RoundLoop
@@ -44,51 +53,48 @@ class Site:
         self.weights = Weights(base(), RULE.exchange)
 
     def reply(self, message: Message) -> Message:
-        if message.metadata.message_type == MessageType.QUERY:
-            return self._hello(message)
-        config: Any = message.content["config"]
-        steps = [
-            Step(int(key[5:]), wire.decode(record))
-            for key, record in sorted(message.content.items())
-            if key.startswith("step-") and isinstance(record, ArrayRecord)
-        ]
-        self.sent.append((int(config["server-round"]), [step.server_round for step in steps]))
+        kind = message.metadata.message_type
+        if kind == MessageType.QUERY:
+            return Message(self._hello(), reply_to=message)
+        asked = (TrainRequest if kind == MessageType.TRAIN else EvaluateRequest).read(message.content)
+        self.sent.append((asked.server_round, sorted(asked.steps)))
         if (instead := self.before_reply(message)) is not None:
             return instead
         try:
-            self._take(message, config, steps)
+            self._take(asked)
         except StaleStateError as error:
-            return Message(Error(error.code, str(error)), reply_to=message)
-        if message.metadata.message_type == MessageType.EVALUATE:
-            return Message(RecordDict({"metrics": MetricRecord({"evaluate.loss": 1.0})}), reply_to=message)
-        g = torch.Generator().manual_seed(100 * self.number + int(config["server-round"]))
+            return Message(Failure.of(error).to_error(), reply_to=message)
+        if kind == MessageType.EVALUATE:
+            return Message(EvaluateReply(scores={"loss": 1.0}).to_record(), reply_to=message)
+        return Message(self._train(asked.server_round).to_record(), reply_to=message)
+
+    def _train(self, server_round: int) -> TrainReply:
+        g = torch.Generator().manual_seed(100 * self.number + server_round)
         factors = Factors(1.0, [(torch.randn(60, 2, generator=g), torch.randn(2, 40, generator=g))])
-        arrays = wire.encode(pack(NAME, factors, self.weights.tensors[NAME], RULE.exchange(1)))
-        metrics = MetricRecord({"num-examples": self.number, "train.loss": 1.0})
-        told = ConfigRecord({"version": self.weights.version})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics, "config": told}), reply_to=message)
+        return TrainReply(
+            server_round=server_round,
+            arrays=wire.encode(pack(NAME, factors, self.weights.tensors[NAME], RULE.exchange(1))),
+            num_examples=self.number,
+            training={"loss": 1.0},
+            version=self.weights.version,
+        )
 
-    def _take(self, message: Message, config: Any, steps: list[Step]) -> None:
-        if "since" not in config:
-            self.weights.replace(wire.decode(message.content.array_records["arrays"]), str(config["version"]))
+    def _take(self, state: State) -> None:
+        if state.since is None:
+            self.weights.replace(wire.decode(state.arrays), str(state.version))
             return
-        if config["since"] == self.weights.first and self.weights.version not in (config["since"], config["version"]):
+        if state.since == self.weights.first and self.weights.version not in (state.since, state.version):
             self.forget()
-        self.weights.follow(steps, str(config["since"]), str(config["version"]))
+        steps = [Step(number, wire.decode(record)) for number, record in state.steps.items()]
+        self.weights.follow(steps, state.since, str(state.version))
 
-    def _hello(self, message: Message) -> Message:
-        facts = {
-            "site": f"site-{self.number}",
-            "train_rows": self.number,
-            "held_out_rows": 1,
-            "device": "cpu",
-            "rank": 2,
-        }
-        facts |= {"base_digest": "base", "tokenizer_digest": "tokenizer", **self.says}
-        told = RecordDict({"config": ConfigRecord(facts)})
+    def _hello(self) -> RecordDict:
+        facts = {"site": f"site-{self.number}", "train_rows": self.number, "held_out_rows": 1, "device": "cpu"}
+        facts |= {"rank": 2, "base_digest": "base", "tokenizer_digest": "tokenizer", "version": "1", **self.says}
+        told = RecordDict({"config": ConfigRecord(facts), "metrics": MetricRecord()})  # by hand, for what is wrong
         if self.privacy:
             told["privacy"] = ConfigRecord({**self.privacy})
-        return Message(told, reply_to=message)
+        return told
 
 
 LORA = {"name": "flexlora", "rank": 4, "lora_alpha": 16.0}
@@ -112,21 +118,28 @@ class LoraSite(Site):
     Args:
         number: of the site.
         ranks: of its layers.
-        metrics: of its replies, beside the number of examples.
+        lora_alpha: of its replies; None: they tell none.
     """
 
-    def __init__(self, number: int, ranks: tuple[int, int] = (4, 4), **metrics: float) -> None:
+    def __init__(self, number: int, ranks: tuple[int, int] = (4, 4), lora_alpha: float | None = None) -> None:
         super().__init__(number)
-        self._ranks, self._metrics = ranks, metrics
+        self._ranks, self._alpha = ranks, lora_alpha
+
+    def _train(self, server_round: int) -> TrainReply:
+        return TrainReply(
+            server_round=server_round,
+            arrays=wire.encode(factors(*self._ranks, seed=self.number)),
+            num_examples=self.number,
+        )
 
     def reply(self, message: Message) -> Message:
-        if message.metadata.message_type != MessageType.TRAIN:
-            return super().reply(message)
-        told = {"num-examples": self.number, **{key.replace("_", "-"): v for key, v in self._metrics.items()}}
-        arrays = wire.encode(factors(*self._ranks, seed=self.number))
-        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(told)}), reply_to=message)
+        reply = super().reply(message)
+        if self._alpha is not None and message.metadata.message_type == MessageType.TRAIN:
+            told = {"num-examples": self.number, "lora-alpha": self._alpha}  # by hand, for what is wrong
+            reply.content["metrics"] = MetricRecord(told)
+        return reply
 
-    def _take(self, message: Message, config: Any, steps: list[Step]) -> None:
+    def _take(self, state: State) -> None:
         pass
 
 
@@ -178,6 +191,10 @@ class Evaluator:
         return {}
 
 
+def settings_of(config: FederationConfig) -> HelloRequest:
+    return HelloRequest(federation=settings_for_sites(config), signatures=None)
+
+
 def run(
     tmp_path: Path,
     sites: Sequence[Site],
@@ -211,8 +228,9 @@ def run(
     strategy = make_strategy(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )
-    told: Any = {"federation": settings_for_sites(config)}
     try:
-        return RoundLoop(grid, config, told, strategy, evaluator, folder).run(start or base(), checkpoint)
+        return RoundLoop(grid, config, settings_of(config), strategy, evaluator, folder).run(
+            start or base(), checkpoint
+        )
     finally:
         folder.close()

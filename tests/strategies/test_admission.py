@@ -14,22 +14,14 @@ def factors(rank: int = 2, in_: int = 5, out: int = 6) -> Tensors:
     return {A: torch.ones(rank, in_), B: torch.ones(out, rank), HEAD: torch.ones(3, 3)}
 
 
-def attempt(
-    tensors: Tensors, examples: object = 4, active: tuple[str, ...] = (A, B, HEAD), **options: object
-) -> Tensors:
-    return admit("site-b", tensors, examples, factors(), list(active), **options)  # type: ignore[arg-type]
+def attempt(tensors: Tensors, active: tuple[str, ...] = (A, B, HEAD), **options: object) -> Tensors:
+    return admit("site-b", tensors, factors(), list(active), **options)  # type: ignore[arg-type]
 
 
 def test_what_was_asked_for_is_admitted() -> None:
     sent = factors()
     assert attempt(sent) == sent
     assert set(attempt(sent, active=(B,))) == {B}  # frozen tensors may come along unchanged
-
-
-@pytest.mark.parametrize("examples", [0, -15, True, 2.0, None, "7", float("nan")])
-def test_number_of_examples_must_be_a_whole_number_from_1(examples: object) -> None:
-    with pytest.raises(RefusedUpdate, match=r"^site-b: num-examples is .*; allowed: a whole number from 1"):
-        attempt(factors(), examples)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +65,10 @@ def test_client_has_one_rank_in_all_layers_but_where_the_state_holds_less() -> N
     for ranks in ((2, 3), (1, 1), (2, 2), (3, 3), (1, 3), (3, 2)):
         sent = factors(ranks[0]) | {name.replace("q.", "v."): t for name, t in factors(ranks[1]).items()}
         if ranks not in ((1, 3), (3, 2)):
-            assert admit("site-b", sent, 4, expected, list(expected), any_rank=True) == sent
+            assert admit("site-b", sent, expected, list(expected), any_rank=True) == sent
             continue
         with pytest.raises(RefusedUpdate, match=r"site-b: .*lora_A.weight has rank \d, others 3; allowed: one for all"):
-            admit("site-b", sent, 4, expected, list(expected), any_rank=True)
+            admit("site-b", sent, expected, list(expected), any_rank=True)
 
 
 @pytest.mark.parametrize(

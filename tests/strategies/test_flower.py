@@ -18,6 +18,7 @@ from common.errors import AggregationError, RefusedUpdate
 from common.protocol import wire
 from common.protocol.digest import tensors_digest
 from common.protocol.factors import Exchange, Factors, pack
+from common.protocol.messages import TrainReply
 from strategies.flora import FLoRARule
 from strategies.flower.messages import Client
 from strategies.flower.named import make_strategy
@@ -304,6 +305,11 @@ def test_replies_that_cannot_be_read_are_refused() -> None:
     message = ask(strategy, state)[0]
     with pytest.raises(RefusedUpdate, match="node-1: the reply has no 'arrays' record"):
         strategy.read_update(answer(message, None))
+    for examples in (0, -15, 2.0, [7], float("nan")):
+        with pytest.raises(RefusedUpdate, match=r"node-1: num-examples is .*; allowed: a whole number from 1"):
+            strategy.read_update(answer(message, state, {"num-examples": examples}))  # type: ignore[dict-item]
+    others = {"temperature": -3.5, "train.loss": -1.0}
+    assert strategy.read_update(answer(message, state, others, {"version": "theirs"})).num_examples == 3
     pickled = answer(message, state)
     pickled.content["arrays"] = ArrayRecord({A: Array("float32", (1,), "pickle", b"\x80\x04.")})
     with pytest.raises(RefusedUpdate, match=r"node-1: .*lora_A"):
@@ -355,14 +361,6 @@ def test_factors_with_bad_values_are_refused_by_weight() -> None:
         strategy.read_update(answer(message, {**bad, "up.weight/left": torch.ones(39, 2)}))
 
 
-def settings(message: Message) -> dict[str, object]:
-    return dict(message.content.config_records["config"])
-
-
-def steps(message: Message) -> list[str]:
-    return sorted(key for key in message.content.array_records if key.startswith("step-"))
-
-
 def test_client_is_sent_steps_from_what_it_holds_and_everything_when_it_holds_nothing() -> None:
     g = torch.Generator().manual_seed(0)
     state = {"up.weight": torch.randn(60, 40, generator=g)}
@@ -374,28 +372,29 @@ def test_client_is_sent_steps_from_what_it_holds_and_everything_when_it_holds_no
         3: Client("plain"),
     }
     for server_round in (1, 2, 3):
-        warm, forgets, plain = strategy.train_messages(server_round, state, [1, 2, 3], {}, 60.0)
-        latest = settings(warm)["version"]
-        assert set(wire.decode(plain.content.array_records["arrays"])) == {"up.weight"}
-        assert "since" not in settings(plain)
-        for message in (warm, forgets):
-            assert not message.content.array_records["arrays"]
-            assert settings(message)["version"] == latest
-        assert steps(warm) == ([] if server_round == 1 else [f"step-{server_round - 1:06}"])
-        assert steps(forgets) == [f"step-{n:06}" for n in range(1, server_round)]
+        warm, forgets, plain = (needs for _, needs in strategy.train_states(server_round, state, [1, 2, 3]))
+        assert set(wire.decode(plain.arrays)) == {"up.weight"}
+        assert plain.since is None
+        for needs in (warm, forgets):
+            assert not needs.arrays
+            assert needs.version == plain.version
+        assert list(warm.steps) == ([] if server_round == 1 else [server_round - 1])
+        assert list(forgets.steps) == list(range(1, server_round))
         factors = Factors(1.0, [(torch.randn(60, 2, generator=g), torch.randn(2, 40, generator=g))])
-        sent = pack("up.weight", factors, state["up.weight"], Exchange())
-        replies = [answer(warm, sent, config={"version": str(latest)}), answer(forgets, sent), answer(plain, sent)]
-        updates = [strategy.read_update(reply, node) for node, reply in enumerate(replies, start=1)]
+        sent = wire.encode(pack("up.weight", factors, state["up.weight"], Exchange()))
+        updates = []
+        for node_id, version in ((1, warm.version), (2, None), (3, None)):
+            reply = TrainReply(server_round=server_round, arrays=sent, num_examples=3, version=version)
+            updates.append(strategy.admit(reply, node_id))
         state = strategy.combine(server_round, state, iter(updates)).state
-    (lost,) = strategy.train_messages(4, state, [1], {}, 60.0)
-    assert steps(lost) == ["step-000003"]
+    ((_, lost),) = strategy.train_states(4, state, [1])
+    assert list(lost.steps) == [3]
     strategy.client(1).forget()  # as after an error
-    (again,) = strategy.train_messages(4, state, [1], {}, 60.0)
-    assert steps(again) == [f"step-{n:06}" for n in (1, 2, 3)]
+    ((_, again),) = strategy.train_states(4, state, [1])
+    assert list(again.steps) == [1, 2, 3]
     # A state that came about otherwise has no steps.
-    (other,) = strategy.train_messages(4, {name: t.clone() for name, t in state.items()}, [1], {}, 60.0)
-    assert set(wire.decode(other.content.array_records["arrays"])) == {"up.weight"}
+    ((_, other),) = strategy.train_states(4, {name: t.clone() for name, t in state.items()}, [1])
+    assert set(wire.decode(other.arrays)) == {"up.weight"}
 
 
 class Clients(Nodes):

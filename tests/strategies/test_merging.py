@@ -1,19 +1,17 @@
 """FedEx-LoRA and FLoRA, which change the base weights, and FedSA-LoRA, against float64 over three rounds."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.held_weights import Weights
 from common.errors import AggregationError, RefusedUpdate
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a
 from common.protocol import wire
 from common.protocol.factors import Exchange
+from common.protocol.messages import TrainReply
 from server.loop.checkpoint import Checkpoint, newest, save
 from strategies.fedex_lora import FedExLoRARule
 from strategies.fedit import FedITRule
@@ -150,15 +148,6 @@ def test_site_that_follows_the_steps_and_a_resumed_server_hold_the_same_state(
         assert all(torch.equal(tensor, site.tensors[name]) for name, tensor in versions.state.items())
 
 
-@pytest.fixture
-def _within_a_run() -> Iterator[None]:
-    """What the process of a ServerApp knows and Message asks for."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    yield
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
-
-
-@pytest.mark.usefixtures("_within_a_run")
 @pytest.mark.parametrize("rule", [FedExLoRARule(ALPHA), FLoRARule(ALPHA, max_rank=4)], ids=["fedex-lora", "flora"])
 def test_what_is_sent_and_believed_where_base_weights_change(rule: FedExLoRARule | FLoRARule) -> None:
     strategy, state = FlowerStrategy(rule), wide(4)
@@ -166,15 +155,14 @@ def test_what_is_sent_and_believed_where_base_weights_change(rule: FedExLoRARule
     strategy.clients[1] = Client("a", has_base=True)
     active = rule.active(1, state)
 
-    def reply(tensors: Tensors) -> Message:
-        (message,) = strategy.train_messages(1, state, [1], {}, 60.0)
-        assert not message.content.array_records["arrays"]  # who has the base model is sent nothing at first
-        assert message.content.config_records["config"]["active"] == active
-        records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {"metrics": MetricRecord({"num-examples": 3})}
-        return Message(RecordDict({**records, "arrays": wire.encode(tensors)}), reply_to=message)
+    def reply(tensors: Tensors) -> TrainReply:
+        ((_, needs),) = strategy.train_states(1, state, [1])
+        assert not needs.arrays  # who has the base model is sent nothing at first
+        assert needs.active == active
+        return TrainReply(server_round=1, arrays=wire.encode(tensors), num_examples=3)
 
     good = trained(rule, 1, state, 1)
-    update = strategy.read_update(reply(good), 1)
+    update = strategy.admit(reply(good), 1)
     assert update.tensors.keys() == set(active)
     layer = "model.layers.0.up_proj"
     changed = {layer + BASE_WEIGHT: state[layer + BASE_WEIGHT] + 1}
@@ -190,7 +178,7 @@ def test_what_is_sent_and_believed_where_base_weights_change(rule: FedExLoRARule
         ),
     ):
         with pytest.raises(RefusedUpdate, match=says):
-            strategy.read_update(reply(tensors), 1)
+            strategy.admit(reply(tensors), 1)
 
 
 def test_base_weight_that_is_missing_is_named() -> None:

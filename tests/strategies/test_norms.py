@@ -11,7 +11,7 @@ from client.training.galore import GaLore
 from common.config.federation import FederationConfig
 from common.config.load import parse
 from common.errors import RefusedUpdate
-from common.protocol.declared_noise import Declared
+from common.protocol.messages import Declared
 from strategies.admission.bounds import (
     ADAM_STEP,
     change_norms,

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.connect.link import _Clock
 from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
 from common.config.load import load
 from common.errors import ConfigError
+from common.protocol.messages import HelloRequest
 from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
 
@@ -78,10 +79,10 @@ def test_app_refuses_to_work_unchecked_where_the_site_trusts_only_some(
     site = tmp_path / "site-a.yaml"
     site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "trust": {"bundles": ["0" * 64]}}))
     settings = settings_for_sites(resolved(load(file, FederationConfig), file))
-    message = Message(RecordDict({"config": ConfigRecord({"federation": settings})}), 1, MessageType.QUERY)
+    request = HelloRequest(federation=settings, signatures=None)
     context = Context(1, 1, {"site": str(site)}, RecordDict(), {})
     monkeypatch.delenv("FEDSPAN_VETTED", raising=False)
     with pytest.raises(ConfigError, match="site-a: its site file has `trust`, but nobody has checked this bundle"):
-        _session(load(site, SiteConfig), message, context)
+        _session(load(site, SiteConfig), request, context)
     monkeypatch.setenv("FEDSPAN_VETTED", "1")
-    assert _session(load(site, SiteConfig), message, context).site.name == "site-a"
+    assert _session(load(site, SiteConfig), request, context).site.name == "site-a"

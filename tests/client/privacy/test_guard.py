@@ -2,11 +2,13 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from flwr.common.constant import ErrorCode
 
 from client.privacy import guard as policy
@@ -16,7 +18,7 @@ from client.privacy.noise import cost, epsilon
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import parse
 from common.errors import ConfigError, DivergedError, FedSpanError, LedgerError, PolicyError, TrainingError
-from common.protocol.messages import Failure
+from common.protocol.messages import TRAINING, Failure, Hello, HelloRequest, TrainReply, TrainRequest
 from deploy.cli import main
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -33,6 +35,15 @@ def federation(name: str = "ours", strategy: str = "fedftg") -> FederationConfig
     training = {"learning_rate": 0.1, "local_steps": 1}
     data = {"name": name, "model": {"path": "m"}, "strategy": strategy, "rounds": 9, "training": training}
     return parse(data, FederationConfig, "f")
+
+
+def asked(number: int, name: str = NAME) -> TrainRequest:
+    """A request to train one tensor."""
+    about: dict[str, Any] = {"federation": "{}", "signatures": None, "evaluate": False}
+    return TrainRequest(server_round=number, active=[name], arrays=ArrayRecord(), **about)
+
+
+HELLO = HelloRequest(federation="{}", signatures=None)
 
 
 class Site:
@@ -55,9 +66,10 @@ class Site:
         strategy: str = "fedftg",
     ) -> None:
         gate = self.gate(run=run)
-        gate.check(federation(name, strategy), number, [NAME])
+        gate.check(federation(name, strategy), asked(number))
         gate.check_rows(12)
-        gate.admit([(NAME, tensor)], [(NAME, tensor)], ["num-examples"], 12, float(tensor.norm()))
+        gate.receive({NAME: tensor})
+        gate.admit([(NAME, tensor)], ["num-examples"], 12, float(tensor.norm()))
 
     def entries(self) -> list[Entry]:
         return [json.loads(line) for line in self.ledger.read_text().splitlines()]
@@ -90,8 +102,8 @@ def test_cell_of_an_experiment_counts_in_a_ledger_of_its_own(tmp_path: Path) -> 
             policy._books.clear()
             gate = Gate(own.config, own.file, "train", 1, tmp_path / cell)
             with nullcontext() if reason is None else pytest.raises(PolicyError, match=reason):
-                gate.check(federation(), 1, [NAME])
-                gate.admit([], [(NAME, TENSOR)], [], 12, 1.0)
+                gate.check(federation(), asked(1))
+                gate.admit([(NAME, TENSOR)], [], 12, 1.0)
     assert [file.parent.name for file in sorted(tmp_path.rglob("*.jsonl"))] == ["first", "second"]
 
 
@@ -121,7 +133,7 @@ def test_limits_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
         with pytest.raises(PolicyError, match="`max_rounds` is 2"):
             own.train(number, run=run)
     with pytest.raises(PolicyError, match="`max_rounds` is 2"):
-        own.gate("hello", run=3).check(federation(), None, [])
+        own.gate("hello", run=3).check(federation(), HELLO)
     own.train(1, name="another")
     with pytest.raises(PolicyError, match="`max_rounds_per_day` is 3"):
         own.train(2, name="another")
@@ -141,34 +153,59 @@ def test_a_new_day_brings_new_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_patterns_speak_of_the_models_own_names_under_lora_too(tmp_path: Path) -> None:
     gate = Site(tmp_path, policy={"tensors": ["model.layers.?.mlp.*"]}).gate()
-    gate.check(federation(strategy="rolora"), 1, ["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"])
+    gate.check(federation(strategy="rolora"), asked(1, "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"))
     with pytest.raises(PolicyError):
-        gate.check(federation(strategy="rolora"), 1, ["base_model.model.model.layers.10.mlp.up_proj.lora_A.weight"])
+        gate.check(
+            federation(strategy="rolora"), asked(1, "base_model.model.model.layers.10.mlp.up_proj.lora_A.weight")
+        )
 
 
 def test_tensor_that_was_not_asked_for_does_not_leave(tmp_path: Path) -> None:
     gate = Site(tmp_path).gate()
-    gate.check(federation(), 1, [NAME])
+    gate.check(federation(), asked(1))
     with pytest.raises(PolicyError, match=r"score\.weight was not asked for"):
-        gate.admit([], [(f"{NAME}/left", TENSOR), ("score.weight", TENSOR)], [], 12, 1.0)
+        gate.admit([(f"{NAME}/left", TENSOR), ("score.weight", TENSOR)], [], 12, 1.0)
     with pytest.raises(DivergedError, match="not finite"):
-        gate.admit([], [(NAME, TENSOR)], [], 12, float("nan"))
+        gate.admit([(NAME, TENSOR)], [], 12, float("nan"))
 
 
-METRICS = {
-    **dict.fromkeys(["num-examples", "lora-alpha", "train.steps", "train.learning_rate", "clock.started"], 1.0),
-    **dict.fromkeys(["train.loss", "train.loss_first", "train.loss_last", "evaluate.loss", "evaluate.rouge_l"], 1.0),
-    **dict.fromkeys(["train.tokens", "train.seconds", "train.peak_memory_bytes", "train.micro_batch"], 1.0),
-    **dict.fromkeys(["seconds.train", "clock.finished"], 1.0),
-}
+ALWAYS = {"steps", "learning_rate", "wire_error"}
+REPLY = TrainReply(
+    server_round=1,
+    arrays=ArrayRecord(),
+    num_examples=9,
+    lora_alpha=16.0,
+    training=dict.fromkeys(TRAINING, 1.0),
+    scores={"loss": 1.0, "rouge_l": 1.0, "examples": 1.0},
+    seconds={"train": 1.0},
+    clock={"started": 1.0, "finished": 2.0},
+    version="v",
+)
+GREETING = Hello(
+    site="site-a",
+    train_rows=9,
+    held_out_rows=3,
+    device="cpu",
+    rank=2,
+    base_digest="b",
+    tokenizer_digest="t",
+    version="1",
+)
 
 
 def test_metrics_leave_unless_they_are_kept_back(tmp_path: Path) -> None:
-    assert Site(tmp_path).gate().shared(METRICS) == METRICS
-    kept_back = Site(tmp_path, policy={"share_metrics": False}).gate().shared(METRICS)
-    assert METRICS.keys() - kept_back.keys() == {k for k in METRICS if "loss" in k or "evaluate" in k}
-    private = Site(tmp_path, privacy=PRIVATE).gate().shared(METRICS)
-    assert list(private) == ["num-examples", "lora-alpha", "train.steps", "train.learning_rate", "clock.started"]
+    assert Site(tmp_path).gate().shared(REPLY) == REPLY
+    assert Site(tmp_path).gate().shared(GREETING) == GREETING
+    gate = Site(tmp_path, policy={"share_metrics": False}).gate()
+    assert gate.shared(GREETING) == replace(GREETING, held_out_rows=0)
+    kept_back = gate.shared(REPLY)
+    losses = {name for name in TRAINING if "loss" in name}
+    assert kept_back == replace(REPLY, scores={}, training={n: 1.0 for n in TRAINING if n not in losses})
+    gate = Site(tmp_path, privacy=PRIVATE).gate()
+    private = gate.shared(REPLY)
+    training, clock = dict.fromkeys(ALWAYS, 1.0), {"started": 1.0}
+    assert private == replace(REPLY, training=training, scores={}, seconds={}, clock=clock)
+    assert gate.shared(GREETING) == replace(GREETING, held_out_rows=0)
 
 
 def test_budget_is_spent_before_anything_leaves_and_stops_the_site(tmp_path: Path) -> None:
@@ -184,7 +221,7 @@ def test_budget_is_spent_before_anything_leaves_and_stops_the_site(tmp_path: Pat
     assert spent[-1]["epsilon_total"] == pytest.approx(epsilon(mu_squared[0], 1e-5))
     assert spent[0]["epsilon_total"] == spent[0]["epsilon_round"] == pytest.approx(epsilon(cost(4.0), 1e-5))
     with pytest.raises(PolicyError, match="max_epsilon"):
-        own.gate("hello", run=2).check(federation("another"), None, [])
+        own.gate("hello", run=2).check(federation("another"), HELLO)
 
 
 def test_nothing_leaves_when_the_ledger_is_damaged_or_cannot_be_written(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from client.update import factored_weights, trained_tensors
 from common.config.federation import PrivacyConfig
 from common.errors import TrainingError
 from common.linalg.subspace import projects_right
-from common.protocol.declared_noise import longest_noise
 from common.protocol.factors import Exchange, Factors, unpack
+from common.protocol.messages import Declared
+from strategies.admission.bounds import longest_noise
 from tests.client.test_session import LORA, session, state
 
 DELTA = 1e-5
@@ -215,18 +216,17 @@ def test_lora_update_is_clipped_and_noised_against_what_came_in(tmp_path: Path, 
     before = state(own)
     active = [name for name in before if strategy == "fedit" or "lora_B" in name]
     own.set_state(before, None, active)
-    sent, metrics = own.train(1, active)
+    sent, _ = own.train(1, active)
     moved = {name: sent[name] - before[name] for name in active}
     entries = sum(t.numel() for t in moved.values())
     assert total(moved) == pytest.approx(math.hypot(0.5, 0.005 * math.sqrt(entries)), rel=0.02)
     assert own.update_norm == pytest.approx(total(moved), rel=1e-4)
-    assert metrics["num-examples"] == own.train_rows
 
 
-def test_private_site_evaluates_nothing_and_tells_of_no_held_out_rows(tmp_path: Path) -> None:
+def test_private_site_evaluates_nothing_and_declares_its_noise(tmp_path: Path) -> None:
     own = session(tmp_path, {"privacy": PRIVATE})
     assert own.evaluate() == {}
-    assert own.hello().held_out_rows == 0
+    assert own.hello().privacy == Declared.of(own.site.privacy)  # type: ignore[arg-type]
 
 
 def test_fedftg_of_a_private_site_sends_whole_weights(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ site.load = load
 message = Message(RecordDict({"config": ConfigRecord({"federation": '%s', "server-round": 2})}), 1, "train")
 message.metadata.__dict__["_message_id"] = "1"
 context = Context(7, 1, {"site": __file__ if "__file__" in globals() else "README.md"}, RecordDict(), {})
-reply = site.train(message, context)
+reply = site.app(message, context)
 assert "Jane" not in reply.error.reason, reply.error.reason
 assert reply.error.reason.startswith("ValueError at"), reply.error.reason
 """.replace(
@@ -92,8 +92,8 @@ def test_text_of_an_exception_is_shown_only_on_request(format_: str) -> None:
 def test_site_logs_an_unexpected_error_without_its_text() -> None:
     text = logged(SITE, FEDSPAN_LOG="json")
     (line,) = (json.loads(line) for line in text.splitlines())
-    assert {key: line[key] for key in ("component", "run", "round", "event", "level")} == {
-        "component": "site", "run": "7", "round": 2, "event": "train", "level": "error",
+    assert {key: line[key] for key in ("component", "run", "event", "level")} == {
+        "component": "site", "run": "7", "event": "train", "level": "error",
     }  # fmt: skip
     assert "ValueError" in line["traceback"]
     assert ROW not in text

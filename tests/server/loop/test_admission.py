@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 
 from common.errors import FederationError
 from common.protocol import wire
+from common.protocol.messages import EvaluateReply
 from deploy.cli import main
 from server.loop.checkpoint import newest
 from server.run.folder import read_lines
@@ -353,7 +354,7 @@ def unevaluated(message: Message) -> Message | None:
     """These sites read steps alone; a state that noise has filled goes down whole."""
     if message.metadata.message_type != MessageType.EVALUATE:
         return None
-    return Message(RecordDict(), reply_to=message)
+    return Message(EvaluateReply().to_record(), reply_to=message)
 
 
 @pytest.mark.parametrize(
@@ -361,8 +362,9 @@ def unevaluated(message: Message) -> Message | None:
     [
         ({"base_digest": "5eed"}, "site-3: its base model differs: digest 5eed, the federation's is base"),
         ({"tokenizer_digest": "5eed"}, "site-3: its tokenizer differs: digest 5eed, the federation's is tokenizer"),
-        ({"train_rows": 0}, "site-3: train_rows, held_out_rows, rank are [0, 1, 2]; allowed: whole numbers"),
-        ({"rank": "2"}, "site-3: train_rows, held_out_rows, rank are [3, 1, '2']; allowed: whole numbers"),
+        ({"train_rows": 0}, "site-3: train_rows is 0; allowed: a whole number from 1"),
+        ({"rank": "2"}, "site-3: rank is '2'; allowed: a whole number from 0"),
+        ({"site": "../site-3"}, "node 3: site is '../site-3'; allowed: letters, digits, '.', '_' and '-', up to 64"),
         ({"site": "site-2"}, "site-2: a site of this name has already joined, and is still connected"),
     ],
 )
@@ -396,8 +398,8 @@ DECLARED = {"clip": 100.0, "noise": 100.0, "delta": 1e-5, "max_epsilon": 8.0}
     ("declared", "reason"),
     [
         (DECLARED, r"adds noise of standard deviation 100 .*allowed by `admission.max_noise`: 0"),
-        ({**DECLARED, "noise": float("nan")}, "its privacy's noise is nan; allowed: a positive number"),
-        ({"clip": 1.0}, "its privacy's noise is None"),
+        ({**DECLARED, "noise": float("nan")}, "site-3: noise is nan; allowed: a positive number"),
+        ({"clip": 1.0}, "site-3: noise is missing; allowed: a positive number"),
     ],
 )
 def test_site_that_adds_noise_is_not_admitted_unless_the_federation_says_so(

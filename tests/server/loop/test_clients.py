@@ -54,8 +54,9 @@ def test_node_of_before_that_is_gone_is_not_counted_among_those_that_answered(tm
 
 
 def test_node_that_loses_every_hello_is_refused_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match=f"1 of 2 sites joined.*{GONE}"):
+    with pytest.raises(FederationError, match=f"1 of 2 sites joined.*{GONE}") as caught:
         run(tmp_path, [Site(1), Lost(2, WorkerDied.code, 99)], 1, local={"sites": ["a.yaml", "b.yaml"]})
+    assert caught.value.causes == {"node 2": "WorkerDied"}
 
 
 @pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])

@@ -46,7 +46,7 @@ def test_nothing_of_an_update_is_left_when_the_next_is_read(
 
         return read
 
-    monkeypatch.setattr(FlowerStrategy, "read_update", watching(FlowerStrategy.read_update))
+    monkeypatch.setattr(FlowerStrategy, "admit", watching(FlowerStrategy.admit))
     monkeypatch.setattr(spool, "_loaded", watching(spool._loaded))
     run(tmp_path, [Site(number) for number in range(1, 6)], 1, admission={"norm_ratio": norm_ratio})
     assert left == [0] * (5 if norm_ratio is None else 10)

@@ -1,0 +1,74 @@
+"""Kinds of values that come from the other side: what is allowed, in words and as a test."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import WireError
+
+_SHOWN = 80  # characters of what somebody else has written, in an error
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value may be.
+
+    Attributes:
+        allowed: in words.
+        holds: whether a value is.
+    """
+
+    allowed: str
+    holds: Callable[[object], bool]
+
+    def check(self, name: str, value: object) -> Any:  # noqa: ANN401 - the test knows its type
+        """The value.
+
+        Raises:
+            WireError: it is something else; ``name`` says which value.
+        """
+        if not self.holds(value):
+            raise WireError(f"{name} is {short(value)}; allowed: {self.allowed}")
+        return value
+
+
+def short(value: object) -> str:
+    """What somebody else has written, quoted and not longer than a line."""
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
+
+
+def whole(least: int) -> Kind:
+    """Whole numbers from ``least`` that a float holds exactly."""
+    return Kind(f"a whole number from {least}", lambda v: type(v) is int and least <= v <= 2**53)
+
+
+def text(longest: int) -> Kind:
+    """Text that is not empty."""
+    return Kind(f"text of 1 to {longest} characters", lambda v: isinstance(v, str) and 0 < len(v) <= longest)
+
+
+def matching(pattern: str, allowed: str) -> Kind:
+    """Text that matches a pattern from end to end."""
+    return Kind(allowed, lambda v: isinstance(v, str) and re.fullmatch(pattern, v) is not None)
+
+
+def names(longest: int, most: int) -> Kind:
+    """A list of names, none of them twice."""
+    one = text(longest)
+    return Kind(
+        f"a list of up to {most} different names of 1 to {longest} characters",
+        lambda v: isinstance(v, list) and len(v) <= most and all(map(one.holds, v)) and len({*v}) == len(v),
+    )
+
+
+def _number(least: float, value: object) -> bool:
+    return type(value) in (int, float) and least <= value < math.inf  # type: ignore[operator]
+
+
+FLAG = Kind("true or false", lambda v: type(v) is bool)
+NUMBER = Kind("a number", lambda v: type(v) in (int, float))  # such as a loss, which overflows when training diverges
+AMOUNT = Kind("a finite number from 0", lambda v: _number(0.0, v))
+POSITIVE = Kind("a positive number", lambda v: _number(math.ulp(0.0), v))
