@@ -182,6 +182,27 @@ class Grid:
         return replies
 
 
+class Clock:
+    """The server's time: it passes while the server sleeps, and only then.
+
+    Args:
+        monkeypatch: puts it in the place of the round loop's ``time``.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1e9
+        for module in ("clients", "inflight", "recorder", "round", "rounds"):
+            monkeypatch.setattr(f"server.loop.{module}.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class Evaluator:
     """The server has no evaluation set."""
 

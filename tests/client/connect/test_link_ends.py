@@ -26,20 +26,10 @@ def test_loop_that_ends_by_an_error_ends_the_program_though_its_runtime_api_stil
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     code = "import sys, threading, time; from client.connect import link; from deploy.cli import main; "
-    code += "link.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(main())"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "site",
-        "supernode",
-        "--socket",
-        str(tmp_path / "s"),
-        "--superlink",
-        address,
-        "--insecure",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    code += "link.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(600,)).start(); sys.exit(main())"
+    options = ["--socket", str(tmp_path / "s"), "--superlink", address, "--insecure"]
+    command = [sys.executable, "-c", code, "site", "supernode", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     server.stop(None)
     assert done.returncode == 1
     assert f"error: the link to {address} ended" in done.stderr

@@ -187,7 +187,7 @@ def test_processes_take_turns(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(280)
         assert process.exitcode == 0
     assert verify(path).lines == 60
     assert len(list(tmp_path.iterdir())) == 2

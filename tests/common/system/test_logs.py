@@ -104,7 +104,7 @@ def test_site_logs_an_unexpected_error_without_its_text() -> None:
 def test_unknown_format_is_refused_at_a_sites_start(program: list[str]) -> None:
     command = [sys.executable, str(ROOT / "client" / "connect" / program[0]), *program[1:]]
     env = {**os.environ, "FEDSPAN_LOG": "xml"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 2
     assert "error: FEDSPAN_LOG is 'xml'; allowed: json, text" in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,10 +4,11 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import signal
 import subprocess
-import time
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from deploy.experiment.run import Experiment
 from deploy.experiment.trial import start
 from deploy.sandbox.tiny import make_federation, make_shard
 from server.run.folder import read_lines
-from tests.harness.launcher import FEDSPAN, ROOT, environment
+from tests.harness.launcher import ROOT, environment
 
 SIZES = {"site-a": 9, "site-b": 17}
 TERMS = {"prompt": "term", "answer": "title"}
@@ -347,19 +348,24 @@ class Story:
     told: str
 
 
+def of_session(leader: int) -> list[psutil.Process]:
+    """The living processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("experiment")
     file, out = make_experiment(folder), folder / "out"
-    command = [*FEDSPAN, "experiment", str(file), "--out", str(out)]
-    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    while first.poll() is None and not list(out.glob("*/*/checkpoints/round-*")):
-        time.sleep(0.02)
-    children = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGINT)
-    interrupted = first.wait(60)
-    _, left = psutil.wait_procs(children, timeout=60)
-    left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    command = [sys.executable, "-m", "tests.deploy.experiment.interrupted", "experiment", str(file), "--out", str(out)]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    interrupted = first.wait()
+    _, left = psutil.wait_procs(of_session(first.pid), timeout=60)
     test = (folder / "test.jsonl").read_text()
     (folder / "test.jsonl").write_text('{"term": "broken"}\n')
     second = main(["experiment", str(file), "--out", str(out)])
@@ -385,7 +391,7 @@ def test_interrupted_experiment_ends_all_its_processes_and_goes_on_after_the_las
     assert re.search(r"select/\S+: loss \d\.\d+ .*; about .* left\)$", story.told, re.MULTILINE)
     events = [e for f in story.out.glob("*/*/events.jsonl") for e in read_lines(f)]
     (resumed,) = [event for event in events if event["event"] == "resumed"]
-    assert resumed["round"] >= 1
+    assert resumed["round"] == 2
     for cell in [*story.out.glob("select/*"), *story.out.glob("final/*")]:
         assert sorted(scores(cell)) == list(range(7))  # each round once
 

@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from server.loop.checkpoint import newest
 from server.run.folder import read_lines
 from strategies.admission.bounds import change_norms
 from strategies.rule import Update
-from tests.harness.fake_sites import LORA, NAME, LoraSite, Site, factors, run
+from tests.harness.fake_sites import LORA, NAME, Clock, LoraSite, Site, factors, run
 
 Tamper = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 LEFT, DECAY = f"{NAME}/left", f"{NAME}/decay"
@@ -261,7 +260,8 @@ def test_order_of_arrival_changes_nothing(tmp_path: Path, norm_ratio: float | No
 def test_late_answer_is_dropped_with_a_note_and_the_site_takes_part_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.loop.inflight.POLL_SECONDS", 0.5)  # three questions until the deadline
+    monkeypatch.setattr("server.loop.inflight.POLL_SECONDS", 0.5)
+    Clock(monkeypatch)  # so there are four questions until the deadline
 
     def late(number: int, message: Message) -> int:
         config: Any = message.content["config"]
@@ -289,7 +289,7 @@ def test_reply_that_is_still_being_uploaded_holds_nobody_up(tmp_path: Path, monk
         def reply(self, message: Message) -> Message:
             reply = super().reply(message)
             if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-                assert uploaded.wait(30)
+                assert uploaded.wait(280)
             return reply
 
     slow = Slow(2)
@@ -324,10 +324,11 @@ def test_adaptive_deadline_closes_a_round_that_has_enough(tmp_path: Path, monkey
         trains = message.metadata.message_type == MessageType.TRAIN
         return 10**9 if number == 3 and trains and config["server-round"] == 2 else 0
 
-    began = time.monotonic()
+    clock = Clock(monkeypatch)
+    began = clock.now
     settings = {"cohort": cohort(2, round_deadline=100.0, deadline_factor=3.0)}
     run(tmp_path, [Site(1), Site(2), Site(3)], 3, late=late, **settings)
-    assert time.monotonic() - began < 50.0
+    assert clock.now - began < 50.0
     deadlines = [e["deadline"] for e in events(tmp_path, "round_started")]
     assert deadlines[0] == 100.0
     assert deadlines[1] < 100.0

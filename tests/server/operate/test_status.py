@@ -106,8 +106,9 @@ def test_states_of_a_run(tmp_path: Path) -> None:
         folder = begin(tmp_path / "x")
         play_round(folder, 1)
         assert state("x") == ("running", None)
-        seen = overview(tmp_path / "x", now=folder._started + 80.0)
-        assert seen.eta == pytest.approx(3 * 80.0, abs=5.0)  # three rounds are left
+        (began,) = [e["time"] for e in read_lines(tmp_path / "x" / "events.jsonl") if e["event"] == "round_started"]
+        seen = overview(tmp_path / "x", now=began + 80.0)
+        assert seen.eta == pytest.approx(3 * 80.0)  # three rounds are left
         assert {site.connection for site in seen.sites} == {"up"}
         folder.close()
         assert state("x") == ("starting", None)  # again
