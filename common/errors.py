@@ -84,7 +84,10 @@ class StaleStateError(TrainingError):
 
 
 class WorkerDied(FedSpanError):  # noqa: N818 - it names what happened, as the operator reads it
-    """The process that did a site's work ended before it answered; said by ``client.connect.worker_supervisor``."""
+    """The process that did a site's work ended before it answered.
+
+    It is ``client.connect.worker_supervisor`` that answers then.
+    """
 
     code = 1002
 
@@ -180,5 +183,10 @@ def kind_of(error: BaseException) -> str:
     return type(error).__name__
 
 
+#: What a site may answer with; of any other ``FedSpanError`` the nearest of these above it in the tree.
+AT_A_SITE: tuple[type[FedSpanError], ...] = (FedSpanError, ConfigError, DataError, ModelError, SelectionError)
+AT_A_SITE += (TrainingError, DivergedError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
+#: Those that say nothing of rows, so that their code and text leave a site with `privacy`, too.
+PUBLIC = (ConfigError, ModelError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
 #: Kinds of errors that say that numbers overflowed, or soon would: the learning rate is too large.
 DIVERGED = frozenset(error.__name__ for error in (DivergedError, DivergedUpdate, DivergedAverage))

@@ -21,24 +21,13 @@ from client.privacy.ledger import Entry, Ledger
 from client.privacy.noise import cost, epsilon, norm_of
 from common.config.federation import FederationConfig, PrivacyConfig, SiteConfig, resolve
 from common.config.strategy import names
-from common.errors import (
-    ConfigError,
-    DivergedError,
-    FedSpanError,
-    LedgerError,
-    ModelError,
-    PolicyError,
-    StaleStateError,
-    WireError,
-)
+from common.errors import PUBLIC, DivergedError, FedSpanError, LedgerError, PolicyError
 from common.protocol.digest import tensor_digest
 from common.protocol.fields import Content
 from common.protocol.messages import Failure, HelloRequest, State
 
 BUNDLE = "FEDSPAN_BUNDLE"  # environment variable: digest of the bundle whose code this process runs
 _PEFT = "base_model.model."  # what stands before the model's own names under LoRA
-#: Errors that say nothing of the rows, whose text leaves also with `privacy`.
-_PUBLIC = (ConfigError, LedgerError, ModelError, PolicyError, StaleStateError, WireError)
 Reply = TypeVar("Reply", bound=Content)
 log = logging.getLogger(__name__)
 
@@ -192,7 +181,7 @@ class Gate:
             failure: the answer for the operator.
         """
         reason, code = failure.reason, failure.code
-        if self.site.privacy is not None and not isinstance(error, _PUBLIC):
+        if self.site.privacy is not None and not isinstance(error, PUBLIC):
             log.warning("not told to the operator: %s", reason)
             reason, code = "this site could not do its part; its own log says why", FedSpanError.code
         if self._about["message"] == "hello" and isinstance(error, FedSpanError):

@@ -167,7 +167,12 @@ class Numbered(Place):
         return {number: _arrays(key, records) for number, key in keys.items() if key in records}
 
     def _known(self) -> dict[str, list[str]]:
-        return {self.key.format(0).replace("0", "N"): []}
+        return {self.pattern: []}
+
+    @property
+    def pattern(self) -> str:
+        """The keys, for people."""
+        return self.key.format(0).replace("0", "N")
 
 
 @dataclass(frozen=True)

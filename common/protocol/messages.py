@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from common.config.section import NAME
 from common.config.site_policy import PrivacyConfig
-from common.errors import FedSpanError, WireError
+from common.errors import AT_A_SITE, FedSpanError, WireError
 from common.metrics import SCORES
 from common.protocol.fields import (
     CONFIG as CONFIG,
@@ -65,7 +65,7 @@ TRAINING = {
     "rows_left_out": Measure("images left out, because they cannot be read", AMOUNT, _OPEN),
 }
 #: Numbers of an evaluation on the site's held-out rows; one that overflowed is not finite.
-EVALUATED = {name: Measure(f"{score.title} on held-out rows", NUMBER, _SCORE) for name, score in SCORES.items()} | {
+EVALUATED = {name: Measure(f"{score.in_text} on held-out rows", NUMBER, _SCORE) for name, score in SCORES.items()} | {
     "examples": Measure("held-out rows that were evaluated", AMOUNT, _SCORE),
     "tokens": Measure("tokens of their answers", AMOUNT, _SCORE),
     "generated": Measure("held-out rows that were answered by generation", AMOUNT, _SCORE),
@@ -99,7 +99,9 @@ class State(Content):
     active: Annotated[list[str], Entry("active", _NAMES, "names of the tensors to train and return")]
     version: Annotated[str | None, Entry("version", _DIGEST, "version of the state", optional=True)] = None
     since: Annotated[str | None, Entry("since", _DIGEST, "version before the steps", optional=True)] = None
-    frozen_digest: Annotated[str | None, Entry("frozen-digest", _DIGEST, "of frozen tensors", optional=True)] = None
+    frozen_digest: Annotated[str | None, Entry("frozen-digest", _DIGEST, "digest of frozen tensors", optional=True)] = (
+        None
+    )
     arrays: Annotated["ArrayRecord", Arrays(ARRAYS, "tensors of the state that the site lacks")]
     steps: Annotated[Mapping[int, "ArrayRecord"], Numbered(STEP, "steps by round")] = field(default_factory=dict)
 
@@ -153,7 +155,7 @@ class Declared(Content):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reply(Content):
+class Reply(Content):
     """What every reply holds."""
 
     seconds: Annotated[Mapping[str, float], Numbers("seconds.", _SECONDS, "by what they were spent on")] = field(
@@ -165,7 +167,7 @@ class _Reply(Content):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hello(_Reply):
+class Hello(Reply):
     """What a site tells about itself before it takes part."""
 
     site: Annotated[str, Entry("site", _SITE, "the site's name")]
@@ -176,7 +178,7 @@ class Hello(_Reply):
     base_digest: Annotated[str, Entry("base_digest", _DIGEST, "digest of the base model")]
     tokenizer_digest: Annotated[str, Entry("tokenizer_digest", _DIGEST, "digest of the tokenizer")]
     version: Annotated[str, Entry("version", _LINE, "version of FedSpan that is installed here")]
-    privacy: Annotated[Declared | None, Part(PRIVACY, Declared, "the noise that the site adds")] = None
+    privacy: Annotated[Declared | None, Part(PRIVACY, Declared, "its `privacy`")] = None
 
     @classmethod
     def site_in(cls, content: "RecordDict") -> str | None:
@@ -186,7 +188,7 @@ class Hello(_Reply):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateReply(_Reply):
+class EvaluateReply(Reply):
     """What a site measured of a state."""
 
     scores: Annotated[Mapping[str, float], Numbers("evaluate.", EVALUATED, "on held-out rows")] = field(
@@ -206,7 +208,9 @@ class TrainReply(EvaluateReply):
         default_factory=dict
     )
     version: Annotated[str | None, Entry("version", _DIGEST, "version of the state kept here", optional=True)] = None
-    frozen_digest: Annotated[str | None, Entry("frozen-digest", _DIGEST, "of those kept here", optional=True)] = None
+    frozen_digest: Annotated[
+        str | None, Entry("frozen-digest", _DIGEST, "digest of frozen tensors kept here", optional=True)
+    ] = None
 
     @classmethod
     def of_any_client(
@@ -259,7 +263,7 @@ class Failure:
     @classmethod
     def of(cls, error: FedSpanError) -> "Failure":
         """The failure that tells of an error as it is."""
-        return cls(error.code, str(error))
+        return cls(next(kind.code for kind in type(error).__mro__ if kind in AT_A_SITE), str(error))
 
     def to_error(self) -> "Error":
         """As Flower sends it; a longer reason is cut."""
@@ -289,8 +293,4 @@ def failures() -> dict[int, str]:
     from flwr.common.constant import ErrorCode
 
     flowers = {code: name for name, code in vars(ErrorCode).items() if name.isupper()}
-    return flowers | {error.code: error.__name__ for error in _family(FedSpanError)}
-
-
-def _family(error: type[FedSpanError]) -> list[type[FedSpanError]]:
-    return [error, *(one for derived in error.__subclasses__() for one in _family(derived))]
+    return flowers | {error.code: error.__name__ for error in AT_A_SITE}

@@ -1,7 +1,7 @@
 """JSON schemas of the federation, site and experiment files, for editors and for checks outside Python.
 
-``fedspan schemas`` writes them from the code. YAML editors find them through the first line of a
-file: ``# yaml-language-server: $schema=<path of the schema>``.
+``fedspan schemas`` writes them from the code, and with them ``docs/what-leaves.md``. YAML editors find them through the
+first line of a file: ``# yaml-language-server: $schema=<path of the schema>``.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 from common.config.federation import FederationConfig, Section, SiteConfig
 from common.system.command import Command
 from deploy.experiment.config import ExperimentConfig
+from deploy.schemas.what_leaves import what_leaves
 
 FOLDER = Path(__file__).parent
 _SECTIONS: dict[str, type[Section]] = {
@@ -51,10 +52,16 @@ def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> 
     return {**kept, "anyOf": [{"type": "string", "enum": words}, {"oneOf": union["oneOf"]}]}
 
 
+def written() -> dict[Path, str]:
+    """The text of every file that is made from the code, by its path."""
+    return {**schemas(), FOLDER.parents[1] / "docs" / "what-leaves.md": what_leaves()}
+
+
 def _write(options: argparse.Namespace) -> None:
-    for path, text in schemas().items():
-        path.write_text(text, encoding="utf-8")
-        print(path)  # noqa: T201
+    for path, text in written().items():
+        if path.parent.is_dir():  # an installation has no docs
+            path.write_text(text, encoding="utf-8")
+            print(path)  # noqa: T201
 
 
 SCHEMAS = Command(

@@ -10,8 +10,9 @@ import yaml
 from common.config.federation import FederationConfig, Section, SiteConfig
 from common.config.load import load
 from common.config.strategy import names
+from common.protocol.messages import EvaluateReply, Hello, TrainReply, TrainRequest
 from deploy.experiment.config import load_experiment
-from deploy.schemas import schemas
+from deploy.schemas import schemas, written
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.yaml"))
@@ -27,8 +28,24 @@ def schema(name: str) -> dict[str, object]:
 
 
 def test_files_are_up_to_date() -> None:
-    for path, text in schemas().items():
+    for path, text in written().items():
         assert path.read_text() == text, f"{path} is out of date; run fedspan schemas"
+
+
+def test_page_of_what_leaves_names_everything_that_does() -> None:
+    (page,) = [text for path, text in written().items() if path.name == "what-leaves.md"]
+    for content in (Hello, TrainReply, EvaluateReply, TrainRequest):
+        assert all(f"| `{key}` |" in page for record, keys in content.known().items() for key in keys or [record])
+    lines = page.splitlines()
+    assert (
+        "| `arrays` | the tensors that were asked for, as trained | tensors | leaves | leaves, clipped and noised |"
+        in lines
+    )
+    assert "| `num-examples` | number of training rows | a whole number from 1 | leaves | leaves |" in lines
+    assert "| `train.loss` | mean training loss | a finite number from 0 | stays | stays |" in lines
+    assert "| `seconds.train` | seconds to train | a finite number from 0 | leaves | stays |" in lines
+    assert "| 1020 | DataError | A shard is missing, empty or malformed. | a fixed sentence, as code 1000 |" in lines
+    assert any(line.startswith("| 1060 | PolicyError | ") and line.endswith(" | the same |") for line in lines)
 
 
 @pytest.mark.parametrize(("name", "section"), EXAMPLES)
