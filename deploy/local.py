@@ -30,7 +30,6 @@ class Plan:
     """What is to be started, all files read and checked."""
 
     federation: FederationConfig
-    source: Path
     sites: dict[str, Path]
     run_dir: Path
     resume: bool = False
@@ -54,7 +53,7 @@ def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = Fals
         refuse_existing(run_dir)
     sites = check_sites(map(Path, federation.local.sites), federation, source)
     events = len(read_lines(run_dir / "events.jsonl"))
-    return Plan(federation, source, sites, run_dir, resume=resume, events=events)
+    return Plan(federation, sites, run_dir, resume=resume, events=events)
 
 
 def run(plan: Plan, console: Console, tries: int) -> None:
@@ -69,7 +68,7 @@ def run(plan: Plan, console: Console, tries: int) -> None:
     env = environment(plan.run_dir / "flwr", plan.federation, share=len(plan.sites))
     with sockets(plan.run_dir / "flwr") as folder, ProcessGroup(logs) as group:
         superlink = OwnSuperLink(folder / "superlink", f"unix:{folder / 'fleet'}")
-        server = Supervised(plan.source, plan.run_dir, group, superlink, env, tell, tries=tries)
+        server = Supervised(plan.federation, plan.run_dir, group, superlink, env, tell, tries=tries)
         server.start_superlink()
         sites = []
         for number, (name, file) in enumerate(plan.sites.items()):

@@ -48,7 +48,7 @@ def federate(
         FedSpanError: with the reason, after it was written to the run folder.
     """
     config = resolved(load(source, FederationConfig), source)
-    folder = RunFolder.reopen(run_dir, config, source) if resume else RunFolder.create(run_dir, config, source)
+    folder = RunFolder.reopen(run_dir, config) if resume else RunFolder.create(run_dir, config)
     folder.model_info({} if flower_run is None else {"flower_run": flower_run})
     try:
         _run(grid, config, source, folder, resume=resume, keep_model=keep_model)

@@ -21,12 +21,11 @@ from common.config.federation import FederationConfig
 from common.errors import DIVERGED, RunFolderError
 from common.system.files import write_atomically
 from common.system.processes import die_with_parent
-from server.run.folder import changes
+from server.run.folder import FEDERATION, changes, write_federation
 
 SUMMARY = "experiment.json"  # of the whole experiment, in its folder
 FACTS = "cell.json"
 LOG = "log"
-_FEDERATION = "federation.yaml"
 _LEDGERS = "ledgers"
 _PROCESS = "deploy.experiment.trial_process"  # by name: only the fork server imports what it does
 
@@ -58,7 +57,7 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
         federation: its federation file, with absolute paths.
         facts: see ``start``; cells of earlier versions have no ``digests``, and are not asked for them.
     """
-    file = folder / _FEDERATION
+    file = folder / FEDERATION
     if not file.exists() or not (is_settled(folder, facts) or _goes_on(folder, federation, facts)):
         return
     before, now = yaml.safe_load(file.read_text(encoding="utf-8")), federation.model_dump(mode="json")
@@ -99,7 +98,7 @@ def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_atomically(folder / FACTS, json.dumps(facts, indent=2) + "\n")
-        write_atomically(folder / _FEDERATION, yaml.safe_dump(federation.model_dump(mode="json"), sort_keys=False))
+        write_federation(folder, federation)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PROCESS])
     process = context.Process(target=_run, args=(folder, resume, threads), daemon=True)
@@ -116,4 +115,4 @@ def _run(folder: Path, resume: bool, threads: int) -> None:
             os.dup2(log.fileno(), stream.fileno())
     from deploy.experiment.trial_process import run
 
-    run(folder / _FEDERATION, folder, folder / _LEDGERS, threads, resume=resume)
+    run(folder / FEDERATION, folder, folder / _LEDGERS, threads, resume=resume)

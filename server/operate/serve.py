@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
         bundle_signatures.keep(run_dir, signed)
         with sockets(home) as folder, ProcessGroup(run_dir / "logs") as group:
             own = OwnSuperLink(folder / "superlink", options.fleet_api_address, tls, options.registry)
-            run = Supervised(source, run_dir, group, options.superlink or own, env, tell, tries=options.tries)
+            run = Supervised(federation, run_dir, group, options.superlink or own, env, tell, tries=options.tries)
             run.start_superlink()
             run.submit(resume=resume)
             follow(run, run_dir, console, seen, lambda: None)

@@ -21,13 +21,14 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from common.config.federation import FederationConfig
 from common.errors import FedSpanError, LaunchError, RunFailed
 from common.system.command import FAILED, INTERRUPTED
 from common.system.files import keep_private, make_private
 from common.system.processes import ProcessGroup, Started, last_lines
 from server.operate.progress import Display, teller
 from server.operate.prometheus import exposed
-from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run
+from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run, write_federation
 from server.run.supervisor_lock import Interrupted, looking_after
 from server.superlink import control, nodes
 from server.superlink.bundle import make_bundle
@@ -45,7 +46,8 @@ class Supervised:
     """One federation, submitted again whenever its server dies.
 
     Args:
-        source: the federation file.
+        federation: the federation file's content, with absolute paths. The run's folder gets a file of it, which the
+            server reads: it is the same after a restart, whatever has become of the operator's own.
         run_dir: the run's folder; this machine must see it.
         group: where processes are started.
         superlink: the SuperLink to start; or the name of a connection in Flower's configuration, of one that runs.
@@ -59,7 +61,7 @@ class Supervised:
 
     def __init__(
         self,
-        source: Path,
+        federation: FederationConfig,
         run_dir: Path,
         group: ProcessGroup,
         superlink: OwnSuperLink | str,
@@ -68,7 +70,7 @@ class Supervised:
         *,
         tries: int,
     ) -> None:
-        self._source, self._run_dir, self._group = source, run_dir, group
+        self._federation, self._run_dir, self._group = federation, run_dir, group
         self._own = superlink if isinstance(superlink, OwnSuperLink) else None
         self._superlink = superlink
         self._nodes = nodes.following(self._own, run_dir, tell)
@@ -106,9 +108,10 @@ class Supervised:
 
         Raises:
             LaunchError: the SuperLink did not take it.
+            RunFolderError: the run's folder cannot be written.
         """
         config: dict[str, str | int] = {
-            "federation": str(self._source),
+            "federation": str(write_federation(self._run_dir, self._federation)),
             "run-dir": str(self._run_dir),
             "resume": resume,
         }

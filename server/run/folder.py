@@ -13,35 +13,34 @@
     report.html       all of it on one page
     supervisor.json   who looks after the run (``server.run.supervisor_lock``)
 
-The supervisor writes supervisor.json, signatures.json, nodes.json and report.html, the ServerApp all else. A
-whole file appears at once or not at all; a line is flushed as soon as it is written.
+The supervisor writes supervisor.json, signatures.json, nodes.json and report.html, and federation.yaml, which
+the ServerApp then reads; the ServerApp all else. A whole file appears at once or not at all; a line is flushed as soon
+as it is written.
 """
 
 import hashlib
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
-from common.config.federation import FederationConfig, resolved
+from common.config.federation import FederationConfig
 from common.errors import RunFolderError
 from common.system.files import write_atomically
 from common.system.lock import hold, is_held
-from common.text import installed
 from server.run.events import log_event, new_event
+from server.run.machine import machine, versions
 
+FEDERATION = "federation.yaml"
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint
 #: Any of these is a run, or what is left of one.
 _RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", CHECKPOINTS)
 _LOCK = ".lock"
-_PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
 
 
 class RunFolder:
@@ -60,24 +59,19 @@ class RunFolder:
         self._board = SummaryWriter(str(path / "tensorboard"))
 
     @classmethod
-    def create(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
+    def create(cls, path: Path, federation: FederationConfig) -> "RunFolder":
         """Make the folder of a new run.
 
         Args:
             path: the folder; it may exist as long as it holds no run.
-            federation: the federation file's content.
-            source: where that file lies; its relative paths are relative to its folder.
+            federation: the federation file's content, with absolute paths.
 
         Raises:
             RunFolderError: the folder already holds a run, or cannot be written.
         """
         refuse_existing(path)
+        file = write_federation(path, federation)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(
-                resolved(federation, source).model_dump(mode="json"), sort_keys=False, allow_unicode=True
-            )
-            write_atomically(path / "federation.yaml", settings)
             folder = cls(path)
         except OSError as error:
             raise RunFolderError(f"run folder {path} cannot be written: {error.strerror or error}") from None
@@ -86,29 +80,25 @@ class RunFolder:
                 "status": "running",
                 "name": federation.name,
                 "started": folder._started,
-                "federation_digest": hashlib.sha256(settings.encode()).hexdigest(),
-                "versions": {
-                    "python": platform.python_version(),
-                    **{package: installed(package) for package in _PACKAGES},
-                },
-                "machine": _machine(),
+                "federation_digest": hashlib.sha256(file.read_bytes()).hexdigest(),
+                "versions": versions(),
+                "machine": machine(),
             }
         )
         return folder
 
     @classmethod
-    def reopen(cls, path: Path, federation: FederationConfig, source: Path) -> "RunFolder":
+    def reopen(cls, path: Path, federation: FederationConfig) -> "RunFolder":
         """The folder of a run that was begun and is to go on.
 
         Args:
             path: the run's folder.
-            federation: the federation file's content; it must be as it was, but for ``local``.
-            source: where that file lies.
+            federation: the federation file's content, with absolute paths; it must be as it was, but for ``local``.
 
         Raises:
             RunFolderError: there is no run to go on with, or the federation file has changed; says how.
         """
-        check_resumable(path, resolved(federation, source))
+        check_resumable(path, federation)
         folder = cls(path)  # from here on it is ours alone
         folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         folder.model_info({"status": "running", "reason": None})
@@ -198,6 +188,21 @@ class RunFolder:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
 
+def write_federation(path: Path, federation: FederationConfig) -> Path:
+    """Write the federation file, with absolute paths and all defaults, into the run's folder ``path``; its place.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    text = yaml.safe_dump(federation.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / FEDERATION, text)
+    except OSError as error:
+        raise RunFolderError(f"run folder {path} cannot be written: {error.strerror or error}") from None
+    return path / FEDERATION
+
+
 def in_use(path: Path) -> bool:
     """Whether a living server writes to the folder ``path``."""
     return is_held(path / _LOCK)
@@ -217,7 +222,7 @@ def check_resumable(path: Path, federation: FederationConfig) -> None:
     """Raise a RunFolderError when ``path`` holds no run that can go on under this (resolved) federation file."""
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        before = yaml.safe_load((path / "federation.yaml").read_text(encoding="utf-8"))
+        before = yaml.safe_load((path / FEDERATION).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         raise RunFolderError(f"{path} holds no run that could go on; leave out --resume") from None
     if run.get("status") == "completed":
@@ -280,16 +285,3 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _machine() -> dict[str, object]:
-    import torch
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = round(psutil.virtual_memory().total / 2**30, 1)
-    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "gpus": gpus}

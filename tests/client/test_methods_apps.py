@@ -58,7 +58,7 @@ def run(
     config = resolved(load(file, FederationConfig), file)
     sites: dict[int, Any] = {k: NewSite(k, folder / f"site-{x}.yaml") for k, x in ((1, "a"), (2, "b"))}
     grid: Any = Grid(sites)
-    record, evaluator = RunFolder.create(folder / "run", config, file), Evaluator(config, file)
+    record, evaluator = RunFolder.create(folder / "run", config), Evaluator(config, file)
     strategy = make_strategy(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )

@@ -237,13 +237,13 @@ def run(
         **changes,
     }
     config = parse(settings, FederationConfig, "x")
-    source, checkpoint = tmp_path / "federation.yaml", None
+    checkpoint = None
     if resume:
-        folder = RunFolder.reopen(tmp_path / "run", config, source)
+        folder = RunFolder.reopen(tmp_path / "run", config)
         checkpoint = newest(folder.path, pytest.fail)
         folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
     else:
-        folder = RunFolder.create(tmp_path / "run", config, source)
+        folder = RunFolder.create(tmp_path / "run", config)
     grid: Any = Grid(dict(enumerate(sites, start=1)), late)
     evaluator: Any = Evaluator()
     strategy = make_strategy(

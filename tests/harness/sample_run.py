@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from common.config.federation import FederationConfig
+from common.config.federation import FederationConfig, resolved
 from common.config.load import parse
 from server.loop.recorder import record_evaluation
 from server.run.folder import RunFolder
@@ -59,7 +59,7 @@ def scores(who: str, version: int) -> dict[str, float]:
 
 
 def begin(path: Path) -> RunFolder:
-    folder = RunFolder.create(path, federation(), path.parent / "federation.yaml")
+    folder = RunFolder.create(path, resolved(federation(), path.parent / "federation.yaml"))
     shapes = {f"model.layers.{i}.mlp.{m}_proj.weight": [1536, 576] for i in range(10) for m in ("gate", "up", "down")}
     folder.model_info({"base_digest": "8e79005e" * 8, "tokenizer_digest": "1586ad1f" * 8, "trained": shapes})
     folder.event(

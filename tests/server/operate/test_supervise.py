@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
 from common.errors import LaunchError, RunFailed
 from common.system.processes import ProcessGroup
 from server.operate.supervise import Supervised
+from server.superlink import control
 from server.superlink.process import OwnSuperLink
+from tests.harness.sample_run import federation
 
 # Listens at both sockets; answers HTTP 500, or is gone at the first word.
 PROGRAM = """
@@ -56,7 +60,7 @@ def group(tmp_path: Path) -> Iterator[ProcessGroup]:
 def supervised(tmp_path: Path, group: ProcessGroup, does: str, told: list[str]) -> Supervised:
     env = {**os.environ, "FLWR_HOME": str(tmp_path / "flwr")}
     fake = Fake(tmp_path / "control", f"unix:{tmp_path / 'fleet'}", does=does)
-    run = Supervised(tmp_path / "federation.yaml", tmp_path, group, fake, env, told.append, tries=2)
+    run = Supervised(resolved(federation(), tmp_path / "mine.yaml"), tmp_path, group, fake, env, told.append, tries=2)
     run.start_superlink()
     return run
 
@@ -76,3 +80,20 @@ def test_refusal_of_a_living_superlink_ends_the_run(tmp_path: Path, group: Proce
     run = supervised(tmp_path, group, "lives", [])
     with pytest.raises(LaunchError, match="refused: HTTP 500"):
         run.submit(resume=False)
+
+
+def test_server_reads_what_its_supervisor_has_read(
+    tmp_path: Path, group: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator's own file may change, or go, while a run goes on and is submitted again."""
+    sent: list[dict[str, object]] = []
+    monkeypatch.setattr(control, "start_run", lambda link, bundle, config: sent.append(config) or len(sent))
+    run = supervised(tmp_path, group, "lives", [])
+    for _ in range(2):
+        run.submit(resume=False)
+        file = Path(str(sent[-1]["federation"]))
+        read = load(file, FederationConfig)
+        assert file.parent == tmp_path
+        assert read == resolved(federation(), tmp_path / "mine.yaml")
+        assert resolved(read, file) == read
+        file.unlink()

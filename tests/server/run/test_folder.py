@@ -16,7 +16,7 @@ from tests.harness.sample_run import completed, federation
 
 def test_settings_come_back_with_defaults_and_absolute_paths(tmp_path: Path) -> None:
     source = tmp_path / "federation.yaml"
-    RunFolder.create(tmp_path / "run", federation(), source)
+    RunFolder.create(tmp_path / "run", resolved(federation(), source))
     kept = load(tmp_path / "run" / "federation.yaml", FederationConfig)
     assert kept == resolved(federation(), source)
     assert kept.model.path == str(tmp_path / "models/SmolLM2-135M-Instruct")
@@ -26,18 +26,18 @@ def test_settings_come_back_with_defaults_and_absolute_paths(tmp_path: Path) -> 
 def test_folder_that_holds_a_run_is_refused_and_stays_as_it_was(tmp_path: Path, found: str) -> None:
     (tmp_path / found).write_text("old")
     with pytest.raises(RunFolderError, match=rf"already holds a run \({found}\); choose another `name`"):
-        RunFolder.create(tmp_path, federation(), tmp_path / "f.yaml")
+        RunFolder.create(tmp_path, federation())
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(found, "old")]
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match=r"run folder .*/file/run cannot be (written|read)"):
-        RunFolder.create(tmp_path / "file" / "run", federation(), tmp_path / "f.yaml")
+        RunFolder.create(tmp_path / "file" / "run", federation())
 
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", federation(), tmp_path / "f.yaml")
+    folder = RunFolder.create(tmp_path / "run", federation())
     folder.metrics({"round": 1, "client": "a", "phase": "train", "train": {"loss": math.nan, "x": math.inf, "y": 1.5}})
     line = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail)["train"] == {"loss": None, "x": None, "y": 1.5}
@@ -62,12 +62,12 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_one_server_at_a_time_writes_to_a_run(tmp_path: Path) -> None:
-    source, path = tmp_path / "f.yaml", tmp_path / "run"
+    path = tmp_path / "run"
     assert not in_use(path)
-    first = RunFolder.create(path, federation(), source)
+    first = RunFolder.create(path, federation())
     assert in_use(path)
     with pytest.raises(RunFolderError, match=r"run: another server is at work on this run"):
-        RunFolder.reopen(path, federation(), source)
+        RunFolder.reopen(path, federation())
     first.close()
     assert not in_use(path)
-    RunFolder.reopen(path, federation(), source).close()
+    RunFolder.reopen(path, federation()).close()
