@@ -10,12 +10,12 @@ def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from deploy import local
-    from server.operate.supervise import make_folder, to_the_end
+    from server.operate.supervise import make_folder, run_until_done
 
     start_log("supervisor")
     plan = local.make_plan(options.federation, options.runs, options.name, resume=options.resume)
     make_folder(plan.run_dir)
-    return to_the_end(plan.run_dir, options, lambda: local.run(plan, Console(), options.tries))
+    return run_until_done(plan.run_dir, options, lambda: local.run(plan, Console(), options.tries))
 
 
 RUN = Command(

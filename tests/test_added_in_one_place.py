@@ -31,7 +31,7 @@ from server.report.write import write_report
 from server.run.events import describe
 from server.run.folder import read_lines
 from server.run.run_progress import RunProgress
-from server.run.state import overview
+from server.run.state import read_state
 from tests.deploy.experiment.test_compare import out as out
 from tests.deploy.experiment.test_experiment import make_experiment, plan
 from tests.harness import sample_run
@@ -79,7 +79,7 @@ def test_new_score_is_told_as_the_run_goes(run: Path) -> None:
     progress = RunProgress()
     for event in events:
         progress.take(event)
-    display, status = shown(render(progress, 0.0)), shown(show_one(overview(run)))
+    display, status = shown(render(progress, 0.0)), shown(show_one(read_state(run)))
     assert "held-out excess" in display
     (server,) = [line.split() for line in display.splitlines() if line.startswith("server")]
     assert server[-1] == "1.000"

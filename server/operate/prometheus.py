@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from common.errors import ConfigError
-from server.run.state import STATES, Overview, SiteState, overview
+from server.run.state import STATES, RunState, SiteState, read_state
 
 _RUN = ("run", "strategy")
 
@@ -30,7 +30,7 @@ class RunCollector(Collector):
         Raises:
             RunFolderError: the folder cannot be read; the scrape then fails.
         """
-        seen = overview(self._run_dir)
+        seen = read_state(self._run_dir)
         own = [seen.name, seen.strategy]
         state = StateSetMetricFamily("fedspan_run_state", "What the run does", labels=_RUN)
         state.add_metric(own, {name: name == seen.state for name in STATES})
@@ -58,7 +58,7 @@ class RunCollector(Collector):
             yield gauge
 
 
-def _of_run(seen: Overview) -> dict[str, tuple[str, float | None]]:
+def _of_run(seen: RunState) -> dict[str, tuple[str, float | None]]:
     """Gauges of the run: what they mean, and their values."""
     last = seen.finished_rounds[-1] if seen.finished_rounds else None
     return {

@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     from common.config.load import load
     from common.system.processes import ProcessGroup
     from server.operate.progress import teller
-    from server.operate.supervise import ROOT, Supervised, follow, make_folder, to_the_end
+    from server.operate.supervise import ROOT, Supervised, follow, make_folder, run_until_done
     from server.report.write import write_report
     from server.run import bundle_signatures
     from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
@@ -121,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
             run.submit(resume=resume)
             follow(run, run_dir, console, seen, lambda: None)
 
-    return to_the_end(run_dir, options, work)
+    return run_until_done(run_dir, options, work)
 
 
 SERVE = Command(

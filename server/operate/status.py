@@ -17,14 +17,14 @@ from common.metrics import SCORES
 from common.system.command import Command, number
 from common.text import clock, size
 from server.report.format import score, seconds, whole
-from server.run.state import Overview, overview, runs
+from server.run.state import RunState, read_state, runs
 
 _ROUNDS, _PROBLEMS = 10, 5  # so many are shown, the last ones; JSON has all
 _WIDTH = 200  # where there is no terminal
 _COLORS = {"running": "green", "starting": "green", "failed": "red", "dead": "red", "interrupted": "yellow"}
 
 
-def listing(folder: Path) -> list[Overview]:
+def listing(folder: Path) -> list[RunState]:
     """All runs in a folder; one that cannot be read is there with its reason.
 
     Raises:
@@ -35,13 +35,13 @@ def listing(folder: Path) -> list[Overview]:
     found = []
     for path in runs(folder):
         try:
-            found.append(overview(path))
+            found.append(read_state(path))
         except RunFolderError as error:
-            found.append(Overview(path.name, "unreadable", str(error)))
+            found.append(RunState(path.name, "unreadable", str(error)))
     return found
 
 
-def show_all(found: list[Overview]) -> RenderableType:
+def show_all(found: list[RunState]) -> RenderableType:
     """Runs as a table."""
     table = _table(
         "run", "state", "round", "strategy", "started", "lasted", "to go", right=("round", "lasted", "to go")
@@ -53,7 +53,7 @@ def show_all(found: list[Overview]) -> RenderableType:
     return Group(table, *reasons) if found else Text("no runs")
 
 
-def show_one(run: Overview) -> RenderableType:
+def show_one(run: RunState) -> RenderableType:
     """A run with its rounds, sites and last problems."""
     head = Text.assemble((run.name, "bold"), "  ", _state(run), f"  round {_round(run)}  {run.strategy}")
     times = f"started {_moment(run.started)}, lasted {clock(run.seconds)}, to go {clock(run.eta)}"
@@ -69,7 +69,7 @@ def show_one(run: Overview) -> RenderableType:
     return Group(*parts, *map(Text, ["", *troubles] if troubles else []))
 
 
-def _show_rounds(run: Overview) -> Table:
+def _show_rounds(run: RunState) -> Table:
     last = run.finished_rounds[-_ROUNDS:]
     scores = [s for s in SCORES.values() if s.headline and any(s.name in line.scores for line in last)]
     names = ("round", *(known.title for known in scores), "seconds", "down", "up", "sites")
@@ -81,7 +81,7 @@ def _show_rounds(run: Overview) -> Table:
     return table
 
 
-def _show_sites(run: Overview) -> list[RenderableType]:
+def _show_sites(run: RunState) -> list[RenderableType]:
     """Who is there, and what each has done: two tables, which fit 80 columns."""
     numbers = ("rows", "held out", "rounds", "refused", "down", "up", "train s")
     there = _table("site", "link", "doing", "last seen", "FedSpan", "device", right=())
@@ -101,11 +101,11 @@ def _table(*columns: str, right: tuple[str, ...]) -> Table:
     return table
 
 
-def _state(run: Overview) -> Text:
+def _state(run: RunState) -> Text:
     return Text(run.state, style=_COLORS.get(run.state, ""))
 
 
-def _round(run: Overview) -> str:
+def _round(run: RunState) -> str:
     return f"{run.round} of {run.rounds}" if run.rounds else "–"
 
 
@@ -141,7 +141,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     def look() -> RenderableType:
-        one = None if options.name is None else overview(options.runs / options.name)
+        one = None if options.name is None else read_state(options.runs / options.name)
         if options.json:
             data = asdict(one) if one is not None else {"runs": [_summary(run) for run in listing(options.runs)]}
             return json.dumps(data)
@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace) -> None:
             raise
 
 
-def _summary(run: Overview) -> dict[str, object]:
+def _summary(run: RunState) -> dict[str, object]:
     return {k: v for k, v in asdict(run).items() if k not in ("finished_rounds", "sites", "problems")}
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from common.system.command import Command, number
-from server.run.state import overview
+from server.run.state import read_state
 from server.run.supervisor_lock import stop
 
 
@@ -19,9 +19,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     run_dir = options.runs / options.name
-    overview(run_dir)
+    read_state(run_dir)
     stopped = stop(run_dir, options.deadline)
-    run = overview(run_dir)
+    run = read_state(run_dir)
     what = f"is stopped after round {len(run.finished_rounds)}" if stopped else "is not running"
     go_on = f"; to go on: {run.to_go_on}" if run.to_go_on else ""
     print(f"{options.name} {what} ({run.state}){go_on}")  # noqa: T201

@@ -29,7 +29,7 @@ from common.system.processes import ProcessGroup, Started, last_lines
 from server.operate.progress import Display, teller
 from server.operate.prometheus import exposed
 from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run, write_federation
-from server.run.supervisor_lock import Interrupted, looking_after
+from server.run.supervisor_lock import Interrupted, supervising
 from server.superlink import control, nodes
 from server.superlink.bundle import make_bundle
 from server.superlink.process import MALLOC, OwnSuperLink
@@ -253,7 +253,7 @@ def make_folder(run_dir: Path) -> None:
     (run_dir / "logs").mkdir(exist_ok=True)
 
 
-def to_the_end(run_dir: Path, options: argparse.Namespace, work: Callable[[], None]) -> int:
+def run_until_done(run_dir: Path, options: argparse.Namespace, work: Callable[[], None]) -> int:
     """Look after a run while ``work`` does it, and say how it ended; the exit code.
 
     Raises:
@@ -263,7 +263,7 @@ def to_the_end(run_dir: Path, options: argparse.Namespace, work: Callable[[], No
         signal.signal(number, _interrupt)
     say = teller(partial(print, file=sys.stderr), run_dir.name, logging.ERROR)
     try:
-        with exposed(run_dir, options.metrics_address, options.metrics_port), looking_after(run_dir):
+        with exposed(run_dir, options.metrics_address, options.metrics_port), supervising(run_dir):
             try:
                 work()
             except FedSpanError as error:

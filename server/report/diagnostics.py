@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from server.run import records as facts
+from server.run import records
 
 MEANINGS = {
     "client-cosine": (
@@ -37,10 +37,10 @@ _MOST_COLUMNS = 10  # rounds shown of a diagnostic
 _DARKEST = 35  # per cent of --shade in the cell with the largest number
 
 
-def shaded(table: facts.Diagnostic) -> dict[str, Any]:
+def shaded(table: records.Diagnostic) -> dict[str, Any]:
     """A diagnostic as a table: per layer group (value, shade in per cent)."""
     title, meaning = MEANINGS.get(table.name, (table.name.replace("-", " ").capitalize(), ""))
-    rounds = facts.some(table.rounds, _MOST_COLUMNS)
+    rounds = records.some(table.rounds, _MOST_COLUMNS)
     values = [v for cells in table.groups.values() for v in cells.values() if v is not None]
     low, high = min(values, default=0.0), max(values, default=0.0)
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from server.report import plots
 from server.report.format import score
 from server.report.read import Run
-from server.run import records as facts
+from server.run import records
 
 _MOST_BARS = 40  # more bars than that are shown as one mean bar per site
 _MOST_WORDS = 40  # bars that are told in words
@@ -25,8 +25,8 @@ class Figure:
 
 def scores_by_round(run: Run) -> Iterator[Figure]:
     """One figure per score that is drawn."""
-    for how in facts.shown_scores(facts.results(run.metrics)):
-        lines = facts.curve(run.metrics, how.name)
+    for how in records.shown_scores(records.results(run.metrics)):
+        lines = records.curve(run.metrics, how.name)
         if how.curve and lines:
             ends = [f"{w} {score(v[min(v)])} to {score(v[max(v)])}" for w, v in list(lines.items())[:_MOST_LINES]]
             label = f"{how.title} by round. {'; '.join(ends)}."
@@ -39,9 +39,9 @@ def scores_by_round(run: Run) -> Iterator[Figure]:
 
 def time_by_phase(run: Run) -> Iterator[Figure]:
     """Where the rounds' time went; of many rounds and sites, the mean round."""
-    bars, caption = facts.bars(run.metrics), "Where each round's time went, for every site and the server."
+    bars, caption = records.bars(run.metrics), "Where each round's time went, for every site and the server."
     if len(bars) > _MOST_BARS:
-        bars = facts.mean_bars(bars)
+        bars = records.mean_bars(bars)
         caption = "Where a round's time went: the mean over all rounds, for every site and the server."
     told = [f"{f'round {b.round}, ' if b.round else ''}{b.who}: {sum(b.seconds.values()):.0f} s" for b in bars]
     if bars:

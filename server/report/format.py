@@ -4,7 +4,7 @@ import math
 import time
 
 from common import text as units
-from server.run import records as facts
+from server.run import records
 
 
 def size(count: float | None) -> str:
@@ -27,7 +27,7 @@ def precise(value: float | None) -> str:
     return f"{value:.1e}" if tiny else score(value)
 
 
-def delta(change: facts.Change) -> str:
+def delta(change: records.Change) -> str:
     """A change in words and an arrow that shows where the number went."""
     if change.before is None or change.after is None:
         return "not comparable"

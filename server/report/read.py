@@ -10,7 +10,7 @@ import yaml
 
 from common.config.strategy import title_of
 from common.errors import RunFolderError
-from server.run import records as facts
+from server.run import records
 from server.run.folder import read_lines
 
 
@@ -19,8 +19,8 @@ class Run:
     """All that was read from a run folder."""
 
     info: dict[str, Any]
-    events: list[facts.Record]
-    metrics: list[facts.Record]
+    events: list[records.Record]
+    metrics: list[records.Record]
     samples: list[dict[str, str]]
     settings: str
 
@@ -49,7 +49,7 @@ class Run:
         """Unix time of the last event, or of the start."""
         return float(self.events[-1]["time"] if self.events else self.info["started"])
 
-    def event(self, kind: str) -> facts.Record:
+    def event(self, kind: str) -> records.Record:
         """The last event of a kind; empty when there is none."""
         return next((event for event in reversed(self.events) if event["event"] == kind), {})
 

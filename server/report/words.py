@@ -6,19 +6,19 @@ from common.metrics import SCORES
 from common.text import clock
 from server.report.format import score, size, utc
 from server.report.read import Run
-from server.run import records as facts
+from server.run import records
 
 _WORDS = {"better": "better", "worse": "worse", "same": "unchanged", "unknown": "not comparable"}
 
 
-def headline(run: Run, results: list[facts.Result]) -> list[str]:
+def headline(run: Run, results: list[records.Result]) -> list[str]:
     """The result in one to three sentences, as plain when it is bad as when it is good."""
     judged = [line for line in results if line.version]
     if not judged:
         return ["No trained model was evaluated, so there is no result to compare."]
     sentences = []
     for line in judged:
-        if line.who == facts.SERVER:
+        if line.who == records.SERVER:
             parts = [
                 f"{how.in_text} went from {score(change.before)} to {score(change.after)} ({_WORDS[change.verdict]})"
                 for how in SCORES.values()
@@ -26,7 +26,7 @@ def headline(run: Run, results: list[facts.Result]) -> list[str]:
             ]
             after = f"After {line.version} round{'s' if line.version > 1 else ''} of {run.strategy}"
             sentences.append(f"{after}, on the server's own set, {' and '.join(parts)}.")
-    sites = [line for line in judged if line.who != facts.SERVER and "loss" in line.changes]
+    sites = [line for line in judged if line.who != records.SERVER and "loss" in line.changes]
     if sites:
         count = {v: [s.who for s in sites if s.changes["loss"].verdict == v] for v in ("better", "worse", "same")}
         worse = f", worse at {len(count['worse'])} ({', '.join(count['worse'][:5])})" if count["worse"] else ""
@@ -42,7 +42,7 @@ def first_facts(run: Run) -> list[tuple[str, str]]:
     model = run.config.get("model", {})
     revision = f" at {model['revision'][:12]}" if model.get("revision") else ""
     lasted = run.info.get("seconds") or run.newest - run.info["started"]
-    costs = facts.costs(run.metrics)
+    costs = records.costs(run.metrics)
     moved = f"{size(sum(c.down for c in costs))} down, {size(sum(c.up for c in costs))} up" if costs else "none"
     return [
         ("Status", str(run.info["status"])),

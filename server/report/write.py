@@ -14,7 +14,7 @@ from server.report.diagnostics import shaded
 from server.report.figures import figures
 from server.report.read import Run, read_run
 from server.report.template import fill
-from server.run import records as facts
+from server.run import records
 
 _PAGE = Path(__file__).with_name("page.html")
 
@@ -36,11 +36,11 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run."""
-    results = facts.results(run.metrics)
-    tables = [shaded(table) for table in facts.diagnostics(run.metrics)]
+    results = records.results(run.metrics)
+    tables = [shaded(table) for table in records.diagnostics(run.metrics)]
     answers = [line.generated for line in results if line.generated]
-    shown = facts.shown_scores(results)
-    curves = [(s, facts.curve(run.metrics, s.name)) for s in shown]
+    shown = records.shown_scores(results)
+    curves = [(s, records.curve(run.metrics, s.name)) for s in shown]
     contents = [("result", "Result"), ("curves", "Round by round"), ("costs", "Time and bytes"), ("answers", "Answers")]
     contents += [("drift", "Updates")] if tables else []
     contents += [("sites", "Sites"), ("settings", "Settings and versions")]
@@ -58,21 +58,21 @@ def render(run: Run) -> str:
         results=results,
         scores=shown,
         of_answers=[s.title for s in shown if s.of == ANSWERS],
-        confusion=facts.confusion(run.metrics, list((run.config.get("task") or {}).get("labels", []))),
+        confusion=records.confusion(run.metrics, list((run.config.get("task") or {}).get("labels", []))),
         any_trained=any(line.version for line in results),
         newest_version=max((line.version for line in results), default=0),
         fewest_answers=min(answers, default=0),
         curve_tables=[(s, lines, sorted({v for line in lines.values() for v in line})) for s, lines in curves],
         figures=figures(run),
         sent=words.sent(run),
-        costs=facts.costs(run.metrics),
-        phases=[phase for phase in facts.PHASES if phase != "aggregate"],
-        trainings=facts.trainings(run.metrics),
+        costs=records.costs(run.metrics),
+        phases=[phase for phase in records.PHASES if phase != "aggregate"],
+        trainings=records.trainings(run.metrics),
         samples=run.samples,
         diagnostics=tables,
-        rounds=facts.rounds_begun(run.events),
-        sites=facts.sites(run.events, facts.rounds_begun(run.events)),
-        problems=facts.problems(run.events),
+        rounds=records.rounds_begun(run.events),
+        sites=records.sites(run.events, records.rounds_begun(run.events)),
+        problems=records.problems(run.events),
         versions=words.versions(run),
         digests=words.digests(run),
         settings=run.settings,

@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from common.errors import RunFolderError
-from server.run import records as facts
+from server.run import records
 from server.run.events import Event, event_kind
 from server.run.folder import in_use, read_lines, read_run
 from server.run.quarantine import Refusals
 from server.run.run_progress import RunProgress
-from server.run.supervisor_lock import Supervisor, is_looked_after, supervisor_of
+from server.run.supervisor_lock import Supervisor, is_supervised, supervisor_of
 
 STATES = ("starting", "running", "completed", "failed", "interrupted", "dead")
 
@@ -70,7 +70,7 @@ class SiteState:
 
 
 @dataclass
-class Overview:
+class RunState:
     """A run.
 
     Attributes:
@@ -102,10 +102,10 @@ class Overview:
     loss: float | None = None
     finished_rounds: list[FinishedRound] = field(default_factory=list)
     sites: list[SiteState] = field(default_factory=list)
-    problems: list[facts.Problem] = field(default_factory=list)
+    problems: list[records.Problem] = field(default_factory=list)
 
 
-def overview(run_dir: Path, now: float | None = None) -> Overview:
+def read_state(run_dir: Path, now: float | None = None) -> RunState:
     """Read a run's folder.
 
     Raises:
@@ -118,7 +118,7 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
     state, reason = _state(run_dir, run, supervisor)
     alive = state in ("starting", "running")
     settings = _settings(run_dir)
-    events, records = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
+    events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
     progress = RunProgress()
     for event in events[_last(events, "resumed") :]:
         progress.take(event)
@@ -126,7 +126,7 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
     started = run.get("started")
     end = now if alive else run.get("finished") or last
     closed = [event for event in events if event["event"] == "round_finished"]
-    return Overview(
+    return RunState(
         name=run_dir.name,
         state=state,
         reason=reason,
@@ -141,10 +141,10 @@ def overview(run_dir: Path, now: float | None = None) -> Overview:
         to_go_on=supervisor.to_go_on() if supervisor and run and not alive and state != "completed" else None,
         bytes_down=sum(event["bytes_down"] for event in closed),
         bytes_up=sum(event["bytes_up"] for event in closed),
-        loss=next(reversed(facts.curve(records, "loss").get(facts.SERVER, {}).values()), None),
-        finished_rounds=_rounds(events, records),
-        sites=_sites(run_dir, events, records, settings, progress if alive else None),
-        problems=facts.problems(events),
+        loss=next(reversed(records.curve(metrics, "loss").get(records.SERVER, {}).values()), None),
+        finished_rounds=_rounds(events, metrics),
+        sites=_sites(run_dir, events, metrics, settings, progress if alive else None),
+        problems=records.problems(events),
     )
 
 
@@ -160,7 +160,7 @@ def _state(run_dir: Path, run: dict[str, Any], supervisor: Supervisor | None) ->
         return status, None
     if in_use(run_dir):
         return "running", None
-    if is_looked_after(run_dir):
+    if is_supervised(run_dir):
         return "starting", None
     if status in ("failed", "interrupted"):
         return status, str(run.get("reason"))
@@ -182,9 +182,9 @@ def _last(events: list[Event], kind: str) -> int:
     return max((i for i, event in enumerate(events) if event["event"] == kind), default=0)
 
 
-def _rounds(events: list[Event], records: list[facts.Record]) -> list[FinishedRound]:
+def _rounds(events: list[Event], metrics: list[records.Record]) -> list[FinishedRound]:
     """The finished rounds; of one that was done again after a crash, the last time."""
-    scores = facts.evaluations(records).get(facts.SERVER, {})
+    scores = records.evaluations(metrics).get(records.SERVER, {})
     asked: dict[int, set[str]] = {}
     came: dict[int, set[str]] = {}
     found: dict[int, FinishedRound] = {}
@@ -204,19 +204,19 @@ def _rounds(events: list[Event], records: list[facts.Record]) -> list[FinishedRo
 def _sites(
     run_dir: Path,
     events: list[Event],
-    records: list[facts.Record],
+    metrics: list[records.Record],
     settings: dict[str, Any],
     progress: RunProgress | None,
 ) -> list[SiteState]:
     known = {event["client"] for event in events if event_kind(event).link}
-    outcomes = {site.who: site for site in facts.sites(events, facts.rounds_begun(events))}
-    costs = {cost.who: cost for cost in facts.costs(records)}
-    trained = {record["client"]: record for record in facts.trainings(records)}
+    outcomes = {site.who: site for site in records.sites(events, records.rounds_begun(events))}
+    costs = {cost.who: cost for cost in records.costs(metrics)}
+    trained = {record["client"]: record for record in records.trainings(metrics)}
     refusals = _refusals(run_dir, events, settings)
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     connections = _connections(events)
     found = []
-    for name in facts.order(outcomes.keys() | known):
+    for name in records.order(outcomes.keys() | known):
         site = SiteState(name, connections.get(name, "down") if progress is not None else "unknown")
         site.last_seen = max(
             (e["time"] for e in events if e.get("client") == name and event_kind(e).seen), default=None

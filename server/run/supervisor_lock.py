@@ -57,7 +57,7 @@ class Supervisor(BaseModel):
 
 
 @contextlib.contextmanager
-def looking_after(run_dir: Path) -> Iterator[None]:
+def supervising(run_dir: Path) -> Iterator[None]:
     """Note that this process looks after a run, and how that ends.
 
     Raises:
@@ -108,7 +108,7 @@ def supervisor_of(run_dir: Path) -> Supervisor | None:
         raise RunFolderError(f"{run_dir / _FILE} cannot be read: {error}") from None
 
 
-def is_looked_after(run_dir: Path) -> bool:
+def is_supervised(run_dir: Path) -> bool:
     """Whether a living supervisor looks after a run."""
     return is_held(run_dir / _LOCK)
 
@@ -124,7 +124,7 @@ def stop(run_dir: Path, deadline: float) -> bool:
         LaunchError: the supervisor cannot be reached from here, or has not ended in time.
     """
     found = supervisor_of(run_dir)
-    if found is None or not is_looked_after(run_dir):
+    if found is None or not is_supervised(run_dir):
         if in_use(run_dir):
             raise LaunchError(f"{run_dir}: its server has no supervisor; stop it with `flwr stop`, by its flower_run")
         return False
@@ -134,7 +134,7 @@ def stop(run_dir: Path, deadline: float) -> bool:
             raise LaunchError(f"{run_dir}: its supervisor is process {found.pid} on {found.host}; stop it there")
         process.terminate()
     until = time.monotonic() + deadline
-    while is_looked_after(run_dir):
+    while is_supervised(run_dir):
         if time.monotonic() > until:
             raise LaunchError(f"{run_dir}: process {found.pid} has not ended within {deadline:g} seconds")
         time.sleep(0.1)

@@ -13,7 +13,7 @@ from common.system.processes import ProcessGroup, free_ports, listens
 from deploy.sandbox.flower import Flower, wait_for
 from deploy.sandbox.tiny import make_federation
 from server.run.folder import check_resumable, in_use
-from server.run.state import overview
+from server.run.state import read_state
 from tests.harness.launcher import FEDSPAN, command, environment, survivors
 from tests.processes.test_supervise import supervise
 from tests.server.operate.test_metrics import scrape
@@ -48,7 +48,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
         )
     try:
         wait_for(lambda: (run_dir / "supervisor.json").exists(), 60)
-        wait_for(lambda: overview(run_dir).finished_rounds, 240)
+        wait_for(lambda: read_state(run_dir).finished_rounds, 240)
         seen = json.loads(told(file, "status", "tiny", "--json"))
         assert seen["state"] == "running"
         assert {s["site"]: (s["connection"], s["device"], s["rounds"] > 0) for s in seen["sites"]} == {
@@ -69,7 +69,7 @@ def test_run_is_seen_scraped_and_stopped_from_outside(tmp_path: Path) -> None:
         launcher.wait()
     assert survivors(file) == []
     check_resumable(run_dir, federation)
-    ended = overview(run_dir)
+    ended = read_state(run_dir)
     assert ended.state == "interrupted"
     assert str(ended.to_go_on).endswith("--resume")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -87,9 +87,11 @@ def test_stop_ends_the_run_on_a_superlink_that_goes_on(tmp_path: Path) -> None:
     with Flower(tmp_path) as flower, ProcessGroup(tmp_path / "logs") as group:
         env = {**environment(), "FLWR_HOME": str(tmp_path / "flwr")}
         supervisor = group.start("supervisor", supervise(file, "--superlink", "local"), env).process
-        wait_for(lambda: overview(run_dir).state == "running" if (run_dir / "supervisor.json").exists() else None, 120)
+        wait_for(
+            lambda: read_state(run_dir).state == "running" if (run_dir / "supervisor.json").exists() else None, 120
+        )
         told(file, "stop", "tiny")
         assert supervisor.wait(60) == 130
         wait_for(lambda: not in_use(run_dir), 60)  # no site ever came: the server ends because it is told to
         assert listens(flower.fleet)
-    assert overview(run_dir).state == "interrupted"
+    assert read_state(run_dir).state == "interrupted"

@@ -344,7 +344,7 @@ class Story:
     interrupted: int
     survivors: list[str]
     with_broken_test_set: int
-    to_the_end: int
+    run_until_done: int
     told: str
 
 
@@ -404,7 +404,7 @@ def test_learning_rate_is_picked_by_the_validation_set(story: Story) -> None:
 
 
 def test_finished_cells_are_skipped_and_failed_ones_tried_again(story: Story) -> None:
-    assert story.to_the_end == 0
+    assert story.run_until_done == 0
     finals, selection = sorted(story.out.glob("final/*")), sorted(story.out.glob("select/*"))
     assert [json.loads((cell / "cell.json").read_text())["seed"] for cell in finals] == [0, 1]
     assert scores(finals[0]) != scores(finals[1])

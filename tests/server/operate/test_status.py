@@ -22,14 +22,14 @@ from deploy.cli import main
 from server.loop.checkpoint import newest
 from server.operate import status
 from server.run.folder import read_lines
-from server.run.state import overview
+from server.run.state import read_state
 from server.run.supervisor_lock import (
     _FILE as SUPERVISOR,
     _LOCK as LOCK,
     Interrupted,
     Supervisor,
-    looking_after,
     stop,
+    supervising,
     supervisor_of,
 )
 from tests.harness import fake_sites
@@ -43,7 +43,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_finished_run_is_told_with_its_rounds_and_sites(tmp_path: Path) -> None:
-    seen = overview(completed(tmp_path / "run"))
+    seen = read_state(completed(tmp_path / "run"))
     assert (seen.name, seen.state, seen.strategy, seen.round, seen.rounds) == ("run", "completed", "fedftg", 4, ROUNDS)
     assert [line.round for line in seen.finished_rounds] == [1, 2, 3, 4]
     assert [(line.sites, line.asked) for line in seen.finished_rounds] == [(3, 3), (3, 3), (2, 3), (3, 3)]
@@ -80,7 +80,7 @@ def test_terminal_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_narrow_terminal_cuts_nothing_off(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    console.print(status.show_one(overview(completed(tmp_path / "run"))))
+    console.print(status.show_one(read_state(completed(tmp_path / "run"))))
     lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert "site link doing last seen FedSpan device".split() in lines
     assert ["site-a", "2,210", "245", "4", "0", "424.8", "MB", "424.8", "MB", "44.0"] in lines
@@ -89,25 +89,25 @@ def test_narrow_terminal_cuts_nothing_off(tmp_path: Path) -> None:
 
 def attend(run_dir: Path, end: Exception) -> None:
     """Begin a run that ends with its supervisor."""
-    with contextlib.suppress(type(end)), looking_after(run_dir):
+    with contextlib.suppress(type(end)), supervising(run_dir):
         begin(run_dir).close()
         raise end
 
 
 def test_states_of_a_run(tmp_path: Path) -> None:
     def state(name: str) -> tuple[str, str | None]:
-        seen = overview(tmp_path / name)
+        seen = read_state(tmp_path / name)
         return seen.state, seen.reason
 
     with pytest.raises(RunFolderError, match="holds no run"):
         state("none")
-    with looking_after(tmp_path / "x"):
+    with supervising(tmp_path / "x"):
         assert state("x") == ("starting", None)
         folder = begin(tmp_path / "x")
         play_round(folder, 1)
         assert state("x") == ("running", None)
         (began,) = [e["time"] for e in read_lines(tmp_path / "x" / "events.jsonl") if e["event"] == "round_started"]
-        seen = overview(tmp_path / "x", now=began + 80.0)
+        seen = read_state(tmp_path / "x", now=began + 80.0)
         assert seen.eta == pytest.approx(3 * 80.0)  # three rounds are left
         assert {site.connection for site in seen.sites} == {"up"}
         folder.close()
@@ -115,7 +115,7 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     assert supervisor_of(tmp_path / "x") is not None
     attend(tmp_path / "stopped", Interrupted("SIGTERM"))
     assert state("stopped") == ("interrupted", "SIGTERM")
-    assert str(overview(tmp_path / "stopped").to_go_on).endswith(" --resume")
+    assert str(read_state(tmp_path / "stopped").to_go_on).endswith(" --resume")
     attend(tmp_path / "gone", RunFailed("the server died 4 times"))
     assert state("gone") == ("failed", "the server died 4 times")
     folder = begin(tmp_path / "failed")
@@ -160,7 +160,7 @@ def test_refusals_in_a_row_are_those_that_the_server_counts(tmp_path: Path, bad:
     run(tmp_path, sites, 5, cohort={"min_clients": 2, "round_deadline": 30.0})
     checkpoint = newest(tmp_path / "run", pytest.fail)
     assert checkpoint is not None
-    seen = {site.site: site for site in overview(tmp_path / "run").sites}
+    seen = {site.site: site for site in read_state(tmp_path / "run").sites}
     assert {name: site.refusals for name, site in seen.items() if site.refusals} == checkpoint.refusals
     assert (seen["site-3"].left_out is not None) == (len(bad) > 3)
 
@@ -172,7 +172,7 @@ def test_refusals_of_a_round_that_is_done_again_count_once(tmp_path: Path) -> No
     with (tmp_path / "run" / "events.jsonl").open("a") as file:
         file.write('{"time": 1.0, "event": "resumed", "round": 3}\n')  # as the ServerApp does
     run(tmp_path, [Site(1), Site(2), Refused(3, {4, 5})], 5, resume=True, cohort=cohort)
-    (site,) = [site for site in overview(tmp_path / "run").sites if site.refusals]
+    (site,) = [site for site in read_state(tmp_path / "run").sites if site.refusals]
     assert (site.site, site.refusals) == ("site-3", 3)  # rounds 3, 4 and 5
     assert str(site.left_out).startswith("site-3: left out after 3 refused updates in a row")
 
@@ -205,7 +205,7 @@ def test_sites_that_go_and_come_are_noted_once(tmp_path: Path, monkeypatch: pyte
     ]
     lock = hold(tmp_path / "run" / ".lock")  # as a server at work does
     assert lock is not None
-    seen = {site.site: site for site in overview(tmp_path / "run").sites}
+    seen = {site.site: site for site in read_state(tmp_path / "run").sites}
     os.close(lock)
     assert {name: site.connection for name, site in seen.items()} == {"site-1": "up", "site-2": "down", "site-3": "up"}
 
@@ -214,24 +214,27 @@ def test_site_tells_its_version(tmp_path: Path) -> None:
     sites = [Site(1), Site(2)]
     sites[1].says = {"version": "0.0.9"}
     run(tmp_path, sites, 1)
-    assert {site.site: site.version for site in overview(tmp_path / "run").sites} == {"site-1": "1", "site-2": "0.0.9"}
+    assert {site.site: site.version for site in read_state(tmp_path / "run").sites} == {
+        "site-1": "1",
+        "site-2": "0.0.9",
+    }
 
 
 def test_server_that_fails_leaves_a_state(tmp_path: Path) -> None:
     with pytest.raises(FederationError):
         run(tmp_path, [Refused(1, {1})], 1, cohort={"min_clients": 1, "round_deadline": 30.0})
-    assert overview(tmp_path / "run").problems[0].what == "update refused"
+    assert read_state(tmp_path / "run").problems[0].what == "update refused"
 
 
 ATTEND = """
 import signal, sys, time
 from pathlib import Path
-from server.run.supervisor_lock import looking_after
+from server.run.supervisor_lock import supervising
 def end(number, frame):
     if sys.argv[2] == "obeys":
         raise SystemExit
 signal.signal(signal.SIGTERM, end)
-with looking_after(Path(sys.argv[1])):
+with supervising(Path(sys.argv[1])):
     print("ready", flush=True)
     while True:
         time.sleep(0.1)
@@ -255,7 +258,7 @@ def test_stop_ends_the_supervisor_and_waits_for_it(
     begin(tmp_path / "run").close()
     with (
         pytest.raises(RunFolderError, match="another supervisor looks after this run"),
-        looking_after(tmp_path / "run"),
+        supervising(tmp_path / "run"),
     ):
         pass
     assert main(["stop", "run", "--runs", str(tmp_path)]) == 0

@@ -18,7 +18,7 @@ from server.report.write import write_report
 from server.run.events import KINDS, Kind, new_event
 from server.run.folder import read_lines
 from server.run.run_progress import RunProgress
-from server.run.state import overview
+from server.run.state import read_state
 from tests.harness import sample_run
 
 SERVER = Path(__file__).parents[3] / "server"
@@ -45,7 +45,7 @@ def test_new_kind_is_told_everywhere(
     console = Console(file=io.StringIO(), width=200)
     Display(console, "run").show(read_lines(run / "events.jsonl"))
     assert "client slow: site-b: 9 minutes" in console.file.getvalue()  # type: ignore[attr-defined]
-    status = overview(run)
+    status = read_state(run)
     assert {site.site: site.doing for site in status.sites}["site-b"] == "dawdling"
     assert "too slow: site-b: 9 minutes for 3 steps" in shown(show_one(status))
     registry = CollectorRegistry()
