@@ -20,7 +20,7 @@ from common.errors import ConfigError, ModelError
 from common.metrics import SCORES, Score, scores
 from common.model.base_model import check_length
 from common.model.families import FAMILIES, Family, freeze_all_but, select
-from deploy.data import partition
+from deploy import cli
 from deploy.experiment.compare import write_comparison
 from deploy.sandbox.tiny import make_federation, make_model
 from deploy.schemas import FOLDER, schemas
@@ -194,18 +194,16 @@ def test_preflight_counts_tokens_only_where_prompts_are_no_files(
 
 
 @pytest.mark.usefixtures("new_task")
-def test_partition_holds_data_against_a_new_tasks_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_partition_holds_data_against_a_new_tasks_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, file = federation(tmp_path)
     data = tmp_path / "data.jsonl"
-    arguments = ["partition", str(data), "--by", "iid", "--sites", "1", "--prompt", "name", "--answer", "size"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--federation", str(file), "--out", str(tmp_path / "out")])
+    command = ["data", "partition", str(data), "--by", "iid", "--sites", "1", "--prompt", "name", "--answer", "size"]
+    command += ["--federation", str(file), "--out", str(tmp_path / "out")]
     data.write_text('{"name": "a.txt", "size": "huge"}\n')
-    assert partition.main() == 2
+    assert cli.main(command) == 2
     assert "label(s) 'huge' of the data are not in `task.labels`" in capsys.readouterr().err
     data.write_text('{"name": "a.txt", "size": "long"}\n')
-    assert partition.main() == 0
+    assert cli.main(command) == 0
     assert load(tmp_path / "out" / "site-1.yaml", SiteConfig).data.prompt == f"{tmp_path}/{{name}}"
 
 
