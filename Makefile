@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint faults compose-test bench clean
+.PHONY: help setup demo test test-long lint faults compose-test docs bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -42,6 +42,9 @@ faults: $(READY) ## Inject faults into real federations (one to two hours); ends
 
 compose-test: $(READY) ## Build, run and attack the containers (about 25 minutes); needs a Docker engine
 	$(BIN)/python -m pytest tests/compose -m long -s -v
+
+docs: $(READY) ## Build the documents as pages in build/docs; stops at a link that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
 	$(BIN)/python -m benchmarks

@@ -53,7 +53,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "site worker": ("client.connect.worker", "do a site's work, by Flower's own way"),
         "site supernode": ("client.connect.supernode", "hold a site's link to the server, by Flower's own way"),
         "completion": ("deploy.completion", "print a script for tab completion"),
-        "schemas": ("deploy.schemas", "write the JSON schemas of all files, and the page of what leaves a site"),
+        "schemas": ("deploy.schemas", "write what is made from the code: JSON schemas, reference, what leaves a site"),
     },
 }
 VERBS = {verb: row for group in GROUPS.values() for verb, row in group.items()}

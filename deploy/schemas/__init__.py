@@ -1,7 +1,7 @@
 """JSON schemas of the federation, site and experiment files, for editors and for checks outside Python.
 
-``fedspan schemas`` writes them from the code, and with them ``docs/what-leaves.md``. YAML editors find them through the
-first line of a file: ``# yaml-language-server: $schema=<path of the schema>``.
+``fedspan schemas`` writes them from the code, and ``docs/what-leaves.md`` and ``docs/reference.md`` beside them. YAML
+editors find them through the first line of a file: ``# yaml-language-server: $schema=<path of the schema>``.
 """
 
 import argparse
@@ -54,7 +54,11 @@ def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> 
 
 def written() -> dict[Path, str]:
     """The text of every file that is made from the code, by its path."""
-    return {**schemas(), FOLDER.parents[1] / "docs" / "what-leaves.md": what_leaves()}
+    from deploy.schemas import reference  # which asks every command for its options
+
+    found = schemas()
+    pages = {reference.FILE: reference.reference(found), reference.FILE.with_name("what-leaves.md"): what_leaves()}
+    return found | pages
 
 
 def _write(options: argparse.Namespace) -> None:
