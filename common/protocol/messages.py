@@ -183,8 +183,8 @@ class Hello(Reply):
     @classmethod
     def site_in(cls, content: "RecordDict") -> str | None:
         """Who speaks, if that much can be read: for the refusal of a hello."""
-        site = plain(content).get(CONFIG, {}).get("site")
-        return site if _SITE.holds(site) else None
+        site = dict(content.get(CONFIG, {})).get("site")
+        return str(site) if _SITE.holds(site) else None
 
 
 @dataclass(frozen=True, kw_only=True)

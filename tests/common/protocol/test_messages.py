@@ -1,6 +1,7 @@
 """What crosses the line: it comes out as it went in, and nothing else comes in."""
 
 import ast
+import contextlib
 import math
 import re
 import subprocess
@@ -214,6 +215,27 @@ def test_what_is_not_declared_is_refused_by_name(content: Content, change: Chang
         type(content).read(arrived)
 
 
+VALUES = st.integers() | st.floats() | st.text() | st.booleans()
+KEYS = st.sampled_from(sorted({k for one in ONE_OF_EACH for keys in one.known().values() for k in keys})) | st.text()
+RECORDS = (
+    st.dictionaries(KEYS, VALUES | st.lists(st.text()) | st.lists(st.floats())).map(ConfigRecord)
+    | st.dictionaries(KEYS, st.integers(-(2**63), 2**63 - 1) | st.floats() | st.lists(st.floats())).map(MetricRecord)
+    | st.just(ARRAYS)
+)
+NAMES = (
+    st.sampled_from(["config", "metrics", "arrays", "privacy", "step-000001", "step-1", "step-", "step-é"]) | st.text()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(NAMES, RECORDS))
+def test_whatever_comes_is_read_or_refused(records: dict[str, Any]) -> None:
+    for kind in {type(content) for content in ONE_OF_EACH}:
+        with contextlib.suppress(WireError):
+            kind.read(RecordDict(records))
+    assert Hello.site_in(RecordDict(records)) is None or "site" in records["config"]
+
+
 def test_nothing_is_sent_that_the_other_side_would_refuse() -> None:
     with pytest.raises(WireError, match=r"train\.luck is not declared; allowed: loss, "):
         TrainReply(server_round=1, arrays=ARRAYS, num_examples=1, training={"luck": 1.0}).to_record()
@@ -228,6 +250,7 @@ def test_hello_that_cannot_be_read_still_says_whose_it_is() -> None:
     put("config", "site", "no name")(arrived)
     assert Hello.site_in(arrived) is None
     assert Hello.site_in(RecordDict()) is None
+    assert Hello.site_in(RecordDict({"config": MetricRecord({"site": 1})})) is None
 
 
 def test_numbers_have_the_names_that_training_and_tasks_give_them() -> None:

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from flwr.app import Error, Message, MessageType
+from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from common.errors import FederationError, WorkerDied
 from server.loop.checkpoint import newest
+from server.run.folder import read_lines
 from tests.harness.fake_sites import Site, run
 
 GONE = "the node is gone"
@@ -57,6 +58,17 @@ def test_node_that_loses_every_hello_is_refused_with_its_reason(tmp_path: Path) 
     with pytest.raises(FederationError, match=f"1 of 2 sites joined.*{GONE}") as caught:
         run(tmp_path, [Site(1), Lost(2, WorkerDied.code, 99)], 1, local={"sites": ["a.yaml", "b.yaml"]})
     assert caught.value.causes == {"node 2": "WorkerDied"}
+
+
+def test_hello_that_nothing_can_be_made_of_keeps_its_node_out_and_nobody_else(tmp_path: Path) -> None:
+    class Odd(Site):
+        def _hello(self) -> RecordDict:
+            return RecordDict({"config": MetricRecord({"site": 1})})
+
+    run(tmp_path, [Site(1), Site(2), Odd(3)], 1, cohort={"min_clients": 2})
+    (refused,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["event"] == "client_refused"]
+    assert (refused["client"], refused["kind"]) == ("node 3", "WireError")
+    assert refused["reason"].startswith("node 3: record 'config' is a MetricRecord; allowed: ")
 
 
 @pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
