@@ -159,7 +159,7 @@ def preparing(what: str, default: Path, prepare: Callable[[Path], bool], then: s
     """
 
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--cache", type=Path, default=default, metavar="DIR", help="default: %(default)s")
+        parser.add_argument("--cache", type=Path, default=default, metavar="DIR", help="default: .cache/demo of the checkout")
 
     def run(options: argparse.Namespace) -> None:
         cache = options.cache.resolve()
