@@ -159,7 +159,8 @@ def preparing(what: str, default: Path, prepare: Callable[[Path], bool], then: s
     """
 
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--cache", type=Path, default=default, metavar="DIR", help="default: .cache/demo of the checkout")
+        where = f"default: {default.relative_to(HERE.parents[1])} of the checkout"  # the same on every machine
+        parser.add_argument("--cache", type=Path, default=default, metavar="DIR", help=where)
 
     def run(options: argparse.Namespace) -> None:
         cache = options.cache.resolve()
