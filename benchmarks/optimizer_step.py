@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.table import Cell, Table
-from common.system.memory import resident_peak
+from common.system.machine import resident_peak
 
 RANK, BLOCKS, TOKENS, STEPS, LR = 128, 3, 64, 8, 1e-4
 OPTIMIZERS = ("none", "ours", "ours, shared", "ours, 8bit", "galore-torch", "torch AdamW")

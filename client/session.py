@@ -19,7 +19,7 @@ from client.site_model import SiteModel
 from client.training.device import pick_autocast
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
-from client.training.optimizer_state import capture, restore
+from client.training.moments import capture, restore
 from client.training.settings import make_optimizer
 from client.training.trainer import train
 from client.update import changed_weights, trained_tensors

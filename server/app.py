@@ -11,7 +11,7 @@ from common.errors import ConfigError, FederationError, FedSpanError, kind_of
 from common.model.adapters import BASE_WEIGHT
 from common.protocol.messages import HelloRequest
 from common.system import logs
-from server.run import bundle_signatures
+from server.run import from_supervisor
 from server.run.folder import RunFolder
 
 app = ServerApp()
@@ -106,7 +106,9 @@ def _run(
         aggregation=config.aggregation,
         server_optimizer=config.server_optimizer,
     )
-    settings = HelloRequest(federation=settings_for_sites(config), signatures=bundle_signatures.kept(folder.path))
+    settings = HelloRequest(
+        federation=settings_for_sites(config), signatures=from_supervisor.kept_signatures(folder.path)
+    )
     state = RoundLoop(grid, config, settings, strategy, evaluator, folder).run(state, checkpoint)
     after = evaluator.answers(state)
     folder.samples(

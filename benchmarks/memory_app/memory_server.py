@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from memory_client import SHAPES
 
-from common.system.memory import resident_peak
+from common.system.machine import resident_peak
 from strategies import FedFTG
 
 app = ServerApp()

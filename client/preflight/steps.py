@@ -14,7 +14,7 @@ from client.session import Session
 from common.config.federation import FederationConfig, SiteConfig, resolved
 from common.config.load import load
 from common.errors import FedSpanError, TrainingError
-from common.system.memory import resident_peak
+from common.system.machine import resident_peak
 from strategies.flower.named import make_rule
 
 

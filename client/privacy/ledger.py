@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import LedgerError
-from common.system.files import flush, write_beside
-from common.system.lock import take
+from common.system.files import flush, take, write_beside
 
 Entry = dict[str, Any]
 FIRST = "0" * 64  # what the first line follows

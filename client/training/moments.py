@@ -1,11 +1,16 @@
-"""How Adam's two moments are kept between steps: in float32, or in 8 bits by bitsandbytes (arXiv 2110.02861)."""
+"""How Adam's two moments are kept.
 
+Between steps in float32, or in 8 bits by bitsandbytes (arXiv 2110.02861); between rounds as named tensors at the site.
+"""
+
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import TrainingError
+from common.protocol.tensors import Tensors, flatten, unflatten
 
 Moments = Literal["float32", "8bit"]
 _NAMES = ("exp_avg", "exp_avg_sq")
@@ -76,3 +81,27 @@ def moment_store(moments: Moments) -> Float32Moments | EightBitMoments:
         TrainingError: what it needs is not installed.
     """
     return Float32Moments() if moments == "float32" else EightBitMoments()
+
+
+def capture(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensors:
+    """Everything in the optimizer's state, grouped by what it is (``exp_avg`` ...), on the CPU."""
+    groups: dict[str, Tensors] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            if value is not None:
+                groups.setdefault(key, {})[name] = torch.as_tensor(value).detach().cpu().clone()
+    return flatten(groups)
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put captured state back; a parameter without any, or of another shape by now, starts anew."""
+    groups = unflatten(tensors)
+    for name, parameter in parameters.items():
+        found = {key: named[name] for key, named in groups.items() if name in named}
+        if found and all(t.ndim == 0 or t.shape == parameter.shape for t in found.values()):
+            optimizer.state[parameter] = {
+                key: tensor.clone() if tensor.ndim == 0 else tensor.to(parameter.device, copy=True)
+                for key, tensor in found.items()
+            }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from client.training.galore import GaLore
 from common.config.federation import TrainingConfig
 from common.errors import DivergedError, TrainingError
-from common.system.memory import attempt, release
+from common.system.machine import attempt, release
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]

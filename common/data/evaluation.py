@@ -15,7 +15,7 @@ from common.data.chat import Example, causal_loss_sum, collate, encode, end_ids,
 from common.data.rows import Row
 from common.metrics import ANSWERS, scores
 from common.model.base_model import pad_id
-from common.system.memory import halving
+from common.system.machine import halving
 
 
 @dataclass(frozen=True)

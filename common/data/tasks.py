@@ -26,7 +26,7 @@ from common.data.rows import Row, load_rows
 from common.errors import DataError
 from common.metrics import ANSWERS, LABELS, SCORES, Score, confusion, scores
 from common.model.base_model import Base, load_base, pad_id
-from common.system.memory import halving
+from common.system.machine import halving
 
 Batch = dict[str, Tensor]
 E = TypeVar("E")

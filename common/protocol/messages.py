@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated
 
 from common.config.section import NAME
-from common.config.site_policy import PrivacyConfig
+from common.config.site import PrivacyConfig
 from common.errors import AT_A_SITE, FedSpanError, WireError
 from common.metrics import SCORES
 from common.protocol.fields import (

@@ -35,8 +35,7 @@ from rich.console import Console
 from common.errors import RunFolderError
 from common.metrics import SCORES
 from common.system.command import FAILED, Command, number
-from common.system.files import write_atomically
-from common.system.lock import hold
+from common.system.files import hold, write_atomically
 from common.system.processes import last_lines
 from common.text import clock
 from deploy.experiment import trial as cells

@@ -11,7 +11,7 @@ from common.config.federation import AdmissionConfig, CohortConfig
 from common.errors import FederationError, WireError, kind_of
 from common.protocol.messages import Hello, HelloRequest
 from server.loop.inflight import LOST, POLL_SECONDS, Mailbox, failure_in
-from server.run import node_owners
+from server.run import from_supervisor
 from server.run.folder import RunFolder
 from server.run.quarantine import Refusals
 from strategies.flower.messages import Client, RuleMessages
@@ -90,7 +90,9 @@ class Roster:
     def returned(self, group: str) -> list[int]:
         """Nodes that connected anew, with the same key, after they had been sent a message that is not answered."""
         waiting = self._mailbox.open(group)
-        return [sent.node_id for sent in waiting if node_owners.activated(self._folder.path, sent.node_id) > sent.at]
+        return [
+            sent.node_id for sent in waiting if from_supervisor.activated(self._folder.path, sent.node_id) > sent.at
+        ]
 
     def _note_connections(self, online: set[int]) -> None:
         """Note which admitted sites have gone or come back since the last look."""
@@ -183,7 +185,7 @@ class Roster:
 
     def _objection(self, node_id: int, hello: Hello) -> str | None:
         """Why a site cannot take part; None when it can."""
-        owner = node_owners.site_of(self._folder.path, node_id)
+        owner = from_supervisor.site_of(self._folder.path, node_id)
         if owner not in (hello.site, None):
             registered = f"its key is registered as {owner}" if owner else "its key is not in the register of sites"
             return f"node {node_id} says that it is {hello.site}, but {registered}"

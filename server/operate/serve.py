@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
     from server.operate.progress import teller
     from server.operate.supervise import ROOT, Supervised, follow, make_folder, run_until_done
     from server.report.write import write_report
-    from server.run import bundle_signatures
+    from server.run import from_supervisor
     from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
     from server.superlink import registry, signatures
     from server.superlink.process import OwnSuperLink, environment, sockets
@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
         console, seen = Console(), len(read_lines(run_dir / "events.jsonl"))
         home, tell = run_dir / "flwr", teller(console.print, run_dir.name)
         env = environment(home, federation)
-        bundle_signatures.keep(run_dir, signed)
+        from_supervisor.keep_signatures(run_dir, signed)
         with sockets(home) as folder, ProcessGroup(run_dir / "logs") as group:
             own = OwnSuperLink(folder / "superlink", options.fleet_api_address, tls, options.registry)
             run = Supervised(federation, run_dir, group, options.superlink or own, env, tell, tries=options.tries)

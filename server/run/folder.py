@@ -31,10 +31,9 @@ import yaml
 
 from common.config.federation import FederationConfig
 from common.errors import RunFolderError
-from common.system.files import write_atomically
-from common.system.lock import hold, is_held
+from common.system.files import hold, is_held, write_atomically
+from common.system.machine import machine, versions
 from server.run.events import log_event, new_event
-from server.run.machine import machine, versions
 
 FEDERATION = "federation.yaml"
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint

@@ -18,8 +18,7 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from common.errors import LaunchError, RunFolderError
-from common.system.files import write_atomically
-from common.system.lock import hold, is_held
+from common.system.files import hold, is_held, write_atomically
 from server.run.folder import in_use
 
 _FILE, _LOCK = "supervisor.json", ".supervisor"

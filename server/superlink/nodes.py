@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import ConfigError, LaunchError
-from server.run import node_owners
+from server.run import from_supervisor
 from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.process import OwnSuperLink
@@ -97,7 +97,7 @@ class Nodes:
                     came = datetime.fromisoformat(nodes[key].last_activated_at)
                     whose[str(node_id)]["activated"] = came.timestamp()
         if whose != self._whose:
-            node_owners.write(self._run_dir, whose)
+            from_supervisor.write_owners(self._run_dir, whose)
             self._whose = whose
 
     def _named(self, key: str) -> str:
@@ -113,5 +113,5 @@ def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str
     """What keeps a SuperLink of our own to its register of sites; None, and nothing left of an earlier one, without."""
     if superlink is not None and superlink.registry is not None:
         return Nodes(superlink.registry, superlink, run_dir, tell)
-    node_owners.remove(run_dir)
+    from_supervisor.remove_owners(run_dir)
     return None

@@ -21,8 +21,8 @@ from common.config.federation import Name, Section
 from common.config.load import parse
 from common.errors import ConfigError
 from common.system.command import Command
+from common.system.files import hold
 from common.system.keys import fingerprint, read_bytes, read_public, write
-from common.system.lock import hold
 
 _PATIENCE = 10.0  # seconds to wait for another who edits the file
 _Date = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(value) if isinstance(value, str) else value)]

@@ -21,7 +21,7 @@ from common.system.processes import ProcessGroup, Started, free_ports
 from deploy.cli import main
 from deploy.keys import certs
 from deploy.sandbox.flower import wait_for
-from server.run.node_owners import site_of
+from server.run.from_supervisor import site_of
 from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.nodes import Nodes

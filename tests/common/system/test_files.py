@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.system.files import built, write_atomically, write_new
-from common.system.lock import hold, is_held
+from common.system.files import built, hold, is_held, write_atomically, write_new
 from tests.harness.full_disk import no_space
 from tests.harness.launcher import ROOT
 
@@ -136,7 +135,7 @@ def test_crash_in_the_middle_leaves_the_old_folder(tmp_path: Path, when: str) ->
 def test_lock_is_held_by_one_and_freed_when_it_is_killed(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     assert not is_held(file)
-    code = "import sys; from pathlib import Path; from common.system.lock import hold\n"
+    code = "import sys; from pathlib import Path; from common.system.files import hold\n"
     code += "assert hold(Path(sys.argv[1])) is not None; print(flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, file], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE

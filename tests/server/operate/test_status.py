@@ -17,7 +17,7 @@ from flwr.app import Message, MetricRecord
 from rich.console import Console
 
 from common.errors import FederationError, LaunchError, RunFailed, RunFolderError
-from common.system.lock import hold
+from common.system.files import hold
 from deploy.cli import main
 from server.loop.checkpoint import newest
 from server.operate import status

@@ -1,6 +1,8 @@
-"""How much memory a process took at most; and when it runs out: go on with fewer rows at a time."""
+"""This machine: what it is, how much memory a process took at most, and how to go on when memory runs out."""
 
 import gc
+import os
+import platform
 import re
 import resource
 import sys
@@ -9,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
+
+from common.text import installed
 
 E = TypeVar("E")
 T = TypeVar("T")
@@ -62,3 +67,23 @@ def halving(rows: list[E], size: int, work: Callable[[list[E]], T]) -> Iterator[
         else:
             yield done
             start += len(part)
+
+
+_PACKAGES = ("fedspan", "flwr", "torch", "transformers", "peft", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter to a result."""
+    return {"python": platform.python_version(), **{package: installed(package) for package in _PACKAGES}}
+
+
+def machine() -> dict[str, object]:
+    """System, processor, cores, memory and GPUs of the server's machine."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "gpus": gpus}

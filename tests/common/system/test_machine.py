@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from common.system.memory import attempt, halving, resident_peak
+from common.system.machine import attempt, halving, resident_peak
 
 
 def worker(most: int, sizes: list[int]) -> Callable[[list[int]], int]:
@@ -22,7 +22,7 @@ def worker(most: int, sizes: list[int]) -> Callable[[list[int]], int]:
 
 def test_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
     code = (
-        "from common.system.memory import resident_peak as peak; a = peak(); b = b'x' * 200_000_000; print(a, peak())"
+        "from common.system.machine import resident_peak as peak; a = peak(); b = b'x' * 200_000_000; print(a, peak())"
     )
     held = b"x" * 1_000_000_000
     assert resident_peak() > len(held)
