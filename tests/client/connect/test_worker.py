@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from client import app
+from client import app, received
 from client.connect import verify, worker_process
 from client.connect.worker_process import RuntimeApi
 from client.connect.worker_supervisor import Keeper, Options
 from client.privacy import guard
+from common.protocol.messages import SIGNATURES
 
 
 def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -31,6 +32,6 @@ def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, ca
 
 def test_names_by_which_programs_know_each_other_are_the_same() -> None:
     """The worker's process imports no FedSpan, and server and client not each other: each has its own copy."""
-    assert (worker_process.VETTED, worker_process.LONG_LIVED) == (app.VETTED, app.LONG_LIVED)
+    assert (worker_process.VETTED, worker_process.LONG_LIVED) == (app.VETTED, received.LONG_LIVED)
     assert worker_process.BUNDLE == guard.BUNDLE
     assert verify.RECORD_KEY == SIGNATURES
