@@ -17,6 +17,7 @@ from client import app as site_app
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from common.protocol import wire
 from deploy.sandbox.tiny import make_federation
 from server.loop.rounds import RoundLoop
 from server.loop.server_model import Evaluator
@@ -127,8 +128,12 @@ def test_fedftg_averages_a_head_whole_beside_the_factors(
 ) -> None:
     """The next version goes down in steps, of which the head is a part."""
     strategy = {"name": "fedftg", "blocks": "all", "rank": 1, "scale": 1.0, "head": "train", "subspace": subspace}
-    state, records, _ = run(tmp_path, monkeypatch, make=make_image_federation, strategy=strategy, rounds=3)
+    state, records, sites = run(tmp_path, monkeypatch, make=make_image_federation, strategy=strategy, rounds=3)
     losses, bytes_ = of(records, "evaluate"), of(records, "train")
+    for one in sites.values():  # what came is kept as it came: bundled
+        kept = {key: record for key, record in one.context.state.items() if key.startswith("step-")}
+        assert list(kept) == ["step-000001", "step-000002", "step-000003"]
+        assert {array.stype for record in kept.values() for array in record.values()} == {wire.BUNDLE}
     head = sum(4 * tensor.numel() for name, tensor in state.items() if name.startswith("classifier"))
     assert head == 4 * (3 * 16 + 3)
     for site in ("site-a", "site-b"):
