@@ -48,7 +48,7 @@ def run() -> Table:
     """The federation once, by process, and its peer once."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         file = make_federation(Path(temporary), SITES)
-        command = [sys.executable, "-m", "deploy.local", str(file), "--runs", temporary, "--name", "processes"]
+        command = [sys.executable, "-m", "deploy", "run", str(file), "--runs", temporary, "--name", "processes"]
         spent, total, wall = measure(command)
         _, peer, peer_wall = measure([sys.executable, "-c", IN_ONE_PROCESS, str(file), f"{temporary}/one"])
     rows: list[dict[str, Cell]] = [

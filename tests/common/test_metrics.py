@@ -14,7 +14,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from common.metrics import COUNTS, SCORES, Score, confusion, scores
-from tests.harness.launcher import environment
+from tests.harness.processes import environment
 
 PREDICTIONS = ["acute pain of the left hand", "Unspecified fracture", "nothing"]
 REFERENCES = ["acute pain of left hand", "unspecified  fracture.", "chronic ulcer of the foot"]

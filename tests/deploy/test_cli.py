@@ -16,7 +16,7 @@ from common.errors import ConfigError, FedSpanError, LedgerError, RunFolderError
 from common.system.command import Parser, execute
 from deploy import cli
 from deploy.completion import script
-from tests.harness.launcher import FEDSPAN, ROOT, environment
+from tests.harness.processes import FEDSPAN, ROOT, environment
 from tests.harness.programs import needs
 
 PRODUCT = ("client", "common", "deploy", "server", "strategies")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.sandbox.tiny import make_federation
-from tests.harness.faults import Federation
+from tests.harness.in_one_process import expected
 
 QUIET = {"every": 100, "max_examples": 1, "samples": 0}
 SIZES = {"site-a": 9, "site-b": 17}
@@ -25,19 +24,11 @@ def injected(request: pytest.FixtureRequest) -> Note:
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The run folder of a federation to which nothing happens, made once for every strategy and number of rounds."""
-    made: dict[str, Path] = {}
+    """The run folder of a federation to which nothing happens."""
 
     def run(strategy: object, rounds: int) -> Path:
-        key = f"{strategy}/{rounds}"
-        if key not in made:
-            file = make_federation(
-                tmp_path_factory.mktemp("straight"), SIZES, strategy=strategy, rounds=rounds, evaluation=QUIET
-            )
-            with Federation(file) as federation:
-                assert federation.wait() == 0, federation.log
-            made[key] = federation.run
-        return made[key]
+        folder = tmp_path_factory.mktemp("straight") / "federation"
+        return expected(folder, SIZES, strategy=strategy, rounds=rounds, evaluation=QUIET)
 
     return run
 

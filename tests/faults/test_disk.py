@@ -10,7 +10,8 @@ import pytest
 from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import QUIET, SIZES, Note
 from tests.faults.test_kills import FEDFTG, ROLORA
-from tests.harness.faults import Federation, kill, same_result, trainings
+from tests.harness.processes import Federation, kill
+from tests.harness.results import same_result, trainings
 
 RESUMED = "a named reason; --resume gives the result"
 

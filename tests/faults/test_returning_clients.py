@@ -12,8 +12,8 @@ from common.model.tuning import tune
 from deploy.sandbox.flower import Flower, kill, wait_for
 from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import Note
-from tests.harness.faults import lines
-from tests.harness.launcher import ROOT
+from tests.harness.processes import ROOT
+from tests.harness.results import lines
 
 SIZES = {"site-a": 9, "site-b": 17}
 ROUNDS = 4

@@ -16,8 +16,8 @@ from deploy.sandbox.flower import Flower, wait_for
 from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import QUIET, SIZES, Note
 from tests.faults.test_kills import FEDFTG, ROLORA
-from tests.harness.faults import Federation, lines, same_result, trainings
-from tests.harness.launcher import ROOT
+from tests.harness.processes import ROOT, Federation
+from tests.harness.results import lines, same_result, trainings
 
 FLEXLORA, FFALORA = {**ROLORA, "name": "flexlora"}, {**ROLORA, "name": "ffa-lora"}
 POISON = Path(__file__).parent / "poison_app"

@@ -13,7 +13,7 @@ from deploy.sandbox.flower import wait_for
 from server.superlink.bundle import bundle_digest, make_bundle
 from server.superlink.control import control, is_over, start_run, stop_runs
 from server.superlink.process import OwnSuperLink, sockets
-from tests.harness.launcher import ROOT, environment
+from tests.harness.processes import ROOT, environment
 
 
 @dataclass

@@ -26,7 +26,7 @@ from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.nodes import Nodes
 from server.superlink.process import OwnSuperLink, Tls, sockets
-from tests.harness.launcher import ROOT, environment
+from tests.harness.processes import ROOT, environment
 
 SITES = ("site-a", "site-b", "site-c", "late", "stranger", "expired", "open")
 

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.sandbox.tiny import make_federation
 from server.run.folder import read_lines
-from tests.harness.launcher import ROOT, environment
+from tests.harness.processes import ROOT, environment
 
 PAGE = ROOT / "docs" / "new-strategy.md"
 RUN = """

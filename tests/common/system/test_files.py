@@ -10,7 +10,7 @@ import pytest
 
 from common.system.files import built, hold, is_held, write_atomically, write_new
 from tests.harness.full_disk import no_space
-from tests.harness.launcher import ROOT
+from tests.harness.processes import ROOT
 
 _KILLED = """
 import os, signal, sys

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from deploy.cli import main
-from tests.harness.launcher import ROOT
+from tests.harness.processes import ROOT
 
 ROW = "Jane Doe, born 1970"
 SERVER = """

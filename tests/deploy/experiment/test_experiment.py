@@ -26,7 +26,7 @@ from deploy.experiment.run import Experiment
 from deploy.experiment.trial import start
 from deploy.sandbox.tiny import make_federation, make_shard
 from server.run.folder import read_lines
-from tests.harness.launcher import ROOT, environment
+from tests.harness.processes import ROOT, environment
 
 SIZES = {"site-a": 9, "site-b": 17}
 TERMS = {"prompt": "term", "answer": "title"}

@@ -12,7 +12,7 @@ from common.errors import FederationError
 from deploy.cli import main
 from server.superlink.registry import read
 from tests.harness.fake_sites import Site, run
-from tests.harness.launcher import FEDSPAN
+from tests.harness.processes import FEDSPAN
 from tests.harness.programs import needs
 
 

@@ -1,40 +1,60 @@
-"""A real federation under the launcher, and what can happen to its processes."""
+"""A real federation of processes, started as its user starts it, and what can happen to its processes."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
-import torch
-from safetensors.torch import load_file
 
-from tests.harness.launcher import command, environment, survivors
+from tests.harness.results import Record, lines
 
-Event = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+FEDSPAN = [sys.executable, "-m", "deploy"]
+SECONDS = 400.0  # a deadline decides nothing: it ends what hangs
 
 
-def lines(file: Path) -> list[Event]:
-    """The complete records of a .jsonl file."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def launch(federation: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a federation to its end."""
+    command = [*FEDSPAN, "run", str(federation), "--runs", str(federation.parent / "runs"), *options]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False)
+
+
+def survivors(federation: Path) -> list[str]:
+    """Command lines of living processes that belong to a run of ``federation``."""
+    return [line for _, line in _living(federation.parent)]
 
 
 class Federation:
-    """A run of ``fedspan run`` in the background. Use as a context manager."""
+    """A federation in the background. Use as a context manager.
 
-    def __init__(self, file: Path, name: str = "tiny", *options: str) -> None:
+    Args:
+        file: the federation file.
+        name: of the run.
+        options: of ``fedspan run``.
+        env: variables besides.
+    """
+
+    def __init__(self, file: Path, name: str = "tiny", *options: str, env: Mapping[str, str] | None = None) -> None:
         self.file, self.run = file, file.parent / "runs" / name
         self._log = file.parent / f"{name}.log"
         self._begun = len(lines(self.run / "events.jsonl"))
+        command = [*FEDSPAN, "run", str(file), "--runs", str(self.run.parent), "--name", name, *options]
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(
-                command(file, "--name", name, *options), env=environment(), stdout=out, stderr=subprocess.STDOUT
+                command, env={**environment(), **(env or {})}, stdout=out, stderr=subprocess.STDOUT
             )
 
     def __enter__(self) -> Self:
@@ -52,26 +72,26 @@ class Federation:
         """What the operator sees."""
         return self._log.read_text()
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[Record]:
         """What has happened since this start."""
         return lines(self.run / "events.jsonl")[self._begun :]
 
-    def wait_for(self, what: Callable[[], object], seconds: float = 180.0) -> None:
+    def wait_for(self, what: Callable[[], object]) -> None:
         """Wait until something has happened in the living federation."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + SECONDS
         while not what():
             assert self.process.poll() is None, self.log
-            assert time.monotonic() < deadline, f"did not happen within {seconds:g} seconds\n{self.log}"
+            assert time.monotonic() < deadline, f"did not happen within {SECONDS:g} seconds\n{self.log}"
             time.sleep(0.02)
 
     def wait_event(self, kind: str, **fields: object) -> None:
         wanted = {"event": kind, **fields}
         self.wait_for(lambda: any(wanted.items() <= event.items() for event in self.events()))
 
-    def wait(self, seconds: float = 300.0) -> int:
+    def wait(self, seconds: float = SECONDS) -> int:
         """Its exit code; no process may be left then."""
         code = self.process.wait(seconds)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while survivors(self.file):  # of processes that were killed, whose children end when they miss their parents
             assert time.monotonic() < deadline, survivors(self.file)
             time.sleep(0.2)
@@ -79,17 +99,7 @@ class Federation:
 
     def find(self, *parts: str) -> list[psutil.Process]:
         """Living processes of this federation whose command line holds all parts."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                home = process.environ().get("FLWR_HOME", "")
-                line = " ".join(process.cmdline())
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and home.startswith(str(self.file.parent)) and all(part in line for part in parts):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return [process for process, line in _living(self.file.parent) if all(part in line for part in parts)]
 
     def server(self) -> list[psutil.Process]:
         """The ServerApp's process, once it writes to the run folder."""
@@ -125,21 +135,10 @@ def kill(processes: list[psutil.Process]) -> int:
     return len(processes)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the model in a folder: of a run, its result."""
-    return {key: t for p in sorted((folder / "model").glob("*.safetensors")) for key, t in load_file(p).items()}
-
-
-def same_result(one: Path, other: Path, base: Path, tolerance: float = 1e-5) -> None:
-    """The changes that two runs made to the model in the folder ``base`` differ by rounding only."""
-    start, a, b = weights(base), weights(one), weights(other)
-    assert a.keys() == b.keys()
-    assert a
-    for key, tensor in a.items():
-        moved = float((tensor - start.get(key, torch.zeros(()))).norm())
-        assert float((tensor - b[key]).norm()) <= tolerance * max(moved, 1e-12), key
-
-
-def trainings(run: Path) -> list[tuple[int, str]]:
-    """Which updates made the result, by round and site."""
-    return sorted((r["round"], r["client"]) for r in lines(run / "metrics.jsonl") if r["phase"] == "train")
+def _living(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
+    """Processes whose Flower files are below a folder, with their command lines."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            home = process.environ().get("FLWR_HOME", "")
+            if home.startswith(f"{folder}{os.sep}") and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, " ".join(process.cmdline())

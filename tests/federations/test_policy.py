@@ -1,19 +1,17 @@
 """A federation of a private site and one with a limit; and one that no site may take part in."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from client.privacy.ledger import Entry, verify
+from client.privacy.ledger import verify
 from client.privacy.noise import epsilon
-from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
-from server.report.read import read_run
-from server.report.write import render
-from tests.harness.launcher import launch, survivors
+from server.report.write import read_run, render
+from tests.harness.in_one_process import in_one_process
+from tests.harness.results import Record, events, lines, outcome, records
 
 PRIVATE = {"clip": 0.01, "noise_multiplier": 1.0, "delta": 1e-5, "max_epsilon": 100.0}
 
@@ -22,33 +20,28 @@ def change(file: Path, **sections: Any) -> None:
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **sections}))
 
 
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def ledger(folder: Path, site: str) -> list[Entry]:
-    path = folder / f"{site}-ledger.jsonl"
-    assert main(["ledger", "verify", str(path)]) == 0
-    return lines(path)
+def ledger(run: Path, site: str) -> list[Record]:
+    path = run.parents[1] / f"{site}-ledger.jsonl"
+    entries = lines(path)
+    assert verify(path).lines == len(entries)
+    return entries
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ends in round 2, for which it needs both sites; the folder of the federation file."""
+    """Ends in round 2, for which it needs both sites."""
     folder = tmp_path_factory.mktemp("policy")
     file = make_federation(folder, {"private": 13, "limited": 17}, admission={"max_noise": 0.01})
     change(folder / "private.yaml", privacy=PRIVATE)
     change(folder / "limited.yaml", policy={"max_rounds": 1, "share_metrics": False})
-    done = launch(file)
-    assert done.returncode == 1, done.stdout + done.stderr
-    said = " ".join((done.stdout + done.stderr).split())
-    assert "round 2: 1 valid updates, 2 needed; limited: this site's policy: `max_rounds` is 1" in said
-    assert survivors(file) == []
-    return folder
+    run = in_one_process(file, ends="failed")
+    reason = "round 2: 1 valid updates, 2 needed; limited: this site's policy: `max_rounds` is 1"
+    assert reason in outcome(run)["reason"]
+    return run
 
 
 def test_site_at_its_limit_refuses_with_a_reason_on_both_sides(run: Path) -> None:
-    (refused,) = [e for e in lines(run / "runs/tiny/events.jsonl") if e["event"] == "client_failed"]
+    (refused,) = events(run, "client_failed")
     assert (refused["round"], refused["client"]) == (2, "limited")
     assert [(e["event"], e.get("message"), e.get("round")) for e in ledger(run, "limited")] == [
         ("begun", None, None),
@@ -56,15 +49,17 @@ def test_site_at_its_limit_refuses_with_a_reason_on_both_sides(run: Path) -> Non
         ("sent", "train", 1),
         ("refused", "train", 2),
     ]
-    log = (run / "runs/tiny/logs/limited-worker.log").read_text()
-    assert len([line for line in log.splitlines() if "`max_rounds` is 1" in line]) == 1
+    log = (run.parents[1] / "together.log").read_text()
+    assert (
+        len([line for line in log.splitlines() if " client.privacy.guard: " in line and "`max_rounds` is 1" in line])
+        == 1
+    )
 
 
 def test_private_site_sends_noise_and_nothing_else_that_knows_its_rows(run: Path) -> None:
-    records = lines(run / "runs/tiny/metrics.jsonl")
-    (trained,) = [r for r in records if r["phase"] == "train" and r["client"] == "private"]
+    (trained,) = [r for r in records(run, "train") if r["client"] == "private"]
     assert sorted(trained["train"]) == ["learning_rate", "num_examples", "steps"]
-    assert {r["client"] for r in records if r["phase"] == "evaluate"} == {"server"}
+    assert {r["client"] for r in records(run, "evaluate")} == {"server"}
     sent = [e for e in ledger(run, "private") if e["event"] == "sent" and e["message"] == "train"]
     assert [e["round"] for e in sent] == [1, 2]  # the second left too, and counts, though the round failed
     assert [e["privacy"]["epsilon_total"] for e in sent] == pytest.approx([epsilon(4.0, 1e-5), epsilon(8.0, 1e-5)])
@@ -73,23 +68,18 @@ def test_private_site_sends_noise_and_nothing_else_that_knows_its_rows(run: Path
 
 
 def test_operator_sees_who_adds_noise(run: Path) -> None:
-    joined = {e["client"]: e for e in lines(run / "runs/tiny/events.jsonl") if e["event"] == "client_joined"}
+    joined = {event["client"]: event for event in events(run, "client_joined")}
     assert joined["private"]["privacy"] == {"clip": 0.01, "noise": 0.01, "delta": 1e-5, "max_epsilon": 100.0}
     assert joined["limited"]["privacy"] is None
     assert [joined[site]["held_out"] for site in joined] == [0, 0]
-    assert "clip 0.01, noise 0.01, stops at" in render(read_run(run / "runs/tiny"))
+    assert "clip 0.01, noise 0.01, stops at" in render(read_run(run))
 
 
-@pytest.mark.long
 def test_site_whose_noise_or_policy_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
-    """In processes of Flower's own, one for every message."""
-    file = make_federation(tmp_path, {"noisy": 9, "elsewhere": 13}, rounds=1)
-    change(file, local={**yaml.safe_load(file.read_text())["local"], "warm": False})
+    file = make_federation(tmp_path, {"noisy": 9, "elsewhere": 13}, rounds=1, cohort={"join_deadline": 5.0})
     change(tmp_path / "noisy.yaml", privacy=PRIVATE)
     change(tmp_path / "elsewhere.yaml", policy={"federations": ["another"]})
-    done = launch(file)
-    assert done.returncode == 1
-    said = " ".join((done.stdout + done.stderr).split())
+    said = outcome(in_one_process(file, ends="failed"))["reason"]
     assert "noisy: it adds noise of standard deviation 0.01 to every number" in said
     assert "allowed by `admission.max_noise`: 0" in said
     assert "elsewhere: this site's policy: `federations` allows another; this is tiny" in said

@@ -1,4 +1,4 @@
-"""LoRA federations through the launcher: mixed ranks, a trained head, and results that PEFT loads."""
+"""LoRA federations: mixed ranks, a trained head, and results that PEFT loads."""
 
 import json
 from pathlib import Path
@@ -7,29 +7,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from deploy.sandbox.tiny import make_federation
-from tests.harness.launcher import launch, survivors
+from tests.harness.in_one_process import in_one_process
+from tests.harness.results import outcome, payload, records
 
 PARTS = ("hand", "foot", "ear")
 IDS = torch.arange(5, 13)[None]
-
-
-def records(federation: Path, phase: str) -> list[dict[str, object]]:
-    lines = (federation.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["phase"] == phase]
-
-
-def trained_shapes(federation: Path) -> dict[str, list[int]]:
-    run = json.loads((federation.parent / "runs" / "tiny" / "run.json").read_text())
-    return dict(run["trained"])
-
-
-def payload(shapes: dict[str, list[int]]) -> int:
-    """Bytes of small float32 tensors of these shapes in a message: those of a safetensors file of them."""
-    return len(save({name: torch.zeros(shape) for name, shape in shapes.items()}))
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +25,11 @@ def flexlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = make_federation(folder, {"site-a": 9, "site-b": 17}, strategy=strategy)
     site = folder / "site-b.yaml"
     site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "max_rank": 2}))
-    done = launch(file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert survivors(file) == []
-    return file
+    return in_one_process(file)
 
 
 def test_sites_of_different_rank_exchange_factors_of_their_own_rank(flexlora: Path) -> None:
-    whole = trained_shapes(flexlora)
+    whole = outcome(flexlora)["trained"]
     half = {name: [2 if side == 4 else side for side in shape] for name, shape in whole.items()}
     for record in records(flexlora, "train"):
         expected = payload(whole if record["client"] == "site-a" else half)
@@ -58,7 +40,7 @@ def test_every_round_reports_truncation_ranks_and_drift_per_block(flexlora: Path
     rounds = records(flexlora, "aggregate")
     assert [r["round"] for r in rounds] == [1, 2]
     for record in rounds:
-        found: dict[str, float] = record["diagnostics"]  # type: ignore[assignment]
+        found = record["diagnostics"]
         names = {"truncation-loss", "numerical-rank", "stable-rank", "client-norm", "client-cosine"}
         assert {name.partition("/")[0] for name in found} == names
         for block in range(4):
@@ -69,16 +51,14 @@ def test_every_round_reports_truncation_ranks_and_drift_per_block(flexlora: Path
 
 
 def test_adapter_folder_loads_with_peft_and_equals_the_merged_model(flexlora: Path) -> None:
-    run = flexlora.parent / "runs" / "tiny"
-    base = AutoModelForCausalLM.from_pretrained(flexlora.parent / "model")
+    base = AutoModelForCausalLM.from_pretrained(flexlora.parents[1] / "model")
     plain = base(input_ids=IDS).logits.detach()
-    adapted = PeftModel.from_pretrained(base, run / "model")
-    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    adapted = PeftModel.from_pretrained(base, flexlora / "model")
+    merged = AutoModelForCausalLM.from_pretrained(flexlora / "merged")
     torch.testing.assert_close(adapted(input_ids=IDS).logits, merged(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(adapted(input_ids=IDS).logits, plain, atol=1e-4)
 
 
-@pytest.mark.long
 def test_trained_head_of_a_classifier_is_averaged_and_counted(tmp_path: Path) -> None:
     file = make_federation(
         tmp_path,
@@ -91,18 +71,17 @@ def test_trained_head_of_a_classifier_is_averaged_and_counted(tmp_path: Path) ->
         rows = [json.loads(line) for line in shard.read_text().splitlines()]
         labelled = [{**row, "title": next(part for part in PARTS if part in row["term"])} for row in rows]
         shard.write_text("".join(json.dumps(row) + "\n" for row in labelled))
-    done = launch(file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    shapes = trained_shapes(file)
+    run = in_one_process(file)
+    shapes = outcome(run)["trained"]
     (head,) = [name for name in shapes if "lora" not in name]
-    assert all(r["bytes"]["up"] == payload(shapes) for r in records(file, "train"))  # type: ignore[index]
+    assert all(r["bytes"]["up"] == payload(shapes) for r in records(run, "train"))
     scores = {"loss", "perplexity", "examples", "accuracy", "macro_f1", "mcc"}
-    for record in records(file, "evaluate"):  # counts by label are of the server's own set only
+    for record in records(run, "evaluate"):  # counts by label are of the server's own set only
         counts = {f"confusion/{i}/{j}" for i in range(3) for j in range(3)} if record["client"] == "server" else set()
-        assert set(record["evaluate"]) == scores | counts  # type: ignore[call-overload]
-    assert [name for name in records(file, "aggregate")[0]["diagnostics"] if name.startswith("aggregation-error/")]  # type: ignore[union-attr, attr-defined]
+        assert set(record["evaluate"]) == scores | counts
+    assert [name for name in records(run, "aggregate")[0]["diagnostics"] if name.startswith("aggregation-error/")]
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=len(PARTS))
-    adapted = PeftModel.from_pretrained(base, tmp_path / "runs" / "tiny" / "model")
+    adapted = PeftModel.from_pretrained(base, run / "model")
     kept = {n.replace(".modules_to_save.default.", "."): p for n, p in adapted.named_parameters()}
     assert tuple(kept[head].shape) == (len(PARTS), 32)
     assert adapted(input_ids=IDS).logits.shape == (1, len(PARTS))

@@ -1,0 +1,34 @@
+"""How many sites' sessions a process holds."""
+
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+
+from client import app as client
+from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
+from common.config.load import load
+from deploy.sandbox.tiny import make_federation
+
+
+def test_process_holds_as_many_sessions_as_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_federation(tmp_path, {"site-a": 9, "site-b": 17, "site-c": 9})
+    settings = settings_for_sites(resolved(load(file, FederationConfig), file))
+
+    def session(site: str) -> object:
+        message = Message(RecordDict({"config": ConfigRecord({"federation": settings})}), 2, MessageType.QUERY)
+        site_file = tmp_path / f"{site}.yaml"
+        context = Context(1, 2, {"site": str(site_file)}, RecordDict(), {})
+        return client._session(load(site_file, SiteConfig), message, context)
+
+    monkeypatch.setattr(client, "_sessions", {})
+    first = session("site-a")
+    assert session("site-a") is first
+    session("site-b")
+    assert session("site-a") is not first  # one at a time
+    monkeypatch.setenv(client.SESSIONS, "2")
+    a, b = session("site-a"), session("site-b")
+    assert (session("site-a"), session("site-b")) == (a, b)
+    c = session("site-c")  # the oldest makes room
+    assert (session("site-b"), session("site-c")) == (b, c)
+    assert session("site-a") is not a
