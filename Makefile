@@ -25,11 +25,14 @@ demo: $(READY) ## Run a real federation: three sites, a real model, real data; e
 	$(BIN)/fedspan demo
 	$(BIN)/fedspan run deploy/demo/federation.yaml --name "demo-$$(date +%Y%m%d-%H%M%S)"
 
-test: lint ## Format check, lint, types, and tests, JOBS (2) at a time; those of many processes one by one
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --ignore tests/processes --ignore tests/faults
-	$(BIN)/python -m pytest tests/processes tests/faults
+test: lint ## Format check, lint and types; then units, JOBS (2) at a time; then federations of processes, one by one
+	@echo "== units and federations in one process, $(JOBS) at a time"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --durations=10 --ignore tests/processes --ignore tests/faults
+	@echo "== federations of processes, one by one"
+	$(BIN)/python -m pytest --durations=10 tests/processes tests/faults
 
 lint: $(READY) ## Format check, lint and types only
+	@echo "== format, lint, types"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -38,7 +41,7 @@ test-long: $(READY) ## The tests that `make test` leaves out, but for faults and
 	$(BIN)/python -m pytest tests -m long --ignore tests/faults --ignore tests/compose
 
 faults: $(READY) ## Inject faults into real federations (one to two hours); ends with a table
-	$(BIN)/python -m pytest tests/faults tests/processes/test_supervise.py -m "long or not long"
+	$(BIN)/python -m pytest tests/faults tests/processes/test_across_machines.py -m "long or not long"
 
 compose-test: $(READY) ## Build, run and attack the containers (about 25 minutes); needs a Docker engine
 	$(BIN)/python -m pytest tests/compose -m long -s -v

@@ -28,7 +28,7 @@ from server.superlink.bundle import make_bundle
 from server.superlink.control import control, start_run
 from server.superlink.process import DATABASE, OwnSuperLink, forget_messages, sockets
 from tests.attacks.account import as_other_account, needs_root
-from tests.harness.launcher import ROOT, environment
+from tests.harness.processes import ROOT, environment
 
 TASKS = (TaskType.SERVER_APP, TaskType.CLIENT_APP)
 

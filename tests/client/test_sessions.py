@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, RecordDict
 
 from client import app as client
 from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
 from common.config.load import load
+from common.protocol.messages import HelloRequest
 from deploy.sandbox.tiny import make_federation
 
 
@@ -16,10 +17,10 @@ def test_process_holds_as_many_sessions_as_it_may(tmp_path: Path, monkeypatch: p
     settings = settings_for_sites(resolved(load(file, FederationConfig), file))
 
     def session(site: str) -> object:
-        message = Message(RecordDict({"config": ConfigRecord({"federation": settings})}), 2, MessageType.QUERY)
+        request = HelloRequest(federation=settings, signatures=None)
         site_file = tmp_path / f"{site}.yaml"
         context = Context(1, 2, {"site": str(site_file)}, RecordDict(), {})
-        return client._session(load(site_file, SiteConfig), message, context)
+        return client._session(load(site_file, SiteConfig), request, context)
 
     monkeypatch.setattr(client, "_sessions", {})
     first = session("site-a")

@@ -15,7 +15,6 @@ import pytest
 from common.config.federation import FederationConfig, SiteConfig
 from common.config.load import load
 from tests.harness.manifests import ROOT, paths, read, understood, within
-from tests.harness.processes import FEDSPAN
 
 DOCKERFILES = [ROOT / "deploy" / f"{name}.Dockerfile" for name in ("server", "client")]
 COMPOSE = read(ROOT / "docker-compose.yml")[0]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from common.config.federation import FederationConfig, FFALoRAConfig
+from common.config.federation import FederationConfig
 from common.config.load import load
+from common.config.strategy import FFALoRAConfig
 from common.data.tasks import make_task
 from common.model.tuning import tune
 from deploy.sandbox.flower import Flower, kill, wait_for

@@ -41,13 +41,13 @@ def test_average_equals_an_independent_float64_computation(federation: tuple[Pat
             session = Session(load(own, SiteConfig), own, config)
             start = session._tuned.get() if state is None else state
             session.set_state(start, None, list(start))
-            _, told = session.train(server_round, list(start))
-            replies.append((session._tuned.get(), told))  # the weights as they are, whatever form they travel in
-        total = sum(int(m["num-examples"]) for _, m in replies)
+            session.train(server_round, list(start))
+            replies.append((session._tuned.get(), session.train_rows))  # the weights, whatever form they travel in
+        total = sum(rows for _, rows in replies)
         state = {
             name: torch.from_numpy(
                 sum(
-                    (t[name].numpy().astype(np.float64) * (int(m["num-examples"]) / total) for t, m in replies),
+                    (t[name].numpy().astype(np.float64) * (rows / total) for t, rows in replies),
                     start=np.zeros(tuple(replies[0][0][name].shape)),
                 ).astype(np.float32)
             )

@@ -56,14 +56,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     file = make_federation(folder, SIZES, local=None, **SETTINGS)
     signature, register = folder / "bundle.sig", folder / "register.json"
     keys(folder, signature, register)
-    control, fleet, port = free_ports(3)
+    (fleet,) = free_ports(1)
     with ProcessGroup(folder / "logs") as group:
         here = Path(os.path.relpath(folder))  # as the README's operator names them
         tls = ["--ssl-ca-certfile", str(here / "pki" / "ca.crt"), "--ssl-certfile", str(here / "pki" / "server.pem")]
         tls += ["--ssl-keyfile", str(here / "pki" / "server.key"), "--registry", str(here / register.name)]
         tls += ["--signature", str(here / signature.name)]
         command = [*FEDSPAN, "serve", str(file), "--runs", str(folder / "runs"), *tls]
-        command += ["--port", str(control), "--fleet-api-address", f"127.0.0.1:{fleet}"]
+        command += ["--fleet-api-address", f"127.0.0.1:{fleet}"]
         server = group.start("server", command, environment())
         status = folder / "status.json"
         link = ["--superlink", f"127.0.0.1:{fleet}", "--root-certificates", str(folder / "pki" / "ca.crt")]
@@ -71,7 +71,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
         join = [*FEDSPAN, "site", "join", str(folder / "site-a.yaml"), *link, str(folder / "site-a.key")]
         member = group.start("site-a", [*join, "--status", str(status)], environment())
         node = [sys.executable, "-P", str(ROOT / "client" / "connect" / "supernode.py"), *link]
-        node += [str(folder / "site-b.key"), "--port", str(port), "--node-config", f'site="{folder}/site-b.yaml"']
+        node += [str(folder / "site-b.key"), "--socket", str(folder / "site-b.socket")]
+        node += ["--node-config", f'site="{folder}/site-b.yaml"']
         group.start("site-b", node, {**environment(), **flower.environment(folder / "site-b", hub=False)})
         kill_worker(status)
         log = folder / "logs" / "server.log"

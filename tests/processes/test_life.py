@@ -19,14 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
-from common.system.flower import program
 from common.system.processes import free_ports
 from deploy.sandbox.tiny import make_federation
 from server.run.folder import check_resumable
-from server.run.state import Overview, overview
+from server.run.state import RunState, read_state
 from tests.harness.command import fedspan
 from tests.harness.in_one_process import in_one_process
-from tests.harness.processes import Federation, environment, survivors
+from tests.harness.processes import FEDSPAN, Federation, environment, survivors
 from tests.harness.results import events, payload, records, same_bits, trainings
 from tests.server.operate.test_metrics import Samples, scrape
 
@@ -57,7 +56,7 @@ class Life:
     stopped: tuple[int, str]
     code: int
     left: list[str]
-    interrupted: Overview
+    interrupted: RunState
     log: str
     changed: tuple[int, str]
     resumed: tuple[int, str]
@@ -87,7 +86,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
         found["stopped"] = fedspan("stop", "tiny", "--runs", run.parent, "--deadline", 300)
         found["code"], found["left"], found["log"] = federation.process.wait(60), survivors(file), federation.log
     check_resumable(run, resolved(load(file, FederationConfig), file))
-    found["interrupted"] = overview(run)
+    found["interrupted"] = read_state(run)
     told = file.read_text()
     config = yaml.safe_load(told)
     file.write_text(yaml.safe_dump({**config, "training": {**config["training"], "learning_rate": 0.5}}))
@@ -100,9 +99,10 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
 
 def flower_lists(run: Path, number: str) -> dict[str, Any]:
     """A run as Flower's own command shows it."""
-    env = {**environment(), "FLWR_HOME": str(run / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
-    command = [program("flwr"), "list", "local", "--run-id", number, "--format", "json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True)
+    asked = ["flower", "--runs", str(run.parent), run.name, "list", "local", "--run-id", number, "--format", "json"]
+    done = subprocess.run(
+        [*FEDSPAN, *asked], env=environment(), capture_output=True, text=True, timeout=300, check=True
+    )
     (listed,) = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
     return dict(listed)
 
@@ -194,6 +194,17 @@ def test_training_lowers_the_held_out_loss_everywhere(life: Life) -> None:
     loss = {(r["round"], r["client"]): r["evaluate"]["loss"] for r in records(life.run, "evaluate")}
     for who in (*SIZES, "server"):
         assert loss[ROUNDS, who] < loss[0, who]
+
+
+def test_disk_keeps_no_message_and_nothing_for_other_accounts(life: Life) -> None:
+    sent = [t for file in life.run.glob("checkpoints/*/steps.safetensors") for t in load_file(file).values()]
+    parts = [part for t in sent if len(part := t.numpy().tobytes()[:64]) == 64]
+    assert len(parts) > len(SIZES)
+    flower = b"".join(file.read_bytes() for file in (life.run / "flwr").rglob("*") if file.is_file())
+    assert len(flower) > 100_000
+    assert not any(part in flower for part in parts)
+    wide = {str(file): oct(mode) for file in (life.run, *life.run.rglob("*")) if (mode := file.lstat().st_mode) & 0o077}
+    assert wide == {}
 
 
 def test_result_loads_and_answers(life: Life) -> None:

@@ -8,7 +8,7 @@ from common.system.processes import ProcessGroup, listens
 from deploy.sandbox.flower import Flower, wait_for
 from deploy.sandbox.tiny import make_federation
 from server.run.folder import in_use
-from server.run.state import overview
+from server.run.state import read_state
 from tests.harness.command import fedspan
 from tests.harness.processes import FEDSPAN, SECONDS, environment
 from tests.harness.results import outcome
@@ -41,10 +41,10 @@ def test_stop_ends_the_run_and_not_the_superlink(tmp_path: Path) -> None:
         env = {**environment(), "FLWR_HOME": str(tmp_path / "flwr")}
         supervisor = group.start("supervisor", serve(file), env).process
         begun = run_dir / "supervisor.json"
-        wait_for(lambda: begun.exists() and overview(run_dir).state == "running", SECONDS)
+        wait_for(lambda: begun.exists() and read_state(run_dir).state == "running", SECONDS)
         code, said = fedspan("stop", "tiny", "--runs", run_dir.parent, "--deadline", 300)
         assert code == 0, said
         assert supervisor.wait(60) == 130
         wait_for(lambda: not in_use(run_dir), SECONDS)  # no site ever came: the server ends because it is told to
         assert listens(flower.fleet)
-    assert overview(run_dir).state == "interrupted"
+    assert read_state(run_dir).state == "interrupted"

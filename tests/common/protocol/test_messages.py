@@ -37,7 +37,7 @@ from common.protocol.messages import (
     TrainRequest,
     failures,
 )
-from tests.harness.launcher import ROOT
+from tests.harness.processes import ROOT
 
 ARRAYS = ArrayRecord({"w": Array("float32", (1,), "numpy.ndarray", b"1234")})
 NOISE = Declared(clip=0.5, noise=4.0, delta=1e-5, max_epsilon=8.0)
