@@ -165,7 +165,9 @@ def cohort_bound(norms: Mapping[str, float], ratio: float) -> float:
         norms: of the whole update, by client; of a noised one its ``signal``.
         ratio: how many times as far as the median client one may move.
     """
-    median = statistics.median_low(norms.values()) if len(norms) >= _COHORT else 0.0
+    # The upper of two middle norms: half a cohort that stands still must not shut out the half that trains, and fewer
+    # than half of a round's updates are ever above it.
+    median = statistics.median_high(norms.values()) if len(norms) >= _COHORT else 0.0
     return ratio * median if median > 0 else math.inf
 
 

@@ -58,7 +58,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     keys(folder, signature, register)
     (fleet,) = free_ports(1)
     with ProcessGroup(folder / "logs") as group:
-        here = Path(os.path.relpath(folder))  # as the README's operator names them
+        here = Path(os.path.relpath(folder))  # as docs/operators.md names them
         tls = ["--ssl-ca-certfile", str(here / "pki" / "ca.crt"), "--ssl-certfile", str(here / "pki" / "server.pem")]
         tls += ["--ssl-keyfile", str(here / "pki" / "server.key"), "--registry", str(here / register.name)]
         tls += ["--signature", str(here / signature.name)]

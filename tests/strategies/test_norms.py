@@ -139,6 +139,17 @@ def test_few_wild_clients_are_beyond_the_cohorts_bound_and_no_honest_one_is(
     assert all(norm > bound for name, norm in all_norms.items() if name.startswith("w"))
 
 
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=20), st.floats(1.0, 100.0))
+def test_cohort_never_shuts_out_half_of_itself(norms: list[float], ratio: float) -> None:
+    bound = cohort_bound({str(i): norm for i, norm in enumerate(norms)}, ratio)
+    assert sum(norm > bound for norm in norms) * 2 < max(len(norms), 1)
+
+
+def test_half_a_cohort_that_hardly_moves_does_not_evict_the_other_half() -> None:
+    bound = cohort_bound({"still-a": 1e-9, "still-b": 1e-9, "honest-a": 1.0, "honest-b": 2.0}, 10.0)
+    assert bound > 2.0
+
+
 def test_two_clients_and_clients_that_stood_still_are_no_cohort() -> None:
     assert math.isinf(cohort_bound({"a": 1.0, "b": 1e9}, 10.0))
     assert math.isinf(cohort_bound({"a": 0.0, "b": 0.0, "c": 1.0}, 10.0))
