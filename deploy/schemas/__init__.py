@@ -12,7 +12,6 @@ from typing import Any
 from common.config.federation import FederationConfig, Section, SiteConfig
 from common.system.command import Command
 from deploy.experiment.config import ExperimentConfig
-from deploy.schemas.what_leaves import what_leaves
 
 FOLDER = Path(__file__).parent
 _SECTIONS: dict[str, type[Section]] = {
@@ -55,6 +54,7 @@ def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> 
 def written() -> dict[Path, str]:
     """The text of every file that is made from the code, by its path."""
     from deploy.schemas import reference  # which asks every command for its options
+    from deploy.schemas.what_leaves import what_leaves  # which needs Flower
 
     found = schemas()
     pages = {reference.FILE: reference.reference(found), reference.FILE.with_name("what-leaves.md"): what_leaves()}

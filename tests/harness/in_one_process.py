@@ -66,12 +66,12 @@ def expected(folder: Path, sizes: dict[str, int], **changes: object) -> Path:
 
 
 def _work(file: Path, run: Path, log: Path, resume: bool, cold: bool) -> None:
-    from client import app
+    from client import app, received
     from deploy.experiment import simulate
 
     class Forgetful(simulate.InProcessGrid):
         def __enter__(self) -> Self:
-            del os.environ[app.LONG_LIVED], os.environ[app.SESSIONS]
+            del os.environ[received.LONG_LIVED], os.environ[app.SESSIONS]
             return self
 
         def _answer(self, message_id: str, sent: Message) -> Message:

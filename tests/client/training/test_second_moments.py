@@ -21,7 +21,7 @@ from strategies.admission.bounds import change_norms, check_possible, moved
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions
 from strategies.rule import Update
-from tests.client.privacy.test_guard import PRIVATE, Site
+from tests.client.privacy.test_guard import HELLO, PRIVATE, Site
 from tests.client.test_session import session
 from tests.client.training.test_galore import gradients, run, weight
 
@@ -170,4 +170,4 @@ def test_site_with_differential_privacy_refuses(tmp_path: Path) -> None:
     """Only the change of the weights carries noise."""
     asked = session(tmp_path, strategy=AVERAGED).federation
     with pytest.raises(PolicyError, match="`privacy` allows `optimizer_state` reset"):
-        Site(tmp_path, privacy=PRIVATE).gate().check(asked, 1, [])
+        Site(tmp_path, privacy=PRIVATE).gate().check(asked, HELLO)
