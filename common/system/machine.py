@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-import torch
 
 from common.text import installed
 
@@ -37,6 +36,8 @@ def attempt(work: Callable[[], T]) -> T | None:
 
     An exception keeps all tensors of the frames that it went through; it ends here, and they with it.
     """
+    import torch  # here, so that looking at a run's folder does not load it
+
     try:
         return work()
     except RuntimeError as error:
@@ -47,6 +48,8 @@ def attempt(work: Callable[[], T]) -> T | None:
 
 def release() -> None:
     """Free what is left of a failed attempt: tensors in reference cycles, and the cache of CUDA's allocator."""
+    import torch
+
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -79,6 +82,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, object]:
     """System, processor, cores, memory and GPUs of the server's machine."""
+    import torch
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
