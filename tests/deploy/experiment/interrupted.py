@@ -23,6 +23,7 @@ def save_and_interrupt(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     sys.exit(main())
 if __name__ == "__mp_main__":  # this module in the process of a trial
     rounds.save = save_and_interrupt
