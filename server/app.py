@@ -1,5 +1,8 @@
 """The Flower ServerApp: reads the federation file, runs the rounds, leaves the results in the run folder."""
 
+import os
+import threading
+import time
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,6 +18,7 @@ from server.run import from_supervisor
 from server.run.folder import RunFolder
 
 app = ServerApp()
+_ORPHAN_SECONDS = 20.0  # to write down that it was interrupted
 
 
 @app.main()
@@ -25,10 +29,28 @@ def main(grid: Grid, context: Context) -> None:
         FedSpanError: with the reason, after it was written to the run folder; Flower then marks the run failed.
     """
     logs.configure("server")
+    _end_with_parent()
     source, run_dir = (Path(str(context.run_config.get(key, ""))) for key in ("federation", "run-dir"))
     if not source.is_absolute() or not run_dir.is_absolute():
         raise ConfigError("--run-config must give federation='/path/FEDERATION.yaml' and run-dir='/path/runs/NAME'")
     federate(grid, source, run_dir, resume=bool(context.run_config.get("resume", False)), flower_run=context.run_id)
+
+
+def _end_with_parent() -> None:
+    """End this process soon after the one that started it, in whatever it is.
+
+    Flower's own watch raises SIGINT in a thread, which does not wake the main thread from a call to a SuperLink that is
+    gone, and such calls are repeated for ever.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def federate(
