@@ -22,7 +22,7 @@ from server.operate.supervise import Supervised, follow
 from server.run.folder import check_resumable, read_lines, refuse_existing
 from server.superlink.process import OwnSuperLink, environment, sockets
 
-_POLL = ("--poll", "0.2")  # seconds between a SuperNode's questions for messages
+_POLL = ("--poll", "0.5")  # seconds between a SuperNode's questions for messages
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--poll",
         type=number(float, 0.01, unit="seconds"),
-        default=0.1,
+        default=0.3,
         metavar="SECONDS",
-        help="between two questions for work (default: 0.1)",
+        help="between two questions for work (default: 0.3)",
     )
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
 
