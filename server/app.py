@@ -92,24 +92,24 @@ def _run(
 ) -> None:
     from server.loop.checkpoint import newest
     from server.loop.rounds import RoundLoop
-    from server.loop.server_model import Evaluator
+    from server.loop.server_model import ServerModel
     from strategies.flower.named import make_strategy
 
-    evaluator = Evaluator(config, source)
-    state = evaluator.initial_state()
+    server_model = ServerModel(config, source)
+    state = server_model.initial_state()
     checkpoint = (
         newest(folder.path, lambda reason: folder.event("checkpoint_damaged", reason=reason)) if resume else None
     )
     if resume:
-        folder.same_models({"base_digest": evaluator.base_digest, "tokenizer_digest": evaluator.tokenizer_digest})
+        folder.same_models({"base_digest": server_model.base_digest, "tokenizer_digest": server_model.tokenizer_digest})
         folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
-        folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=lost_with_the_run(config))
+        folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=site_state_lost(config))
     trained = {name: tensor for name, tensor in state.items() if not name.endswith(BASE_WEIGHT)}
     folder.model_info(
         {
-            "base_digest": evaluator.base_digest,
-            "tokenizer_digest": evaluator.tokenizer_digest,
-            "model_parameters": evaluator.model_parameters,
+            "base_digest": server_model.base_digest,
+            "tokenizer_digest": server_model.tokenizer_digest,
+            "model_parameters": server_model.model_parameters,
             "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
         }
     )
@@ -119,9 +119,9 @@ def _run(
         strategy=config.strategy.name,
         trained_tensors=len(trained),
         trained_parameters=sum(tensor.numel() for tensor in trained.values()),
-        model_parameters=evaluator.model_parameters,
+        model_parameters=server_model.model_parameters,
     )
-    before = evaluator.answers(state)
+    before = server_model.answers(state)
     strategy = make_strategy(
         config.strategy,
         seed=config.training.seed,
@@ -131,8 +131,8 @@ def _run(
     settings = HelloRequest(
         federation=settings_for_sites(config), signatures=from_supervisor.kept_signatures(folder.path)
     )
-    state = RoundLoop(grid, config, settings, strategy, evaluator, folder).run(state, checkpoint)
-    after = evaluator.answers(state)
+    state = RoundLoop(grid, config, settings, strategy, server_model, folder).run(state, checkpoint)
+    after = server_model.answers(state)
     folder.samples(
         [
             {"prompt": b["prompt"], "expected": b["expected"], "before": b["answer"], "after": a["answer"]}
@@ -140,11 +140,11 @@ def _run(
         ]
     )
     if keep_model:
-        evaluator.export(state, folder.path)
+        server_model.export(state, folder.path)
     folder.finish()
 
 
-def lost_with_the_run(config: FederationConfig) -> str | None:
+def site_state_lost(config: FederationConfig) -> str | None:
     """What sites keep for themselves, and no longer have in a new Flower run."""
     strategy = config.strategy
     kept = {

@@ -24,7 +24,7 @@ from deploy import cli
 from deploy.experiment.compare import write_comparison
 from deploy.sandbox.tiny import make_federation, make_model
 from deploy.schemas import FOLDER, schemas
-from server.loop.server_model import Evaluator
+from server.loop.server_model import ServerModel
 from server.operate.progress import render
 from server.operate.status import show_one
 from server.report.write import write_report
@@ -160,9 +160,10 @@ def test_server_evaluates_a_new_task_by_its_scores_and_asks_for_text_where_it_wr
 ) -> None:
     if new:
         request.getfixturevalue("new_task")
-    evaluator = Evaluator(*federation(tmp_path))
-    state = evaluator.initial_state()
-    assert ("error" in evaluator.evaluate(state), len(evaluator.answers(state))) == ((True, 0) if new else (False, 2))
+    server_model = ServerModel(*federation(tmp_path))
+    state = server_model.initial_state()
+    found = "error" in server_model.evaluate(state), len(server_model.answers(state))
+    assert found == ((True, 0) if new else (False, 2))
 
 
 @pytest.mark.usefixtures("new_task")

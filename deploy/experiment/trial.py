@@ -79,9 +79,9 @@ def _goes_on(folder: Path, federation: FederationConfig, facts: Mapping[str, Any
     A final one does not, because its sites would hold nothing and be sent everything once more: bytes that a run in one
     go does not move. Nor does one whose sites have lost what they kept for themselves.
     """
-    from server.app import lost_with_the_run
+    from server.app import site_state_lost
 
-    return not facts["final"] and status(folder) == "running" and lost_with_the_run(federation) is None
+    return not facts["final"] and status(folder) == "running" and site_state_lost(federation) is None
 
 
 def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], threads: int) -> BaseProcess:

@@ -10,75 +10,79 @@ from flwr.serverapp import Grid
 from common.config.federation import AdmissionConfig, CohortConfig
 from common.errors import FederationError, WireError, kind_of
 from common.protocol.messages import Hello, HelloRequest
-from server.loop.inflight import LOST, POLL_SECONDS, Mailbox, failure_in
+from server.loop.inflight import LOST, POLL_SECONDS, InFlight, failure_in
 from server.run import from_supervisor
 from server.run.folder import RunFolder
-from server.run.quarantine import Refusals
+from server.run.quarantine import Quarantine
 from strategies.flower.messages import Client, RuleMessages
 
 _GROUP = "hello"
 _HELLOS = 3  # so often a node is asked whose hello was lost with a process of its
 
 
-class Roster:
-    """The admitted sites by node id.
+class Clients:
+    """The nodes of sites: who has said hello, who is admitted, who is connected.
 
     Args:
         grid: Flower's grid.
-        mailbox: shared with the round loop.
+        in_flight: shared with the round loop.
         folder: where joins and refusals are noted.
         settings: what every request holds.
-        refusals: which sites are left out.
+        quarantine: which sites are left out.
         admission: how much noise a site may add, and how many rows it may have.
         base_digest: of the server's base model.
         tokenizer_digest: of the server's tokenizer.
         expected: how many sites there are at most; once so many have answered, nobody is waited for. None: unknown.
+
+    Attributes:
+        hellos: of the admitted nodes, by node id.
+        refused: why the others are not admitted, by node id.
     """
 
     def __init__(
         self,
         grid: Grid,
-        mailbox: Mailbox,
+        in_flight: InFlight,
         folder: RunFolder,
         settings: HelloRequest,
-        refusals: Refusals,
+        quarantine: Quarantine,
         admission: AdmissionConfig,
         *,
         base_digest: str,
         tokenizer_digest: str,
         expected: int | None,
     ) -> None:
-        self.members: dict[int, Hello] = {}
+        self.hellos: dict[int, Hello] = {}
         self.refused: dict[int, str] = {}
-        self._grid, self._mailbox, self._folder = grid, mailbox, folder
-        self._settings, self._refusals, self._admission = settings, refusals, admission
+        self._grid, self._in_flight, self._folder = grid, in_flight, folder
+        self._settings, self._quarantine, self._admission = settings, quarantine, admission
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
         self._kinds: dict[str, str] = {}  # of errors in place of a hello, or in it, by site
-        self._greeted: set[int] = set()
+        self._asked: set[int] = set()
         self._lost = Counter[int]()  # hellos by node
         self._up: set[str] = set()  # admitted sites that are connected, as far as it has been noted
         self._namesakes: dict[int, Hello] = {}  # of nodes whose name another connected node has
 
-    def greet(self) -> None:
+    def poll_hellos(self) -> None:
         """Take in whom an operator readmits and who is new: ask for a hello, read the answers. Does not wait.
 
         A site that was killed and started again comes as a new node while Flower still counts the old one as
         connected, for about a minute; it is taken in as soon as that one is gone.
         """
-        for site in self._refusals.readmitted():
+        for site in self._quarantine.readmitted():
             self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
         online = set(self._grid.get_node_ids())
         self._note_connections(online)
         for node_id in self.returned(_GROUP):
-            self._mailbox.forget(_GROUP, node_id)
-            self._greeted.remove(node_id)
-        new = [node_id for node_id in online if node_id not in self._greeted]
+            self._in_flight.forget(_GROUP, node_id)
+            self._asked.remove(node_id)
+        new = [node_id for node_id in online if node_id not in self._asked]
         if new:
             content = self._settings.to_record()
-            self._mailbox.push([Message(content, node_id, MessageType.QUERY) for node_id in new], _GROUP)
-            self._greeted.update(new)
-        for sent, reply in self._mailbox.arrived(_GROUP):
+            self._in_flight.push([Message(content, node_id, MessageType.QUERY) for node_id in new], _GROUP)
+            self._asked.update(new)
+        for sent, reply in self._in_flight.arrived(_GROUP):
             self._take_in(sent.node_id, reply)
         for node_id, hello in list(self._namesakes.items()):
             if node_id not in online:
@@ -89,35 +93,35 @@ class Roster:
 
     def returned(self, group: str) -> list[int]:
         """Nodes that connected anew, with the same key, after they had been sent a message that is not answered."""
-        waiting = self._mailbox.open(group)
+        waiting = self._in_flight.open(group)
         return [
             sent.node_id for sent in waiting if from_supervisor.activated(self._folder.path, sent.node_id) > sent.at
         ]
 
     def _note_connections(self, online: set[int]) -> None:
         """Note which admitted sites have gone or come back since the last look."""
-        up = {self.members[node_id].site for node_id in online & self.members.keys()}
+        up = {self.hellos[node_id].site for node_id in online & self.hellos.keys()}
         for site in sorted(up ^ self._up):
             self._folder.event("client_connected" if site in up else "client_disconnected", client=site)
         self._up = up
 
     def connected(self) -> list[int]:
         """Admitted nodes that are connected now and not left out, in a fixed order (by site name)."""
-        excluded = self._refusals.excluded()
-        return [node_id for node_id in self._online() if self.members[node_id].site not in excluded]
+        excluded = self._quarantine.excluded()
+        return [node_id for node_id in self._online() if self.hellos[node_id].site not in excluded]
 
     def node_of(self, site: str) -> int | None:
         """The connected node of a site."""
-        return next((node_id for node_id in self.connected() if self.members[node_id].site == site), None)
+        return next((node_id for node_id in self.connected() if self.hellos[node_id].site == site), None)
 
-    def introduce(self, strategy: RuleMessages) -> None:
+    def register_with(self, strategy: RuleMessages) -> None:
         """Tell the strategy of sites that are new."""
-        for node_id, member in self.members.items():
+        for node_id, hello in self.hellos.items():
             if node_id not in strategy.clients:
-                rank = member.rank if strategy.rule.section.mixed_ranks else None
-                strategy.clients[node_id] = Client(member.site, rank, has_base=True)
+                rank = hello.rank if strategy.rule.section.mixed_ranks else None
+                strategy.clients[node_id] = Client(hello.site, rank, has_base=True)
 
-    def gather(self, cohort: CohortConfig) -> None:
+    def wait_for(self, cohort: CohortConfig) -> None:
         """Wait until ``min_clients`` sites are admitted.
 
         Raises:
@@ -126,7 +130,7 @@ class Roster:
         deadline = time.monotonic() + cohort.join_deadline
         reported = -1
         while True:
-            self.greet()
+            self.poll_hellos()
             ready = len(self.connected())
             if ready >= cohort.min_clients:
                 return
@@ -134,10 +138,10 @@ class Roster:
                 left = max(0.0, deadline - time.monotonic())
                 self._folder.event("waiting", connected=ready, needed=cohort.min_clients, deadline=round(left))
                 reported = ready
-            silent = len(self._mailbox.waiting(_GROUP))
-            answered = len(self._greeted) - silent
+            silent = len(self._in_flight.waiting(_GROUP))
+            answered = len(self._asked) - silent
             if time.monotonic() > deadline or (self._expected is not None and answered >= self._expected):
-                reasons = [*self.refused.values(), *self._refusals.excluded().values()]
+                reasons = [*self.refused.values(), *self._quarantine.excluded().values()]
                 if silent:
                     reasons.append(f"{silent} connected node(s) did not say hello")
                 raise FederationError(
@@ -151,7 +155,7 @@ class Roster:
         if (failure := failure_in(reply)) is not None:
             self._lost[node_id] += failure.code in LOST
             if failure.code in LOST and self._lost[node_id] < _HELLOS:
-                self._greeted.remove(node_id)  # it is asked again if it is still there
+                self._asked.remove(node_id)  # it is asked again if it is still there
             else:
                 self._refuse(node_id, f"node {node_id}", failure.reason, failure.kind)
             return
@@ -162,7 +166,7 @@ class Roster:
             self._refuse(node_id, site, f"{site}: {unreadable}", kind_of(unreadable))
 
     def _admit(self, node_id: int, hello: Hello) -> None:
-        """Make a node a member, or say why not."""
+        """Admit a node, or say why not."""
         site = hello.site
         if (objection := self._objection(node_id, hello)) is not None:
             self._refuse(node_id, site, f"{site}: {objection}")
@@ -171,7 +175,7 @@ class Roster:
             self._namesakes[node_id] = hello
             self._refuse(node_id, site, f"{site}: a site of this name has already joined, and is still connected")
             return
-        self.members[node_id] = hello
+        self.hellos[node_id] = hello
         self._up.add(site)
         self._folder.event(
             "client_joined",
@@ -204,12 +208,12 @@ class Roster:
         return None
 
     def _connected_as(self, site: str) -> bool:
-        return any(self.members[node_id].site == site for node_id in self._online())
+        return any(self.hellos[node_id].site == site for node_id in self._online())
 
     def _online(self) -> list[int]:
         """Admitted nodes that are connected now, by site name."""
-        online = set(self._grid.get_node_ids()) & self.members.keys()
-        return sorted(online, key=lambda node_id: self.members[node_id].site)
+        online = set(self._grid.get_node_ids()) & self.hellos.keys()
+        return sorted(online, key=lambda node_id: self.hellos[node_id].site)
 
     def _refuse(self, node_id: int, site: str, reason: str, kind: str | None = None) -> None:
         """Note why a node does not take part; ``kind`` is that of its error, if there was one."""

@@ -76,7 +76,7 @@ class _Pull(threading.Thread):
         return self._found
 
 
-class Mailbox:
+class InFlight:
     """Sends messages and hands out their replies, one at a time and none of them twice."""
 
     def __init__(self, grid: Grid) -> None:
@@ -145,14 +145,14 @@ class Mailbox:
         self._late |= late
         return [sent.node_id for sent in late.values()]
 
-    def late(self, patience: float) -> Iterator[Sent]:
+    def late(self, lifetime: float) -> Iterator[Sent]:
         """Messages given up on whose replies have come since; these are dropped.
 
         Args:
-            patience: seconds after which a message is not asked for any more.
+            lifetime: seconds after which a message is not asked for any more.
         """
         now = time.time()
-        self._late = {i: sent for i, sent in self._late.items() if now < sent.at + patience}
+        self._late = {i: sent for i, sent in self._late.items() if now < sent.at + lifetime}
         for message_id in list(self._late):
             for reply in self._pull(message_id):
                 sent = self._late.pop(message_id)

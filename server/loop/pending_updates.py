@@ -15,7 +15,7 @@ from strategies.rule import Update
 _WHOLE, _LEFT, _RIGHT = "whole", "left", "right"  # groups of tensors; of factors with the term's number
 
 
-class Spool:
+class PendingUpdates:
     """Updates in files of a folder, which is emptied first and removed at the end. Use as a context manager.
 
     Args:
@@ -26,7 +26,7 @@ class Spool:
         self._folder = folder
         self._kept: dict[str, tuple[Path, Update]] = {}  # by client; of the update all but its tensors
 
-    def __enter__(self) -> "Spool":
+    def __enter__(self) -> "PendingUpdates":
         shutil.rmtree(self._folder, ignore_errors=True)  # of a server that was killed
         return self
 

@@ -11,7 +11,7 @@ from server.run.folder import RunFolder
 from strategies.rule import Update
 
 
-class RoundNotes:
+class RoundRecorder:
     """Notes of the round under way.
 
     Args:

@@ -12,12 +12,12 @@ from common.config.federation import FederationConfig
 from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError, WireError, kind_of
 from common.protocol.fields import Content
 from common.protocol.messages import Failure, HelloRequest, TrainReply, TrainRequest
-from server.loop.clients import Roster
-from server.loop.inflight import LOST, Mailbox, Sent, failure_in
-from server.loop.pending_updates import Spool
-from server.loop.recorder import RoundNotes, record_evaluation
+from server.loop.clients import Clients
+from server.loop.inflight import LOST, InFlight, Sent, failure_in
+from server.loop.pending_updates import PendingUpdates
+from server.loop.recorder import RoundRecorder, record_evaluation
 from server.run.folder import RunFolder
-from server.run.quarantine import Refusals
+from server.run.quarantine import Quarantine
 from strategies.admission.bounds import Moved, change_norms, check_possible, cohort_bound, moved
 from strategies.flower.messages import RuleMessages
 from strategies.rule import Outcome, Tensors, Update
@@ -34,9 +34,9 @@ class Parts:
     config: FederationConfig
     settings: HelloRequest
     strategy: RuleMessages
-    mailbox: Mailbox
-    roster: Roster
-    refusals: Refusals
+    in_flight: InFlight
+    clients: Clients
+    quarantine: Quarantine
     folder: RunFolder
 
     @property
@@ -57,15 +57,15 @@ class Round:
         number: of the round, from 1.
         state: that the sites start from.
         evaluate: whether they evaluate it first.
-        patience: seconds after which the round closes once it has ``min_clients`` updates.
+        deadline: seconds after which the round closes once it has ``min_clients`` updates.
     """
 
-    def __init__(self, parts: Parts, number: int, state: Tensors, *, evaluate: bool, patience: float) -> None:
-        self.notes = RoundNotes(number, parts.folder)
+    def __init__(self, parts: Parts, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> None:
+        self.recorder = RoundRecorder(number, parts.folder)
         self._parts, self._number, self._state, self._evaluate = parts, number, state, evaluate
         self._group = f"train/{number}"
         self._asked = time.monotonic()
-        self._patience, self._cohort = patience, parts.config.cohort
+        self._deadline, self._cohort = deadline, parts.config.cohort
         self._lost: dict[str, Failure] = {}  # sites whose work was lost with their connection or worker
         self._again: set[str] = set()
 
@@ -75,8 +75,8 @@ class Round:
         for node_id, state in parts.strategy.train_states(self._number, self._state, nodes):
             request = TrainRequest.of(parts.settings, state, evaluate=self._evaluate)
             messages.append(parts.message(request, node_id, MessageType.TRAIN, self._number))
-            self.notes.asked(node_id, request.num_bytes)
-        parts.mailbox.push(messages, self._group)
+            self.recorder.asked(node_id, request.num_bytes)
+        parts.in_flight.push(messages, self._group)
 
     def combine(self) -> Outcome:
         """Wait for the replies and combine those that count.
@@ -87,35 +87,35 @@ class Round:
         try:
             outcome = self._parts.strategy.combine(self._number, self._state, self._counted())
         except AggregationError as error:
-            causes = {**self.notes.kinds, "server": kind_of(error)}
+            causes = {**self.recorder.kinds, "server": kind_of(error)}
             raise FederationError(f"round {self._number}: {error}{self._reasons()}", causes) from None
-        valid, needed = len(self.notes.admitted), self._cohort.min_clients
+        valid, needed = len(self.recorder.admitted), self._cohort.min_clients
         if valid < needed:
             reason = f"round {self._number}: {valid} valid updates, {needed} needed{self._reasons()}"
-            raise FederationError(reason, self.notes.kinds)
-        self.notes.close(outcome.diagnostics)
+            raise FederationError(reason, self.recorder.kinds)
+        self.recorder.close(outcome.diagnostics)
         return outcome
 
     def _counted(self) -> Iterator[Update]:
         """The updates that count: all of them as they arrive, or, by name, those that move as far as most do."""
-        ratio, refusals = self._parts.config.admission.norm_ratio, self._parts.refusals
+        ratio, quarantine = self._parts.config.admission.norm_ratio, self._parts.quarantine
         if ratio is None:
             for update, _ in self._updates():
-                refusals.note(update.client, refused=False)
+                quarantine.note(update.client, refused=False)
                 yield update
                 del update
             return
         moves: dict[str, Moved] = {}
-        with Spool(self._parts.folder.path / "incoming") as spool:
+        with PendingUpdates(self._parts.folder.path / "incoming") as pending:
             for update, how_far in self._updates():
                 moves[update.client] = how_far
-                spool.put(update)
+                pending.put(update)
                 del update
             bound = cohort_bound({client: how_far.signal for client, how_far in moves.items()}, ratio)
-            for update in spool.updates():
+            for update in pending.updates():
                 norm, noise = moves[update.client].norm, moves[update.client].noise
                 if norm <= bound + noise:
-                    refusals.note(update.client, refused=False)
+                    quarantine.note(update.client, refused=False)
                     yield update
                 else:
                     limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
@@ -126,19 +126,19 @@ class Round:
 
     def _updates(self) -> Iterator[tuple[Update, Moved]]:
         """Well-formed updates with their norms as they arrive; what is refused, fails or stays away is noted."""
-        mailbox, since = self._parts.mailbox, time.monotonic()
-        for sent, reply in mailbox.replies(self._group, self._deadline, self._look_after_lost):
-            self.notes.elsewhere += time.monotonic() - since
+        in_flight, since = self._parts.in_flight, time.monotonic()
+        for sent, reply in in_flight.replies(self._group, self._closes_at, self._look_after_lost):
+            self.recorder.elsewhere += time.monotonic() - since
             found = self._take(sent, reply)
             del reply
             if found is not None:
                 yield found
                 del found
             since = time.monotonic()
-        self.notes.elsewhere += time.monotonic() - since
-        for node_id in mailbox.forget(self._group):
+        self.recorder.elsewhere += time.monotonic() - since
+        for node_id in in_flight.forget(self._group):
             name = self._parts.strategy.client(node_id).name
-            seconds = self._deadline() - self._asked
+            seconds = self._closes_at() - self._asked
             self._lost[name] = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no answer within {seconds:.4g} seconds")
         for name, failure in self._lost.items():
             self._fail(name, failure)
@@ -172,7 +172,7 @@ class Round:
             reason = f"{name}: its reply cannot be used ({kind_of(error)}; the server's log says where)"
             self._refuse(name, reason, kind_of(error))
             return None
-        self.notes.update(sent, told, update)
+        self.recorder.update(sent, told, update)
         if self._evaluate:
             record_evaluation(self._parts.folder, self._number - 1, name, told.scores)
         return update, how_far
@@ -185,47 +185,48 @@ class Round:
         """
         strategy, config = self._parts.strategy, self._parts.config
         update = strategy.admit(told, node_id)
-        member = self._parts.roster.members[node_id]
-        rows = member.train_rows
+        hello = self._parts.clients.hellos[node_id]
+        rows = hello.train_rows
         if update.num_examples != rows:
             raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {rows} rows")
         base = strategy.base_of(node_id)
         norms = change_norms(update, base)
-        check_possible(update, norms, base, config.training, config.strategy, member.privacy)
-        return update, moved(norms, rows, base, config.training, config.strategy, member.privacy)
+        check_possible(update, norms, base, config.training, config.strategy, hello.privacy)
+        return update, moved(norms, rows, base, config.training, config.strategy, hello.privacy)
 
     def _look_after_lost(self) -> bool:
         """Give work that was lost to sites that are back; whether to wait for those that are not."""
-        mailbox, roster, strategy = self._parts.mailbox, self._parts.roster, self._parts.strategy
-        roster.greet()  # who comes late joins the next round
-        returned = roster.returned(self._group)
-        for node_id in mailbox.waiting(self._group):
+        in_flight, clients, strategy = self._parts.in_flight, self._parts.clients, self._parts.strategy
+        clients.poll_hellos()  # who comes late joins the next round
+        returned = clients.returned(self._group)
+        for node_id in in_flight.waiting(self._group):
             name = strategy.client(node_id).name
-            if node_id in returned or roster.node_of(name) not in (node_id, None):  # it came back, maybe as a new node
-                mailbox.forget(self._group, node_id)
+            if node_id in returned or clients.node_of(name) not in (node_id, None):  # it came back, maybe as a new node
+                in_flight.forget(self._group, node_id)
                 self._lost[name] = Failure(ErrorCode.NODE_UNAVAILABLE, "its connection was lost")
         for name in list(self._lost):
-            back = roster.node_of(name)
+            back = clients.node_of(name)
             if back is not None:
                 del self._lost[name]
-                roster.introduce(strategy)
+                clients.register_with(strategy)
                 self.ask([back])
-        return bool(self._lost) and len(self.notes.admitted) < self._cohort.min_clients
+        return bool(self._lost) and len(self.recorder.admitted) < self._cohort.min_clients
 
-    def _deadline(self) -> float:
-        enough = len(self.notes.admitted) >= self._cohort.min_clients
-        return self._asked + (self._patience if enough else self._cohort.round_deadline)
+    def _closes_at(self) -> float:
+        """When the round closes, by ``time.monotonic()``."""
+        enough = len(self.recorder.admitted) >= self._cohort.min_clients
+        return self._asked + (self._deadline if enough else self._cohort.round_deadline)
 
     def _fail(self, site: str, failure: Failure) -> None:
-        self.notes.problem(site, "client_failed", f"{site}: {failure.reason}", failure.kind)
+        self.recorder.problem(site, "client_failed", f"{site}: {failure.reason}", failure.kind)
 
     def _refuse(self, site: str, reason: str, kind: str) -> None:
-        self.notes.problem(site, "update_refused", reason, kind)
-        refusals = self._parts.refusals
-        before = refusals.excluded()
-        refusals.note(site, refused=True)
-        for left_out in refusals.excluded().keys() - before.keys():
-            self._parts.folder.event("client_excluded", client=left_out, reason=refusals.excluded()[left_out])
+        self.recorder.problem(site, "update_refused", reason, kind)
+        quarantine = self._parts.quarantine
+        before = quarantine.excluded()
+        quarantine.note(site, refused=True)
+        for left_out in quarantine.excluded().keys() - before.keys():
+            self._parts.folder.event("client_excluded", client=left_out, reason=quarantine.excluded()[left_out])
 
     def _reasons(self) -> str:
-        return "".join(f"; {reason}" for reason in self.notes.problems.values())
+        return "".join(f"; {reason}" for reason in self.recorder.problems.values())

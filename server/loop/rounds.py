@@ -11,13 +11,13 @@ from common.config.federation import FederationConfig
 from common.errors import WireError
 from common.protocol.messages import EvaluateReply, EvaluateRequest, Failure, HelloRequest
 from server.loop.checkpoint import Checkpoint, save
-from server.loop.clients import Roster
-from server.loop.inflight import Mailbox, failure_in
+from server.loop.clients import Clients
+from server.loop.inflight import InFlight, failure_in
 from server.loop.recorder import record_evaluation
 from server.loop.round import Parts, Round
-from server.loop.server_model import Evaluator
+from server.loop.server_model import ServerModel
 from server.run.folder import RunFolder
-from server.run.quarantine import Refusals
+from server.run.quarantine import Quarantine
 from strategies.flower.messages import RuleMessages
 from strategies.flower.strategy import sample
 from strategies.rule import Tensors
@@ -34,7 +34,7 @@ class RoundLoop:
         config: the federation file.
         settings: what every request holds.
         strategy: how updates are combined.
-        evaluator: holds the server's model.
+        server_model: holds the server's model.
         folder: where everything is written down.
     """
 
@@ -44,24 +44,24 @@ class RoundLoop:
         config: FederationConfig,
         settings: HelloRequest,
         strategy: RuleMessages,
-        evaluator: Evaluator,
+        server_model: ServerModel,
         folder: RunFolder,
     ) -> None:
-        self._config, self._strategy, self._evaluator, self._folder = config, strategy, evaluator, folder
-        self._mailbox = Mailbox(grid)
-        self._refusals = Refusals(folder.path, config.admission.max_refusals)
-        self._roster = Roster(
+        self._config, self._strategy, self._server_model, self._folder = config, strategy, server_model, folder
+        self._in_flight = InFlight(grid)
+        self._quarantine = Quarantine(folder.path, config.admission.max_refusals)
+        self._clients = Clients(
             grid,
-            self._mailbox,
+            self._in_flight,
             folder,
             settings,
-            self._refusals,
+            self._quarantine,
             config.admission,
-            base_digest=evaluator.base_digest,
-            tokenizer_digest=evaluator.tokenizer_digest,
+            base_digest=server_model.base_digest,
+            tokenizer_digest=server_model.tokenizer_digest,
             expected=None if config.local is None else len(config.local.sites),
         )
-        self._parts = Parts(config, settings, strategy, self._mailbox, self._roster, self._refusals, folder)
+        self._parts = Parts(config, settings, strategy, self._in_flight, self._clients, self._quarantine, folder)
         self._slowest: deque[float] = deque(maxlen=_MEMORY)
 
     def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
@@ -77,9 +77,9 @@ class RoundLoop:
         done, versions, moments = 0, None, None
         if resumed is not None:
             done, versions, moments, state = resumed.round, resumed.versions, resumed.moments, resumed.state
-            self._refusals.counts = dict(resumed.refusals)
+            self._quarantine.counts = dict(resumed.refusals)
         self._strategy.begin(state, versions, moments)
-        self._roster.gather(self._config.cohort)
+        self._clients.wait_for(self._config.cohort)
         for number in range(done + 1, self._config.rounds + 1):
             state = self._train(number, state)
             if number % self._config.checkpoint.every == 0:
@@ -91,33 +91,33 @@ class RoundLoop:
     def _train(self, number: int, state: Tensors) -> Tensors:
         """One round: the sites evaluate the state, when that is due, and train it."""
         self._note_late()
-        nodes, patience = self._cohort(number), self._patience()
+        nodes, deadline = self._cohort(number), self._deadline()
         due = (number - 1) % self._config.evaluation.every == 0
-        names = [self._roster.members[n].site for n in nodes]
-        self._folder.event("round_started", round=number, clients=names, deadline=round(patience, 1))
-        this = Round(self._parts, number, state, evaluate=due, patience=patience)
+        names = [self._clients.hellos[n].site for n in nodes]
+        self._folder.event("round_started", round=number, clients=names, deadline=round(deadline, 1))
+        this = Round(self._parts, number, state, evaluate=due, deadline=deadline)
         this.ask(nodes)
         if due:
-            this.notes.elsewhere += self._evaluate_here(number - 1, state)  # while the sites work
+            this.recorder.elsewhere += self._evaluate_here(number - 1, state)  # while the sites work
         outcome = this.combine()
-        self._slowest.append(max(this.notes.admitted.values()))
+        self._slowest.append(max(this.recorder.admitted.values()))
         return outcome.state
 
     def _save(self, number: int, state: Tensors) -> None:
         bytes_, optimizer = self._folder.metrics_bytes(), self._strategy.server_optimizer
         moments = {} if optimizer is None else optimizer.moments
-        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._refusals.counts, moments)
+        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._quarantine.counts, moments)
         save(self._folder.path, checkpoint, self._config.checkpoint.keep)
 
     def _cohort(self, number: int) -> list[int]:
         """The sites of a round, sampled from those that are connected."""
         cohort = self._config.cohort
-        self._roster.gather(cohort)
-        self._roster.introduce(self._strategy)
-        nodes = self._roster.connected()
+        self._clients.wait_for(cohort)
+        self._clients.register_with(self._strategy)
+        nodes = self._clients.connected()
         return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
 
-    def _patience(self) -> float:
+    def _deadline(self) -> float:
         """Seconds after which a round closes once it has ``min_clients`` updates."""
         cohort = self._config.cohort
         if cohort.deadline_factor is None or not self._slowest:
@@ -126,23 +126,23 @@ class RoundLoop:
 
     def _note_late(self) -> None:
         """Say so when an answer has come after its round was closed; it is dropped."""
-        for sent in self._mailbox.late(self._parts.lifetime):
+        for sent in self._in_flight.late(self._parts.lifetime):
             name, after = self._strategy.client(sent.node_id).name, time.time() - sent.at
             reason = f"{name}: its answer to {sent.group} was seen after {after:.4g} seconds, too late; it is dropped"
             self._folder.event("late_reply", client=name, reason=reason)
 
     def _evaluate(self, version: int, state: Tensors) -> None:
         """The final state, at every site that is still connected and at the server."""
-        nodes = self._roster.connected()
+        nodes = self._clients.connected()
         group = f"evaluate/{version}"
-        patience = self._config.cohort.round_deadline
+        seconds = self._config.cohort.round_deadline
         states = self._strategy.evaluate_states(version, state, nodes)
         requests = ((node_id, EvaluateRequest.of(self._parts.settings, state)) for node_id, state in states)
         messages = [self._parts.message(asked, n, MessageType.EVALUATE, version) for n, asked in requests]
-        self._mailbox.push(messages, group)
-        deadline = time.monotonic() + patience
+        self._in_flight.push(messages, group)
+        closes_at = time.monotonic() + seconds
         self._evaluate_here(version, state)
-        for sent, reply in self._mailbox.replies(group, lambda: deadline):
+        for sent, reply in self._in_flight.replies(group, lambda: closes_at):
             name = self._strategy.client(sent.node_id).name
             try:
                 failure = failure_in(reply)
@@ -153,9 +153,9 @@ class RoundLoop:
                 self._note_failure(version, name, failure)
             else:
                 record_evaluation(self._folder, version, name, told.scores)
-        for node_id in self._mailbox.forget(group):
+        for node_id in self._in_flight.forget(group):
             name = self._strategy.client(node_id).name
-            failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no evaluation within {patience:g} seconds")
+            failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no evaluation within {seconds:g} seconds")
             self._note_failure(version, name, failure)
 
     def _note_failure(self, version: int, name: str, failure: Failure) -> None:
@@ -165,7 +165,7 @@ class RoundLoop:
     def _evaluate_here(self, version: int, state: Tensors) -> float:
         """Evaluate on the server's own set; the seconds that took."""
         started = time.monotonic()
-        metrics = self._evaluator.evaluate(state)
+        metrics = self._server_model.evaluate(state)
         seconds = time.monotonic() - started
         record_evaluation(self._folder, version, "server", metrics, seconds)
         return seconds

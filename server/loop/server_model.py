@@ -16,7 +16,7 @@ from common.system.files import built
 from strategies.rule import Tensors
 
 
-class Evaluator:
+class ServerModel:
     """The base model in the server's memory.
 
     Args:

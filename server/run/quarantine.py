@@ -5,7 +5,7 @@ from pathlib import Path
 FOLDER = "readmit"  # in a run's folder: a file for every site that an operator has readmitted
 
 
-class Refusals:
+class Quarantine:
     """Counts refusals in a row.
 
     Args:

@@ -12,7 +12,7 @@ from common.errors import RunFolderError
 from server.run import records
 from server.run.events import Event, event_kind
 from server.run.folder import in_use, read_lines, read_run
-from server.run.quarantine import Refusals
+from server.run.quarantine import Quarantine
 from server.run.run_progress import RunProgress
 from server.run.supervisor_lock import Supervisor, is_supervised, supervisor_of
 
@@ -212,7 +212,7 @@ def _sites(
     outcomes = {site.who: site for site in records.sites(events, records.rounds_begun(events))}
     costs = {cost.who: cost for cost in records.costs(metrics)}
     trained = {record["client"]: record for record in records.trainings(metrics)}
-    refusals = _refusals(run_dir, events, settings)
+    quarantine = _quarantine(run_dir, events, settings)
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     connections = _connections(events)
     found = []
@@ -222,7 +222,7 @@ def _sites(
             (e["time"] for e in events if e.get("client") == name and event_kind(e).seen), default=None
         )
         site.version, site.device = (str(joined.get(name, {}).get(key, "")) for key in ("version", "device"))
-        site.refusals, site.left_out = refusals.counts.get(name, 0), refusals.excluded().get(name)
+        site.refusals, site.left_out = quarantine.counts.get(name, 0), quarantine.excluded().get(name)
         if name in outcomes:
             site.rows, site.held_out = outcomes[name].rows, outcomes[name].held_out
             site.rounds = sum(outcome == "trained" for outcome in outcomes[name].rounds.values())
@@ -245,9 +245,9 @@ def _connections(events: list[Event]) -> dict[str, str]:
     return found
 
 
-def _refusals(run_dir: Path, events: list[Event], settings: dict[str, Any]) -> Refusals:
+def _quarantine(run_dir: Path, events: list[Event], settings: dict[str, Any]) -> Quarantine:
     """Refusals in a row, counted as the server does: again from where a run was resumed."""
-    refusals = Refusals(run_dir, int(settings.get("admission", {}).get("max_refusals", sys.maxsize)))
+    quarantine = Quarantine(run_dir, int(settings.get("admission", {}).get("max_refusals", sys.maxsize)))
     after: dict[int, dict[str, int]] = {}
     good: set[str] = set()
     for event in events:
@@ -258,13 +258,13 @@ def _refusals(run_dir: Path, events: list[Event], settings: dict[str, Any]) -> R
             good.add(name)
         elif kind == "update_refused":
             good.discard(name)
-            refusals.note(name, refused=True)
+            quarantine.note(name, refused=True)
         elif kind == "client_readmitted":
-            refusals.counts.pop(name, None)
+            quarantine.counts.pop(name, None)
         elif kind == "round_finished":
             for admitted in good:
-                refusals.note(admitted, refused=False)
-            after[event["round"]] = dict(refusals.counts)
+                quarantine.note(admitted, refused=False)
+            after[event["round"]] = dict(quarantine.counts)
         elif kind == "resumed":
-            refusals.counts = dict(after.get(event["round"], {}))
-    return refusals
+            quarantine.counts = dict(after.get(event["round"], {}))
+    return quarantine

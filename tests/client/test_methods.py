@@ -11,7 +11,7 @@ from common.errors import ModelError
 from common.model import tuning
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
 from common.protocol.tensors import Tensors
-from server.loop.server_model import Evaluator
+from server.loop.server_model import ServerModel
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions
 from strategies.rule import Update
@@ -38,8 +38,8 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
     sites = [session(tmp_path / "a", **changes), session(tmp_path / "b", other, **changes)]
     before = logits(sites[0])
     config = sites[0].federation
-    evaluator = Evaluator(config, tmp_path / "a" / "federation.yaml")
-    rule, versions = make_rule(config.strategy, seed=config.training.seed), Versions(evaluator.initial_state())
+    server_model = ServerModel(config, tmp_path / "a" / "federation.yaml")
+    rule, versions = make_rule(config.strategy, seed=config.training.seed), Versions(server_model.initial_state())
     base = {name: tensor for name, tensor in versions.state.items() if name.endswith(BASE_WEIGHT)}
     assert base
     for server_round in (1, 2, 3):
@@ -66,7 +66,7 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
     late.set_state(rule.state_for(versions.state, 4, 8.0), None, [], versions.latest)  # all at once
     assert torch.equal(logits(late), logits(sites[0]))
     assert not torch.allclose(before, logits(late))
-    evaluator.export(versions.state, tmp_path)
+    server_model.export(versions.state, tmp_path)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)

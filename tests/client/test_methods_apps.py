@@ -20,7 +20,7 @@ from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
 from common.protocol import wire
 from deploy.sandbox.tiny import make_federation
 from server.loop.rounds import RoundLoop
-from server.loop.server_model import Evaluator
+from server.loop.server_model import ServerModel
 from server.run.folder import RunFolder, read_lines
 from strategies.flower.named import make_strategy
 from strategies.rule import Tensors
@@ -59,13 +59,13 @@ def run(
     config = resolved(load(file, FederationConfig), file)
     sites: dict[int, Any] = {k: NewSite(k, folder / f"site-{x}.yaml") for k, x in ((1, "a"), (2, "b"))}
     grid: Any = Grid(sites)
-    record, evaluator = RunFolder.create(folder / "run", config), Evaluator(config, file)
+    record, server_model = RunFolder.create(folder / "run", config), ServerModel(config, file)
     strategy = make_strategy(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )
     try:
-        loop = RoundLoop(grid, config, settings_of(config), strategy, evaluator, record)
-        state = loop.run(evaluator.initial_state())
+        loop = RoundLoop(grid, config, settings_of(config), strategy, server_model, record)
+        state = loop.run(server_model.initial_state())
     finally:
         record.close()
     events = read_lines(folder / "run" / "events.jsonl")

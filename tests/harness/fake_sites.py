@@ -203,7 +203,7 @@ class Clock:
         self.now += seconds
 
 
-class Evaluator:
+class ServerModel:
     """The server has no evaluation set."""
 
     base_digest, tokenizer_digest = "base", "tokenizer"
@@ -245,12 +245,12 @@ def run(
     else:
         folder = RunFolder.create(tmp_path / "run", config)
     grid: Any = Grid(dict(enumerate(sites, start=1)), late)
-    evaluator: Any = Evaluator()
+    server_model: Any = ServerModel()
     strategy = make_strategy(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )
     try:
-        return RoundLoop(grid, config, settings_of(config), strategy, evaluator, folder).run(
+        return RoundLoop(grid, config, settings_of(config), strategy, server_model, folder).run(
             start or base(), checkpoint
         )
     finally:

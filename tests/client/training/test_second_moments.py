@@ -16,7 +16,7 @@ from common.errors import PolicyError, RefusedUpdate
 from common.linalg.subspace import SharedBasis, projects_right
 from common.model.second_moments import gathered, is_second_moment, name_of, spread
 from common.protocol.factors import unpack
-from server.loop.server_model import Evaluator
+from server.loop.server_model import ServerModel
 from strategies.admission.bounds import change_norms, check_possible, moved
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions
@@ -92,7 +92,7 @@ def federation(folder: Path, rounds: int, **strategy: object) -> tuple[list[Sess
     changes: dict[str, Any] = {"strategy": AVERAGED | strategy}
     sites = [session(folder / "a", **changes), session(folder / "b", {"name": "site-b"}, **changes)]
     config = sites[0].federation
-    state = Evaluator(config, folder / "a" / "federation.yaml").initial_state()
+    state = ServerModel(config, folder / "a" / "federation.yaml").initial_state()
     rule, versions, updates = make_rule(config.strategy, seed=config.training.seed), Versions(state), []
     for server_round in range(1, rounds + 1):
         updates = []

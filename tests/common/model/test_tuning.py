@@ -13,7 +13,7 @@ from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.strategy import FedExLoRAConfig, FLoRAConfig, LoraConfig, RoLoRAConfig
 from common.model.tuning import Tuned, first_state, tune
-from server.loop.server_model import Evaluator
+from server.loop.server_model import ServerModel
 from tests.harness.tiny_images import make_image_federation
 
 _TEXT = {
@@ -116,13 +116,13 @@ def test_server_evaluates_and_exports_a_model_with_such_a_head(tmp_path: Path, s
     file = make_image_federation(
         tmp_path, {"site-a": 2}, model={"path": "model", "dtype": "bfloat16"}, strategy=settings
     )
-    evaluator = Evaluator(resolved(load(file, FederationConfig), file), file)
-    state = evaluator.initial_state()
+    server_model = ServerModel(resolved(load(file, FederationConfig), file), file)
+    state = server_model.initial_state()
     g = torch.Generator().manual_seed(0)
     state |= {name: torch.randn(tensor.shape, generator=g) for name, tensor in head(state).items()}
-    before = evaluator.evaluate(state)
+    before = server_model.evaluate(state)
     assert 0 < before["loss"] < 100
-    evaluator.export(state, tmp_path)
+    server_model.export(state, tmp_path)
     if strategy == "rolora":
         saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
         assert head(saved).keys() == head(state).keys()

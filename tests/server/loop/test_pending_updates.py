@@ -7,7 +7,7 @@ import torch
 
 from common.errors import FederationError
 from common.protocol.factors import Factors
-from server.loop.pending_updates import Spool
+from server.loop.pending_updates import PendingUpdates
 from strategies.rule import Update
 from tests.harness.full_disk import no_space
 
@@ -38,10 +38,10 @@ def same(a: Update, b: Update) -> bool:
 
 def test_updates_come_back_by_name_as_they_were(tmp_path: Path) -> None:
     updates = {name: make(name, seed) for seed, name in enumerate(["site-b", "site-c", "site-a"], start=1)}
-    with Spool(tmp_path / "incoming") as spool:
+    with PendingUpdates(tmp_path / "incoming") as pending:
         for update in updates.values():
-            spool.put(update)
-        back = list(spool.updates())
+            pending.put(update)
+        back = list(pending.updates())
         assert [update.client for update in back] == ["site-a", "site-b", "site-c"]
         assert all(same(update, updates[update.client]) for update in back)
     assert not (tmp_path / "incoming").exists()
@@ -50,16 +50,16 @@ def test_updates_come_back_by_name_as_they_were(tmp_path: Path) -> None:
 def test_what_a_killed_server_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "incoming").mkdir()
     (tmp_path / "incoming" / "0.safetensors").write_bytes(b"half of it")
-    with Spool(tmp_path / "incoming") as spool:
-        assert list(spool.updates()) == []
-        spool.put(make("site-a", 1))
-        assert len(list(spool.updates())) == 1
+    with PendingUpdates(tmp_path / "incoming") as pending:
+        assert list(pending.updates()) == []
+        pending.put(make("site-a", 1))
+        assert len(list(pending.updates())) == 1
 
 
 def test_full_disk_is_an_error_that_names_client_and_folder(tmp_path: Path) -> None:
     with (
-        Spool(tmp_path / "incoming") as spool,
+        PendingUpdates(tmp_path / "incoming") as pending,
         no_space(64),
         pytest.raises(FederationError, match=r"site-a: its update cannot be kept in .*incoming: .*too large"),
     ):
-        spool.put(make("site-a", 1))
+        pending.put(make("site-a", 1))
