@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.table import Cell, Table
 from client.session import Session
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.protocol.factors import unpack
 from deploy.demo.prepare import DEFAULT_CACHE, prepare
 from strategies.fedftg import FedFTGRule

@@ -18,8 +18,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
 from common.config.load import load, parse
+from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError
 from common.protocol.messages import (
     ARRAYS,

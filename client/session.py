@@ -23,7 +23,8 @@ from client.training.moments import capture, restore
 from client.training.settings import make_optimizer
 from client.training.trainer import train
 from client.update import changed_weights, trained_tensors
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
+from common.config.site import SiteConfig
 from common.data.evaluation import EvalSettings
 from common.data.rows import Row, split_held_out
 from common.data.tasks import make_task

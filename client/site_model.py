@@ -11,7 +11,8 @@ from client.held_weights import Weights
 from client.shared_base import Bases, Digests, digests, own
 from client.training.device import pick_device
 from client.training.settings import lora_rank, model_source
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
+from common.config.site import SiteConfig
 from common.data.tasks import Task
 from common.model import tuning
 from common.model.base_model import Base

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from client.privacy.noise import norm_of, private
 from client.training.galore import GaLore
-from common.config.federation import PrivacyConfig
+from common.config.site import PrivacyConfig
 from common.linalg.subspace import projects_right
 from common.model import second_moments
 from common.model.families import in_head

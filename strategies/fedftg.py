@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from common.config.federation import AggregationConfig
+from common.config.aggregation import AggregationConfig
 from common.config.strategy import FedFTGConfig
 from common.protocol.factors import Exchange, Factors, Precision, rounding_error
 from common.protocol.versions import Step

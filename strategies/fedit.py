@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.config.federation import MeanConfig
+from common.config.aggregation import MeanConfig
 from common.config.strategy import FedITConfig
 from common.linalg.lowrank import Term, inner_products
 from strategies.combine.weighted_mean import layer_group

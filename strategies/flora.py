@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from common.config.federation import AggregationConfig
+from common.config.aggregation import AggregationConfig
 from common.config.strategy import FLoRAConfig
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a, scaling
 from common.protocol.factors import Factors

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from common.config.federation import FedAvgMConfig, ServerOptimizerConfig
+from common.config.aggregation import FedAvgMConfig, ServerOptimizerConfig
 from strategies.rule import Outcome, Tensors
 
 

@@ -12,8 +12,10 @@ from transformers import LlamaModel, OPTConfig, OPTForCausalLM
 from client.preflight import shard
 from client.preflight.context import Subject
 from client.preflight.finding import Skip
-from common.config.federation import CausalLMTask, FederationConfig, SiteConfig, TaskConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
+from common.config.task import CausalLMTask, TaskConfig
 from common.data.chat import Example
 from common.data.tasks import TASKS, CausalLM, Task, make_task
 from common.errors import ConfigError, ModelError

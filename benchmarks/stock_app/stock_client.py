@@ -19,8 +19,9 @@ def train(message: Message, context: Context) -> Message:
     from galore_torch import GaLoreAdamW
 
     from client.training.trainer import train as loop
-    from common.config.federation import FederationConfig, SiteConfig, resolved
+    from common.config.federation import FederationConfig, resolved
     from common.config.load import load
+    from common.config.site import SiteConfig
     from common.data.rows import load_rows, split_held_out
     from common.data.tasks import make_task
     from common.model.tuning import tune

@@ -20,8 +20,10 @@ import psutil
 from client.connect.dial import proxy_for
 from client.connect.probe import split
 from client.connect.programs import supernode, worker
-from common.config.federation import SiteConfig, resolve
+from client.connect.supernode import link_arguments
 from common.config.load import load
+from common.config.section import resolve
+from common.config.site import SiteConfig
 from common.errors import ConfigError, DataError, LaunchError
 from common.system.command import FAILED, WRONG, Command, address, number
 from common.system.files import keep_private, make_private, write_atomically
@@ -177,10 +179,9 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
         raise ConfigError(
             f"--home {home} cannot be made ({error.strerror}); give a folder that may be written"
         ) from None
-    link = ["--poll", f"{options.poll:g}", "--isolation", "process"]
+    link = ["--poll", f"{options.poll:g}", "--connect-deadline", f"{options.connect_deadline:g}"]
+    link += ["--isolation", "process"]
     link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
-    if options.connect_deadline is not None:
-        link += ["--connect-deadline", f"{options.connect_deadline:g}"]
     if options.auth_supernode_private_key is not None:
         link += ["--auth-supernode-private-key", str(options.auth_supernode_private_key)]
     status = home / "worker.json"
@@ -201,27 +202,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--superlink", type=address, required=True, metavar="HOST:PORT", help="the server's address for sites"
     )
-    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
-    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
-    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    link_arguments(parser, poll=1.0)
     seconds = number(float, 0.0, unit="seconds")
-    parser.add_argument(
-        "--connect-deadline",
-        type=seconds,
-        metavar="SECONDS",
-        help="longest wait for a server that does not answer, or not yet (default: 120)",
-    )
     parser.add_argument("--home", type=Path, metavar="DIR", help="working files (default: .NAME beside SITE.yaml)")
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the state as JSON, twice a second")
     parser.add_argument(
         "--idle", type=seconds, default=900.0, metavar="SECONDS", help="until the device is released (default: 900)"
-    )
-    parser.add_argument(
-        "--poll",
-        type=number(float, 0.05, 60.0, "seconds"),
-        default=1.0,
-        metavar="SECONDS",
-        help="between two questions for work (default: 1)",
     )
     parser.add_argument(
         "--tries", type=number(int, 0), default=10, metavar="N", help="deaths in a row before it gives up (default: 10)"

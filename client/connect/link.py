@@ -36,8 +36,8 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from client.connect.dial import socket_path
 from client.connect.probe import probe
-from common.config.federation import SiteConfig
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
 from common.system import flower_socket
 from common.system.files import keep_private

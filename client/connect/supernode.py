@@ -16,9 +16,7 @@ CONNECT_DEADLINE = 120.0  # seconds; Flower takes 60 to notice that an earlier S
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--superlink", type=address_or_socket, metavar="HOST:PORT", help="the server's, for sites")
-    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
-    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
-    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
+    link_arguments(parser, poll=3.0)
     parser.add_argument(
         "--socket", type=Path, metavar="PATH", help="of its Runtime API; in a folder that no other account may enter"
     )
@@ -29,12 +27,24 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="process: beside `fedspan site worker`; subprocess: a process for every message (default)",
     )
+
+
+def link_arguments(parser: argparse.ArgumentParser, *, poll: float) -> None:
+    """The options of a site's link to its server, for every command that keeps one.
+
+    Args:
+        parser: of the command.
+        poll: seconds between two questions for messages, unless they are given.
+    """
+    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
+    parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
+    parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="this site's private key")
     parser.add_argument(
         "--poll",
         type=number(float, 0.05, 60.0, "seconds"),
-        default=3.0,
+        default=poll,
         metavar="SECONDS",
-        help="between two questions for messages (default: 3)",
+        help=f"between two questions for messages (default: {poll:g})",
     )
     parser.add_argument(
         "--connect-deadline",

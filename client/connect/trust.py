@@ -6,8 +6,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from client.connect.verify import Trust
-from common.config.federation import SiteConfig, resolve
 from common.config.load import load
+from common.config.section import resolve
+from common.config.site import SiteConfig
 from common.errors import ConfigError
 from common.system.keys import read_public
 

@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from client.preflight.finding import Finding, Skip
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError
 from common.system.command import Command, address, number
 

@@ -13,7 +13,10 @@ from client.preflight.memory import Batch
 from client.preflight.superlink import stranger
 from client.shared_base import Digests, digests
 from client.training.settings import lora_rank, model_source
-from common.config.federation import FederationConfig, ModelConfig, SiteConfig, TaskConfig, resolve
+from common.config.federation import FederationConfig, ModelConfig
+from common.config.section import resolve
+from common.config.site import SiteConfig
+from common.config.task import TaskConfig
 from common.data.rows import Row, split_held_out
 from common.data.tasks import Task, make_task
 from common.model import tuning

@@ -20,8 +20,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.config.federation import FederationConfig, StrategyConfig, TrainingConfig
-from common.config.strategy import GaLoreConfig
+from common.config.federation import FederationConfig
+from common.config.strategy import GaLoreConfig, StrategyConfig
+from common.config.training import TrainingConfig
 from common.model.families import in_head
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from client.session import Session
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import FedSpanError, TrainingError
 from common.system.machine import resident_peak
 from strategies.flower.named import make_rule

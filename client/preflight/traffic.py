@@ -5,7 +5,8 @@ from torch import Tensor
 from client.preflight.context import Subject
 from client.preflight.finding import Finding, Skip
 from client.preflight.steps import measured
-from common.config.federation import FederationConfig, MedianConfig, TrimmedMeanConfig
+from common.config.aggregation import MedianConfig, TrimmedMeanConfig
+from common.config.federation import FederationConfig
 from common.config.strategy import GaLoreConfig
 from common.model import second_moments
 from common.model.families import in_head

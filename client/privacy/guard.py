@@ -19,7 +19,9 @@ from torch import Tensor
 
 from client.privacy.ledger import Entry, Ledger
 from client.privacy.noise import cost, epsilon, norm_of
-from common.config.federation import FederationConfig, PrivacyConfig, SiteConfig, resolve
+from common.config.federation import FederationConfig
+from common.config.section import resolve
+from common.config.site import PrivacyConfig, SiteConfig
 from common.config.strategy import names
 from common.errors import PUBLIC, DivergedError, FedSpanError, LedgerError, PolicyError
 from common.protocol.digest import tensor_digest

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.federation import PrivacyConfig
+from common.config.site import PrivacyConfig
 from common.errors import DivergedError
 
 _CHUNK = 2**20  # numbers that are noised at a time

@@ -27,7 +27,7 @@ from client.training import changes
 from client.training.inner import Inner, SecondMoments
 from client.training.moments import Moments
 from client.training.range_finder import leading_basis
-from common.config.federation import TrainingConfig
+from common.config.training import TrainingConfig
 from common.errors import DivergedError, TrainingError
 from common.linalg.subspace import generator_for, projects_right
 from common.protocol.factors import Factors

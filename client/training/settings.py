@@ -7,8 +7,11 @@ import torch
 
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
-from common.config.federation import ModelConfig, SiteConfig, StrategyConfig, TrainingConfig, resolve
-from common.config.strategy import names
+from common.config.federation import ModelConfig
+from common.config.section import resolve
+from common.config.site import SiteConfig
+from common.config.strategy import StrategyConfig, names
+from common.config.training import TrainingConfig
 from common.errors import ModelError
 from common.linalg.subspace import SharedBasis
 from common.model.families import in_head

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from client.training.galore import GaLore
-from common.config.federation import TrainingConfig
+from common.config.training import TrainingConfig
 from common.errors import DivergedError, TrainingError
 from common.system.machine import attempt, release
 

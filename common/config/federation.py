@@ -1,50 +1,24 @@
-"""The federation file and the site file: typed, strict, and published as JSON schemas.
+"""The federation file, which the operator writes: typed, strict, and published as a JSON schema.
 
-The operator writes one federation file; every hospital writes one site file beside its data. Unknown keys, wrong
-types and impossible combinations are refused by ``common.config.load.load`` with file, key, value and what is allowed.
+Unknown keys, wrong types and impossible combinations are refused by ``common.config.load.load`` with file, key, value
+and what is allowed.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from common.config.aggregation import (
-    AggregationConfig as AggregationConfig,
-    FedAdamConfig as FedAdamConfig,
-    FedAvgMConfig as FedAvgMConfig,
-    KrumConfig as KrumConfig,
-    MeanConfig as MeanConfig,
-    MedianConfig as MedianConfig,
-    MultiKrumConfig as MultiKrumConfig,
-    ServerOptimizerConfig as ServerOptimizerConfig,
-    TrimmedMeanConfig as TrimmedMeanConfig,
-)
-from common.config.section import (
-    DataConfig as DataConfig,
-    Name as Name,
-    Section as Section,
-    SiteDataConfig as SiteDataConfig,
-    resolve as resolve,
-)
-from common.config.site import (
-    PolicyConfig as PolicyConfig,
-    PrivacyConfig as PrivacyConfig,
-    SiteConfig as SiteConfig,
-    TrustConfig as TrustConfig,
-)
-from common.config.strategy import StrategyConfig as StrategyConfig
-from common.config.task import (
-    CausalLMTask as CausalLMTask,
-    ClassificationTask as ClassificationTask,
-    ImageClassificationTask as ImageClassificationTask,
-    SequenceClassificationTask as SequenceClassificationTask,
-    TaskConfig as TaskConfig,
-)
-from common.config.training import TrainingConfig as TrainingConfig
+from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, ServerOptimizerConfig
+from common.config.section import DataConfig, Name, Section, resolve
+from common.config.strategy import StrategyConfig
+from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
+from common.config.training import TrainingConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+#: Sections that may be given by one word: the key that the word stands for.
+_ONE_WORD = {"strategy": "name", "task": "type", "aggregation": "method", "server_optimizer": "method"}
 _NOTHING_TO_EVALUATE = "so that the server has no model of its own to evaluate; leave `evaluation.server` out"
 
 
@@ -157,29 +131,13 @@ class FederationConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     local: LocalConfig | None = None
 
-    @field_validator("strategy", mode="before")
+    @field_validator(*_ONE_WORD, mode="before")
     @classmethod
-    def _one_word(cls, value: object) -> object:
-        """``strategy: rolora`` is short for ``strategy: {name: rolora}``."""
-        return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("task", mode="before")
-    @classmethod
-    def _one_word_task(cls, value: object) -> object:
-        """``task: causal-lm`` is short for ``task: {type: causal-lm}``."""
-        return {"type": value} if isinstance(value, str) else value
-
-    @field_validator("aggregation", mode="before")
-    @classmethod
-    def _one_word_aggregation(cls, value: object) -> object:
-        """``aggregation: median`` is short for ``aggregation: {method: median}``."""
-        return {"method": value} if isinstance(value, str) else value
-
-    @field_validator("server_optimizer", mode="before")
-    @classmethod
-    def _one_word_optimizer(cls, value: object) -> object:
-        """``server_optimizer: fedavgm`` is short for ``server_optimizer: {method: fedavgm}``; `none` is none."""
-        return None if value == "none" else {"method": value} if isinstance(value, str) else value
+    def _one_word(cls, value: object, info: ValidationInfo) -> object:
+        """``strategy: rolora`` is short for ``strategy: {name: rolora}``; ``server_optimizer: none`` is none."""
+        if info.field_name == "server_optimizer" and value == "none":
+            return None
+        return {_ONE_WORD[str(info.field_name)]: value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from common.config.federation import Section
+from common.config.section import Section
 from common.errors import ConfigError
 
 S = TypeVar("S", bound=Section)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a federation, run or site: fit for a file's
+SERVER = "server"  # in records and pages the server's own name, so no site's
 Name = Annotated[str, Field(pattern=NAME)]
 
 

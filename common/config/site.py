@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from common.config.section import Name, Section, SiteDataConfig
+from common.config.section import SERVER, Name, Section, SiteDataConfig
 from common.config.strategy import names
 
 _Names = Annotated[list[str], Field(min_length=1)]
@@ -109,7 +109,7 @@ class TrustConfig(Section):
 class SiteConfig(Section):
     """One site: its name, its private shard, its device."""
 
-    name: Name = Field(description="The site's name, as the operator sees it.")
+    name: Name = Field(description="The site's name, as the operator sees it; not `server`.")
     data: SiteDataConfig
     model: str | None = Field(None, description="This site's copy of the base model; default: the federation's path.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA when present.")
@@ -127,6 +127,13 @@ class SiteConfig(Section):
     ledger: str | None = Field(
         None, description="Record of all that leaves, relative to this file; default: <name>-ledger.jsonl beside it."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_servers(cls, name: str) -> str:
+        if name == SERVER:
+            raise ValueError(f"{name!r} is what records and pages call the server; choose another name")
+        return name
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:

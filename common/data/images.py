@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.config.federation import DataConfig, resolve
+from common.config.section import DataConfig, resolve
 from common.data.rows import Row, load_rows
 from common.errors import DataError
 

@@ -6,7 +6,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config.federation import DataConfig, resolve
+from common.config.section import DataConfig, resolve
 from common.data.shards import SURROGATE, Cells, shard
 from common.errors import DataError
 

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.config.federation import (
-    ClassificationTask,
-    DataConfig,
-    Dtype,
-    EvaluationConfig,
-    TaskConfig,
-    resolve,
-)
+from common.config.federation import Dtype, EvaluationConfig
+from common.config.section import DataConfig, resolve
+from common.config.task import ClassificationTask, TaskConfig
 from common.data import chat
 from common.data.evaluation import EvalSettings, evaluate_model, in_fixed_order
 from common.data.images import load_images, read_image

@@ -5,6 +5,7 @@ or read: training code knows these classes and does without it.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,22 +22,22 @@ Records = dict[str, Any]  # by key: tensors (Flower's ArrayRecord), or a dict of
 Stays = Literal["never", "with privacy", "without scores"]
 
 
-class Place:
+class Place(ABC):
     """Where a field stands in a message. ``what`` it is, for people, is an attribute of all of them."""
 
     what: str
 
+    @abstractmethod
     def _put(self, value: Any, records: Records) -> None:  # noqa: ANN401 - the field's
         """Write the field's value into the records of a message."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, records: Records) -> Any:  # noqa: ANN401 - the field's
         """Read the field's value, and take it out of the records."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _known(self) -> dict[str, list[str]]:
         """Keys of values by key of the record."""
-        raise NotImplementedError
 
     def _shared(self, value: Any, staying: set[Stays]) -> Any:  # noqa: ANN401 - the field's
         """What leaves of the field's value."""

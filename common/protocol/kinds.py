@@ -50,6 +50,17 @@ def text(longest: int) -> Kind:
     return Kind(f"text of 1 to {longest} characters", lambda v: isinstance(v, str) and 0 < len(v) <= longest)
 
 
+def line(longest: int) -> Kind:
+    """Text for a line of a page, a log or a terminal: no control characters."""
+    allowed = f"1 to {longest} printable characters"
+    return Kind(allowed, lambda v: isinstance(v, str) and 0 < len(v) <= longest and v.isprintable())
+
+
+def one_line(text: str) -> str:
+    """What somebody else has written, on one line; a control character is shown, not sent to a terminal or page."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def matching(pattern: str, allowed: str) -> Kind:
     """Text that matches a pattern from end to end."""
     return Kind(allowed, lambda v: isinstance(v, str) and re.fullmatch(pattern, v) is not None)
@@ -57,7 +68,7 @@ def matching(pattern: str, allowed: str) -> Kind:
 
 def names(longest: int, most: int) -> Kind:
     """A list of names, none of them twice."""
-    one = text(longest)
+    one = line(longest)
     return Kind(
         f"a list of up to {most} different names of 1 to {longest} characters",
         lambda v: isinstance(v, list) and len(v) <= most and all(map(one.holds, v)) and len({*v}) == len(v),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Annotated
 
-from common.config.section import NAME
+from common.config.section import NAME, SERVER
 from common.config.site import PrivacyConfig
 from common.errors import AT_A_SITE, FedSpanError, WireError
 from common.metrics import SCORES
@@ -34,7 +34,7 @@ from common.protocol.fields import (
     Stays,
     plain,
 )
-from common.protocol.kinds import AMOUNT, FLAG, NUMBER, POSITIVE, matching, names, text, whole
+from common.protocol.kinds import AMOUNT, FLAG, NUMBER, POSITIVE, line, matching, names, one_line, text, whole
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Error, RecordDict
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 ARRAYS, PRIVACY, STEP = "arrays", "privacy", "step-{:06}"
 NUM_EXAMPLES, LORA_ALPHA = "num-examples", "lora-alpha"  # Flower's name, and ours beside it
 SIGNATURES = "bundle-signatures"  # ``client.connect.verify`` has a copy, because it imports nothing of a bundle
-_JSON, _LINE = text(2**20), text(256)
+_JSON, _LINE = text(2**20), line(256)
 _REASON, _CUT = 4096, " ..."  # characters of an error's reason, and how a longer one ends
 _DIGEST = text(64)
-_SITE = matching(NAME, "letters, digits, '.', '_' and '-', up to 64")
+_SITE = matching(rf"(?!{SERVER}$){NAME}", f"letters, digits, '.', '_' and '-', up to 64, but not {SERVER}")
 _NAMES = names(longest=512, most=2**17)
 _SCORE: Stays = "without scores"
 _OPEN: Stays = "with privacy"
@@ -284,7 +284,7 @@ class Failure:
             raise WireError(f"its error has code {error.code}; allowed: {', '.join(map(str, sorted(failures())))}")
         if len(reason) > _REASON:
             raise WireError(f"its error's reason has {len(reason)} characters; allowed: up to {_REASON}")
-        return cls(error.code, reason)
+        return cls(error.code, one_line(reason))
 
 
 @cache

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
 from common.config.load import load, parse
+from common.config.site import SiteConfig
 from common.data.rows import Template, check_columns
 from common.data.shards import Cells, load_cells
 from common.errors import ConfigError, DataError, LaunchError

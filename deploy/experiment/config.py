@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ConfigDict, Field, field_validator
 
-from common.config.federation import DataConfig, Name, Section
 from common.config.load import load, parse
+from common.config.section import DataConfig, Name, Section
 from common.errors import ConfigError
 from common.metrics import SCORES
 

@@ -9,14 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config.federation import (
-    DataConfig,
-    FederationConfig,
-    SiteConfig,
-    resolve,
-    resolved,
-)
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load, parse
+from common.config.section import DataConfig, resolve
+from common.config.site import SiteConfig
 from common.data.rows import Row, load_rows
 from common.errors import ConfigError, DataError
 from common.metrics import SCORES

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.config.federation import FederationConfig, Section, SiteConfig
+from common.config.federation import FederationConfig
+from common.config.section import Section
+from common.config.site import SiteConfig
 from common.system.command import Command
 from deploy.experiment.config import ExperimentConfig
 

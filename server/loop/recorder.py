@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 
+from common.config.section import SERVER
 from common.metrics import SCORES
 from common.protocol import wire
 from common.protocol.messages import TrainReply
@@ -80,7 +81,7 @@ class RoundRecorder:
         self._folder.metrics(
             {
                 "round": self.number,
-                "client": "server",
+                "client": SERVER,
                 "phase": "aggregate",
                 "diagnostics": diagnostics,
                 "seconds": {"aggregate": end - self.started - self.elsewhere},

@@ -9,6 +9,7 @@ from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 
 from common.config.federation import FederationConfig
+from common.config.section import SERVER
 from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError, WireError, kind_of
 from common.protocol.fields import Content
 from common.protocol.messages import Failure, HelloRequest, TrainReply, TrainRequest
@@ -87,7 +88,7 @@ class Round:
         try:
             outcome = self._parts.strategy.combine(self._number, self._state, self._counted())
         except AggregationError as error:
-            causes = {**self.recorder.kinds, "server": kind_of(error)}
+            causes = {**self.recorder.kinds, SERVER: kind_of(error)}
             raise FederationError(f"round {self._number}: {error}{self._reasons()}", causes) from None
         valid, needed = len(self.recorder.admitted), self._cohort.min_clients
         if valid < needed:

@@ -8,6 +8,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.config.federation import FederationConfig
+from common.config.section import SERVER
 from common.errors import WireError
 from common.protocol.messages import EvaluateReply, EvaluateRequest, Failure, HelloRequest
 from server.loop.checkpoint import Checkpoint, save
@@ -167,5 +168,5 @@ class RoundLoop:
         started = time.monotonic()
         metrics = self._server_model.evaluate(state)
         seconds = time.monotonic() - started
-        record_evaluation(self._folder, version, "server", metrics, seconds)
+        record_evaluation(self._folder, version, SERVER, metrics, seconds)
         return seconds

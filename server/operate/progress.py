@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from common.config.section import SERVER
 from common.metrics import SCORES
 from common.system import logs
 from common.text import clock, size
@@ -63,8 +64,8 @@ def render(progress: RunProgress, now: float) -> Group:
     measured = [s for s in SCORES.values() if any(s.name in site.scores for site in progress.sites.values())]
     for column in ("site", "state", "training loss", *(f"held-out {score.in_text}" for score in measured)):
         table.add_column(column, justify="left" if column in ("site", "state") else "right")
-    for name, site in sorted(progress.sites.items(), key=lambda item: (item[0] == "server", item[0])):
-        state = "" if name == "server" else site.state
+    for name, site in sorted(progress.sites.items(), key=lambda item: (item[0] == SERVER, item[0])):
+        state = "" if name == SERVER else site.state
         table.add_row(name, state, _number(site.loss), *(_number(site.scores.get(s.name)) for s in measured))
     return Group(head, ProgressBar(total=max(progress.rounds, 1), completed=progress.finished_rounds, width=60), table)
 

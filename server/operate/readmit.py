@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from common.config.federation import Name
+from common.config.section import Name
 from common.errors import ConfigError
 from common.system.command import Command
 from server.run.quarantine import FOLDER

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.config.federation import FederationConfig, SiteConfig, resolve
+from common.config.federation import FederationConfig
 from common.config.load import load
+from common.config.section import resolve
+from common.config.site import SiteConfig
 from common.errors import ConfigError, DataError, ModelError
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from typing import Any, Literal
 
+from common.config.section import SERVER
 from common.metrics import SCORES, Score
 from common.text import size
 
@@ -187,7 +188,7 @@ def stays_visible(event: Event) -> bool:
 
 def log_event(run: str, event: Event) -> None:
     """Log an event of a run."""
-    site = event.get("client") if event.get("client") != "server" else None
+    site = event.get("client") if event.get("client") != SERVER else None
     known = {"run": run, "site": site, "round": event.get("round"), "event": event["event"]}
     text = describe(event) or event.get("reason") or event["event"]
     log.log(event_kind(event).level, "%s", text, extra=known)

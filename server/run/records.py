@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from common.config.section import SERVER as SERVER
 from common.metrics import COUNTS, SCORES, Score
 from server.run.events import event_kind, named_in
 
 Record = dict[str, Any]
-SERVER = "server"
 #: What a round's time is spent on, in the order in which it happens; ``aggregate`` is the server's.
 PHASES = ("download", "load", "train", "evaluate", "upload", "wait", "aggregate")
 

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import BeforeValidator, Field
 
-from common.config.federation import Name, Section
 from common.config.load import parse
+from common.config.section import Name, Section
 from common.errors import ConfigError
 from common.system.command import Command
 from common.system.files import hold

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.config.federation import StrategyConfig, TrainingConfig
+from common.config.strategy import StrategyConfig
+from common.config.training import TrainingConfig
 from common.errors import RefusedUpdate
 from common.model.families import in_head
 from common.model.second_moments import is_second_moment, without

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.config.federation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, TrimmedMeanConfig
+from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, TrimmedMeanConfig
 from common.errors import AggregationError
 from common.protocol.factors import Factors
 from common.protocol.tensors import Tensors

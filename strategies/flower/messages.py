@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord
 
-from common.config.federation import ServerOptimizerConfig
+from common.config.aggregation import ServerOptimizerConfig
 from common.errors import RefusedUpdate, WireError
 from common.protocol import wire
 from common.protocol.digest import tensor_digest, tensors_digest

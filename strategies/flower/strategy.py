@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from common.config.federation import ServerOptimizerConfig
+from common.config.aggregation import ServerOptimizerConfig
 from common.errors import AggregationError, RefusedUpdate, WireError
 from common.protocol import wire
 from common.protocol.messages import ARRAYS, CONFIG, METRICS, State, TrainReply

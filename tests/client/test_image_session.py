@@ -8,8 +8,9 @@ import torch
 
 from client.preflight.traffic import bytes_per_round
 from client.session import Session
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.protocol.factors import num_bytes
 from common.protocol.tensors import Tensors
 from tests.harness.tiny_images import make_image_federation

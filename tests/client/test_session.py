@@ -9,8 +9,9 @@ import yaml
 from transformers import BertConfig, BertForSequenceClassification
 
 from client.session import Session
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import DataError, ModelError, StaleStateError, TrainingError
 from common.protocol.factors import Exchange, unpack
 from common.protocol.messages import TRAINING

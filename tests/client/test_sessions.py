@@ -6,8 +6,9 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client import app as client
-from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.protocol.messages import HelloRequest
 from deploy.sandbox.tiny import make_federation
 

@@ -8,8 +8,9 @@ import torch
 
 from client.session import Session
 from client.shared_base import Bases
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.data.tasks import CausalLM
 from common.model.base_model import Base
 from deploy.sandbox.tiny import make_federation

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
 from common.config.load import load
+from common.config.site import SiteConfig
 from tests.harness.manifests import ROOT, paths, read, understood, within
 
 DOCKERFILES = [ROOT / "deploy" / f"{name}.Dockerfile" for name in ("server", "client")]

@@ -8,8 +8,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import ConfigError
 from common.system.keys import read_private
 from deploy.keys.certs import make_site

@@ -7,8 +7,10 @@ import jsonschema
 import pytest
 import yaml
 
-from common.config.federation import FederationConfig, Section, SiteConfig
+from common.config.federation import FederationConfig
 from common.config.load import load
+from common.config.section import Section
+from common.config.site import SiteConfig
 from common.config.strategy import names
 from common.protocol.messages import EvaluateReply, Hello, TrainReply, TrainRequest
 from deploy.experiment.config import load_experiment

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from client.session import Session
-from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load, parse
+from common.config.site import SiteConfig
 from deploy.sandbox.tiny import make_federation
 from tests.harness.in_one_process import in_one_process
 from tests.harness.results import records, weights

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from common.config.federation import MedianConfig
+from common.config.aggregation import MedianConfig
 from common.errors import AggregationError
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule

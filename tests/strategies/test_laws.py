@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.config.federation import (
+from common.config.aggregation import (
     AggregationConfig,
     KrumConfig,
     MeanConfig,

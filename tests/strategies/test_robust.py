@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import strategies
-from common.config.federation import (
+from common.config.aggregation import (
     AggregationConfig,
     KrumConfig,
     MeanConfig,

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 import strategies
-from common.config.federation import (
-    FedAdamConfig,
-    FedAvgMConfig,
-    MedianConfig,
-    ServerOptimizerConfig,
-)
+from common.config.aggregation import FedAdamConfig, FedAvgMConfig, MedianConfig, ServerOptimizerConfig
 from common.config.strategy import FedFTGConfig, FlexLoRAConfig
 from common.protocol.factors import Factors
 from common.protocol.tensors import flatten

@@ -8,7 +8,8 @@ import pytest
 
 import strategies
 from common.config import strategy as sections
-from common.config.federation import FederationConfig, MeanConfig
+from common.config.aggregation import MeanConfig
+from common.config.federation import FederationConfig
 from common.config.load import parse
 from common.config.strategy import SECTIONS, FedFTGConfig, FLoRAConfig, name_of, names, title_of
 from common.config.traits import StrategySection

@@ -9,8 +9,9 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.connect.link import _Clock
-from common.config.federation import FederationConfig, SiteConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import ConfigError
 from common.protocol.messages import HelloRequest
 from deploy.cli import main

@@ -16,8 +16,9 @@ from client.preflight import check, machine, memory
 from client.preflight.context import Subject
 from client.preflight.finding import Finding
 from client.privacy.ledger import Ledger
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from deploy import cli
 from deploy.keys.certs import make_site
 from deploy.sandbox.tiny import make_federation, make_tokenizer

@@ -8,8 +8,9 @@ from client.preflight import check, memory
 from client.preflight.context import Subject
 from client.preflight.finding import Finding
 from client.session import Session
-from common.config.federation import FederationConfig, SiteConfig, resolved
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from tests.harness.tiny_images import make_image_federation
 
 

@@ -15,8 +15,9 @@ from client.privacy import guard as policy
 from client.privacy.guard import Gate
 from client.privacy.ledger import Entry, verify
 from client.privacy.noise import cost, epsilon
-from common.config.federation import FederationConfig, SiteConfig
+from common.config.federation import FederationConfig
 from common.config.load import parse
+from common.config.site import SiteConfig
 from common.errors import ConfigError, DivergedError, FedSpanError, LedgerError, PolicyError, TrainingError
 from common.protocol.messages import TRAINING, Failure, Hello, HelloRequest, TrainReply, TrainRequest
 from deploy.cli import main

@@ -13,7 +13,7 @@ from torch import Tensor
 from client.privacy.noise import cost, epsilon, gaussian, private
 from client.session import Session
 from client.update import factored_weights, trained_tensors
-from common.config.federation import PrivacyConfig
+from common.config.site import PrivacyConfig
 from common.errors import TrainingError
 from common.linalg.subspace import projects_right
 from common.protocol.factors import Exchange, Factors, unpack

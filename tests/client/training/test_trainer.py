@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from client.training.galore import GaLore
 from client.training.trainer import Batch, _shuffled, schedule_factor, train
-from common.config.federation import TrainingConfig
+from common.config.training import TrainingConfig
 from common.errors import TrainingError
 
 Row = tuple[list[float], list[int]]

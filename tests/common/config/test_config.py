@@ -5,18 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config.federation import (
-    FedAdamConfig,
-    FedAvgMConfig,
-    FederationConfig,
-    KrumConfig,
-    MeanConfig,
-    MedianConfig,
-    SiteConfig,
-    resolved,
-    settings_for_sites,
-)
+from common.config.aggregation import FedAdamConfig, FedAvgMConfig, KrumConfig, MeanConfig, MedianConfig
+from common.config.federation import FederationConfig, resolved, settings_for_sites
 from common.config.load import load, parse
+from common.config.site import SiteConfig
 from common.config.strategy import FedFTGConfig
 from common.errors import ConfigError
 

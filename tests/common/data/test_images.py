@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config.federation import DataConfig, ImageClassificationTask
+from common.config.section import DataConfig
+from common.config.task import ImageClassificationTask
 from common.data.images import load_images, read_image
 from common.data.rows import Row, split_held_out
 from common.data.tasks import ImageClassification, make_task
@@ -144,7 +145,7 @@ def test_label_that_is_not_listed_is_counted_not_quoted(folder: Path) -> None:
 
 
 def test_only_images_may_be_skipped(tmp_path: Path) -> None:
-    from common.config.federation import CausalLMTask
+    from common.config.task import CausalLMTask
 
     config = DataConfig(path="rows.jsonl", prompt="a", answer="b", skip_unreadable=True)
     with pytest.raises(DataError, match="skip_unreadable is true; it is for images"):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from common.config.federation import DataConfig
+from common.config.section import DataConfig
 from common.data.rows import Row, load_rows, split_held_out
 from common.data.shards import load_cells
 from common.errors import DataError

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config.federation import SiteConfig
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.data.images import load_images
 from common.data.rows import load_rows
 from deploy.cli import main

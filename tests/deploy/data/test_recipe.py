@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from common.config.federation import DataConfig
+from common.config.section import DataConfig
 from common.data.rows import load_rows
 from common.errors import DataError
 from deploy.data.recipe import RECIPES, make
