@@ -52,7 +52,7 @@ def text(longest: int) -> Kind:
 
 def line(longest: int) -> Kind:
     """Text for a line of a page, a log or a terminal: no control characters."""
-    allowed = f"1 to {longest} printable characters"
+    allowed = f"text of 1 to {longest} printable characters"
     return Kind(allowed, lambda v: isinstance(v, str) and 0 < len(v) <= longest and v.isprintable())
 
 
@@ -70,7 +70,7 @@ def names(longest: int, most: int) -> Kind:
     """A list of names, none of them twice."""
     one = line(longest)
     return Kind(
-        f"a list of up to {most} different names of 1 to {longest} characters",
+        f"a list of up to {most} different names of 1 to {longest} printable characters",
         lambda v: isinstance(v, list) and len(v) <= most and all(map(one.holds, v)) and len({*v}) == len(v),
     )
 

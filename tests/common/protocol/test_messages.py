@@ -83,7 +83,9 @@ def test_message_comes_out_as_it_went_in(content: Content) -> None:
     assert type(content).read(sent(content.to_record())) == content
 
 
-TEXT, NAME = st.text(min_size=1, max_size=64), st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
+TEXT = st.text(min_size=1, max_size=64)
+LINE = st.text(st.characters(categories=["L", "M", "N", "P", "S"]), min_size=1, max_size=64)
+NAME = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 AMOUNT = st.floats(0, 1e300)
 NUMBERS = st.floats(allow_nan=False)
 
@@ -95,11 +97,11 @@ NUMBERS = st.floats(allow_nan=False)
         site=NAME,
         train_rows=st.integers(1, 2**53),
         held_out_rows=st.integers(0, 2**53),
-        device=TEXT,
+        device=LINE,
         rank=st.integers(0, 999),
         base_digest=TEXT,
         tokenizer_digest=TEXT,
-        version=TEXT,
+        version=LINE,
         privacy=st.none() | st.builds(Declared, *[st.floats(1e-300, 1e300)] * 4),
         seconds=st.dictionaries(st.sampled_from(["load", "train", "evaluate"]), AMOUNT),
     )
@@ -118,7 +120,7 @@ NUMBERS = st.floats(allow_nan=False)
         federation=TEXT,
         signatures=st.none() | TEXT,
         server_round=st.integers(0, 999_999),
-        active=st.lists(TEXT, unique=True),
+        active=st.lists(LINE, unique=True),
         since=TEXT,
         version=TEXT,
         arrays=st.just(ArrayRecord()),
@@ -170,7 +172,7 @@ def record(key: str, value: object) -> Change:
         (HELLO, put("config", "train_rows", True), r"train_rows is True; allowed: a whole number from 1"),
         (HELLO, put("config", "train_rows", 2**60), r"train_rows is \d+; allowed: a whole number from 1"),
         (HELLO, put("config", "held_out_rows", -1), r"held_out_rows is -1; allowed: a whole number from 0"),
-        (HELLO, put("config", "device", ""), r"device is ''; allowed: text of 1 to 256 characters"),
+        (HELLO, put("config", "device", ""), r"device is ''; allowed: text of 1 to 256 printable characters"),
         (HELLO, put("config", "base_digest", "b" * 65), r"base_digest is 'b+'; allowed: text of 1 to 64 characters"),
         (HELLO, put("config", "rank", "2"), r"rank is '2'; allowed: a whole number from 0"),
         (HELLO, put("config", "rank", [2]), r"rank is \[2\]; allowed"),
@@ -197,7 +199,7 @@ def record(key: str, value: object) -> Change:
         (TRAIN, record("step-2", ARRAYS), r"unknown record 'step-2'; allowed: .*step-NNNNNN"),
         (TRAIN, record("step-000003", ConfigRecord()), r"the message has no 'step-000003' record"),
         (TRAIN, put("config", "active", ["w", "w"]), r"active is \['w', 'w'\]; allowed: a list of up to \d+ different"),
-        (TRAIN, put("config", "active", ["w" * 513]), r"active is .*; allowed: .* of 1 to 512 characters"),
+        (TRAIN, put("config", "active", ["w" * 513]), r"active is .*; allowed: .* of 1 to 512 printable characters"),
         (TRAIN, put("config", "active", [1]), r"active is \[1\]; allowed"),
         (TRAIN, put("config", "active", "w"), r"active is 'w'; allowed: a list"),
         (TRAIN, put("config", "evaluate", 1), r"evaluate is 1; allowed: true or false"),

@@ -1,7 +1,6 @@
 """What the round loop does with updates that are wrong, late, or not there."""
 
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 
 from common.errors import FederationError
 from common.protocol import wire
-from common.protocol.messages import EvaluateReply
 from deploy.cli import main
 from server.loop.checkpoint import newest
 from server.run.folder import read_lines
 from strategies.admission.bounds import change_norms
 from strategies.rule import Update
-from tests.harness.fake_sites import LORA, NAME, Clock, LoraSite, Site, factors, run
+from tests.harness.fake_sites import LORA, NAME, LoraSite, Site, factors, run
 
 Tamper = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 LEFT, DECAY = f"{NAME}/left", f"{NAME}/decay"
@@ -243,188 +241,4 @@ def test_readmitting_names_what_is_wrong(
     assert not (tmp_path / "run" / "readmit").exists()
 
 
-@pytest.mark.parametrize("norm_ratio", [10.0, None])
-def test_order_of_arrival_changes_nothing(tmp_path: Path, norm_ratio: float | None) -> None:
-    results = []
-    for name, delays in (("a", {1: 0, 2: 1, 3: 2}), ("b", {1: 2, 2: 0, 3: 1})):
-        sites = [Site(1), Site(2), Site(3)]
-        late = lambda number, message, delays=delays: delays[number]  # noqa: E731
-        results.append(run(tmp_path / name, sites, 2, late=late, admission={"norm_ratio": norm_ratio})[NAME])
-        order = [e["client"] for e in events(tmp_path / name, "reply")][:3]
-        assert order == [f"site-{n}" for n in sorted(delays, key=lambda n: delays[n])]  # type: ignore[index]
-    if norm_ratio is not None:
-        assert torch.equal(*results)  # they are combined by name
-    assert torch.allclose(*results, rtol=0, atol=1e-6)
-
-
-def test_late_answer_is_dropped_with_a_note_and_the_site_takes_part_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.loop.inflight.POLL_SECONDS", 0.5)
-    Clock(monkeypatch)  # so there are four questions until the deadline
-
-    def late(number: int, message: Message) -> int:
-        config: Any = message.content["config"]
-        trains = message.metadata.message_type == MessageType.TRAIN
-        return 4 if number == 2 and trains and config["server-round"] == 1 else 0
-
-    sites = [Site(1), Site(2)]
-    final = run(tmp_path, sites, 3, late=late, cohort={"min_clients": 1, "round_deadline": 1.0})
-    assert [e["reason"] for e in events(tmp_path, "client_failed")] == ["site-2: no answer within 1 seconds"]
-    (note,) = events(tmp_path, "late_reply")
-    assert note["reason"].startswith("site-2: its answer to train/1 was seen after ")
-    trained = [
-        (r["round"], r["client"]) for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r["phase"] == "train"
-    ]
-    assert sorted(trained) == [(1, "site-1"), (2, "site-1"), (2, "site-2"), (3, "site-1"), (3, "site-2")]
-    assert torch.equal(sites[0].weights.tensors[NAME], final[NAME])
-
-
-def test_reply_that_is_still_being_uploaded_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's grid then blocks the caller."""
-    monkeypatch.setattr("server.loop.inflight._PULL_SECONDS", 0.2)
-    uploaded = threading.Event()
-
-    class Slow(Site):
-        def reply(self, message: Message) -> Message:
-            reply = super().reply(message)
-            if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-                assert uploaded.wait(280)
-            return reply
-
-    slow = Slow(2)
-    sites = [Site(1), slow, Site(3)]
-
-    def late(number: int, message: Message) -> int:
-        if number == 1 and slow.sent and slow.sent[-1][0] == 3:
-            uploaded.set()
-        return 0
-
-    run(tmp_path, sites, 4, late=late, cohort={"min_clients": 1, "round_deadline": 1.5})
-    assert {e["reason"] for e in events(tmp_path, "client_failed")} == {"site-2: no answer within 1.5 seconds"}
-    assert events(tmp_path, "late_reply")
-    trained = {r["round"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r.get("client") == "site-3"}
-    assert trained >= {1, 2, 3, 4}
-
-
-def test_missing_sites_are_named_when_the_deadline_ends_the_run(tmp_path: Path) -> None:
-    settings = {"cohort": {"min_clients": 2, "round_deadline": 0.6}}
-    never = lambda number, message: 10**9 if number == 2 and "active" in message.content["config"] else 0  # noqa: E731
-    with pytest.raises(
-        FederationError, match=r"round 1: 1 valid updates, 2 needed; site-2: no answer within 0.6 seconds"
-    ):
-        run(tmp_path, [Site(1), Site(2)], 2, late=never, **settings)
-
-
-def test_adaptive_deadline_closes_a_round_that_has_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.loop.rounds._LEAST_DEADLINE", 0.5)
-
-    def late(number: int, message: Message) -> int:
-        config: Any = message.content["config"]
-        trains = message.metadata.message_type == MessageType.TRAIN
-        return 10**9 if number == 3 and trains and config["server-round"] == 2 else 0
-
-    clock = Clock(monkeypatch)
-    began = clock.now
-    settings = {"cohort": cohort(2, round_deadline=100.0, deadline_factor=3.0)}
-    run(tmp_path, [Site(1), Site(2), Site(3)], 3, late=late, **settings)
-    assert clock.now - began < 50.0
-    deadlines = [e["deadline"] for e in events(tmp_path, "round_started")]
-    assert deadlines[0] == 100.0
-    assert deadlines[1] < 100.0
-    assert [e["client"] for e in events(tmp_path, "client_failed")] == ["site-3"]
-
-
-class Noisy(Site):
-    """A site that sends its weights whole, with noise."""
-
-    def __init__(self, number: int, noise: float) -> None:
-        super().__init__(number)
-        self._noise = noise
-
-    def reply(self, message: Message) -> Message:
-        reply = super().reply(message)
-        if message.metadata.message_type == MessageType.TRAIN:
-            g = torch.Generator().manual_seed(9)
-            noised = self.weights.tensors[NAME] + self._noise * torch.randn((60, 40), generator=g)
-            reply.content["arrays"] = wire.encode({NAME: noised})
-        return reply
-
-
-def unevaluated(message: Message) -> Message | None:
-    """These sites read steps alone; a state that noise has filled goes down whole."""
-    if message.metadata.message_type != MessageType.EVALUATE:
-        return None
-    return Message(EvaluateReply().to_record(), reply_to=message)
-
-
-@pytest.mark.parametrize(
-    ("says", "reason"),
-    [
-        ({"base_digest": "5eed"}, "site-3: its base model differs: digest 5eed, the federation's is base"),
-        ({"tokenizer_digest": "5eed"}, "site-3: its tokenizer differs: digest 5eed, the federation's is tokenizer"),
-        ({"train_rows": 0}, "site-3: train_rows is 0; allowed: a whole number from 1"),
-        ({"rank": "2"}, "site-3: rank is '2'; allowed: a whole number from 0"),
-        ({"site": "../site-3"}, "node 3: site is '../site-3'; allowed: letters, digits, '.', '_' and '-', up to 64"),
-        ({"site": "site-2"}, "site-2: a site of this name has already joined, and is still connected"),
-    ],
-)
-def test_site_that_does_not_fit_is_refused_by_name_and_the_others_go_on(
-    tmp_path: Path, says: dict[str, int | str], reason: str
-) -> None:
-    sites = [Site(1), Site(2), Site(3)]
-    sites[2].says = says
-    run(tmp_path, sites, 1, cohort=cohort(2))
-    (refused,) = events(tmp_path, "client_refused")
-    assert refused["reason"] == reason
-    assert sites[2].sent == []
-
-
-@pytest.mark.parametrize(("limit", "declares", "taken"), [(4, 5, False), (5, 5, True), (None, 10**9, True)])
-def test_site_that_declares_more_rows_than_allowed_is_not_admitted(
-    tmp_path: Path, limit: int | None, declares: int, taken: bool
-) -> None:
-    sites = [Site(1), Site(2), Site(3)]
-    sites[2].says = {"train_rows": declares}
-    run(tmp_path, sites, 1, cohort=cohort(2), admission={"max_rows": limit})
-    reasons = [e["reason"] for e in events(tmp_path, "client_refused")]
-    assert reasons == ([] if taken else ["site-3: it declares 5 training rows; allowed by `admission.max_rows`: 4"])
-    assert bool(sites[2].sent) == taken
-
-
 DECLARED = {"clip": 100.0, "noise": 100.0, "delta": 1e-5, "max_epsilon": 8.0}
-
-
-@pytest.mark.parametrize(
-    ("declared", "reason"),
-    [
-        (DECLARED, r"adds noise of standard deviation 100 .*allowed by `admission.max_noise`: 0"),
-        ({**DECLARED, "noise": float("nan")}, "site-3: noise is nan; allowed: a positive number"),
-        ({"clip": 1.0}, "site-3: noise is missing; allowed: a positive number"),
-    ],
-)
-def test_site_that_adds_noise_is_not_admitted_unless_the_federation_says_so(
-    tmp_path: Path, declared: dict[str, float], reason: str
-) -> None:
-    sites = [Site(1), Site(2), Site(3)]
-    sites[2].privacy = declared
-    run(tmp_path, sites, 1, cohort=cohort(2))
-    (refused,) = events(tmp_path, "client_refused")
-    assert refused["client"] == "site-3"
-    assert re.search(reason, refused["reason"])
-
-
-@pytest.mark.parametrize(
-    ("declared", "actual", "refused"), [(100.0, 100.0, False), (10.0, 100.0, True), (0, 100.0, True)]
-)
-def test_noise_is_admitted_as_far_as_it_was_declared(
-    tmp_path: Path, declared: float, actual: float, refused: bool
-) -> None:
-    sites = [Site(1), Site(2), Site(3), Noisy(4, actual)]
-    sites[3].privacy = {**DECLARED, "noise": declared} if declared else {}
-    for site in sites:
-        site.before_reply = unevaluated
-    run(tmp_path, sites, 1, cohort=cohort(3), admission={"max_noise": 200.0})
-    assert bool(events(tmp_path, "update_refused")) == refused
-    (joined,) = [e for e in events(tmp_path, "client_joined") if e["client"] == "site-4"]
-    assert (joined["privacy"] is None) == (declared == 0)
