@@ -196,7 +196,7 @@ def _iterate(b: Tensor, a: Tensor, gram_b: Tensor, gram_a: Tensor, rank: int) ->
         residual = float(torch.linalg.vector_norm(basis - vt.T * s, dim=0)[:rank].max())
         if residual <= tolerance * float(s[0]):
             return u[:, :rank], s[:rank], vt[:rank]
-        if residual > before / 10:
+        if not residual <= before / 10:  # so written, what is not a number ends it too
             return None
         before = residual
 

@@ -14,9 +14,8 @@ from common.protocol.messages import Failure
 
 POLL_SECONDS = 0.2  # the SuperLink is on this machine: asking costs little
 _POLL_SECONDS_EACH = 0.02  # per reply that is waited for: one question takes about as long
-_PULL_SECONDS = (
-    2.0  # so long others wait while a reply is pulled; one that is still being uploaded takes as long as that
-)
+#: So long others wait while a reply is pulled; one that is still being uploaded takes as long as that.
+_PULL_SECONDS = 2.0
 #: Codes of replies that say that a message was lost with the process that had it; the site has refused nothing.
 LOST = {WorkerDied.code, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
