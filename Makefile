@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 READY  := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+FEDERATIONS := federations processes faults attacks
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -25,11 +27,11 @@ demo: $(READY) ## Run a real federation: three sites, a real model, real data; e
 	$(BIN)/fedspan demo
 	$(BIN)/fedspan run deploy/demo/federation.yaml --name "demo-$$(date +%Y%m%d-%H%M%S)"
 
-test: lint ## Format check, lint and types; then units, JOBS (2) at a time; then federations of processes, one by one
-	@echo "== units and federations in one process, $(JOBS) at a time"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --durations=10 --ignore tests/processes --ignore tests/faults
-	@echo "== federations of processes, one by one"
-	$(BIN)/python -m pytest --durations=10 tests/processes tests/faults
+test: lint ## All that continuous integration runs: format, lint, types, units, federations; JOBS (2) tests at a time
+	@echo "== units"
+	$(PYTEST) -n $(JOBS) --dist loadscope --durations=15 $(addprefix --ignore tests/,$(FEDERATIONS))
+	@echo "== federations, in one process and of processes"
+	$(PYTEST) -n $(JOBS) --dist loadgroup --durations=15 $(addprefix tests/,$(FEDERATIONS))
 
 lint: $(READY) ## Format check, lint and types only
 	@echo "== format, lint, types"
@@ -37,13 +39,13 @@ lint: $(READY) ## Format check, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-long: $(READY) ## The tests that `make test` leaves out, but for faults and containers
-	$(BIN)/python -m pytest tests -m long --ignore tests/faults --ignore tests/compose
+test-long: $(READY) ## Nightly: the tests that `make test` leaves out, but for faults and containers
+	$(PYTEST) tests -m long --durations=15 --ignore tests/faults --ignore tests/compose
 
-faults: $(READY) ## Inject faults into real federations (one to two hours); ends with a table
-	$(BIN)/python -m pytest tests/faults tests/processes/test_across_machines.py -m "long or not long"
+faults: $(READY) ## Nightly: inject faults into real federations (about an hour); ends with a table
+	$(PYTEST) tests/faults tests/processes/test_across_machines.py -m "long or not long"
 
-compose-test: $(READY) ## Build, run and attack the containers (about 25 minutes); needs a Docker engine
+compose-test: $(READY) ## Nightly: build, run and attack the containers (about 25 minutes); needs a Docker engine
 	$(BIN)/python -m pytest tests/compose -m long -s -v
 
 docs: $(READY) ## Build the documents as pages in build/docs; stops at a link that leads nowhere

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client import app as site_app
 from common.config.federation import FederationConfig, resolved
@@ -43,15 +42,11 @@ class NewSite:
 
 def run(
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
     max_rank: int | None = None,
     make: Callable[..., Path] = make_federation,
     **changes: Any,
 ) -> tuple[Tensors, list[Any], dict[int, Any]]:
     """State after all rounds, the records of metrics.jsonl, and the sites."""
-    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
-    monkeypatch.setattr(TaskIdentity, "_node_id", 1)
-    monkeypatch.setattr(TaskIdentity, "_task_id", 1)
     file = make(folder, {"site-a": 9, "site-b": 17}, **changes)
     if max_rank is not None:
         site = yaml.safe_load((folder / "site-b.yaml").read_text())
@@ -78,10 +73,8 @@ def of(records: list[Any], phase: str) -> dict[tuple[str, int], Any]:
 
 
 @pytest.mark.parametrize(("strategy", "max_rank"), [("fedex-lora", None), ("flora", 2)])
-def test_base_weights_follow_by_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, max_rank: int | None
-) -> None:
-    state, records, _ = run(tmp_path, monkeypatch, max_rank, strategy={"name": strategy, **LORA}, rounds=3)
+def test_base_weights_follow_by_steps(tmp_path: Path, strategy: str, max_rank: int | None) -> None:
+    state, records, _ = run(tmp_path, max_rank, strategy={"name": strategy, **LORA}, rounds=3)
     losses, bytes_ = of(records, "evaluate"), of(records, "train")
     whole = sum(4 * tensor.numel() for tensor in state.values())
     for site in ("site-a", "site-b"):
@@ -94,9 +87,9 @@ def test_base_weights_follow_by_steps(
     assert (ups[0] == ups[1]) == (max_rank is None)
 
 
-def test_fedsas_b_never_travels_and_outlives_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fedsas_b_never_travels_and_outlives_the_process(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"strategy": {"name": "fedsa-lora", **LORA}, "evaluation": {"server": None}}
-    state, records, sites = run(tmp_path, monkeypatch, rounds=3, **changes)
+    state, records, sites = run(tmp_path, rounds=3, **changes)
     assert all(name.endswith(LORA_A) for name in state)
     kept = [site.context.state.array_records["kept"] for site in sites.values()]
     for own in kept:
@@ -109,11 +102,9 @@ def test_fedsas_b_never_travels_and_outlives_the_process(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("strategy", [{"name": "rolora", **LORA}, None], ids=["rolora", "fedftg"])
-def test_server_optimizer_runs_with_true_sites(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: dict[str, Any] | None
-) -> None:
+def test_server_optimizer_runs_with_true_sites(tmp_path: Path, strategy: dict[str, Any] | None) -> None:
     changes: dict[str, Any] = {"server_optimizer": {"method": "fedavgm", "momentum": 0.5}, "rounds": 3}
-    state, records, _ = run(tmp_path, monkeypatch, **changes, **({"strategy": strategy} if strategy else {}))
+    state, records, _ = run(tmp_path, **changes, **({"strategy": strategy} if strategy else {}))
     losses, bytes_ = of(records, "evaluate"), of(records, "train")
     for site in ("site-a", "site-b"):
         assert losses[site, 3]["evaluate"]["loss"] < losses[site, 0]["evaluate"]["loss"]
@@ -123,12 +114,10 @@ def test_server_optimizer_runs_with_true_sites(
 
 
 @pytest.mark.parametrize("subspace", ["own", "shared"])
-def test_fedftg_averages_a_head_whole_beside_the_factors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subspace: str
-) -> None:
+def test_fedftg_averages_a_head_whole_beside_the_factors(tmp_path: Path, subspace: str) -> None:
     """The next version goes down in steps, of which the head is a part."""
     strategy = {"name": "fedftg", "blocks": "all", "rank": 1, "scale": 1.0, "head": "train", "subspace": subspace}
-    state, records, sites = run(tmp_path, monkeypatch, make=make_image_federation, strategy=strategy, rounds=3)
+    state, records, sites = run(tmp_path, make=make_image_federation, strategy=strategy, rounds=3)
     losses, bytes_ = of(records, "evaluate"), of(records, "train")
     for one in sites.values():  # what came is kept as it came: bundled
         kept = {key: record for key, record in one.context.state.items() if key.startswith("step-")}
@@ -153,11 +142,9 @@ def test_fedftg_averages_a_head_whole_beside_the_factors(
     ],
     ids=str,
 )
-def test_head_beside_the_factors_goes_with_every_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
+def test_head_beside_the_factors_goes_with_every_option(tmp_path: Path, changes: dict[str, Any]) -> None:
     strategy = {"name": "fedftg", "blocks": "all", "rank": 2, "scale": 1.0, "head": "train"}
     changes = {**changes, "strategy": {**strategy, **changes.get("strategy", {})}}
-    _, records, _ = run(tmp_path, monkeypatch, make=make_image_federation, **changes)
+    _, records, _ = run(tmp_path, make=make_image_federation, **changes)
     losses = of(records, "evaluate")
     assert all(losses[s, 2]["evaluate"]["loss"] < losses[s, 0]["evaluate"]["loss"] for s in ("site-a", "site-b"))

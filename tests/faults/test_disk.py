@@ -1,4 +1,4 @@
-"""A disk that fills, and checkpoints that are damaged: a named reason, and a state from which the run goes on."""
+"""A disk that fills: a named reason, and a state from which the run goes on."""
 
 import os
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 
 from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import QUIET, SIZES, Note
-from tests.faults.test_kills import FEDFTG, ROLORA
-from tests.harness.processes import Federation, kill
+from tests.faults.test_kills import ROLORA
+from tests.harness.processes import Federation
 from tests.harness.results import same_result, trainings
 
 RESUMED = "a named reason; --resume gives the result"
@@ -57,36 +57,3 @@ def test_full_disk_ends_the_run_with_its_name_and_loses_no_round(
         assert federation.wait() == 0, federation.log
     same_result(federation.run, straight(ROLORA, 4), tmp_path)
     assert trainings(federation.run) == trainings(straight(ROLORA, 4))
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-@pytest.mark.parametrize("name", ["state.safetensors", "steps.safetensors", "checkpoint.json"])
-def test_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, injected: Note, straight: Callable[..., Path], damage: Callable[[Path], None], name: str
-) -> None:
-    file = make_federation(tmp_path, SIZES, strategy=FEDFTG, rounds=4, evaluation=QUIET)
-    with Federation(file) as federation:
-        federation.wait_event("round_started", round=4)
-        kill([*federation.superlink(), *federation.server()])
-        federation.process.kill()
-        federation.wait()
-    newest = max((federation.run / "checkpoints").iterdir())
-    damage(newest / name)
-    injected(f"checkpoint damaged ({damage.__name__.replace('_', ' ')})", 1, RESUMED)
-    with Federation(file, "tiny", "--resume") as federation:
-        assert federation.wait() == 0, federation.log
-    assert f"checkpoint {newest} is damaged" in federation.log.replace("\n", "")
-    same_result(federation.run, straight(FEDFTG, 4), tmp_path)
-    assert trainings(federation.run) == trainings(straight(FEDFTG, 4))

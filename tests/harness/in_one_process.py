@@ -6,23 +6,36 @@ Every federation has a process of its own, forked from one that has imported eve
 import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import yaml
-from flwr.app import Message
+from flwr.app import Context, Message
 
 from common.errors import FedSpanError
 from common.system.processes import die_with_parent, last_lines
 from deploy.sandbox.tiny import make_federation
 from server.run.folder import read_run
+from tests.harness.results import events
 
 SECONDS = 400.0
 _EXPECTED: dict[str, Path] = {}
 
 
+App = Callable[[Message, Context], Message]
+
+
 def in_one_process(
-    file: Path, name: str = "together", *, ends: str = "completed", resume: bool = False, cold: bool = False
+    file: Path,
+    name: str = "together",
+    *,
+    ends: str = "completed",
+    resume: bool = False,
+    cold: bool = False,
+    app: App | None = None,
+    killed_in: int | None = None,
 ) -> Path:
     """Run a federation to its end.
 
@@ -32,16 +45,22 @@ def in_one_process(
         ends: the status that is to be in its run.json.
         resume: go on with the run of this name.
         cold: a site's session is new for every message, as when Flower starts a process for each.
+        app: the sites', in place of FedSpan's.
+        killed_in: SIGKILL in this round.
 
     Returns:
         The run folder; what server and sites logged is in its file ``log``.
     """
-    run = file.parent / "runs" / name
-    log = file.parent / f"{name}.log"
+    run, log = file.parent / "runs" / name, file.parent / f"{name}.log"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deploy.experiment.trial_process"])
-    process = context.Process(target=_work, args=(file, run, log, resume, cold), daemon=True)
+    process = context.Process(target=_work, args=(file, run, log, resume, cold, app), daemon=True)
     process.start()
+    if killed_in is not None:
+        while process.is_alive() and not any(e["round"] == killed_in for e in events(run, "round_started")):
+            time.sleep(0.01)
+        process.kill()
+        ends = "running"
     process.join(SECONDS)
     hangs = process.is_alive()
     process.kill()
@@ -65,7 +84,7 @@ def expected(folder: Path, sizes: dict[str, int], **changes: object) -> Path:
     return _EXPECTED[key]
 
 
-def _work(file: Path, run: Path, log: Path, resume: bool, cold: bool) -> None:
+def _work(file: Path, run: Path, log: Path, resume: bool, cold: bool, other: App | None) -> None:
     from client import app, received
     from deploy.experiment import simulate
 
@@ -78,6 +97,8 @@ def _work(file: Path, run: Path, log: Path, resume: bool, cold: bool) -> None:
             app._sessions.clear()
             return super()._answer(message_id, sent)
 
+    if other is not None:
+        simulate.client_app = other  # type: ignore[assignment]
     if cold:
         simulate.InProcessGrid = Forgetful  # type: ignore[misc]
     die_with_parent()

@@ -15,10 +15,10 @@ import pytest
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.proto.control_pb2 import ListNodesRequest
 
+from client.connect import link
 from common.system import flower
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports
-from deploy.cli import main
 from deploy.keys import certs
 from deploy.sandbox.flower import wait_for
 from server.run.from_supervisor import site_of
@@ -26,9 +26,12 @@ from server.superlink import registry
 from server.superlink.control import control
 from server.superlink.nodes import Nodes
 from server.superlink.process import OwnSuperLink, Tls, sockets
-from tests.harness.processes import ROOT, environment
+from tests.harness.command import fedspan
+from tests.harness.processes import ROOT, SECONDS, environment
 
 SITES = ("site-a", "site-b", "site-c", "late", "stranger", "expired", "open")
+
+pytestmark = pytest.mark.timeout(1200)
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Gate:
 
 def last_words(node: Started, code: int = 1) -> str:
     """The one line with which a SuperNode ends."""
-    assert node.process.wait(200) == code, node.log.read_text()
+    assert node.process.wait(SECONDS) == code, node.log.read_text()
     said = node.log.read_text()
     assert "Traceback" not in said
     return said.strip().splitlines()[-1]
@@ -96,10 +99,10 @@ def last_words(node: Started, code: int = 1) -> str:
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     folder = tmp_path_factory.mktemp("gate")
     pki, register = folder / "pki", folder / "register.json"
-    assert main(["keys", "ca", str(pki)]) == 0
-    assert main(["keys", "server", str(pki)]) == 0
+    for kind in ("ca", "server"):
+        assert fedspan("keys", kind, pki)[0] == 0
     for site in SITES:
-        assert main(["keys", "site", str(folder / site)]) == 0
+        assert fedspan("keys", "site", folder / site)[0] == 0
         if site not in ("late", "stranger"):
             registry.add(register, site, folder / f"{site}.pub", None)
     expire(register, "expired")
@@ -113,7 +116,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
         superlink = OwnSuperLink(at / "superlink", f"0.0.0.0:{fleet}", tls, register)  # also 127.0.0.2, not its name
         gate = Gate(folder, superlink, Nodes(register, superlink, folder, told.append), group, told)
         group.start("superlink", superlink.command(home), env)
-        wait_for(superlink.listens, 120)
+        wait_for(superlink.listens, SECONDS)
         gate.nodes.begin()
         yield gate
 
@@ -168,59 +171,59 @@ def _serve(listener: socket.socket, context: ssl.SSLContext) -> None:
             raw.close()
 
 
-@pytest.mark.timeout(400)
-def test_every_intruder_is_told_why_in_one_line(gate: Gate, tmp_path: Path) -> None:
-    assert main(["keys", "ca", str(tmp_path / "other")]) == 0
+def test_link_that_is_wrong_is_told_before_flower_begins(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "flower_supernode", lambda: pytest.fail("Flower begins"))
+    assert fedspan("keys", "ca", tmp_path / "other")[0] == 0
     (gate.folder / "open.key").chmod(0o644)
-    here, day = f"127.0.0.1:{gate.port}", timedelta(days=1)
+    here, day, other = f"127.0.0.1:{gate.port}", timedelta(days=1), tmp_path / "other" / "ca.crt"
     nobody = f"127.0.0.1:{free_ports(1)[0]}"
-    a_key = gate.key("site-a")
+    known, foreign = [*gate.ca, *gate.key("site-a")], ["--root-certificates", str(other), *gate.key("site-a")]
     with server_with(gate.folder, -3 * day, -2 * day) as old, server_with(gate.folder, 2 * day, 3 * day) as young:
-        attempts = {
-            "wrong CA": gate.supernode(here, "--root-certificates", str(tmp_path / "other" / "ca.crt"), *a_key),
-            "another name": gate.supernode(f"127.0.0.2:{gate.port}", *gate.ca, *a_key),
-            "expired": gate.supernode(old, *gate.ca, *a_key),
-            "not yet valid": gate.supernode(young, *gate.ca, *a_key),
-            "plain text": gate.supernode(here, "--insecure"),
-            "nobody": gate.supernode(nobody, *gate.ca, *a_key, deadline=1.0),
-            "unregistered": gate.supernode(here, *gate.ca, *gate.key("stranger")),
-            "no key": gate.supernode(here, *gate.ca),
-            "registration expired": gate.supernode(here, *gate.ca, *gate.key("expired")),
-            "open key": gate.supernode(here, *gate.ca, *gate.key("open")),
-            "no such key": gate.supernode(here, *gate.ca, *gate.key("none")),
-        }
-        codes = {"open key": 2, "no such key": 2}
-        said = {name: last_words(process, codes.get(name, 1)) for name, process in attempts.items()}
+        for superlink, options, code, parts in (
+            (here, foreign, 1, [here, "is signed by CN=FedSpan CA", f"{other} is CN=FedSpan CA", "ask the operator"]),
+            (
+                f"127.0.0.2:{gate.port}",
+                known,
+                1,
+                ["not for 127.0.0.2 but for localhost, 127.0.0.1", "--host 127.0.0.2"],
+            ),
+            (old, known, 1, [old, "the server's certificate expired on", "ask the operator to renew it"]),
+            (young, known, 1, [young, "is valid from", "this machine's clock says", "set the clock right"]),
+            (here, ["--insecure"], 1, [f"{here} speaks TLS", "leave out --insecure"]),
+            (nobody, known, 1, [nobody, "nobody answers (Connection refused)", "tried for 1 seconds"]),
+            (here, [*gate.ca, *gate.key("open")], 2, ["open.key: this private key can be read by others (mode 0644)"]),
+            (here, [*gate.ca, *gate.key("none")], 2, ["none.key: cannot be read (No such file or directory)"]),
+        ):
+            node = ["site", "supernode", "--superlink", superlink, "--connect-deadline", "1", "--isolation", "process"]
+            found, said = fedspan(*node, "--socket", tmp_path / "socket", *options)
+            assert found == code, said
+            assert "error: " in said
+            assert all(part in said for part in parts), said
+
+
+def test_stranger_is_told_why_the_superlink_does_not_let_it_in(gate: Gate) -> None:
+    here = f"127.0.0.1:{gate.port}"
     stranger = fingerprint(read_public(gate.folder / "stranger.pub"))
-    for name, parts in {
-        "wrong CA": [here, "is signed by CN=FedSpan CA", "other/ca.crt is CN=FedSpan CA", "ask the operator"],
-        "another name": ["is not for 127.0.0.2 but for localhost, 127.0.0.1", "--host 127.0.0.2"],
-        "expired": [old, "the server's certificate expired on", "ask the operator to renew it"],
-        "not yet valid": [young, "is valid from", "this machine's clock says", "set the clock right"],
-        "plain text": [f"{here} speaks TLS", "leave out --insecure"],
-        "nobody": [nobody, "nobody answers (Connection refused)", "tried for 1 seconds"],
-        "unregistered": [
-            here,
-            f"does not let the key {stranger} in",
-            "not in its register",
-            "give the operator the .pub",
-        ],
-        "no key": ["wants a registered key", "--auth-supernode-private-key"],
-        "registration expired": ["not in its register, revoked or expired there"],
-        "open key": ["open.key: this private key can be read by others (mode 0644); run: chmod 600 "],
-        "no such key": ["none.key: cannot be read (No such file or directory)"],
-    }.items():
-        assert said[name].startswith("error: "), said[name]
-        assert all(part in said[name] for part in parts), said[name]
+    unknown = [f"{here} does not let the key {stranger} in", "not in its register", "give the operator the .pub"]
+    attempts = [
+        (gate.supernode(here, *gate.ca, *gate.key("stranger")), unknown),
+        (gate.supernode(here, *gate.ca), ["wants a registered key", "--auth-supernode-private-key"]),
+        (gate.supernode(here, *gate.ca, *gate.key("expired")), ["not in its register, revoked or expired there"]),
+    ]
+    for node, parts in attempts:
+        said = last_words(node)
+        assert said.startswith("error: "), said
+        assert all(part in said for part in parts), said
 
 
-@pytest.mark.timeout(300)
 def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_let_in(gate: Gate) -> None:
     here = f"127.0.0.1:{gate.port}"
     nodes = {
-        site: gate.supernode(here, *gate.ca, *gate.key(site), deadline=90.0) for site in ("site-b", "site-c", "late")
+        site: gate.supernode(here, *gate.ca, *gate.key(site), deadline=SECONDS) for site in ("site-b", "site-c", "late")
     }
-    wait_for(lambda: {"site-b", "site-c"} <= gate.online(), 120, every=1.0)
+    wait_for(lambda: {"site-b", "site-c"} <= gate.online(), SECONDS, every=1.0)
     registry.revoke(gate.register, "site-b")
     expire(gate.register, "site-c")
     registry.add(gate.register, "late", gate.folder / "late.pub", None)  # it has been trying since
@@ -229,6 +232,6 @@ def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_le
         mark = fingerprint(read_public(gate.folder / f"{site}.pub"))
         assert f"has shut the key {mark} out: it was revoked, or has expired" in last_words(nodes[site])
     assert sorted(text.partition(" ")[0] for text in gate.told) == ["site-b", "site-c"]
-    wait_for(lambda: "late" in gate.online(), 120, every=1.0)
+    wait_for(lambda: "late" in gate.online(), SECONDS, every=1.0)
     again = gate.supernode(here, *gate.ca, *gate.key("site-b"))
     assert "does not let the key" in last_words(again)

@@ -16,7 +16,9 @@ from flwr.cli.build import build_fab_from_disk
 from deploy.cli import main
 from deploy.keys import bundle
 from deploy.sandbox.flower import Flower, kill, wait_for
+from tests.harness.processes import SECONDS
 
+pytestmark = pytest.mark.timeout(1200)
 APP = Path(__file__).parent / "orders_app"
 
 
@@ -40,10 +42,12 @@ def submit(flower: Flower, out: Path, orders: str, app: Path = APP) -> None:
 
 
 def test_one_process_answers_many_messages_and_its_death_is_an_answer_too(flower: Flower, tmp_path: Path) -> None:
-    flower.start_warm_node("site", "x=1", tmp_path / "worker.json", idle=4.0)
-    out = tmp_path / "answers.json"
-    submit(flower, out, "answer,answer,fail,answer,die,answer,pause 9,answer")
-    flower.wait(240)
+    flower.start_warm_node("site", "x=1", tmp_path / "worker.json", idle=10.0)
+    out, go = tmp_path / "answers.json", tmp_path / "go"
+    submit(flower, out, f"answer,answer,fail,answer,die,answer,until {go},answer")
+    wait_for(lambda: len(answers(out)) == 6 and status(tmp_path)["bench"] is None, SECONDS)
+    go.touch()
+    flower.wait(SECONDS)
     first, second, failed, third, died, after, last = answers(out)
     assert first["worker"] == "1"
     assert first["pid"] == second["pid"] == third["pid"]
@@ -58,7 +62,7 @@ def test_one_process_answers_many_messages_and_its_death_is_an_answer_too(flower
     shown = status(tmp_path)
     assert (shown["messages"], shown["crashes"]) == (7, 1)
     assert shown["memory_bytes"] > 10**6
-    wait_for(lambda: status(tmp_path)["bench"] is None, 20)
+    wait_for(lambda: status(tmp_path)["bench"] is None, SECONDS)
     assert not psutil.pid_exists(last["pid"])
 
 
@@ -66,13 +70,13 @@ def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(f
     node, worker = flower.start_warm_node("site", "x=1", tmp_path / "worker.json")
     out = tmp_path / "answers.json"
     submit(flower, out, "answer,answer")
-    flower.wait(150)
+    flower.wait(SECONDS)
     kill(node)
-    wait_for(lambda: status(tmp_path)["state"] == "no SuperNode", 30)
+    wait_for(lambda: status(tmp_path)["state"] == "no SuperNode", SECONDS)
     flower.start_node("again", "x=1", port=flower.ports["site"], isolation="process")
-    wait_for(lambda: status(tmp_path)["state"] == "idle", 60)
+    wait_for(lambda: status(tmp_path)["state"] == "idle", SECONDS)
     submit(flower, tmp_path / "second.json", "answer")
-    flower.wait(150)
+    flower.wait(SECONDS)
     before, again = answers(out), answers(tmp_path / "second.json")
     assert again[0]["pid"] == before[0]["pid"]
     assert again[0]["answered"] == 3
@@ -82,14 +86,14 @@ def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(f
     client = changed / "orders_client.py"
     client.write_text(client.read_text() + "\nanswered = 100\n")
     submit(flower, tmp_path / "third.json", "answer", changed)
-    flower.wait(150)
+    flower.wait(SECONDS)
     (third,) = answers(tmp_path / "third.json")
     assert third["pid"] != before[0]["pid"]
     assert third["answered"] == 101  # the new bundle's code
     assert not psutil.pid_exists(before[0]["pid"])
 
     worker.send_signal(signal.SIGTERM)
-    worker.wait(20)
+    worker.wait(60)
     assert not psutil.pid_exists(third["pid"])
 
 
@@ -113,38 +117,19 @@ def test_worker_runs_only_what_its_site_trusts_and_takes_its_process_along(
         doubting = flower.start_worker("site", "--site", str(tmp_path / "stranger.yaml"))
         orders = f"answer,until {go},answer"
         flower.submit(APP, {"orders": orders, "out": str(out), "signatures": str(signatures)})
-        wait_for(lambda: answers(out), 120)
+        wait_for(lambda: answers(out), SECONDS)
         assert [list(folder.iterdir()) for folder in scratch.glob("fedspan-bundle-*")] == [[]]
         doubting.terminate()
-        doubting.wait(20)
+        doubting.wait(60)
         keeper = flower.start_worker("site", "--site", str(tmp_path / "reviewer.yaml"))
         go.touch()
-        flower.wait(150)
+        flower.wait(SECONDS)
         refused, answered = answers(out)
         assert psutil.pid_exists(answered["pid"])
         keeper.kill()
-        wait_for(lambda: not psutil.pid_exists(answered["pid"]), 20)
+        wait_for(lambda: not psutil.pid_exists(answered["pid"]), SECONDS)
     reason = f"site-a: the app bundle {digest} is not signed by a key in its trust list and not pinned"
     assert refused["error"] == f"{reason}; nothing of it was run"
     assert (answered["bundle"], answered["vetted"], answered["installed"]) == (digest, "1", [])
     log = (tmp_path / "logs" / "site-worker.log").read_text()
     assert log.count(reason) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "the following arguments are required: --runtime-api"),
-        (["--runtime-api", "127.0.0.1:1", "--status", "/none/worker.json"], "--status: folder /none does not exist"),
-        (["--runtime-api", "127.0.0.1:1", "--idle", "soon"], "argument --idle: 'soon'; allowed: 0 seconds and more"),
-        (["--runtime-api", "127.0.0.1:1", "--idle", "-1"], "argument --idle: '-1'; allowed: 0 seconds and more"),
-        (["--runtime-api", "127.0.0.1:1", "--site", "/none/site.yaml"], "/none/site.yaml: no such file"),
-        (["--runtime-api", "127.0.0.1:1", "--poll", "0"], "argument --poll: '0'; allowed: 0.01 seconds and more"),
-    ],
-)
-def test_wrong_arguments_are_told_in_one_line(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["site", "worker", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {says}")

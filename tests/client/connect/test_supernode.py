@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 from flwr.app import Context, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.connect.link import _Clock
 from common.config.federation import FederationConfig, resolved, settings_for_sites
@@ -74,8 +73,6 @@ def test_app_refuses_to_work_unchecked_where_the_site_trusts_only_some(
 ) -> None:
     from client.app import _session
 
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
     file = make_federation(tmp_path, {"site-a": 8})
     site = tmp_path / "site-a.yaml"
     site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "trust": {"bundles": ["0" * 64]}}))

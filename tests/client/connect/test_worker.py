@@ -12,6 +12,7 @@ from client.connect.worker_process import RuntimeApi
 from client.connect.worker_supervisor import Keeper, Options
 from client.privacy import guard
 from common.protocol.messages import SIGNATURES
+from deploy.cli import main
 
 
 def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -35,3 +36,22 @@ def test_names_by_which_programs_know_each_other_are_the_same() -> None:
     assert (worker_process.VETTED, worker_process.LONG_LIVED) == (app.VETTED, received.LONG_LIVED)
     assert worker_process.BUNDLE == guard.BUNDLE
     assert verify.RECORD_KEY == SIGNATURES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "the following arguments are required: --runtime-api"),
+        (["--runtime-api", "127.0.0.1:1", "--status", "/none/worker.json"], "--status: folder /none does not exist"),
+        (["--runtime-api", "127.0.0.1:1", "--idle", "soon"], "argument --idle: 'soon'; allowed: 0 seconds and more"),
+        (["--runtime-api", "127.0.0.1:1", "--idle", "-1"], "argument --idle: '-1'; allowed: 0 seconds and more"),
+        (["--runtime-api", "127.0.0.1:1", "--site", "/none/site.yaml"], "/none/site.yaml: no such file"),
+        (["--runtime-api", "127.0.0.1:1", "--poll", "0"], "argument --poll: '0'; allowed: 0.01 seconds and more"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["site", "worker", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {says}")

@@ -17,9 +17,6 @@ def main(grid: Grid, context: Context) -> None:
     """``orders`` separated by commas; the answers go to ``out`` as they come."""
     answers = []
     for order in str(context.run_config["orders"]).split(","):
-        if order.startswith("pause"):
-            time.sleep(float(order.partition(" ")[2]))
-            continue
         if order.startswith("until"):
             while not Path(order.partition(" ")[2]).exists():
                 time.sleep(0.2)

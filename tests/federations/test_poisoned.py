@@ -1,19 +1,24 @@
-"""FedSpan's ClientApp, whose training replies are tampered with as the plan beside the site file says, by round."""
+"""Updates that are malformed, impossible or outlying are refused, and the result is the one without them."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 
 from client.app import app as honest
 from common.protocol import wire
+from common.protocol.tensors import Tensors
+from deploy.sandbox.tiny import make_federation
+from tests.harness.in_one_process import in_one_process
+from tests.harness.results import events, same_bits, trainings
 
-Tensors = dict[str, torch.Tensor]
+SIZES = {"site-a": 9, "site-b": 17, "site-c": 11}
+HONEST = 3  # rounds before the third site's updates are tampered with: it fails, so that the others set the measure
+LORA = {"blocks": "lower half", "rank": 2}
 
 
 def first(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
@@ -70,20 +75,45 @@ def tampered(kind: str, message: Message, reply: Message) -> Message:
     return Message(RecordDict(content), reply_to=message)
 
 
-class Poisoned(ClientApp):
-    """Answers as FedSpan's own app, but for the rounds of the plan."""
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        plan = Path(f"{context.node_config['site']}.plan")
-        go, deadline = plan.with_suffix(".go"), time.monotonic() + 180
-        while plan.exists() and not go.exists() and time.monotonic() < deadline:  # its hello
-            time.sleep(0.1)
-        reply = honest(message, context)
-        if message.metadata.message_type != MessageType.TRAIN or not plan.exists() or reply.has_error():
-            return reply
-        number = str(message.content["config"]["server-round"])  # type: ignore[index, call-overload]
-        kind = yaml.safe_load(plan.read_text()).get(number)
-        return reply if kind is None else tampered(kind, message, reply)
+KINDS = [*TENSORS, "of another round", "no arrays", "no num-examples", *EXAMPLES]
 
 
-app = Poisoned()
+def poisoned(message: Message, context: Context) -> Message:
+    """FedSpan's ClientApp, whose training replies are tampered with as the plan beside the site file says, by round."""
+    reply = honest(message, context)
+    plan = Path(f"{context.node_config['site']}.plan")
+    if message.metadata.message_type != MessageType.TRAIN or not plan.exists() or reply.has_error():
+        return reply
+    kind = yaml.safe_load(plan.read_text()).get(message.content.config_records["config"]["server-round"])
+    return reply if kind is None else tampered(kind, message, reply)
+
+
+def planned(folder: Path, strategy: dict[str, object], kinds: list[str]) -> Path:
+    """The run folder of a federation whose third site follows the plan, but for the last round."""
+    file = make_federation(
+        folder,
+        SIZES,
+        strategy=strategy,
+        rounds=HONEST + len(kinds) + 1,
+        evaluation={"every": 100, "max_examples": 1, "samples": 0},
+        cohort={"min_clients": 2},
+        admission={"max_refusals": 99},
+    )
+    plan = dict(enumerate(["fails"] * HONEST + kinds, start=1))
+    (folder / "site-c.yaml.plan").write_text(yaml.safe_dump(plan))
+    return in_one_process(file, app=poisoned)
+
+
+@pytest.mark.parametrize("strategy", [{"rank": 4}, *({"name": n, **LORA} for n in ("rolora", "flexlora", "ffa-lora"))])
+def test_poisoned_updates_never_touch_the_result(tmp_path: Path, strategy: dict[str, object]) -> None:
+    """The result is the one of a federation in which the site fails in those rounds."""
+    run, failing = (
+        planned(tmp_path / name, strategy, kinds)
+        for name, kinds in (("poisoned", KINDS), ("failing", ["fails"] * len(KINDS)))
+    )
+    refused = {event["round"]: event["reason"] for event in events(run, "update_refused")}
+    for number, kind in enumerate(KINDS, start=HONEST + 1):
+        assert number in refused, f"{kind} was admitted"
+        assert refused[number].startswith("site-c: ")
+    same_bits(run, failing)
+    assert trainings(run) == trainings(failing)
