@@ -5,7 +5,13 @@ import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
 #: Files and folders of tests that each keep two cores busy with a dozen processes.
-CROWDED = ("processes/test_life", "processes/test_across", "processes/test_failures", "processes/test_running", "faults/")
+CROWDED = (
+    "processes/test_life",
+    "processes/test_across",
+    "processes/test_failures",
+    "processes/test_running",
+    "faults/",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
