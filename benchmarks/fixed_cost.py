@@ -35,7 +35,7 @@ _ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER: what a killed parent leaves behin
 #: By command line, the first that fits.
 PARTS = {
     "launcher": r"-m deploy",
-    "SuperLink": r"bin/flower-superlink",
+    "SuperLink": r"superlink/program\.py|bin/flower-superlink",
     "ServerApp": r"flwr-serverapp",
     "SuperLink's SuperExec": r"superexec",
     "SuperNodes": r"connect/supernode\.py",
