@@ -20,11 +20,11 @@ STRATEGIES = {name: {"name": name, **(FEDFTG if name == "fedftg" else LORA)} for
 STRATEGIES["fedftg, moments averaged"] = {"name": "fedftg", **AVERAGED}
 
 
-def curve(folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> dict[str, list[float]]:
+def curve(folder: Path, strategy: str) -> dict[str, list[float]]:
     """Held-out loss before the first and after every round, and bytes up; means of both sites."""
     changes: dict[str, Any] = {"evaluation": {"server": None}} if strategy == "fedsa-lora" else {}
     rounds = 3
-    _, records, _ = run(folder, monkeypatch, strategy=STRATEGIES[strategy], rounds=rounds, **changes)
+    _, records, _ = run(folder, strategy=STRATEGIES[strategy], rounds=rounds, **changes)
     losses, trained = of(records, "evaluate"), of(records, "train")
     sites = ("site-a", "site-b")
     return {
@@ -34,9 +34,9 @@ def curve(folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> dict[
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_curve_is_the_recorded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+def test_curve_is_the_recorded_one(tmp_path: Path, strategy: str) -> None:
     recorded = json.loads(RECORDED.read_text())[strategy]
-    found = curve(tmp_path, monkeypatch, strategy)
+    found = curve(tmp_path, strategy)
     assert found["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
     assert found["up"] == recorded["up"]
 
@@ -52,8 +52,8 @@ def main() -> None:
     """Record all curves."""
     made = {}
     for strategy in STRATEGIES:
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            made[strategy] = curve(Path(folder), patch, strategy)
+        with tempfile.TemporaryDirectory() as folder:
+            made[strategy] = curve(Path(folder), strategy)
     RECORDED.parent.mkdir(exist_ok=True)
     RECORDED.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 

@@ -43,7 +43,14 @@ def unevaluated(message: Message) -> Message | None:
         ({"tokenizer_digest": "5eed"}, "site-3: its tokenizer differs: digest 5eed, the federation's is tokenizer"),
         ({"train_rows": 0}, "site-3: train_rows is 0; allowed: a whole number from 1"),
         ({"rank": "2"}, "site-3: rank is '2'; allowed: a whole number from 0"),
-        ({"site": "../site-3"}, "node 3: site is '../site-3'; allowed: letters, digits, '.', '_' and '-', up to 64"),
+        (
+            {"site": "../site-3"},
+            "node 3: site is '../site-3'; allowed: letters, digits, '.', '_' and '-', up to 64, but not server",
+        ),
+        (
+            {"site": "server"},
+            "node 3: site is 'server'; allowed: letters, digits, '.', '_' and '-', up to 64, but not server",
+        ),
         ({"site": "site-2"}, "site-2: a site of this name has already joined, and is still connected"),
     ],
 )
