@@ -14,6 +14,7 @@ from client.training.settings import lora_rank, model_source
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.data.tasks import Task
+from common.errors import ModelError
 from common.model import tuning
 from common.model.base_model import Base
 from common.protocol.factors import Exchange
@@ -65,12 +66,17 @@ class SiteModel:
 
     @cached_property
     def digests(self) -> Digests:
-        """Of the base model as it is on disk, and of its tokenizer."""
-        if self._bases is not None:
-            return self._bases.digests(self._key, self._read)
-        if "tuned" in self.__dict__:  # it is not any more what was loaded
+        """Of the base model as it is on disk, and of its tokenizer.
+
+        Raises:
+            ModelError: they are not those that the federation file names.
+        """
+        if self._bases is None and "tuned" in self.__dict__:  # it is not any more what was loaded
             self.start_anew()
-        return digests(self.base)
+        found = digests(self.base) if self._bases is None else self._bases.digests(self._key, self._read)
+        if (wrong := self._federation.model.difference(*found)) is not None:
+            raise ModelError(f"{self._site.name}: {wrong}")
+        return found
 
     @cached_property
     def tuned(self) -> tuning.Tuned:

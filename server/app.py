@@ -8,9 +8,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config.federation import FederationConfig, resolved, settings_for_sites
+from common.config.federation import FederationConfig, check_source, resolved, settings_for_sites
 from common.config.load import load
-from common.errors import ConfigError, FederationError, FedSpanError, kind_of
+from common.errors import ConfigError, FederationError, FedSpanError, ModelError, kind_of
 from common.model.adapters import BASE_WEIGHT
 from common.protocol.messages import HelloRequest
 from common.system import logs
@@ -95,7 +95,10 @@ def _run(
     from server.loop.server_model import ServerModel
     from strategies.flower.named import make_strategy
 
+    check_source(config, source)
     server_model = ServerModel(config, source)
+    if (wrong := config.model.difference(server_model.base_digest, server_model.tokenizer_digest)) is not None:
+        raise ModelError(f"{source}: {wrong}")
     state = server_model.initial_state()
     checkpoint = (
         newest(folder.path, lambda reason: folder.event("checkpoint_damaged", reason=reason)) if resume else None

@@ -14,6 +14,7 @@ from client.preflight.context import Subject
 from client.preflight.finding import Skip
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.section import ModelSource
 from common.config.site import SiteConfig
 from common.config.task import CausalLMTask, TaskConfig
 from common.data.chat import Example
@@ -243,7 +244,7 @@ def test_preflight_asks_for_the_federation_where_a_new_family_only_classifies(
     (tmp_path / "model" / "config.json").write_text('{"model_type": "electra"}')
     monkeypatch.setitem(FAMILIES, "electra", Family("encoder.layer", (), (), classifies=classifies))
     site = tmp_path / "site-a.yaml"
-    subject = Subject(load(site, SiteConfig).model_copy(update={"model": "model"}), site)
+    subject = Subject(load(site, SiteConfig).model_copy(update={"model": ModelSource(path="model")}), site)
     if classifies:
         with pytest.raises(Skip, match="needs --federation: what a electra model learns"):
             _ = subject.task

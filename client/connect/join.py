@@ -194,7 +194,7 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
         options.superlink,
         options.status,
     )
-    return member, environment(home, hub=site.model is None)
+    return member, environment(home, hub=site.model is None or site.model.hub is not None)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

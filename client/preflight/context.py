@@ -92,8 +92,9 @@ class Subject:
         Raises:
             Skip: that is not known.
         """
-        if self.federation is None and self.site.model is not None:
-            kind = _model_type(resolve(self.site.model, self.site_file) / "config.json")
+        folder = self.site.model.path if self.site.model is not None else None
+        if self.federation is None and folder is not None:
+            kind = _model_type(resolve(folder, self.site_file) / "config.json")
             if kind in FAMILIES and FAMILIES[kind].classifies:
                 raise Skip(f"needs --federation: what a {kind} model learns, and so how it is read, is said there")
         default: TaskConfig = FederationConfig.model_fields["task"].default

@@ -55,10 +55,14 @@ def family(subject: Subject) -> Finding:
 
 
 def digests(subject: Subject) -> Finding:
-    """What the server compares with its own."""
+    """What the federation file names, and what the server compares with its own."""
+    named = subject.federation.model if subject.federation is not None else None
+    if named is not None and (wrong := named.difference(*subject.digests)) is not None:
+        raise ModelError(wrong)
     model, tokenizer = (digest[:16] for digest in subject.digests)
     dtype = str(next(subject.base.model.parameters()).dtype).removeprefix("torch.")
-    return Finding("ok", f"model {model} ({dtype}), tokenizer {tokenizer}; the server compares them with its own")
+    told = "those of the federation file" if named and named.digest else "the server compares them with its own"
+    return Finding("ok", f"model {model} ({dtype}), tokenizer {tokenizer}; {told}")
 
 
 def selection(subject: Subject) -> Finding:

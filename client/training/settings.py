@@ -18,12 +18,20 @@ from common.model.families import in_head
 
 
 def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple[str, str | None]:
-    """Folder, or hub id and revision, of the base model: the site's own copy, else as the federation file says."""
-    if site.model is not None:
-        return str(resolve(site.model, site_file)), None
-    if model.path is not None:
-        return model.path, None
-    return str(model.hub), model.revision
+    """Folder, or hub id and revision, of the base model: the site's own copy, else as the federation file says.
+
+    Raises:
+        ModelError: neither file says where it is.
+    """
+    own = site.model
+    if own is not None and own.path is not None:
+        return str(resolve(own.path, site_file)), None
+    source = own or model
+    if source.hub is not None:
+        return source.hub, source.revision
+    if source.path is None:
+        raise ModelError("the federation file does not say where the base model is; give `model` in the site file")
+    return source.path, None
 
 
 def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:

@@ -4,6 +4,7 @@ Unknown keys, wrong types and impossible combinations are refused by ``common.co
 and what is allowed.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
@@ -11,10 +12,11 @@ from typing import Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, ServerOptimizerConfig
-from common.config.section import DataConfig, Name, Section, resolve
+from common.config.section import DataConfig, Digest, ModelSource, Name, Section, resolve
 from common.config.strategy import StrategyConfig
 from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
 from common.config.training import TrainingConfig
+from common.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 #: Sections that may be given by one word: the key that the word stands for.
@@ -22,21 +24,32 @@ _ONE_WORD = {"strategy": "name", "task": "type", "aggregation": "method", "serve
 _NOTHING_TO_EVALUATE = "so that the server has no model of its own to evaluate; leave `evaluation.server` out"
 
 
-class ModelConfig(Section):
-    """Which base model all sites start from. Give ``path`` or ``hub``."""
+class ModelConfig(ModelSource):
+    """Which base model all sites start from. Give ``path`` or ``hub``; without either every site names its own copy."""
 
-    path: str | None = Field(None, description="Folder with a Hugging Face model, relative to this file.")
-    hub: str | None = Field(None, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct.")
-    revision: str | None = Field(None, description="Commit of the hub model; required with `hub`.")
     dtype: Dtype = Field("float32", description="Type of the weights in memory; what travels of them is float32.")
+    digest: Digest | None = Field(
+        None,
+        description="SHA-256 of the weights in `dtype`, as `fedspan server invite` finds it; no others are trained.",
+    )
+    tokenizer_digest: Digest | None = Field(None, description="The same of the tokenizer, or of the image processor.")
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of `path` and `hub`")
-        if self.hub is not None and self.revision is None:
-            raise ValueError("`revision` (a commit of the hub model) is required with `hub`")
-        return self
+    def _may_lack_source(self) -> bool:
+        """As an invitation has it, which knows the model by its digest alone."""
+        return self.path is None and self.hub is None and self.digest is not None
+
+    def difference(self, digest: str, tokenizer_digest: str) -> str | None:
+        """What of a base model that was loaded is not as this section says, in words; None when all is.
+
+        Args:
+            digest: of its weights, hex.
+            tokenizer_digest: of its tokenizer, hex.
+        """
+        pairs = {"base model": (digest, self.digest), "tokenizer": (tokenizer_digest, self.tokenizer_digest)}
+        for what, (found, wanted) in pairs.items():
+            if wanted is not None and found != wanted:
+                return f"the {what} differs: digest {found}, the federation file's is {wanted}"
+        return None
 
 
 class CohortConfig(Section):
@@ -158,6 +171,12 @@ def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
     return FederationConfig.model_validate(data)
 
 
+def check_source(federation: FederationConfig, source: Path) -> None:
+    """Raise a ConfigError when a federation file, ``source``, does not say where the server finds the base model."""
+    if federation.model.path is None and federation.model.hub is None:
+        raise ConfigError(f"{source}: missing key `model.path` or `model.hub`; the server needs the base model itself")
+
+
 def settings_for_sites(federation: FederationConfig) -> str:
     """What of the federation file every site receives, as JSON: all but what concerns only the server's machine."""
     return federation.model_dump_json(
@@ -170,6 +189,19 @@ def settings_for_sites(federation: FederationConfig) -> str:
             "evaluation": {"server": True},
         }
     )
+
+
+def as_invited(federation: FederationConfig, digest: str, tokenizer_digest: str) -> FederationConfig:
+    """The federation as a site is told of it beforehand: no path of the operator's machine, the model by its digests.
+
+    Args:
+        federation: the operator's.
+        digest: of the base model, hex.
+        tokenizer_digest: of its tokenizer, hex.
+    """
+    data = json.loads(settings_for_sites(federation))
+    data["model"] |= {"path": None, "digest": digest, "tokenizer_digest": tokenizer_digest}
+    return FederationConfig.model_validate_json(json.dumps(data))
 
 
 def _contradictions(federation: FederationConfig) -> Iterator[str]:

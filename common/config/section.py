@@ -1,19 +1,39 @@
 """What the sections of several files share: their base, names, paths, and where rows are."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a federation, run or site: fit for a file's
 SERVER = "server"  # in records and pages the server's own name, so no site's
 Name = Annotated[str, Field(pattern=NAME)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 
 
 class Section(BaseModel):
     """Base of all sections: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSource(Section):
+    """Where a base model is. Give ``path`` or ``hub``."""
+
+    path: str | None = Field(None, description="Folder with a Hugging Face model, relative to this file.")
+    hub: str | None = Field(None, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct.")
+    revision: str | None = Field(None, description="Commit of the hub model; required with `hub`.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None) and not self._may_lack_source():
+            raise ValueError("give exactly one of `path` and `hub`")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("`revision` (a commit of the hub model) is required with `hub`")
+        return self
+
+    def _may_lack_source(self) -> bool:
+        return False
 
 
 class DataConfig(Section):

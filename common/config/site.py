@@ -6,12 +6,19 @@ told what noise to expect and why a request is refused.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from common.config.section import SERVER, Name, Section, SiteDataConfig
+from common.config.section import SERVER, Digest, ModelSource, Name, Section, SiteDataConfig
 from common.config.strategy import names
 
 _Names = Annotated[list[str], Field(min_length=1)]
+#: ``model: models/x`` is short for ``model: {path: models/x}``.
+_Model = Annotated[
+    ModelSource,
+    BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value, json_schema_input_type=str | ModelSource
+    ),
+]
 
 
 class PolicyConfig(Section):
@@ -90,9 +97,6 @@ def check_site(policy: PolicyConfig, privacy: PrivacyConfig | None, precision: s
             )
 
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 class TrustConfig(Section):
     """An app bundle runs here when it is listed, or signed with one of the keys."""
 
@@ -111,7 +115,9 @@ class SiteConfig(Section):
 
     name: Name = Field(description="The site's name, as the operator sees it; not `server`.")
     data: SiteDataConfig
-    model: str | None = Field(None, description="This site's copy of the base model; default: the federation's path.")
+    model: _Model | None = Field(
+        None, description="This site's copy of the base model: a folder, or a section; default: the federation's."
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA when present.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

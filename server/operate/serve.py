@@ -80,7 +80,7 @@ def _tls(options: argparse.Namespace) -> "Tls | None":
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from common.config.federation import FederationConfig, resolved
+    from common.config.federation import FederationConfig, check_source, resolved
     from common.config.load import load
     from common.system.processes import ProcessGroup
     from server.operate.progress import teller
@@ -98,6 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         registry.read(options.registry)
     source = options.federation.resolve()
     federation = resolved(load(source, FederationConfig), source)
+    check_source(federation, source)
     run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
     begun = read_run(run_dir) if options.resume_if_begun else {}
     if begun.get("status") == "completed":

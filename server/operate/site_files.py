@@ -31,8 +31,10 @@ def check_sites(files: Iterable[Path], federation: FederationConfig, source: Pat
         shard = resolve(site.data.path, path)
         if not shard.exists():
             raise DataError(f"{path}: shard {shard} does not exist")
-        model = federation.model.path if site.model is None else str(resolve(site.model, path))
-        _check_model(model, path if site.model is not None else source)
+        if site.model is None:
+            _check_model(federation.model.path, source)
+        elif site.model.path is not None:
+            _check_model(str(resolve(site.model.path, path)), path)
         sites[site.name] = path
     if federation.cohort.min_clients > len(sites):
         needed = federation.cohort.min_clients

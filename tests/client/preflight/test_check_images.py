@@ -10,6 +10,7 @@ from client.preflight.finding import Finding
 from client.session import Session
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.section import ModelSource
 from common.config.site import SiteConfig
 from tests.harness.tiny_images import make_image_federation
 
@@ -23,7 +24,7 @@ def subject(federation: Path, *, known: bool = True, skip: bool = False) -> Subj
     file = federation.parent / "site-a.yaml"
     site = load(file, SiteConfig)
     data = site.data.model_copy(update={"skip_unreadable": skip})
-    site = site.model_copy(update={"device": "cpu", "model": "model", "data": data})
+    site = site.model_copy(update={"device": "cpu", "model": ModelSource(path="model"), "data": data})
     if not known:
         return Subject(site, file)
     return Subject(site, file, resolved(load(federation, FederationConfig), federation), federation)
