@@ -142,6 +142,18 @@ def unpack(
     return whole, made
 
 
+def most_bytes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Most bytes of every tensor that ``unpack`` can take for a state, by name: of whole tensors and of all factors."""
+    most = {name: tensor.nbytes for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if tensor.ndim == 2:
+            (rows, columns), rank = tensor.shape, min(tensor.shape)
+            parts = {_DECAY: _DECAY_BYTES, _LEFT: 4 * rows * rank, _RIGHT: 4 * rank * columns}
+            most |= {name + part: size for part, size in parts.items()}
+            most |= {name + part + _SCALE: 4 * rank for part in _LONG}
+    return most
+
+
 def rounding_error(factors: Mapping[str, Factors], shapes: Mapping[str, Shape], exchange: Exchange) -> float:
     """What ``exchange.precision`` does to the changes sum_j left_j right_j: relative error in the Frobenius norm."""
     lost = total = 0.0

@@ -6,10 +6,14 @@ them. NumPy has no bfloat16: such a tensor travels as its raw little-endian byte
 Flower moves every array of a record by calls of its own, at every hop, and a SuperLink with a database spends some 5 ms
 of computing on it; a hundred small factors take seconds, whatever the link. So between FedSpan's own processes small
 tensors travel in bundles: bytes in safetensors' format, as one array under the stype ``fedspan.safetensors``.
+
+Sizes are looked at before anything is decoded: the header of a bundle takes over twenty times its bytes once it is
+parsed, so a record may hold no more bytes than the tensors that were to come.
 """
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +24,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from common.errors import WireError
+from common.protocol.kinds import short
 
 BF16 = "fedspan.bf16"
 BUNDLE = "fedspan.safetensors"
 _BUNDLE_BYTES = 4 * 2**20  # so large a tensor travels alone; Flower sends at most 5 MiB in one call
+_ENTRY_BYTES = 256  # most that tells of a tensor beside its name and values: a .npy header, its part of a bundle's
+_MOST_DIMENSIONS = 32
 _NUMPY = "numpy.ndarray"
 _DTYPES = {
     str(t).removeprefix("torch."): t
@@ -52,6 +59,7 @@ def encode(tensors: Mapping[str, Tensor], *, bundled: bool = False) -> ArrayReco
     """
     arrays: dict[str, Array] = {}
     bundle: dict[str, Tensor] = {}
+    size = 0  # of the bundle, header and all
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         if value.dtype != torch.bfloat16 and str(value.dtype).removeprefix("torch.") not in _DTYPES:
@@ -60,27 +68,45 @@ def encode(tensors: Mapping[str, Tensor], *, bundled: bool = False) -> ArrayReco
             arrays[name] = _encode(value)
             continue
         bundle[name] = value.clone()  # safetensors refuses tensors that share memory
-        if sum(part.nbytes for part in bundle.values()) >= _BUNDLE_BYTES:
+        size += value.nbytes + told_bytes([name])
+        if size >= _BUNDLE_BYTES:
             arrays[f"{BUNDLE}/{len(arrays)}"] = _bundle(bundle)
-            bundle = {}
+            bundle, size = {}, 0
     if bundle:
         arrays[f"{BUNDLE}/{len(arrays)}"] = _bundle(bundle)
     return ArrayRecord(arrays)
 
 
-def decode(record: Mapping[str, Array]) -> dict[str, Tensor]:
+def decode(record: Mapping[str, Array], most: Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """The tensors of a Flower record, on the CPU, sharing no memory with it.
 
+    Args:
+        record: of arrays, and of bundles of them.
+        most: bytes that each tensor may have, by the names of all that may come, of a record that somebody else has
+            made. It is held against what came before anything is decoded. None: of one's own record.
+
     Raises:
-        WireError: bytes do not fit the declared dtype, shape or serialisation type, or a tensor is there twice.
+        WireError: there are more tensors or bytes than ``most`` allows, or others; bytes do not fit the declared
+            dtype, shape or serialisation type; or a tensor is there twice.
     """
+    if most is not None:
+        _check_sizes(record, most)
+    headers = 2 * _BUNDLE_BYTES if most is None else told_bytes(most)
     tensors: dict[str, Tensor] = {}
     for name, array in record.items():
-        found = _unbundled(name, array) if array.stype == BUNDLE else {name: _decode(name, array)}
+        found = _unbundled(name, array, headers) if array.stype == BUNDLE else {name: _decode(name, array)}
         if twice := found.keys() & tensors.keys():
             raise WireError(f"{min(twice)} is there twice")
+        if most is not None:
+            for inner, tensor in found.items():
+                _check_size(inner, tensor.nbytes, most)
         tensors |= found
     return tensors
+
+
+def told_bytes(names: Iterable[str]) -> int:
+    """Most bytes that a record has beside the values of tensors of these names."""
+    return sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
 
 
 def num_bytes(record: Mapping[str, Array]) -> int:
@@ -100,11 +126,36 @@ def _bundle(tensors: dict[str, Tensor]) -> Array:
     return Array("uint8", (len(raw),), BUNDLE, raw)
 
 
-def _unbundled(name: str, array: Array) -> dict[str, Tensor]:
+def _check_sizes(record: Mapping[str, Array], most: Mapping[str, int]) -> None:
+    """Refuse a record by what can be seen from outside."""
+    if len(record) > len(most):
+        raise WireError(f"{len(record)} arrays came; allowed: up to {len(most)}")
+    for name, array in record.items():
+        if array.stype != BUNDLE:
+            _check_size(name, len(array.data), most, _ENTRY_BYTES)
+    came, allowed = num_bytes(record), sum(most.values()) + told_bytes(most)
+    if came > allowed:
+        raise WireError(f"{came} bytes of tensors came; allowed: up to {allowed}")
+
+
+def _check_size(name: str, came: int, most: Mapping[str, int], beside: int = 0) -> None:
+    if name not in most:
+        raise WireError(
+            f"tensor {short(name)} was not to come; allowed: {len(most)} others, e.g. {min(most, default='')}"
+        )
+    if came > most[name] + beside:
+        raise WireError(f"{name}: {came} bytes came; allowed: up to {most[name] + beside}")
+
+
+def _unbundled(name: str, array: Array, headers: int) -> dict[str, Tensor]:
+    """The tensors of a bundle whose header has at most so many bytes."""
+    told = int.from_bytes(array.data[:8], "little")
+    if told > headers:
+        raise WireError(f"{short(name)}: a bundle's header of {told} bytes; allowed: up to {headers}")
     try:
         tensors = load(array.data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise WireError(f"{name}: not a bundle of tensors ({type(error).__name__})") from None
+        raise WireError(f"{short(name)}: not a bundle of tensors ({type(error).__name__})") from None
     for inner, tensor in tensors.items():
         if tensor.dtype not in (torch.bfloat16, *_DTYPES.values()):
             raise WireError(f"{inner}: dtype {tensor.dtype} is not readable; allowed: bfloat16, {', '.join(_DTYPES)}")
@@ -113,6 +164,8 @@ def _unbundled(name: str, array: Array) -> dict[str, Tensor]:
 
 def _decode(name: str, array: Array) -> Tensor:
     shape, order = tuple(array.shape), "C"
+    if len(shape) > _MOST_DIMENSIONS:  # their product alone would take for ever
+        raise WireError(f"{name}: {len(shape)} dimensions; allowed: up to {_MOST_DIMENSIONS}")
     if array.stype == BF16 and array.dtype == "bfloat16":
         values, kind = memoryview(array.data), np.dtype("<i2")
     elif array.stype == _NUMPY and array.dtype in _DTYPES:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def bundle(raw: bytes) -> Array:
     ],
 )
 def test_malformed_bundle_is_refused(raw: bytes) -> None:
-    with pytest.raises(WireError, match=r"part: not a bundle|x: dtype"):
+    with pytest.raises(WireError, match=r"'part': not a bundle|'part': a bundle's header of|x: dtype"):
         wire.decode({"part": bundle(raw)})
 
 
@@ -115,6 +116,62 @@ def test_tensor_that_is_there_twice_is_refused_by_name() -> None:
     record = {"a": bundle(save({"x": torch.zeros(2)})), **wire.encode({"x": torch.zeros(2)})}
     with pytest.raises(WireError, match="x is there twice"):
         wire.decode(record)
+
+
+def test_many_names_make_more_bundles_not_a_longer_header() -> None:
+    sent = {f"{i:06}".zfill(600): torch.tensor(float(i)) for i in range(10_000)}  # 6 MB of names
+    record = wire.encode(sent, bundled=True)
+    assert len(record) == 3
+    assert wire.decode(record, dict.fromkeys(sent, 4)).keys() == sent.keys()
+    assert wire.decode(record).keys() == sent.keys()
+
+
+MOST = {"x": 8, "y": 8}
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"x": torch.zeros(2), "z": torch.zeros(0)}, "tensor 'z' was not to come"),
+        (
+            {"x": torch.zeros(200)},
+            "x: 928 bytes came; allowed: up to 264|872 bytes of tensors came; allowed: up to 534",
+        ),
+        ({"x": torch.zeros(3), "y": torch.zeros(1)}, "x: 12 bytes came; allowed: up to 8"),
+        ({"x": torch.zeros(2), "y": torch.zeros(2), "z": torch.zeros(2)}, "3 arrays came; allowed: up to 2|tensor 'z'"),
+    ],
+)
+def test_nothing_beyond_what_was_to_come_is_taken(tensors: dict[str, torch.Tensor], reason: str, bundled: bool) -> None:
+    with pytest.raises(WireError, match=reason):
+        wire.decode(wire.encode(tensors, bundled=bundled), MOST)
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+def test_all_that_was_to_come_is_taken(bundled: bool) -> None:
+    tensors = {"x": torch.ones(2), "y": torch.ones(4, dtype=torch.bfloat16)}
+    received = wire.decode(wire.encode(tensors, bundled=bundled), MOST)
+    assert all(torch.equal(received[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("most", [None, MOST])
+def test_long_header_is_refused_before_it_is_parsed(most: dict[str, int] | None) -> None:
+    entries = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(400_000))
+    record = {"part": bundle(header(f"{{{entries}}}"))}
+    assert len(record["part"].data) > 20e6
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match=r"header of \d+ bytes; allowed: up to|bytes of tensors came"):
+            wire.decode(record, most)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_endless_dimensions_are_refused_before_they_are_multiplied() -> None:
+    array = Array("float32", (2**63,) * 1_000_000, "numpy.ndarray", b"")
+    with pytest.raises(WireError, match="x: 1000000 dimensions; allowed: up to 32"):
+        wire.decode({"x": array}, MOST)
 
 
 def npy(value: np.ndarray) -> bytes:
