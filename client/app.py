@@ -18,8 +18,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from common.config.federation import FederationConfig
-from common.config.load import load, parse
+from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError
 from common.protocol.messages import (
@@ -39,6 +38,7 @@ from common.system import logs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.privacy.agreement import Agreement
     from client.privacy.guard import Gate
     from client.session import Session
     from client.shared_base import Bases
@@ -47,6 +47,7 @@ app = ClientApp()
 log = logging.getLogger("site")
 
 SITE_KEY = "site"  # node-config key: path of the site file
+AGREEMENTS_KEY = "agreements"  # node-config key of a site that its launcher agrees for: their file
 LEDGERS_KEY = "ledgers"  # node-config key of an experiment's cell: folder of its ledgers, instead of the site file's
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: how many sites this process holds at a time; without it, one
@@ -81,7 +82,8 @@ def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -
             known["site"] = gate.site.name
             request = kind.read(message.content)
             known["round"] = request.server_round if isinstance(request, State) else None
-            site = Site(_session(gate.site, request, context), gate, context)
+            agreement = gate.agreed(request)
+            site = Site(_session(gate.site, agreement, context), gate, context)
             gate.check(site.session.federation, request)
             gate.check_rows(site.session.train_rows)
             reply = handler(site, request)
@@ -162,28 +164,29 @@ def _gate(kind: str, context: Context) -> "Gate":
     site_file = _site_file(context)
     if not site_file.is_file():
         raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
-    ledgers = context.node_config.get(LEDGERS_KEY)
-    folder = None if ledgers is None else Path(str(ledgers))
-    return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id, folder)
+    agreements, ledgers = (
+        None if (path := context.node_config.get(key)) is None else Path(str(path))
+        for key in (AGREEMENTS_KEY, LEDGERS_KEY)
+    )
+    return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id, agreements, ledgers)
 
 
 def _site_file(context: Context) -> Path:
     return Path(str(context.node_config.get(SITE_KEY, "")))
 
 
-def _session(site: SiteConfig, request: HelloRequest, context: Context) -> "Session":
-    """The session of this site in this run; made once per process, and when the site file has changed.
+def _session(site: SiteConfig, agreement: "Agreement", context: Context) -> "Session":
+    """The session of this site in this run; made once per process, and when a file has changed.
 
     Raises:
-        ConfigError: what the server sent is wrong.
+        ConfigError: nobody at the site has checked this code.
     """
     from client.session import Session
     from client.shared_base import Bases
 
-    site_file, sent = _site_file(context), request.federation
-    key = (context.run_id, str(site_file), site.model_dump_json(), sent)
+    site_file = _site_file(context)
+    key = (context.run_id, str(site_file), site.model_dump_json(), agreement.digest)
     if key not in _sessions:
-        federation = _federation(sent)
         if site.trust is not None and VETTED not in os.environ:
             raise ConfigError(
                 f"{site.name}: its site file has `trust`, but nobody has checked this bundle; "
@@ -194,18 +197,8 @@ def _session(site: SiteConfig, request: HelloRequest, context: Context) -> "Sess
         while len(_sessions) >= most:
             del _sessions[next(iter(_sessions))]  # the oldest
         bases = _bases.setdefault(context.run_id, Bases()) if most > 1 else None
-        _sessions[key] = Session(site, site_file, federation, bases)
+        _sessions[key] = Session(site, site_file, agreement.federation, bases)
     return _sessions[key]
-
-
-def _federation(sent: str) -> FederationConfig:
-    import json
-
-    try:
-        data = json.loads(sent)
-    except ValueError:
-        raise ConfigError("the message's federation settings are no JSON; is the server a FedSpan server?") from None
-    return parse(data, FederationConfig, "federation settings from the server")
 
 
 def _each(content: RecordDict) -> "Iterator[tuple[str, Tensor]]":

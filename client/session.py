@@ -16,11 +16,10 @@ import torch
 from client.held_weights import Weights
 from client.shared_base import Bases
 from client.site_model import SiteModel
-from client.training.device import pick_autocast
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
 from client.training.moments import capture, restore
-from client.training.settings import make_optimizer
+from client.training.settings import make_optimizer, pick_autocast
 from client.training.trainer import train
 from client.update import changed_weights, trained_tensors
 from common.config.federation import FederationConfig

@@ -9,8 +9,7 @@ import torch
 
 from client.held_weights import Weights
 from client.shared_base import Bases, Digests, digests, own
-from client.training.device import pick_device
-from client.training.settings import lora_rank, model_source
+from client.training.settings import lora_rank, model_source, pick_device
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.data.tasks import Task

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from client.connect.programs import supernode, worker
+from client.privacy.agreement import agree_for_own_sites
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.errors import ConfigError, LaunchError
@@ -70,10 +71,13 @@ def run(plan: Plan, console: Console, tries: int) -> None:
         superlink = OwnSuperLink(folder / "superlink", f"unix:{folder / 'fleet'}")
         server = Supervised(plan.federation, plan.run_dir, group, superlink, env, tell, tries=tries)
         server.start_superlink()
+        agreements = plan.run_dir / "flwr" / "agreements.json"
+        agree_for_own_sites(agreements, plan.federation)
         sites = []
         for number, (name, file) in enumerate(plan.sites.items()):
             socket, isolation = folder / f"site-{number}", "process" if local.warm else "subprocess"
-            link = supernode(file, superlink.fleet, socket, "--insecure", "--isolation", isolation, *_POLL)
+            options = ("--insecure", "--isolation", isolation, *_POLL)
+            link = supernode(file, superlink.fleet, socket, *options, agreements=agreements)
             sites.append(group.start(name, link, env))
             if local.warm:
                 work = worker(f"unix:{socket}", "--site", str(file), "--status", str(logs / f"{name}-worker.json"))

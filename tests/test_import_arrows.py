@@ -28,7 +28,7 @@ ROOMS = {
     "client": {"client/privacy", "client/training"},
     "client/privacy": set(),
     "client/training": set(),
-    "client/connect": set(),
+    "client/connect": {"client/privacy"},
     "client/preflight": {"client", "client/connect", "client/privacy", "client/training"},
 }
 #: Rooms of which nothing is ever shipped: what checks, watches or starts the shipped code.

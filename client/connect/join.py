@@ -21,6 +21,7 @@ from client.connect.dial import proxy_for
 from client.connect.probe import split
 from client.connect.programs import supernode, worker
 from client.connect.supernode import link_arguments
+from client.privacy.agreement import agreements_of, read_agreements
 from common.config.load import load
 from common.config.section import resolve
 from common.config.site import SiteConfig
@@ -172,6 +173,15 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
     site = load(file, SiteConfig)
     if not resolve(site.data.path, file).exists():
         raise DataError(f"{file}: shard {resolve(site.data.path, file)} does not exist")
+    if options.agree is not None:
+        from client.connect.agree import agree, proposed
+
+        _say(agree(file, proposed(file, options.agree)))
+    agreements = read_agreements(agreements_of(site, file))
+    if not agreements:
+        raise ConfigError(
+            f"{file}: {site.name} has agreed to no federation; fedspan site agree FEDERATION.yaml --site {file.name}"
+        )
     home = (options.home or file.parent / f".{site.name}").resolve()
     try:
         make_private(home)
@@ -194,7 +204,8 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
         options.superlink,
         options.status,
     )
-    return member, environment(home, hub=site.model is None or site.model.hub is not None)
+    models = [site.model] if site.model is not None else [one.model for one in agreements.values()]
+    return member, environment(home, hub=any(model.hub is not None for model in models))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +215,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     link_arguments(parser, poll=1.0)
     seconds = number(float, 0.0, unit="seconds")
+    parser.add_argument(
+        "--agree", type=Path, metavar="FEDERATION.yaml", help="agree to this federation first, without being asked"
+    )
     parser.add_argument("--home", type=Path, metavar="DIR", help="working files (default: .NAME beside SITE.yaml)")
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the state as JSON, twice a second")
     parser.add_argument(

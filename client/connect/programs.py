@@ -7,7 +7,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 
 
-def supernode(site: Path, superlink: str, socket: Path, *options: str) -> list[str]:
+def supernode(site: Path, superlink: str, socket: Path, *options: str, agreements: Path | None = None) -> list[str]:
     """How a site's link to the server is started.
 
     Args:
@@ -15,8 +15,11 @@ def supernode(site: Path, superlink: str, socket: Path, *options: str) -> list[s
         superlink: where the server is: host and port, or ``unix:`` and the path of a socket.
         socket: of the Runtime API, in a folder that no other account may enter.
         options: more of ``fedspan site supernode``.
+        agreements: file of what the site has agreed to; None: where the site file says.
     """
-    where = ["--socket", str(socket), "--node-config", f"site={json.dumps(str(site))}"]
+    config = {"site": site} | ({} if agreements is None else {"agreements": agreements})
+    told = " ".join(f"{key}={json.dumps(str(path))}" for key, path in config.items())
+    where = ["--socket", str(socket), "--node-config", told]
     return [*_program("supernode.py"), "--grpc-rere", "--superlink", superlink, *where, *options]
 
 

@@ -15,7 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 RECORD_KEY = "bundle-signatures"  # in every message's "config" record: a JSON list of signatures
-_MESSAGE = "FedSpan app bundle, signature version 1, sha256 {}\n"  # nothing else is signed in this form
+#: What is signed; nothing else is in these forms.
+BUNDLE = "FedSpan app bundle, signature version 1, sha256 {}\n"
+SETTINGS = "FedSpan federation settings, signature version 1, sha256 {}\n"
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,6 @@ class Trust:
     site: str
     keys: dict[str, str] = field(default_factory=dict)
     bundles: list[str] = field(default_factory=list)
-
-
-def signed_message(digest: str) -> bytes:
-    """What is signed to vouch for the bundle with this SHA-256 (hex)."""
-    return _MESSAGE.format(digest).encode()
 
 
 def refusal(content: bytes, signatures: object, trust: Trust) -> str | None:
@@ -60,13 +57,20 @@ def refusal(content: bytes, signatures: object, trust: Trust) -> str | None:
     )
 
 
-def signed_with(key: str, digest: str, entry: Mapping[str, Any]) -> bool:
-    """Whether a signature is one for the bundle with this SHA-256, made with the key (PEM)."""
+def signed_with(key: str, digest: str, entry: Mapping[str, Any], form: str = BUNDLE) -> bool:
+    """Whether a signature is one for what has this SHA-256 (hex), made with the key (PEM).
+
+    Args:
+        key: public.
+        digest: of a bundle, or of settings.
+        entry: the signature.
+        form: ``BUNDLE`` or ``SETTINGS``.
+    """
     public = load_pem_public_key(key.encode())
     try:
         signature = base64.b64decode(entry["signature"], validate=True)
         assert isinstance(public, Ed25519PublicKey)  # noqa: S101 - checked when the site file was read
-        public.verify(signature, signed_message(digest))
+        public.verify(signature, form.format(digest).encode())
     except (KeyError, TypeError, ValueError, InvalidSignature):
         return False
     return entry.get("digest") == digest

@@ -57,6 +57,7 @@ def all_checks() -> dict[str, Check]:
         "row lengths": Check(shard.lengths, in_data),
         "memory": Check(machine.training_memory, "correct the federation file with the operator"),
         "trust": Check(promises.trust, "correct `trust` in the site file"),
+        "agreement": Check(promises.agreement, "correct `agreements` in the site file, or agree anew"),
         "ledger": Check(promises.ledger, "find out who changed it; the site sends nothing until it is whole"),
         "root certificate": Check(certificates.root, ""),
         "private key": Check(certificates.private_key, ""),

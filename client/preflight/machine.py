@@ -14,7 +14,7 @@ from client.preflight import memory
 from client.preflight.context import Subject
 from client.preflight.finding import Finding
 from client.privacy.guard import ledger_of
-from client.training.device import pick_autocast, pick_device
+from client.training.settings import pick_autocast, pick_device
 from common.text import size
 
 _SPARE = 2_000_000_000  # bytes that should be free wherever the site writes

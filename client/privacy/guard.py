@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from client.privacy.agreement import Agreement, agreements_of, find, read_agreements
 from client.privacy.ledger import Entry, Ledger
 from client.privacy.noise import cost, epsilon, norm_of
 from common.config.federation import FederationConfig
@@ -79,11 +80,21 @@ class Gate:
         site_file: where it lies.
         message: "hello", "train" or "evaluate".
         run: Flower's number of the run.
-        ledgers: folder of the ledger; None: where the site file says.
+        agreements: file of what the site has agreed to; None: where the site file says.
+        ledgers: folder of the ledger; None: likewise.
     """
 
-    def __init__(self, site: SiteConfig, site_file: Path, message: str, run: int, ledgers: Path | None = None) -> None:
+    def __init__(
+        self,
+        site: SiteConfig,
+        site_file: Path,
+        message: str,
+        run: int,
+        agreements: Path | None = None,
+        ledgers: Path | None = None,
+    ) -> None:
         self.site = site
+        self._agreements = agreements or agreements_of(site, site_file)
         path = ledger_of(site, site_file, ledgers)
         if path not in _books:
             totals = Totals()
@@ -93,6 +104,15 @@ class Gate:
         self._received = _facts([])
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}
         self._about |= {"round": None, "bundle": os.environ.get(BUNDLE, "not known")}
+
+    def agreed(self, request: HelloRequest) -> Agreement:
+        """What the site has agreed to, if that is what a request asks for.
+
+        Raises:
+            PolicyError: it is something else.
+            ConfigError: the site's file of agreements is damaged.
+        """
+        return find(read_agreements(self._agreements), request.federation)
 
     def check(self, federation: FederationConfig, request: HelloRequest) -> None:
         """Look at a request before anything is done for it.

@@ -35,8 +35,8 @@ class ModelConfig(ModelSource):
     tokenizer_digest: Digest | None = Field(None, description="The same of the tokenizer, or of the image processor.")
 
     def _may_lack_source(self) -> bool:
-        """As an invitation has it, which knows the model by its digest alone."""
-        return self.path is None and self.hub is None and self.digest is not None
+        """As a site is sent it, and as an invitation has it, which knows the model by its digest alone."""
+        return self.path is None and self.hub is None
 
     def difference(self, digest: str, tokenizer_digest: str) -> str | None:
         """What of a base model that was loaded is not as this section says, in words; None when all is.
@@ -178,17 +178,19 @@ def check_source(federation: FederationConfig, source: Path) -> None:
 
 
 def settings_for_sites(federation: FederationConfig) -> str:
-    """What of the federation file every site receives, as JSON: all but what concerns only the server's machine."""
-    return federation.model_dump_json(
-        exclude={
-            "local": True,
-            "checkpoint": True,
-            "admission": True,
-            "aggregation": True,
-            "server_optimizer": True,
-            "evaluation": {"server": True},
-        }
-    )
+    """What of the federation file every site receives and has agreed to, as JSON.
+
+    Left out is what concerns the server alone, and where it keeps the base model. The digests of that are left to
+    whom it may concern: a site compares its copy with those in the file that it has received, the server with its own.
+    """
+    settings = federation.model_dump(mode="json")
+    for key in ("local", "checkpoint", "admission", "aggregation", "server_optimizer"):
+        del settings[key]
+    settings["cohort"] = {"min_clients": federation.cohort.min_clients}
+    del settings["evaluation"]["server"], settings["evaluation"]["samples"]
+    for key in ("path", "digest", "tokenizer_digest"):
+        del settings["model"][key]
+    return json.dumps(settings)
 
 
 def as_invited(federation: FederationConfig, digest: str, tokenizer_digest: str) -> FederationConfig:
@@ -200,7 +202,7 @@ def as_invited(federation: FederationConfig, digest: str, tokenizer_digest: str)
         tokenizer_digest: of its tokenizer, hex.
     """
     data = json.loads(settings_for_sites(federation))
-    data["model"] |= {"path": None, "digest": digest, "tokenizer_digest": tokenizer_digest}
+    data["model"] |= {"digest": digest, "tokenizer_digest": tokenizer_digest}
     return FederationConfig.model_validate_json(json.dumps(data))
 
 

@@ -102,6 +102,11 @@ class TrustConfig(Section):
 
     keys: list[str] = Field([], description="Public keys of who vouches for code (`fedspan code key`).")
     bundles: list[Digest] = Field([], description="SHA-256 of single bundles (`fedspan code digest`).")
+    settings: bool = Field(
+        False,
+        description="Agree to a federation only with a signature of its settings by one of the keys "
+        "(`fedspan code sign --federation`).",
+    )
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -130,6 +135,11 @@ class SiteConfig(Section):
     trust: TrustConfig | None = Field(None, description="Whose code may run here; null: any that the operator sends.")
     policy: PolicyConfig = PolicyConfig()
     privacy: PrivacyConfig | None = None
+    agreements: str | None = Field(
+        None,
+        description="What the site has agreed to (`fedspan site agree`), relative to this file; default: "
+        "<name>-agreements.json beside it.",
+    )
     ledger: str | None = Field(
         None, description="Record of all that leaves, relative to this file; default: <name>-ledger.jsonl beside it."
     )

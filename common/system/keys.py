@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from common.system import files
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 _UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)  # what cryptography raises for what it cannot read
+
+_SIGNATURE = ("digest", "key", "signature", "made")
 
 
 def fingerprint(key: PublicKey) -> str:
@@ -103,6 +106,21 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_signature(path: Path) -> dict[str, str]:
+    """A file that ``fedspan code sign`` made.
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
+    try:
+        entry = json.loads(read_bytes(path))
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in _SIGNATURE):
+        raise ConfigError(f"{path}: no signature; make one with: fedspan code sign")
+    return {key: entry[key] for key in _SIGNATURE}
 
 
 def new_pair(prefix: Path) -> tuple[Path, Path]:

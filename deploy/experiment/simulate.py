@@ -6,8 +6,9 @@ Flower's serialisation, there and back, so that the two sides share nothing. Wha
 
 import itertools
 import os
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app as client_app
-from common.config.federation import FederationConfig
+from client.privacy.agreement import agree_for_own_sites
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.errors import ConfigError
 from server.app import federate
@@ -52,11 +54,8 @@ def simulate(
         FedSpanError: with the reason, after it was written to the run folder.
     """
     torch.set_num_threads(threads)
-    local = load(source, FederationConfig).local
-    if local is None:
-        raise ConfigError(f"{source}: missing key `local.sites`; a federation in one process needs the site files")
-    sites = [source.parent / site for site in local.sites]
-    with InProcessGrid(sites, ledgers) as grid:
+    federation = resolved(load(source, FederationConfig), source.resolve())
+    with InProcessGrid(federation, ledgers) as grid:
         federate(grid, source.resolve(), run_dir, resume=resume, flower_run=None, keep_model=keep_model)
 
 
@@ -67,17 +66,23 @@ class InProcessGrid(Grid):
     grid in its life.
 
     Args:
-        sites: site files; each gets a node of its own.
+        federation: with absolute paths; the sites, those of ``local.sites``, agree to it.
         ledgers: an existing folder for the sites' ledgers; None: where the site files say.
     """
 
-    def __init__(self, sites: Sequence[Path], ledgers: Path | None = None) -> None:
+    def __init__(self, federation: FederationConfig, ledgers: Path | None = None) -> None:
+        if federation.local is None:
+            raise ConfigError("missing key `local.sites`; a federation in one process needs the site files")
+        sites = federation.local.sites
         os.environ["FEDSPAN_WORKER"], os.environ["FEDSPAN_SESSIONS"] = "1", str(len(sites))
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, SUPERLINK_NODE_ID, 0
-        told = {} if ledgers is None else {"ledgers": str(ledgers)}
+        self._folder = tempfile.TemporaryDirectory(prefix="fedspan-")
+        agreements = Path(self._folder.name, "agreements.json")
+        agree_for_own_sites(agreements, federation)
+        told = {"agreements": str(agreements)} | ({} if ledgers is None else {"ledgers": str(ledgers)})
         self._contexts = {
-            number: Context(_RUN, number, {"site": str(file.resolve()), **told}, RecordDict(), {})
-            for number, file in enumerate(sites, start=SUPERLINK_NODE_ID + 1)
+            number: Context(_RUN, number, {"site": site, **told}, RecordDict(), {})
+            for number, site in enumerate(sites, start=SUPERLINK_NODE_ID + 1)
         }
         self._replies: dict[str, Future[Message]] = {}
         self._numbers = itertools.count(1)
@@ -88,6 +93,7 @@ class InProcessGrid(Grid):
 
     def __exit__(self, *_: object) -> None:
         self._worker.shutdown(cancel_futures=True)
+        self._folder.cleanup()
 
     def get_node_ids(self) -> list[int]:
         """All sites, always."""

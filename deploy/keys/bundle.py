@@ -9,12 +9,14 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from client.connect.verify import signed_message, signed_with
+from client.connect.verify import BUNDLE, SETTINGS, signed_with
+from client.privacy.agreement import make_agreement
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
 from common.errors import ConfigError, FedSpanError
 from common.system.command import Command
-from common.system.keys import fingerprint, new_pair, read_private, read_public, write, write_new
+from common.system.keys import fingerprint, new_pair, read_private, read_public, read_signature, write, write_new
 from server.superlink.bundle import bundle_digest
-from server.superlink.signatures import read_signature
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +34,13 @@ def make_key(prefix: Path) -> str:
     return fingerprint(key.public_key())
 
 
-def sign(key_file: Path, digest: str) -> dict[str, str]:
-    """A signature for the bundle with this SHA-256.
+def sign(key_file: Path, digest: str, form: str = BUNDLE) -> dict[str, str]:
+    """A signature for what has this SHA-256.
+
+    Args:
+        key_file: the secret key.
+        digest: of a bundle, or of settings.
+        form: what it is (``client.connect.verify``).
 
     Raises:
         ConfigError: the key cannot be used.
@@ -44,7 +51,7 @@ def sign(key_file: Path, digest: str) -> dict[str, str]:
     return {
         "digest": digest,
         "key": fingerprint(key.public_key()),
-        "signature": base64.b64encode(key.sign(signed_message(digest))).decode(),
+        "signature": base64.b64encode(key.sign(form.format(digest).encode())).decode(),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -83,16 +90,22 @@ def _app(parser: argparse.ArgumentParser) -> None:
 
 def _sign_arguments(parser: argparse.ArgumentParser) -> None:
     _app(parser)
-    parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="secret key to sign with")
     parser.add_argument(
-        "--out", type=Path, default=Path("bundle.sig"), metavar="FILE", help="the signature (default: bundle.sig)"
+        "--federation", type=Path, metavar="FILE", help="sign what this federation file asks of sites, instead of code"
     )
+    parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="secret key to sign with")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the signature (default: bundle.sig, or settings.sig)")
 
 
 def _sign(options: argparse.Namespace) -> None:
-    digest = bundle_digest(options.app)
-    write(options.out, (json.dumps(sign(options.key, digest), indent=2) + "\n").encode())
-    print(f"{options.out}: vouches for bundle {digest}")  # noqa: T201
+    if options.federation is None:
+        what, form, digest = "bundle", BUNDLE, bundle_digest(options.app)
+    else:
+        federation = resolved(load(options.federation, FederationConfig), options.federation)
+        what, form, digest = "settings", SETTINGS, make_agreement(federation).digest
+    out = options.out or Path(f"{what}.sig")
+    write(out, (json.dumps(sign(options.key, digest, form), indent=2) + "\n").encode())
+    print(f"{out}: vouches for {what} {digest}")  # noqa: T201
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from server.loop.server_model import ServerModel
 from server.run.folder import RunFolder, read_lines
 from strategies.flower.named import make_strategy
 from strategies.rule import Tensors
+from tests.harness.agreements import agree_all
 from tests.harness.fake_sites import Grid, settings_of
 from tests.harness.tiny_images import make_image_federation
 
@@ -51,6 +52,7 @@ def run(
     if max_rank is not None:
         site = yaml.safe_load((folder / "site-b.yaml").read_text())
         (folder / "site-b.yaml").write_text(yaml.safe_dump({**site, "max_rank": max_rank}))
+    agree_all(file)
     config = resolved(load(file, FederationConfig), file)
     sites: dict[int, Any] = {k: NewSite(k, folder / f"site-{x}.yaml") for k, x in ((1, "a"), (2, "b"))}
     grid: Any = Grid(sites)

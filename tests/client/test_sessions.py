@@ -6,22 +6,21 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client import app as client
-from common.config.federation import FederationConfig, resolved, settings_for_sites
+from client.privacy.agreement import make_agreement
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.site import SiteConfig
-from common.protocol.messages import HelloRequest
 from deploy.sandbox.tiny import make_federation
 
 
 def test_process_holds_as_many_sessions_as_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 17, "site-c": 9})
-    settings = settings_for_sites(resolved(load(file, FederationConfig), file))
+    agreement = make_agreement(resolved(load(file, FederationConfig), file))
 
     def session(site: str) -> object:
-        request = HelloRequest(federation=settings, signatures=None)
         site_file = tmp_path / f"{site}.yaml"
         context = Context(1, 2, {"site": str(site_file)}, RecordDict(), {})
-        return client._session(load(site_file, SiteConfig), request, context)
+        return client._session(load(site_file, SiteConfig), agreement, context)
 
     monkeypatch.setattr(client, "_sessions", {})
     first = session("site-a")

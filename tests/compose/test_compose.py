@@ -114,6 +114,7 @@ class Intruders:
         federation["cohort"] = {"min_clients": 4, "join_deadline": DEADLINE}
         (folder / "federation.yaml").write_text(yaml.safe_dump(federation))
         site = {"name": "site-d", "data": {"path": "rows.jsonl", "prompt": "q", "answer": "a"}, "model": "/model"}
+        site["agreements"] = "/var/lib/fedspan/agreements.json"
         (folder / "site.yaml").write_text(yaml.safe_dump(site))
         (folder / "rows.jsonl").write_text('{"q": "1", "a": "2"}\n')
         for name in ("known", "unknown"):
@@ -156,6 +157,7 @@ class Intruders:
             "/intruder/site.yaml",
             f"--superlink={server}:9092",
             "--home=/var/lib/fedspan",
+            "--agree=/intruder/federation.yaml",
         ]
         command += ["--status=/var/lib/fedspan/status.json", *options]
         return self._engine.start("fedspan-client", *command, options=[*self._mount, *docker])

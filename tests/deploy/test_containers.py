@@ -206,7 +206,8 @@ def test_site_sees_its_own_rows_and_key_alone() -> None:
     for name, service in SITES.items():
         own = name.removesuffix("-gpu")
         volumes = {volume.split(":")[0] for volume in service["volumes"]}
-        assert volumes == {f"./deploy/compose/{own}.yaml", f"{own}-certs", f"{own}-data", f"{own}-state", "model"}
+        files = {f"./deploy/compose/{own}.yaml", "./deploy/compose/federation.yaml"}
+        assert volumes == files | {f"{own}-certs", f"{own}-data", f"{own}-state", "model"}
         assert [v for v in service["volumes"] if not v.endswith(":ro")] == [f"{own}-state:/var/lib/fedspan"]
 
 

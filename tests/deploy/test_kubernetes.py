@@ -98,6 +98,7 @@ def test_example_files_are_read_and_their_places_are_mounted(file: str, section:
 
 def test_site_may_take_part_in_the_federation_of_the_server() -> None:
     federation = load(FOLDER / "server" / "federation.yaml", FederationConfig)
+    assert (FOLDER / "site" / "federation.yaml").read_text() == (FOLDER / "server" / "federation.yaml").read_text()
     assert load(FOLDER / "site" / "site.yaml", SiteConfig).policy.federations == [federation.name]
 
 

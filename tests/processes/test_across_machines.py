@@ -91,6 +91,7 @@ def keys(folder: Path, signature: Path, register: Path) -> None:
         ["code", "key", folder / "reviewer"],
         ["code", "sign", "--key", folder / "reviewer.key", "--out", signature],
         *(["keys", "site", folder / site] for site in SIZES),
+        *(["site", "agree", folder / "federation.yaml", "--site", folder / f"{s}.yaml", "--yes"] for s in SIZES),
         *(["sites", "add", register, site, folder / f"{site}.pub"] for site in SIZES),
     ):
         assert main([str(part) for part in command]) == 0

@@ -17,10 +17,12 @@ PAGE = ROOT / "docs" / "new-strategy.md"
 RUN = """
 import sys
 from pathlib import Path
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
 from deploy.experiment.simulate import InProcessGrid
 from server.app import federate
-source, run_dir, *sites = map(Path, sys.argv[1:])
-with InProcessGrid(sites) as grid:
+source, run_dir = map(Path, sys.argv[1:])
+with InProcessGrid(resolved(load(source, FederationConfig), source)) as grid:
     federate(grid, source, run_dir, resume=False, flower_run=None, keep_model=False)
 """
 
@@ -105,8 +107,8 @@ def test_laws_and_its_own_oracle_hold(tree: tuple[Path, set[str]]) -> None:
 def test_a_federation_learns_with_it(tree: tuple[Path, set[str]], tmp_path: Path) -> None:
     strategy = {"name": "fedit-ls", "modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
     file = make_federation(tmp_path, {"site-a": 9, "site-b": 17}, strategy=strategy, rounds=3)
-    run_dir, sites = tmp_path / "run", [str(tmp_path / f"site-{x}.yaml") for x in "ab"]
-    done = within(tree[0], "-c", RUN, str(file), str(run_dir), *sites)
+    run_dir = tmp_path / "run"
+    done = within(tree[0], "-c", RUN, str(file), str(run_dir))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run_dir / "run.json").read_text())["status"] == "completed"
     measured = [

@@ -8,11 +8,11 @@ import yaml
 from flwr.app import Context, RecordDict
 
 from client.connect.link import _Clock
-from common.config.federation import FederationConfig, resolved, settings_for_sites
+from client.privacy.agreement import make_agreement
+from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError
-from common.protocol.messages import HelloRequest
 from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
 
@@ -76,11 +76,10 @@ def test_app_refuses_to_work_unchecked_where_the_site_trusts_only_some(
     file = make_federation(tmp_path, {"site-a": 8})
     site = tmp_path / "site-a.yaml"
     site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "trust": {"bundles": ["0" * 64]}}))
-    settings = settings_for_sites(resolved(load(file, FederationConfig), file))
-    request = HelloRequest(federation=settings, signatures=None)
+    agreement = make_agreement(resolved(load(file, FederationConfig), file))
     context = Context(1, 1, {"site": str(site)}, RecordDict(), {})
     monkeypatch.delenv("FEDSPAN_VETTED", raising=False)
     with pytest.raises(ConfigError, match="site-a: its site file has `trust`, but nobody has checked this bundle"):
-        _session(load(site, SiteConfig), request, context)
+        _session(load(site, SiteConfig), agreement, context)
     monkeypatch.setenv("FEDSPAN_VETTED", "1")
-    assert _session(load(site, SiteConfig), request, context).site.name == "site-a"
+    assert _session(load(site, SiteConfig), agreement, context).site.name == "site-a"

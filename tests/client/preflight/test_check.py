@@ -22,6 +22,7 @@ from common.config.site import SiteConfig
 from deploy import cli
 from deploy.keys.certs import make_site
 from deploy.sandbox.tiny import make_federation, make_tokenizer
+from tests.harness.agreements import agree_all
 from tests.harness.certificates import Authority
 from tests.harness.programs import needs
 
@@ -54,6 +55,7 @@ def files(tmp_path: Path) -> Files:
     write(tmp_path, [{"term": f"{MARKER} {i}", "title": f"case {i}"} for i in range(40)])
     made = Files(tmp_path / "site-a.yaml", federation)
     made.change("site", device="cpu", trust={"bundles": ["0" * 64]})
+    agree_all(federation)
     return made
 
 

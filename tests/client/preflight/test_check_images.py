@@ -12,12 +12,13 @@ from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.section import ModelSource
 from common.config.site import SiteConfig
+from tests.harness.agreements import agree_all
 from tests.harness.tiny_images import make_image_federation
 
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Path:
-    return make_image_federation(tmp_path, {"site-a": 8})
+    return agree_all(make_image_federation(tmp_path, {"site-a": 8}))
 
 
 def subject(federation: Path, *, known: bool = True, skip: bool = False) -> Subject:

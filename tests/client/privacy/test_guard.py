@@ -101,7 +101,7 @@ def test_cell_of_an_experiment_counts_in_a_ledger_of_its_own(tmp_path: Path) -> 
         (tmp_path / cell).mkdir()
         for reason in (None, "`max_rounds` is 1"):
             policy._books.clear()
-            gate = Gate(own.config, own.file, "train", 1, tmp_path / cell)
+            gate = Gate(own.config, own.file, "train", 1, ledgers=tmp_path / cell)
             with nullcontext() if reason is None else pytest.raises(PolicyError, match=reason):
                 gate.check(federation(), asked(1))
                 gate.admit([(NAME, TENSOR)], [], 12, 1.0)

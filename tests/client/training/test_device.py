@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.training.device import pick_autocast, pick_device
+from client.training.settings import pick_autocast, pick_device
 from common.errors import TrainingError
 
 

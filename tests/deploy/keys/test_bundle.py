@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from client.connect.verify import Trust, refusal, signed_message
+from client.connect.verify import BUNDLE, SETTINGS, Trust, refusal
 from deploy.cli import main
 from tests.harness.programs import needs
 
@@ -82,7 +82,8 @@ def test_bundle_is_trusted_when_signed_or_pinned_and_only_then(reviewer: Path) -
 
 
 def test_signed_message_names_its_purpose() -> None:
-    assert signed_message("ab") == b"FedSpan app bundle, signature version 1, sha256 ab\n"
+    assert BUNDLE.format("ab") == "FedSpan app bundle, signature version 1, sha256 ab\n"
+    assert SETTINGS.format("ab") == "FedSpan federation settings, signature version 1, sha256 ab\n"
 
 
 def test_verify_tells_right_from_wrong(reviewer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,172 @@
+"""What a federation would ask of this site, in plain words, and the site's consent: ``fedspan site agree``."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from client.connect.trust import read_trust
+from client.connect.verify import SETTINGS, signed_with
+from client.privacy.agreement import Agreement, agreements_of, make_agreement, read_agreements, write_agreement
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
+from common.config.site import SiteConfig
+from common.config.task import ClassificationTask
+from common.errors import ConfigError, ModelError, PolicyError
+from common.protocol.fields import Stays
+from common.protocol.messages import EVALUATED, TRAINING
+from common.system.command import Command
+from common.system.keys import read_signature
+
+_WIDTH = 14  # characters of a line's head
+
+
+def proposed(site_file: Path, federation_file: Path, signature: Path | None = None) -> Agreement:
+    """What a site would agree to.
+
+    Args:
+        site_file: the site's.
+        federation_file: the operator's, as it lies here.
+        signature: that a reviewer made with ``fedspan code sign --federation``.
+
+    Raises:
+        ConfigError: a file is wrong.
+        ModelError: the site has no folder of the base model.
+        PolicyError: the signature that the site's `trust.settings` asks for is missing, or is none.
+    """
+    site = load(site_file, SiteConfig)
+    federation = resolved(load(federation_file, FederationConfig), federation_file)
+    model = federation.model
+    if (
+        site.model is None
+        and model.hub is None
+        and (model.path is None or not Path(model.path, "config.json").is_file())
+    ):
+        where = "names no folder" if model.path is None else f"names {model.path}, where no model is"
+        raise ModelError(f"{federation_file}: `model` {where}; write in {site_file}: `model: FOLDER`")
+    agreement = make_agreement(federation)
+    return agreement.model_copy(update={"reviewer": _reviewer(site_file, site, agreement.digest, signature)})
+
+
+def _reviewer(site_file: Path, site: SiteConfig, digest: str, signature: Path | None) -> str | None:
+    """Fingerprint of the trusted key that has signed settings; None where no signature is given, nor asked for."""
+    if signature is None:
+        if site.trust is not None and site.trust.settings:
+            raise PolicyError(
+                f"{site_file}: `trust.settings` asks for a reviewer's signature of the settings; give --signature FILE"
+            )
+        return None
+    trust, entry = read_trust(site_file), read_signature(signature)
+    if trust is None or not any(signed_with(key, digest, entry, SETTINGS) for key in trust.keys.values()):
+        raise PolicyError(
+            f"{signature}: not a signature of settings {digest} with a key of `trust.keys` in {site_file}"
+        )
+    return entry["key"]
+
+
+def explained(site: SiteConfig, agreement: Agreement) -> str:
+    """An agreement in plain words, all settings below."""
+    lines = [f"Federation {agreement.federation.name}, settings {agreement.digest}", ""]
+    lines += [f"  {head:{_WIDTH}} {text}" for head, text in _told(site, agreement)]
+    settings = yaml.safe_dump(agreement.settings, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return "\n".join([*lines, "", "  All settings:", "", *(f"    {line}" for line in settings.splitlines())])
+
+
+def _told(site: SiteConfig, agreement: Agreement) -> Iterator[tuple[str, str]]:
+    federation = agreement.federation
+    strategy, training, evaluation = federation.strategy, federation.training, federation.evaluation
+    labels = (
+        f"; the labels are {', '.join(federation.task.labels)}"
+        if isinstance(federation.task, ClassificationTask)
+        else ""
+    )
+    yield "learned", f"{type(federation.task).__doc__ or ''}".partition("\n")[0].rstrip(".").lower() + labels
+    source = site.model or agreement.model
+    yield "base model", source.path or f"{source.hub} at {source.revision}"
+    if agreement.model.digest is not None:
+        yield "", f"only with the digest {agreement.model.digest}"
+    what = (
+        f"weights, of rank {strategy.rank} changes"
+        if strategy.trains == "weights"
+        else f"LoRA adapters of rank {strategy.rank}"
+    )
+    where = strategy.modules if isinstance(strategy.modules, str) else ", ".join(strategy.modules)
+    yield "trained", f"{strategy.title} ({strategy.source}): {what}, modules {where}, blocks {strategy.blocks}"
+    much = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} passes over the shard"
+    yield "a round", f"{much} of {training.rows_per_step} rows, up to {training.max_length} tokens each"
+    yield "how often", f"{federation.rounds} rounds, with at least {federation.cohort.min_clients} sites"
+    yield "evaluated", f"every {evaluation.every} round(s), on up to {evaluation.max_examples} held-out rows"
+    if site.privacy is not None:
+        noise = f", clipped to norm {site.privacy.clip:g} and noised"
+    yield "leaves", f"in every round the trained tensors{noise if site.privacy else ''}; and as numbers:"
+    staying: set[Stays] = (
+        {"with privacy", "without scores"} if site.privacy else set() if site.shares_metrics else {"without scores"}
+    )
+    for measures in (TRAINING, EVALUATED):
+        said = [measure.what for measure in measures.values() if measure.stays not in staying]
+        if said:
+            yield "", "; ".join(said)
+    yield "", "the number of training rows, the site's name, and digests of the base model"
+    yield "stays", "every row, prompt, answer and file" + ("" if site.shares_metrics else "; losses and scores")
+    yield "reviewed by", agreement.reviewer or "nobody whose signature was given"
+
+
+def agree(site_file: Path, agreement: Agreement) -> str:
+    """Pin an agreement; a sentence that says so."""
+    file = agreements_of(load(site_file, SiteConfig), site_file)
+    name = agreement.federation.name
+    write_agreement(file, name, agreement)
+    return f"agreed to federation {name}, settings {agreement.digest}; written to {file}"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "federation", type=Path, nargs="?", metavar="FEDERATION.yaml", help="the operator's; none: list what is agreed"
+    )
+    parser.add_argument("--site", type=Path, required=True, metavar="SITE.yaml", help="the site file")
+    parser.add_argument("--signature", type=Path, metavar="FILE", help="a reviewer's, of these settings")
+    parser.add_argument("--yes", action="store_true", help="agree without being asked")
+    parser.add_argument("--withdraw", metavar="NAME", help="take back the agreement to this federation")
+
+
+def _run(options: argparse.Namespace) -> int | None:
+    site: Path = options.site.resolve()
+    config = load(site, SiteConfig)
+    file = agreements_of(config, site)
+    if options.withdraw is not None:
+        if options.federation is not None or options.withdraw not in read_agreements(file):
+            known = ", ".join(read_agreements(file)) or "none"
+            raise ConfigError(f"--withdraw takes the name of an agreed federation, and no file; agreed: {known}")
+        write_agreement(file, options.withdraw, None)
+        _say(f"{options.withdraw}: no longer agreed to; a message of it is refused from now on")
+        return None
+    if options.federation is None:
+        for name, one in read_agreements(file).items():
+            _say(f"{name}: settings {one.digest}, agreed {one.agreed}, reviewed by {one.reviewer or 'nobody'}")
+        return None
+    agreement = proposed(site, options.federation, options.signature)
+    _say(explained(config, agreement) + "\n")
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("nothing was agreed to: nobody can be asked here; give --yes")
+        if input("Agree? [y/N] ").strip().lower() not in ("y", "yes"):
+            _say("nothing was agreed to")
+            return 1
+    _say(agree(site, agreement))
+    return None
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201
+
+
+AGREE = Command(
+    _arguments,
+    _run,
+    example="FEDERATION.yaml --site site-a.yaml",
+    then="fedspan site check site-a.yaml --federation FEDERATION.yaml",
+    notes="Shows what the federation would train, how often, and what would leave; then pins these settings. A site\n"
+    "answers no message with other ones. Whoever changes the federation file must be agreed with anew.",
+)
