@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from common.config.site import SiteConfig
 from common.config.task import ClassificationTask
 from common.errors import ConfigError, ModelError, PolicyError
 from common.protocol.fields import Stays
+from common.protocol.kinds import one_line
 from common.protocol.messages import EVALUATED, TRAINING
 from common.system.command import Command
 from common.system.keys import read_signature
 
-_WIDTH = 14  # characters of a line's head
+_WIDTH, _COLUMNS = 14, 100  # characters of a line's head, and of the rest
 
 
 def proposed(site_file: Path, federation_file: Path, signature: Path | None = None) -> Agreement:
@@ -69,7 +71,9 @@ def _reviewer(site_file: Path, site: SiteConfig, digest: str, signature: Path | 
 def explained(site: SiteConfig, agreement: Agreement) -> str:
     """An agreement in plain words, all settings below."""
     lines = [f"Federation {agreement.federation.name}, settings {agreement.digest}", ""]
-    lines += [f"  {head:{_WIDTH}} {text}" for head, text in _told(site, agreement)]
+    for head, text in _told(site, agreement):
+        first, *rest = textwrap.wrap(one_line(text), _COLUMNS)
+        lines += [f"  {head:{_WIDTH}} {first}", *(f"  {'':{_WIDTH}} {line}" for line in rest)]
     settings = yaml.safe_dump(agreement.settings, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return "\n".join([*lines, "", "  All settings:", "", *(f"    {line}" for line in settings.splitlines())])
 
