@@ -69,6 +69,7 @@ def key(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
         key("evaluation", "max_examples", value=1),
         key("evaluation", "every", value=7),
         key("model", "path", value="/etc"),
+        key("model", "dtype", value="float16"),
         key("model", value={"hub": "somebody/else", "revision": "0" * 40, "path": None, "dtype": "float32"}),
         key("name", value="another"),
         key("name", value="tiny\x1b]52;c;Zm9v\x07"),
@@ -122,9 +123,9 @@ def test_model_that_only_the_server_names_is_not_opened(site: Site) -> None:
     """The agreement names the folder; without it and without `model` in the site file nothing is opened."""
     file = site.folder / "site-a-agreements.json"
     data = json.loads(file.read_text())
-    data["federations"]["tiny"]["model"] = None
+    data["federations"]["tiny"]["model"]["path"] = None
     file.write_text(json.dumps(data))
-    assert "names no `model`" in site.asked(json.dumps(site.settings)).error.reason
+    assert "give `model` in the site file" in site.asked(json.dumps(site.settings)).error.reason
     own = site.folder / "site-a.yaml"
     own.write_text(yaml.safe_dump({**yaml.safe_load(own.read_text()), "model": "model"}))
     assert not site.asked(json.dumps(site.settings)).has_error()

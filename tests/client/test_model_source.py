@@ -17,6 +17,7 @@ from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError, ModelError
 from deploy.sandbox.tiny import make_federation, make_model
+from tests.harness.agreements import agree_all
 from tests.harness.processes import FEDSPAN, environment
 
 HUB, COMMIT = "example/tiny", "c0ffee" + "0" * 34
@@ -81,6 +82,7 @@ def test_model_of_the_hubs_cache_is_checked_and_loaded_without_the_hub(file: Pat
     shutil.rmtree(tmp_path / "model")
     federation(file, digest=found.base_digest, tokenizer_digest=found.tokenizer_digest)
     site(file, {"hub": HUB, "revision": COMMIT})
+    agree_all(file)
     env = {**os.environ, **environment(), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     command = [*FEDSPAN, "site", "check", str(tmp_path / "site-a.yaml"), "--federation", str(file), "--json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)

@@ -1,15 +1,15 @@
 """FedFTG among three sites: the average, and the scores of what the models answer."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from client.privacy.agreement import make_agreement
 from client.session import Session
-from common.config.federation import FederationConfig, resolved, settings_for_sites
-from common.config.load import load, parse
+from common.config.federation import FederationConfig, resolved
+from common.config.load import load
 from common.config.site import SiteConfig
 from deploy.sandbox.tiny import make_federation
 from tests.harness.in_one_process import in_one_process
@@ -29,11 +29,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_average_equals_an_independent_float64_computation(federation: tuple[Path, Path]) -> None:
     file, run = federation
     torch.set_num_threads(1)
-    config = parse(
-        json.loads(settings_for_sites(resolved(load(file, FederationConfig), file))),
-        FederationConfig,
-        "sent",
-    )
+    config = make_agreement(resolved(load(file, FederationConfig), file)).federation
     state: dict[str, torch.Tensor] | None = None
     for server_round in (1, 2):
         replies = []

@@ -35,7 +35,7 @@ def test_it_shows_what_is_asked_and_pins_it(folder: Path, capsys: pytest.Capture
     assert "learning_rate: 0.01" in told
     (agreement,) = read_agreements(folder / "site-a-agreements.json").values()
     assert f"settings {agreement.digest}" in told
-    assert agreement.model == str(folder / "model")
+    assert agreement.model.path == str(folder / "model")
     assert (folder / "site-a-agreements.json").stat().st_mode & 0o777 == 0o600
 
 
