@@ -1,5 +1,6 @@
 """Keys and certificates in files: private keys that nobody else can read, fingerprints as ``ssh-keygen -l`` shows."""
 
+import argparse
 import base64
 import contextlib
 import json
@@ -13,6 +14,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
     load_pem_public_key,
     load_ssh_private_key,
@@ -132,6 +137,36 @@ def new_pair(prefix: Path) -> tuple[Path, Path]:
     private, public = (prefix.parent / f"{prefix.name}.{ending}" for ending in ("key", "pub"))
     refuse_existing(private, public)
     return private, public
+
+
+def make_site(prefix: Path) -> str:
+    """Make a site's pair as Flower's node authentication reads it: ECDSA P-384 in OpenSSH's format; its fingerprint.
+
+    Raises:
+        ConfigError: one of the files exists, or cannot be written.
+    """
+    private, public = new_pair(prefix)
+    key = ec.generate_private_key(ec.SECP384R1())
+    text = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {prefix.name}\n".encode()
+    write_new(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    write_new(public, text)
+    return fingerprint(key.public_key())
+
+
+def may_be_in_git(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that makes what should not be committed; see ``refuse_git``."""
+    parser.add_argument("--in-git", action="store_true", help="also in a git work tree, where it may get committed")
+
+
+def refuse_git(path: Path, options: argparse.Namespace) -> None:
+    """Raise a ConfigError when a file or folder that is about to be made would lie in a git work tree, unasked."""
+    place = path.resolve()
+    found = next((folder for folder in (place, *place.parents) if (folder / ".git").exists()), None)
+    if found is not None and not options.in_git:
+        raise ConfigError(
+            f"{path}: is in the git work tree {found}, where it may get committed; make it in a folder outside, such "
+            f"as {Path.home() / 'fedspan'}, or give --in-git"
+        )
 
 
 def refuse_existing(*paths: Path) -> None:

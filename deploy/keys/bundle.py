@@ -15,7 +15,17 @@ from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.errors import ConfigError, FedSpanError
 from common.system.command import Command
-from common.system.keys import fingerprint, new_pair, read_private, read_public, read_signature, write, write_new
+from common.system.keys import (
+    fingerprint,
+    may_be_in_git,
+    new_pair,
+    read_private,
+    read_public,
+    read_signature,
+    refuse_git,
+    write,
+    write_new,
+)
 from server.superlink.bundle import bundle_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,9 +85,11 @@ def verify(key_file: Path, signature: Path, digest: str) -> str | None:
 
 def _key_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefix", type=Path, metavar="PREFIX", help="makes PREFIX.key and PREFIX.pub")
+    may_be_in_git(parser)
 
 
 def _make_key(options: argparse.Namespace) -> None:
+    refuse_git(options.prefix, options)
     mark, prefix = make_key(options.prefix), options.prefix
     print(f"{prefix}.key is secret; give {prefix}.pub to the sites\nfingerprint {mark}")  # noqa: T201
 

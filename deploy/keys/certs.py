@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError
@@ -20,12 +20,14 @@ from common.system.keys import (
     PublicKey,
     fingerprint,
     host_names,
-    new_pair,
+    make_site,
+    may_be_in_git,
     read_bytes,
     read_certificates,
     read_private,
     read_public,
     refuse_existing,
+    refuse_git,
     write,
     write_new,
 )
@@ -98,20 +100,6 @@ def make_server(folder: Path, hosts: list[str], days: int) -> x509.Certificate:
     return certificate
 
 
-def make_site(prefix: Path) -> str:
-    """Make a site's pair as Flower's node authentication reads it: ECDSA P-384 in OpenSSH's format; its fingerprint.
-
-    Raises:
-        ConfigError: one of the files exists, or cannot be written.
-    """
-    private, public = new_pair(prefix)
-    key = ec.generate_private_key(ec.SECP384R1())
-    text = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {prefix.name}\n".encode()
-    write_new(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
-    write_new(public, text)
-    return fingerprint(key.public_key())
-
-
 def describe(path: Path) -> list[str]:
     """Lines that say what a file with certificates or a key is.
 
@@ -182,10 +170,12 @@ _days = number(int, 1, MAX_DAYS, "days")
 def _ca_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="where ca.key and ca.crt are made")
     parser.add_argument("--days", type=_days, default=CA_DAYS, help=f"how long it is valid (default: {CA_DAYS})")
+    may_be_in_git(parser)
 
 
 def _make_ca(options: argparse.Namespace) -> None:
     folder: Path = options.folder
+    refuse_git(folder, options)
     make_ca(folder, options.days)
     print(f"{folder / 'ca.key'} is secret and stays here; {folder / 'ca.crt'} goes to every site")  # noqa: T201
 
@@ -216,9 +206,11 @@ def _make_server(options: argparse.Namespace) -> None:
 
 def _site_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefix", type=Path, metavar="PREFIX", help="makes PREFIX.key and PREFIX.pub")
+    may_be_in_git(parser)
 
 
 def _make_site(options: argparse.Namespace) -> None:
+    refuse_git(options.prefix, options)
     mark, prefix = make_site(options.prefix), options.prefix
     print(f"{prefix}.key is secret and stays here; give {prefix}.pub to the operator\nfingerprint {mark}")  # noqa: T201
 

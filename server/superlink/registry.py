@@ -22,7 +22,7 @@ from common.config.section import Name, Section
 from common.errors import ConfigError
 from common.system.command import Command
 from common.system.files import hold
-from common.system.keys import fingerprint, read_bytes, read_public, write
+from common.system.keys import fingerprint, may_be_in_git, read_bytes, read_public, refuse_git, write
 
 _PATIENCE = 10.0  # seconds to wait for another who edits the file
 _Date = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(value) if isinstance(value, str) else value)]
@@ -147,6 +147,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the site, as in its site file")
     parser.add_argument("key", type=Path, metavar="NAME.pub", help="the site's public key")
     parser.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="its last day, in UTC (default: none)")
+    may_be_in_git(parser)
+
+
+def _add(options: argparse.Namespace) -> None:
+    if not options.file.exists():
+        refuse_git(options.file, options)
+    _show([add(options.file, options.name, options.key, options.expires)])
 
 
 def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +170,7 @@ def _show(sites: list[Registered]) -> None:
 
 ADD = Command(
     arguments=_add_arguments,
-    run=lambda options: _show([add(options.file, options.name, options.key, options.expires)]),
+    run=_add,
     example="sites.json site-a site-a.pub --expires 2027-12-31",
     then="fedspan serve FEDERATION.yaml --registry sites.json ...",
     notes="With the key that a site has already, --expires is changed. A run follows the file while it goes on.",

@@ -18,7 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from deploy.keys.certs import make_ca, make_server, make_site
+from common.system.keys import make_site
+from deploy.keys.certs import make_ca, make_server
 from server.run.folder import read_lines
 from tests.compose.conftest import DEADLINE, ours
 from tests.compose.engine import ROOT, Engine

@@ -12,8 +12,7 @@ from common.config.federation import FederationConfig
 from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError
-from common.system.keys import read_private
-from deploy.keys.certs import make_site
+from common.system.keys import make_site, read_private
 from tests.harness.manifests import ROOT, paths, read, understood, within
 
 FOLDER = ROOT / "deploy" / "kubernetes"

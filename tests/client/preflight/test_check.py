@@ -19,8 +19,8 @@ from client.privacy.ledger import Ledger
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.site import SiteConfig
+from common.system.keys import make_site
 from deploy import cli
-from deploy.keys.certs import make_site
 from deploy.sandbox.tiny import make_federation, make_tokenizer
 from tests.harness.agreements import agree_all
 from tests.harness.certificates import Authority

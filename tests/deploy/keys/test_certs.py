@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from common.system.keys import host_names, read_certificates
 from deploy.cli import main
+from tests.harness.processes import ROOT
 from tests.harness.programs import needs
 
 
@@ -166,3 +167,42 @@ def test_show_says_what_a_file_is(pki: Path, capsys: pytest.CaptureFixture[str])
         assert part in said
     public, private = (line.split()[-1] for line in said.splitlines() if "SHA256:" in line)
     assert public == private
+
+
+@pytest.mark.parametrize("git", ["folder", "file"])
+def test_nothing_secret_is_made_in_a_git_work_tree_unless_asked(
+    tmp_path: Path, git: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A work tree that `git worktree` made has a file for a .git."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / ".git").mkdir() if git == "folder" else (tree / ".git").write_text("gitdir: /elsewhere")
+    assert main(["keys", "site", str(tmp_path / "site-a")]) == 0
+    capsys.readouterr()
+    for command, made in (
+        (["keys", "ca", str(tree / "below" / "pki")], tree / "below"),
+        (["keys", "site", str(tree / "site-a")], tree / "site-a.key"),
+        (["code", "key", str(tree / "reviewer")], tree / "reviewer.key"),
+        (["sites", "add", str(tree / "sites.json"), "site-a", str(tmp_path / "site-a.pub")], tree / "sites.json"),
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"is in the git work tree {tree}, where it may get committed" in said
+        assert not made.exists()
+        assert main([*command, "--in-git"]) == 0
+        assert made.exists()
+        capsys.readouterr()
+    assert main(["sites", "revoke", str(tree / "sites.json"), "site-a"]) == 0  # one that is there is edited in place
+
+
+def test_git_does_not_see_what_the_commands_make(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    for command in (["keys", "ca", "pki"], ["keys", "server", "pki"], ["keys", "site", "site-a"], ["code", "key", "r"]):
+        at = [str(tmp_path / word) if word == command[-1] else word for word in command]
+        assert main([*at, *([] if "server" in command else ["--in-git"])]) == 0
+    pub = str(tmp_path / "site-a.pub")
+    assert main(["sites", "add", str(tmp_path / "sites.json"), "site-a", pub, "--in-git"]) == 0
+    assert main(["code", "sign", "--key", str(tmp_path / "r.key"), "--out", str(tmp_path / "bundle.sig")]) == 0
+    seen = subprocess.run(["git", "status", "--short"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert seen == "?? .gitignore\n"
