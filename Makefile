@@ -20,7 +20,7 @@ setup: $(READY) ## Make .venv with everything that constraints.txt pins
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
 demo: $(READY) ## Run a real federation: three sites, a real model, real data; ends with a report
