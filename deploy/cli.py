@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "flower": ("server.operate.flower", "use Flower's own commands on the SuperLink of a run"),
         "report": ("server.operate.report", "write a run's page, report.html"),
         "readmit": ("server.operate.readmit", "let a site take part again that was left out for its updates"),
+        "server invite": ("deploy.invitation.invite", "pack all that a site needs to take part into one archive"),
         "sites add": ("server.superlink.registry", "let a site connect with a key"),
         "sites revoke": ("server.superlink.registry", "let a site connect no more"),
         "sites list": ("server.superlink.registry", "list all sites that could ever connect"),
@@ -35,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "code verify": ("deploy.keys.bundle", "check a signature of the code that the server ships"),
     },
     "hospital": {
+        "site accept": ("deploy.invitation.accept", "check and lay out the archive that the operator has sent"),
         "site check": ("client.preflight.check", "say whether a site is ready to join, and what is missing"),
         "site agree": ("client.connect.agree", "show what a federation would ask of a site, and agree to it"),
         "site join": ("client.connect.join", "take part in federations"),

@@ -51,6 +51,7 @@ COPY strategies strategies
 COPY client client
 COPY deploy/__init__.py deploy/__main__.py deploy/cli.py deploy/completion.py deploy/health.py deploy/
 COPY deploy/keys deploy/keys
+COPY deploy/invitation deploy/invitation
 RUN python -m compileall -q . && install -d -m 1777 /var/lib/fedspan
 LABEL org.opencontainers.image.title="FedSpan client" \
       org.opencontainers.image.description="Federated fine-tuning in gradient subspaces: one site's link and worker" \

@@ -122,7 +122,15 @@ def fedspan(image: Path, copied: list[tuple[str, str]], *arguments: str) -> subp
 
 def test_client_image_has_the_verbs_of_a_site_and_says_so_of_others(tmp_path: Path) -> None:
     copied = stages(DOCKERFILES[1])[-1]
-    for verb in ("site check", "site join", "site worker", "site supernode", "ledger verify", "health site"):
+    for verb in (
+        "site accept",
+        "site check",
+        "site join",
+        "site worker",
+        "site supernode",
+        "ledger verify",
+        "health site",
+    ):
         told = fedspan(tmp_path, copied, *verb.split(), "--help")
         assert told.stdout.startswith(f"usage: fedspan {verb} "), told.stderr
     assert fedspan(tmp_path, copied, "keys", "site", str(tmp_path / "site-a")).returncode == 0

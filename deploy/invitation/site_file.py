@@ -1,0 +1,53 @@
+"""The site file of an invitation: all but what only the hospital knows, and nothing that is for it alone to decide."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config.federation import FederationConfig
+from common.config.load import load
+from common.config.site import SiteConfig
+from common.errors import ConfigError
+
+FILL_IN = "FILL-IN"
+_KEYS = {"name", "data", "model", "trust", "policy"}
+_HEAD = f"""\
+# Site {{site}} in federation {{federation}}. What says {FILL_IN} is yours to fill in:
+#   data.path     your rows, relative to this file        data.prompt, data.answer   columns, or templates of columns
+#   model         your copy of the base model; its digests are in federation.yaml
+# Limits on what leaves (`policy`, `privacy`) and all other keys: docs/privacy.md and docs/reference.md.
+"""
+
+
+def site_file(site: str, federation: FederationConfig, values: dict[str, Any]) -> str:
+    """Text of a site file.
+
+    Args:
+        site: its name.
+        federation: that it takes part in.
+        values: what is known of `path`, `prompt` and `answer` of its data, of `model` and of `trust`.
+    """
+    data = {key: values.get(key) or FILL_IN for key in ("path", "prompt", "answer")}
+    hub = federation.model.hub
+    model = values.get("model") or ({"hub": hub, "revision": federation.model.revision} if hub else FILL_IN)
+    content: dict[str, Any] = {"name": site, "data": {**data, "held_out": 0.1}, "model": model}
+    if values.get("trust"):
+        content["trust"] = values["trust"]
+    content["policy"] = {"federations": [federation.name]}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return _HEAD.format(site=site, federation=federation.name) + text
+
+
+def proposed(file: Path) -> SiteConfig:
+    """A site file that came with an invitation.
+
+    Raises:
+        ConfigError: it is wrong, or decides what is the hospital's to decide.
+    """
+    site = load(file, SiteConfig)
+    keys = site.model_fields_set - _KEYS | {f"policy.{key}" for key in site.policy.model_fields_set - {"federations"}}
+    if keys or (site.model is not None and site.model.path not in (None, FILL_IN)):
+        what = min(keys, default="model.path")
+        raise ConfigError(f"{file}: sets `{what}`, which is for the site alone to decide")
+    return site
