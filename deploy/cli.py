@@ -17,6 +17,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "operator": {
         "run": ("deploy.run", "run a federation, all of its sites on this machine"),
         "serve": ("server.operate.serve", "run a federation whose sites are elsewhere"),
+        "server start": ("server.operate.standing", "keep a server up, to which sites come and runs are handed"),
         "status": ("server.operate.status", "show all runs, or one of them"),
         "stop": ("server.operate.stop", "stop a run; it can go on later"),
         "flower": ("server.operate.flower", "use Flower's own commands on the SuperLink of a run"),

@@ -1,4 +1,7 @@
-"""``fedspan serve FEDERATION.yaml``: run a federation whose sites are elsewhere (``server.operate.supervise``)."""
+"""``fedspan serve FEDERATION.yaml``: run a federation whose sites are elsewhere (``server.operate.supervise``).
+
+The SuperLink is started for the run and ends with it, or is one that stands (``server.operate.standing``).
+"""
 
 import argparse
 from pathlib import Path
@@ -8,7 +11,7 @@ from common.errors import ConfigError
 from common.system.command import Command, address, number, start_log
 
 if TYPE_CHECKING:
-    from server.superlink.process import Tls
+    from server.superlink.process import OwnSuperLink, Tls
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +34,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_options(parser)
-    parser.add_argument(
-        "--resume-if-begun", action="store_true", help="for service managers: start the run, go on with it, or end well"
-    )
+def add_link_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of everything that starts a SuperLink for sites elsewhere."""
     parser.add_argument(
         "--fleet-api-address",
         type=address,
@@ -48,33 +48,63 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="server.key of `fedspan keys server`")
     parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")
     parser.add_argument("--registry", type=Path, metavar="FILE", help="only sites in this register may connect")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.add_argument(
+        "--resume-if-begun", action="store_true", help="for service managers: start the run, go on with it, or end well"
+    )
+    add_link_options(parser)
     parser.add_argument(
         "--signature", type=Path, action="append", default=[], metavar="FILE", help="vouches for the code; also several"
+    )
+    parser.add_argument(
+        "--server", type=Path, metavar="DIR", help="use the standing server of this folder (`fedspan server start`)"
     )
     parser.add_argument("--superlink", metavar="NAME", help="use the running SuperLink of this name in Flower's config")
 
 
-def _tls(options: argparse.Namespace) -> "Tls | None":
+def tls_of(options: argparse.Namespace) -> "Tls | None":
     """The files of a SuperLink with TLS; None without.
 
     Raises:
         ConfigError: the options do not fit each other, a file does not exist, or the port is taken.
     """
     from common.system.processes import listens
+    from server.superlink import registry
     from server.superlink.process import Tls
 
     files = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile)
-    if options.superlink is None and options.insecure == all(files):
-        raise ConfigError("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink")
-    if options.registry is not None and not (options.superlink is None and all(files)):
-        raise ConfigError("--registry needs a SuperLink of its own with TLS: --ssl-ca-certfile and so on")
+    if options.insecure == all(files):
+        raise ConfigError("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure")
+    if options.registry is not None and not all(files):
+        raise ConfigError("--registry needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
     for file in filter(None, files):
         if not file.is_file():
             raise ConfigError(f"{file} does not exist")
     port = int(options.fleet_api_address.rpartition(":")[2])
-    if options.superlink is None and listens(port):
+    if listens(port):
         raise ConfigError(f"port {port} is in use; give another with --fleet-api-address")
+    if options.registry is not None:
+        registry.read(options.registry)
     return Tls(*(file.resolve() for file in files)) if all(files) else None
+
+
+def _elsewhere(options: argparse.Namespace) -> "OwnSuperLink | str | None":
+    """A SuperLink that runs already; None: one is to be started.
+
+    Raises:
+        ConfigError: options are given that have nothing to be said to; the server's folder names none that runs.
+    """
+    from server.operate.standing import standing
+
+    if options.server is None and options.superlink is None:
+        return None
+    own = (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile, options.registry, options.insecure)
+    if any(own) or (options.server is not None and options.superlink is not None):
+        raise ConfigError("--server and --superlink use a SuperLink that runs already; leave its own options out")
+    return str(options.superlink) if options.server is None else standing(options.server)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -88,14 +118,13 @@ def _run(options: argparse.Namespace) -> int:
     from server.report.write import write_report
     from server.run import from_supervisor
     from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
-    from server.superlink import registry, signatures
+    from server.superlink import signatures
     from server.superlink.process import OwnSuperLink, environment, sockets
 
-    tls = _tls(options)
+    running = _elsewhere(options)
+    tls = tls_of(options) if running is None else None
     start_log("supervisor")
     signed = signatures.read_signatures(options.signature, ROOT)
-    if options.registry is not None:
-        registry.read(options.registry)
     source = options.federation.resolve()
     federation = resolved(load(source, FederationConfig), source)
     check_source(federation, source)
@@ -117,7 +146,8 @@ def _run(options: argparse.Namespace) -> int:
         from_supervisor.keep_signatures(run_dir, signed)
         with sockets(home) as folder, ProcessGroup(run_dir / "logs") as group:
             own = OwnSuperLink(folder / "superlink", options.fleet_api_address, tls, options.registry)
-            run = Supervised(federation, run_dir, group, options.superlink or own, env, tell, tries=options.tries)
+            superlink, stands = running or own, options.server is not None
+            run = Supervised(federation, run_dir, group, superlink, env, tell, tries=options.tries, standing=stands)
             run.start_superlink()
             run.submit(resume=resume)
             follow(run, run_dir, console, seen, lambda: None)

@@ -32,11 +32,10 @@ from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run, write_f
 from server.run.supervisor_lock import Interrupted, supervising
 from server.superlink import control, nodes
 from server.superlink.bundle import make_bundle
-from server.superlink.process import MALLOC, OwnSuperLink
+from server.superlink.process import OwnSuperLink, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
-START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
 _LEAST_SPACE = 2**20  # bytes
 _DYING_SECONDS = 1.0  # from the last answer of a SuperLink that is killed to the end of its process
 _ASK_SECONDS = 10.0  # between two questions to the SuperLink for the state of a run that shows no life
@@ -51,6 +50,7 @@ class Supervised:
         run_dir: the run's folder; this machine must see it.
         group: where processes are started.
         superlink: the SuperLink to start; or the name of a connection in Flower's configuration, of one that runs.
+        standing: the SuperLink is one that `fedspan server start` looks after.
         env: environment of all processes.
         tell: is told of every death.
         tries: how often in a row the run is submitted again without having finished another round.
@@ -69,11 +69,13 @@ class Supervised:
         tell: Callable[[str], None],
         *,
         tries: int,
+        standing: bool = False,
     ) -> None:
         self._federation, self._run_dir, self._group = federation, run_dir, group
-        self._own = superlink if isinstance(superlink, OwnSuperLink) else None
+        self._own = superlink if isinstance(superlink, OwnSuperLink) and not standing else None
         self._superlink = superlink
-        self._nodes = nodes.following(self._own, run_dir, tell)
+        link = superlink if isinstance(superlink, OwnSuperLink) else None
+        self._nodes = nodes.following(link, run_dir, tell, keeps=not standing)
         self._env, self._tell, self._limit = env, tell, tries
         self._process: Started | None = None
         self._bundle = make_bundle(ROOT)  # once: the run goes on with the code that it began with
@@ -81,25 +83,16 @@ class Supervised:
         self._deaths, self._newest, self._asked = 0, "", 0.0
 
     def start_superlink(self) -> None:
-        """Start the SuperLink and wait until it listens.
+        """Start the SuperLink, or wait for the standing one, until it listens.
 
         Raises:
             LaunchError: it ended, as it does when its port is taken, did not listen in time, or does not take the
                 register of sites.
         """
-        if self._own is None:
-            return
-        home = Path(self._env["FLWR_HOME"])
-        home.mkdir(parents=True, exist_ok=True)
-        self._own.note(home)
-        self._process = started = self._group.start("superlink", self._own.command(home), {**MALLOC, **self._env})
-        deadline = time.monotonic() + START_SECONDS
-        while not self._own.listens():
-            if started.process.poll() is not None:
-                raise LaunchError(f"the SuperLink did not start; {started.log} ends: {last_lines(started.log)}")
-            if time.monotonic() > deadline:
-                raise LaunchError(f"the SuperLink did not listen within {START_SECONDS:g} seconds; see {started.log}")
-            time.sleep(0.1)
+        if self._own is not None:
+            self._process = start(self._own, self._group, self._env)
+        elif isinstance(self._superlink, OwnSuperLink):
+            wait_for(self._superlink)
         if self._nodes is not None:
             self._nodes.begin()
 
@@ -203,6 +196,8 @@ class Supervised:
         self._tell(f"{what}; the run goes on after its last checkpoint (try {self._deaths} of {self._limit})")
         if self._process is not None and self._link_died():
             self._group.forget(self._process)  # and its ServerApp with it
+            self.start_superlink()
+        elif self._own is None:
             self.start_superlink()
         self.submit(resume=(self._run_dir / "run.json").exists())
 

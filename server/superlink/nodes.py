@@ -27,10 +27,13 @@ class Nodes:
         superlink: whose nodes these are.
         run_dir: the run's folder, where the ServerApp finds out whose key a node has.
         tell: is told of what changes.
+        keeps: whether nodes are registered and unregistered here; else it is only written down whose node is whose.
     """
 
-    def __init__(self, file: Path, superlink: OwnSuperLink, run_dir: Path, tell: Callable[[str], None]) -> None:
-        self._file, self._superlink, self._run_dir, self._tell = file, superlink, run_dir, tell
+    def __init__(
+        self, file: Path, superlink: OwnSuperLink, run_dir: Path, tell: Callable[[str], None], *, keeps: bool
+    ) -> None:
+        self._file, self._superlink, self._run_dir, self._tell, self._keeps = file, superlink, run_dir, tell, keeps
         self._seen, self._looked = 0, 0.0
         self._registry = registry.Registry()
         self._whose: dict[str, dict[str, str | float]] = {}
@@ -78,10 +81,12 @@ class Nodes:
         with control(self._superlink) as client:
             nodes = {node.public_key.decode(): node for node in client.ListNodes(ListNodesRequest()).nodes_info}
             for key, node in nodes.items():
-                if key not in active and node.status != _GONE:
+                if key not in active and node.status != _GONE and self._keeps:
                     client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
                     self._tell(f"{self._named(key)} may not connect any more")
             for key, site in active.items():
+                if key not in nodes and not self._keeps:
+                    continue  # whoever looks after the SuperLink registers it soon
                 if key not in nodes:
                     node_id = client.RegisterNode(RegisterNodeRequest(public_key=key.encode(), name=site.name)).node_id
                 elif nodes[key].status != _GONE:
@@ -109,9 +114,11 @@ class Nodes:
             self._told.add(text)
 
 
-def following(superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str], None]) -> Nodes | None:
+def following(
+    superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str], None], *, keeps: bool = True
+) -> Nodes | None:
     """What keeps a SuperLink of our own to its register of sites; None, and nothing left of an earlier one, without."""
     if superlink is not None and superlink.registry is not None:
-        return Nodes(superlink.registry, superlink, run_dir, tell)
+        return Nodes(superlink.registry, superlink, run_dir, tell, keeps=keeps)
     from_supervisor.remove_owners(run_dir)
     return None

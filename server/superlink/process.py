@@ -5,13 +5,15 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.federation import FederationConfig
+from common.errors import LaunchError
 from common.system import flower
-from common.system.processes import listens, socket_folder
+from common.system.processes import ProcessGroup, Started, last_lines, listens, socket_folder
 
 DATABASE = "superlink.sqlite"
 NOTE = "socket"  # file in Flower's folder with the path of the SuperLink's
@@ -20,6 +22,7 @@ MESSAGES = ("message_ins", "message_res", "object_push_sessions")
 #: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
 #: which would keep one for every thread that pulls replies.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,45 @@ class OwnSuperLink:
         (home / NOTE).write_text(f"{self.socket}\n", encoding="utf-8")
 
 
+def start(superlink: OwnSuperLink, group: ProcessGroup, env: Mapping[str, str]) -> Started:
+    """Start a SuperLink and wait until it listens.
+
+    Args:
+        superlink: to start.
+        group: where.
+        env: its environment; FLWR_HOME is the folder of its database.
+
+    Raises:
+        LaunchError: it ended, as it does when its port is taken, or did not listen in time.
+    """
+    home = Path(env["FLWR_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    superlink.note(home)
+    started = group.start("superlink", superlink.command(home), {**MALLOC, **env})
+    wait_for(superlink, started)
+    return started
+
+
+def wait_for(superlink: OwnSuperLink, started: Started | None = None) -> None:
+    """Wait until a SuperLink listens.
+
+    Args:
+        superlink: what is to listen.
+        started: its process; None: it is looked after elsewhere.
+
+    Raises:
+        LaunchError: it ended, or did not listen in time.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not superlink.listens():
+        if started is not None and started.process.poll() is not None:
+            raise LaunchError(f"the SuperLink did not start; {started.log} ends: {last_lines(started.log)}")
+        if time.monotonic() > deadline:
+            log = "" if started is None else f"; see {started.log}"
+            raise LaunchError(f"the SuperLink did not listen within {START_SECONDS:g} seconds{log}")
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def sockets(home: Path) -> Iterator[Path]:
     """A folder for the sockets of a SuperLink with its database in ``home``; it must have ended before this does.
@@ -103,14 +145,14 @@ def forget_messages(database: Path) -> None:
         base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def environment(home: Path, federation: FederationConfig, share: int = 1) -> dict[str, str]:
+def environment(home: Path, federation: FederationConfig | None, share: int = 1) -> dict[str, str]:
     """Environment of a run's processes; no hub for a local model.
 
     Args:
         home: Flower's folder.
-        federation: the federation file.
+        federation: the federation file; None: whichever comes.
         share: how many sites share this machine's cores.
     """
     threads = max(1, (os.cpu_count() or 1) // share)
     defaults = {"OMP_NUM_THREADS": str(threads), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-    return flower.environment(home, hub=federation.model.path is None, **defaults)
+    return flower.environment(home, hub=federation is None or federation.model.path is None, **defaults)

@@ -1,4 +1,4 @@
-"""Flower's own commands, as docs/operators.md has them: FedSpan's app on a SuperLink and SuperNodes that Flower starts."""
+"""Flower's own commands, as docs/operators.md has them, on a SuperLink and SuperNodes that Flower starts."""
 
 import subprocess
 from pathlib import Path
