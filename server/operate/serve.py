@@ -79,7 +79,7 @@ def tls_of(options: argparse.Namespace) -> "Tls | None":
     if options.insecure == all(files):
         raise ConfigError("give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure")
     if options.registry is not None and not all(files):
-        raise ConfigError("--registry needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
+        raise ConfigError("--registry needs TLS: give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
     for file in filter(None, files):
         if not file.is_file():
             raise ConfigError(f"{file} does not exist")
@@ -97,7 +97,7 @@ def _elsewhere(options: argparse.Namespace) -> "OwnSuperLink | str | None":
     Raises:
         ConfigError: options are given that have nothing to be said to; the server's folder names none that runs.
     """
-    from server.operate.standing import standing
+    from server.superlink.process import standing
 
     if options.server is None and options.superlink is None:
         return None

@@ -27,30 +27,8 @@ from server.run.supervisor_lock import Interrupted
 if TYPE_CHECKING:
     from server.superlink.process import OwnSuperLink
 
-FILE, _LOCK = "server.json", ".server"  # where a standing server is found; locked for as long as it lives
 _POLL_SECONDS = 0.5
 _SETTLED = 300.0  # seconds after which an earlier death does not count any more
-
-
-def standing(folder: Path) -> "OwnSuperLink":
-    """The SuperLink of the server that stands in a folder.
-
-    Raises:
-        ConfigError: none does.
-    """
-    from common.system.files import is_held
-    from server.superlink.process import OwnSuperLink, Tls
-
-    folder = folder.resolve()
-    if not is_held(folder / _LOCK):
-        raise ConfigError(f"--server {folder}: no server stands there; fedspan server start --home {folder} ...")
-    try:
-        told = json.loads((folder / FILE).read_bytes())
-        tls = None if told["tls"] is None else Tls(*(Path(told["tls"][key]) for key in ("ca", "certificate", "key")))
-        registry = None if told["registry"] is None else Path(told["registry"])
-        return OwnSuperLink(Path(told["socket"]), told["fleet"], tls, registry)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"--server {folder}: its server is only just starting; try again in a moment") from None
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +47,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from common.system.files import hold, keep_private, make_private
+    from server.superlink.process import LOCK
 
     tls = tls_of(options)
     start_log("server")
@@ -76,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     keep_private()
     try:
         make_private(home)
-        lock = hold(home / _LOCK)
+        lock = hold(home / LOCK)
     except OSError as error:
         raise ConfigError(f"--home {home} cannot be written ({error.strerror})") from None
     if lock is None:
@@ -84,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_, _interrupt)
     from server.operate.progress import teller
-    from server.superlink.process import OwnSuperLink, sockets
+    from server.superlink.process import STANDING, OwnSuperLink, sockets
 
     say = teller(partial(print, file=sys.stderr), home.name, logging.INFO)
     try:
@@ -97,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         say(f"ended by {end}")
         return 0
     finally:
-        (home / FILE).unlink(missing_ok=True)
+        (home / STANDING).unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -111,7 +90,7 @@ def _stand(home: Path, superlink: "OwnSuperLink", say: Callable[[str], None], tr
     from common.system.files import write_atomically
     from common.system.processes import ProcessGroup
     from server.superlink import nodes
-    from server.superlink.process import environment, start
+    from server.superlink.process import STANDING, environment, start
 
     env, deaths, since = environment(home / "flwr", None), 0, time.monotonic()
     follower = nodes.following(superlink, home, say)
@@ -119,7 +98,7 @@ def _stand(home: Path, superlink: "OwnSuperLink", say: Callable[[str], None], tr
         started = start(superlink, group, env)
         if follower is not None:
             follower.begin()
-        write_atomically(home / FILE, json.dumps(asdict(superlink), default=str) + "\n", 0o600)
+        write_atomically(home / STANDING, json.dumps(asdict(superlink), default=str) + "\n", 0o600)
         say(f"stands at {superlink.fleet}; hand it a run with: fedspan serve FEDERATION.yaml --server {home}")
         while True:
             time.sleep(_POLL_SECONDS)

@@ -31,7 +31,7 @@ class Nodes:
     """
 
     def __init__(
-        self, file: Path, superlink: OwnSuperLink, run_dir: Path, tell: Callable[[str], None], *, keeps: bool
+        self, file: Path, superlink: OwnSuperLink, run_dir: Path, tell: Callable[[str], None], *, keeps: bool = True
     ) -> None:
         self._file, self._superlink, self._run_dir, self._tell, self._keeps = file, superlink, run_dir, tell, keeps
         self._seen, self._looked = 0, 0.0

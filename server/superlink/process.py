@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.federation import FederationConfig
-from common.errors import LaunchError
+from common.errors import ConfigError, LaunchError
 from common.system import flower
+from common.system.files import is_held
 from common.system.processes import ProcessGroup, Started, last_lines, listens, socket_folder
 
 DATABASE = "superlink.sqlite"
@@ -22,6 +23,7 @@ MESSAGES = ("message_ins", "message_res", "object_push_sessions")
 #: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
 #: which would keep one for every thread that pulls replies.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+STANDING, LOCK = "server.json", ".server"  # what a standing server tells of itself; held for as long as it lives
 START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
 
 
@@ -74,6 +76,24 @@ class OwnSuperLink:
         link = f'[superlink.local]\naddress = "127.0.0.1:1"\n{trust}\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n\n{link}', encoding="utf-8")
         (home / NOTE).write_text(f"{self.socket}\n", encoding="utf-8")
+
+
+def standing(folder: Path) -> OwnSuperLink:
+    """The SuperLink of the server that stands in a folder.
+
+    Raises:
+        ConfigError: none does.
+    """
+    folder = folder.resolve()
+    if not is_held(folder / LOCK):
+        raise ConfigError(f"--server {folder}: no server stands there; fedspan server start --home {folder} ...")
+    try:
+        told = json.loads((folder / STANDING).read_bytes())
+        tls = None if told["tls"] is None else Tls(*(Path(told["tls"][key]) for key in ("ca", "certificate", "key")))
+        registry = None if told["registry"] is None else Path(told["registry"])
+        return OwnSuperLink(Path(told["socket"]), told["fleet"], tls, registry)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"--server {folder}: its server is only just starting; try again in a moment") from None
 
 
 def start(superlink: OwnSuperLink, group: ProcessGroup, env: Mapping[str, str]) -> Started:

@@ -17,9 +17,12 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure, or --superlink"),
+        (
+            [],
+            "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure",
+        ),
         (["--ssl-ca-certfile", "ca", "--ssl-certfile", "c", "--ssl-keyfile", "k"], "ca does not exist"),
-        (["--insecure", "--registry", "register.json"], "--registry needs a SuperLink of its own with TLS"),
+        (["--insecure", "--registry", "register.json"], "--registry needs TLS: give --ssl-ca-certfile"),
         (["--insecure", "--signature", "none.sig"], "none.sig: cannot be read (No such file or directory)"),
         (["--insecure", "--tries", "-1"], "'-1'; allowed: whole numbers, 0 and more"),
         (["--insecure", "--resume"], "holds no run that could go on"),
