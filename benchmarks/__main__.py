@@ -25,7 +25,7 @@ from benchmarks.table import Table, publish
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured, and how long that takes on two cores."""
+    """A benchmark: its subject, and how long it takes on two cores."""
 
     run: Callable[[], Table]
     takes: str

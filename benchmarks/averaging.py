@@ -1,4 +1,4 @@
-"""The server's average of factored updates against Flower's of dense ones: both against float64, and the time."""
+"""The server's average of updates in factors against Flower's average of dense updates: errors and times."""
 
 import time
 

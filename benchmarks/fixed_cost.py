@@ -31,8 +31,8 @@ from pathlib import Path
 from deploy.experiment.simulate import simulate
 simulate(Path(sys.argv[1]), Path(sys.argv[2]), 1)
 """
-_ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER: what a killed parent leaves behind is still counted here
-#: By command line, the first that fits.
+_ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER: children of killed parents become ours, so their time is counted, too
+#: Patterns of command lines by part; the first match counts.
 PARTS = {
     "launcher": r"-m deploy",
     "SuperLink": r"superlink/program\.py|bin/flower-superlink",
@@ -129,7 +129,7 @@ def _children() -> float:
 
 
 def _reap() -> None:
-    """Take leave of adopted orphans that have ended, whose time counts only then."""
+    """Reap adopted orphans that have ended: the kernel adds their processor time to ours only then."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -1,4 +1,4 @@
-"""FlexLoRA's aggregation of one layer, against what its released code does: the dense sum and torch.linalg.svd."""
+"""FlexLoRA's aggregation of one layer, against the paper's released code: the dense sum and torch.linalg.svd."""
 
 import ctypes
 import gc
@@ -69,7 +69,7 @@ def run() -> Table:
 
 
 class DenseSVD:
-    """The peer's SVD: it costs the same for every matrix of a shape, and much, so only some rows run it."""
+    """The peer's SVD. It is slow, and its cost depends on the shape alone, so only some rows of the table run it."""
 
     def __init__(self) -> None:
         self.seconds, self.peak = float("inf"), 0
@@ -119,7 +119,7 @@ def dense_sum(terms: list[Term]) -> Tensor:
 
 
 def best_of(work: Callable[[], T]) -> tuple[T, float]:
-    """Result, and the best time of a few runs; of one, when that takes seconds."""
+    """Result, and the best time of a few runs, or the time of one run when that takes seconds."""
     runs = [timed(work)]
     while len(runs) < REPEATS and runs[0][1] < 2.0:
         runs.append(timed(work))
@@ -138,7 +138,7 @@ def peak_of(work: Callable[[], object]) -> int:
     """Bytes of memory at the peak above the start, looked at every 2 ms."""
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for reuse would hide what the work takes
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that malloc keeps for reuse would hide the work's use
     process, done = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.table import Cell, Table
 from client.training.range_finder import range_finder
 
-SHAPES = {  # of an MLP's weight
+SHAPES = {  # shapes of MLP weights
     "SmolLM2-135M": (1536, 576),
     "TinyLlama": (5632, 2048),
     "Gemma-2B": (16384, 2048),
@@ -54,7 +54,7 @@ def gradients(m: int, n: int, spectrum: str) -> tuple[Tensor, Tensor]:
 
 
 def energy(gradient: Tensor, basis: Tensor) -> float:
-    """What a basis (n, rank) captures of a gradient (m, n)."""
+    """Share of the energy of a gradient (m, n) that a basis (n, rank) captures."""
     return float((gradient @ basis).double().square().sum())
 
 

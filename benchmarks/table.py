@@ -19,10 +19,10 @@ Cell = str | int | float | None
 
 @dataclass
 class Table:
-    """Rows with the same keys, and what they mean.
+    """A table of measurements.
 
     Attributes:
-        title: what was measured, against which peer.
+        title: subject of the measurement, and the peer.
         rows: one mapping from column to value each.
         notes: how to read the columns.
     """
@@ -47,7 +47,7 @@ def publish(name: str, table: Table) -> None:
 
 
 def machine() -> dict[str, Cell]:
-    """What the measurement depends on."""
+    """The machine and the versions that the measurement depends on."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return {

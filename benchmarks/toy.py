@@ -1,8 +1,8 @@
 """The toy of RoLoRA's section 4.2 (arXiv 2502.01755): ten clients of one digit each, and four ways to train together.
 
-f(x) = ReLU(x A B) W_out on MNIST digits, A (784, 16) and B (16, 784) trained, W_out (784, 10) random and fixed. What a
-client trains and how the server combines it is FedSpan's own: the rules of ``strategies``, over PEFT's names, in whose
-convention lora_A is A transposed, (16, 784), and lora_B is B transposed, (784, 16).
+f(x) = ReLU(x A B) W_out on MNIST digits, A (784, 16) and B (16, 784) trained, W_out (784, 10) random and fixed. The
+rules in ``strategies`` choose the trained tensors and aggregate them. Tensors have PEFT's names, so lora_A is A
+transposed, (16, 784), and lora_B is B transposed, (784, 16).
 
 Two comparisons: at the paper's rate of 0.02, the same for all, and each method at the rate that suits it best. The
 paper has 6,000 images at each client, batches of 64 and 5 local epochs, which are 470 steps. Here it is 320 images,
@@ -177,7 +177,7 @@ def measured(method: str, images: list[Tensor], pool: ProcessPoolExecutor) -> li
 
 
 def table(rows: list[dict[str, Cell]]) -> Table:
-    """The rows with what they mean."""
+    """The table, with notes on how to read the columns."""
     return Table(
         f"MNIST with one digit per client after {ROUNDS} rounds (RoLoRA, section 4.2), {SEEDS} seeds",
         sorted(rows, key=lambda row: str(row["rate"])),

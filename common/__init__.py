@@ -1,1 +1,1 @@
-"""What both sides must agree on: configuration, errors, wire format, models, tasks, low-rank algebra."""
+"""Code that server and sites share: configuration, errors, wire format, models, tasks, low-rank algebra."""

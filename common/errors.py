@@ -1,30 +1,30 @@
 """Every error a user can meet, on one page.
 
-    FedSpanError               something that its user can mend
+    FedSpanError               an error that a user can fix
     ├── ConfigError            a federation or site file, or an argument, is wrong (names key and what is allowed)
     ├── DataError              a shard is missing, empty or malformed (names file, column, row number; never content)
     ├── ModelError             a model folder is absent, unreadable or of an unknown family
     │   └── SelectionError     `modules` / `blocks` match no tensor of the model
     ├── TrainingError          local training cannot start or cannot go on
     │   ├── DivergedError      its numbers overflowed: the learning rate is too large
-    │   └── StaleStateError    a site lacks what a message builds on; it is then sent everything
-    ├── WorkerDied             a site's worker process ended at work; the message is then sent once more
+    │   └── StaleStateError    a site lacks the state that a message builds on; the server resends everything
+    ├── WorkerDied             a site's worker process ended at work; the server resends the message, once
     ├── WireError              a message cannot be read, or is not what was asked for
     ├── PolicyError            a site's policy does not allow what was asked, or what would leave
     ├── LedgerError            a site's ledger is damaged or cannot be written; nothing leaves then
-    ├── RefusedUpdate          one client's reply was not admitted to the average (names client and tensor)
-    │   └── DivergedUpdate     its numbers are not finite, or too large to compute with
-    ├── AggregationError       the admitted replies cannot be combined
-    │   └── DivergedAverage    what they combine to is not finite, or too large to compute with
+    ├── RefusedUpdate          admission rejected a client's reply (names client and tensor)
+    │   └── DivergedUpdate     the reply's numbers are not finite, or too large to compute with
+    ├── AggregationError       the admitted replies cannot be aggregated
+    │   └── DivergedAverage    the aggregate is not finite, or too large to compute with
     ├── FederationError        the run as a whole cannot go on (names who is missing and why)
     ├── RunFolderError         the folder of a run or experiment is missing, damaged, in use, or of another one
     ├── RunFailed              a run ended without a result (carries its reason)
     ├── LaunchError            a process, port or program prevents the start
     └── LinkError              a SuperLink cannot be trusted or does not let this site in (names host and file)
-        └── UnreachableError   nobody answers there; it may come up yet
+        └── UnreachableError   nobody answers at the SuperLink's address; it may come up later
 
-The text of an error says what, where, and what is allowed. It never holds a row of a private shard: a site sends
-the text of a ``FedSpanError`` to the operator, and of any other exception only its type and place.
+The text of an error names the mistake, its place, and the allowed values. It never holds a row of a private shard: a
+site sends the text of a ``FedSpanError`` to the operator, and for any other exception only type and place.
 
 Programs read two numbers, never the text. ``code`` names the class in a site's reply (``common.protocol.messages``);
 Flower's own codes are below 1000. ``exit_code`` is a command's: 2 when a file or an argument is wrong, 1 otherwise.
@@ -35,7 +35,7 @@ from typing import ClassVar
 
 
 class FedSpanError(Exception):
-    """Base of all errors that FedSpan raises for a reason that its user can mend."""
+    """Base of all errors that FedSpan raises for a reason that a user can fix."""
 
     code: ClassVar[int] = 1000
     exit_code: ClassVar[int] = 1
@@ -78,7 +78,7 @@ class DivergedError(TrainingError):
 
 
 class StaleStateError(TrainingError):
-    """A site lacks what a message builds on, and must be sent everything."""
+    """A site lacks the state that a message builds on; the server must resend everything."""
 
     code = 1001
 
@@ -86,7 +86,7 @@ class StaleStateError(TrainingError):
 class WorkerDied(FedSpanError):  # noqa: N818 - it names what happened, as the operator reads it
     """The process that did a site's work ended before it answered.
 
-    It is ``client.connect.worker_supervisor`` that answers then.
+    Then ``client.connect.worker_supervisor`` answers the message with this error.
     """
 
     code = 1002
@@ -111,7 +111,7 @@ class LedgerError(FedSpanError):
 
 
 class RefusedUpdate(FedSpanError):  # noqa: N818 - a refusal is an outcome of admission, not a fault of the program
-    """One client's reply was not admitted to the average."""
+    """Admission rejected a client's reply."""
 
     code = 1080
 
@@ -123,13 +123,13 @@ class DivergedUpdate(RefusedUpdate):
 
 
 class AggregationError(FedSpanError):
-    """The admitted replies cannot be combined."""
+    """The admitted replies cannot be aggregated."""
 
     code = 1090
 
 
 class DivergedAverage(AggregationError):  # noqa: N818 - as ``DivergedUpdate``
-    """What the replies combine to is not finite, or too large to compute with."""
+    """The aggregate of the replies is not finite, or too large to compute with."""
 
     code = 1091
 
@@ -138,7 +138,7 @@ class FederationError(FedSpanError):
     """The run as a whole cannot go on.
 
     Attributes:
-        causes: kind (see ``kind_of``) of the error of every site that failed or was refused; "server": of its own.
+        causes: kind (see ``kind_of``) of the error of every site that failed or was rejected; "server": its own error.
     """
 
     code = 1100
@@ -173,20 +173,20 @@ class LinkError(FedSpanError):
 
 
 class UnreachableError(LinkError):
-    """Nobody answers at the SuperLink's address; it may come up yet."""
+    """Nobody answers at the SuperLink's address; the SuperLink may come up later."""
 
     code = 1141
 
 
 def kind_of(error: BaseException) -> str:
-    """The name by which a run's records know an error: its class."""
+    """The kind of an error in a run's records: the name of its class."""
     return type(error).__name__
 
 
-#: What a site may answer with; of any other ``FedSpanError`` the nearest of these above it in the tree.
+#: Errors that a site may answer with; any other ``FedSpanError`` becomes its nearest base class among these.
 AT_A_SITE: tuple[type[FedSpanError], ...] = (FedSpanError, ConfigError, DataError, ModelError, SelectionError)
 AT_A_SITE += (TrainingError, DivergedError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
-#: Those that say nothing of rows, so that their code and text leave a site with `privacy`, too.
+#: Errors that do not depend on rows, so that their code and text may leave a site with `privacy`, too.
 PUBLIC = (ConfigError, ModelError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
-#: Kinds of errors that say that numbers overflowed, or soon would: the learning rate is too large.
+#: Kinds of errors for numbers that overflowed, or soon would: the learning rate is too large.
 DIVERGED = frozenset(error.__name__ for error in (DivergedError, DivergedUpdate, DivergedAverage))

@@ -1,4 +1,4 @@
-"""Scores: one table says what is measured, how it is computed (by ``evaluate``), and where it is shown."""
+"""Scores: one table of all scores, how each is computed (by ``evaluate``), and where each is shown."""
 
 import re
 import tempfile
@@ -12,24 +12,24 @@ from typing import Any
 
 #: Kinds of predictions.
 ANSWERS, LABELS = "answers", "labels"
-#: How the names of counts by label begin.
+#: Prefix of the names of confusion counts.
 COUNTS = "confusion/"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One measure of a model on held-out rows, as every task, page and display takes it from ``SCORES``.
+    """One score of a model on held-out rows. Every task, page and display reads the table ``SCORES``.
 
     Attributes:
-        name: its key in metrics and files.
-        title: its name for people.
-        meaning: what it says, with its range.
-        of: what it judges, as a task's ``predicts`` calls it; None: every task measures it together with its loss.
-        compute: the score of a list of predictions against as many references; None with ``of`` None.
-        lower_is_better: its direction.
-        headline: among the few that a headline, a progress line and the status tell.
-        curve: drawn round by round.
-        selectable: an experiment may pick its learning rates by it.
+        name: the score's key in metrics and files.
+        title: the score's name for people.
+        meaning: explanation of the score, with its range.
+        of: kind of the predictions that it judges (a task's ``predicts``); None: every task computes it with the loss.
+        compute: computes the score from predictions and as many references; None when ``of`` is None.
+        lower_is_better: whether smaller values are better.
+        headline: whether headline, progress line and status show the score.
+        curve: whether the report draws it round by round.
+        selectable: whether an experiment may select learning rates by it.
     """
 
     name: str
@@ -145,21 +145,21 @@ SCORES = {score.name: score for score in _IN_ORDER}
 
 
 def scores(of: str, predictions: list[Any], references: list[Any]) -> dict[str, float]:
-    """The scores of one kind of prediction, by name. Any thread may ask.
+    """The scores for one kind of prediction, by name. Thread-safe.
 
     Args:
         of: the kind, as in ``Score``.
-        predictions: texts, or numbers.
-        references: the right ones, of the same type.
+        predictions: texts, or numbers of labels.
+        references: the right texts or numbers.
 
     Raises:
         ValueError: the lists are empty or differ in length.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give as many, at least one")
-    # A metric object of `evaluate` holds the rows that it computes on, so none is shared. It insists on a folder (by
-    # default in the home folder, where processes that start together meet, and which may not be ours to write), but
-    # rows are never written there: they are private, and stay in memory.
+    # A metric object of `evaluate` holds the rows that it computes on, so calls do not share objects. An object needs a
+    # folder. The default folder is in the home folder, where concurrent processes collide and which may be read-only,
+    # so each object gets a temporary one. Rows are private: they stay in memory and are never written to that folder.
     with _COMPUTING, tempfile.TemporaryDirectory(prefix="fedspan-metrics-") as folder:
         chosen = [score for score in SCORES.values() if score.of == of]
         metrics = {score.name: _metric()(score.compute, type(references[0]), folder) for score in chosen}
@@ -168,7 +168,7 @@ def scores(of: str, predictions: list[Any], references: list[Any]) -> dict[str, 
 
 
 def confusion(predictions: list[int], references: list[int], labels: int) -> dict[str, float]:
-    """``confusion/i/j``: how many rows of label i were taken for label j, of labels 0 to ``labels`` - 1."""
+    """``confusion/i/j``: number of rows with right label i and predicted label j, both below ``labels``."""
     pairs = Counter(zip(references, predictions, strict=True))
     return {f"{COUNTS}{i}/{j}": float(pairs[i, j]) for i in range(labels) for j in range(labels)}
 

@@ -53,7 +53,7 @@ def script(shell: str) -> str:
             )
         )
         for action in parser._actions:
-            if action.choices is not None:  # of an option after it, of an argument at its place
+            if action.choices is not None:  # offered after the option's name, or in the argument's place
                 after = action.option_strings or [verb.split()[-1]]
                 pattern = "|".join(f'"{verb} {word}"' for word in after)
                 choices.append(_case(pattern, [str(choice) for choice in action.choices]))

@@ -28,7 +28,7 @@ _POLL = ("--poll", "0.5")  # seconds between a SuperNode's questions for message
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be started, all files read and checked."""
+    """The processes to start; all files are read and checked."""
 
     federation: FederationConfig
     sites: dict[str, Path]
@@ -87,17 +87,17 @@ def run(plan: Plan, console: Console, tries: int) -> None:
 
 
 class _Reviver:
-    """Starts a site's processes again when they die, as the service manager of a real site does."""
+    """Restarts a site's processes when they die, like the service manager of a real site."""
 
     def __init__(self, group: ProcessGroup, sites: list[Started], tell: Callable[[str], None], tries: int) -> None:
         self._group, self._sites, self._tell, self._tries = group, sites, tell, tries
         self._deaths: dict[str, int] = {}
 
     def __call__(self) -> None:
-        """Look after them once.
+        """Restart the processes that have died since the last call.
 
         Raises:
-            LaunchError: one has died too often.
+            LaunchError: a process has died too often.
         """
         for number, site in enumerate(self._sites):
             if site.process.poll() is None:

@@ -1,1 +1,1 @@
-"""The federation's side: ServerApp, round loop, evaluation, report, export."""
+"""The server's side: ServerApp, round loop, evaluation, report, export."""

@@ -1,4 +1,4 @@
-"""The Flower ServerApp: reads the federation file, runs the rounds, leaves the results in the run folder."""
+"""The Flower ServerApp: reads the federation file, runs the rounds, writes the results into the run folder."""
 
 import os
 import threading
@@ -18,12 +18,12 @@ from server.run import from_supervisor
 from server.run.folder import RunFolder
 
 app = ServerApp()
-_ORPHAN_SECONDS = 20.0  # to write down that it was interrupted
+_ORPHAN_SECONDS = 20.0  # time to note in the run folder that the run was interrupted
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation; ``federation`` and ``run-dir`` of the run config say which and where, ``resume`` to go on.
+    """Run one federation; the run config gives ``federation`` (file), ``run-dir`` and ``resume``.
 
     Raises:
         FedSpanError: with the reason, after it was written to the run folder; Flower then marks the run failed.
@@ -37,10 +37,10 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process soon after the one that started it, in whatever it is.
+    """End this process soon after its parent has ended, whatever this process is doing.
 
-    Flower's own watch raises SIGINT in a thread, which does not wake the main thread from a call to a SuperLink that is
-    gone, and such calls are repeated for ever.
+    Flower's own watch raises SIGINT in a thread. The signal does not wake the main thread from a call to a SuperLink
+    that is gone, and Flower repeats such calls for ever (decision 011).
     """
     parent = os.getppid()
 
@@ -59,12 +59,12 @@ def federate(
     """Run one federation on a grid, from its file to a run folder.
 
     Args:
-        grid: reaches the sites.
+        grid: the grid through which messages to sites are sent.
         source: the federation file.
-        run_dir: where the results go.
-        resume: go on with the run that is there.
-        flower_run: Flower's number of it; None: Flower knows of none.
-        keep_model: write the fine-tuned model; else the numbers and answers alone.
+        run_dir: the run's folder, for the results.
+        resume: resume the run in ``run_dir``.
+        flower_run: Flower's number of the run; None: no Flower run.
+        keep_model: write the fine-tuned model; false: only numbers and answers.
 
     Raises:
         FedSpanError: with the reason, after it was written to the run folder.
@@ -77,7 +77,7 @@ def federate(
     except FedSpanError as error:
         folder.fail(str(error), kind_of(error), error.causes if isinstance(error, FederationError) else None)
         raise
-    except (SystemExit, KeyboardInterrupt):  # so Flower ends a ServerApp after `flwr stop`, or with its SuperLink
+    except (SystemExit, KeyboardInterrupt):  # Flower raises these after `flwr stop`, and when the SuperLink ends
         folder.interrupt()
         raise
     except BaseException as error:
@@ -148,7 +148,7 @@ def _run(
 
 
 def site_state_lost(config: FederationConfig) -> str | None:
-    """What sites keep for themselves, and no longer have in a new Flower run."""
+    """The state that sites keep in Flower's context and lose in a new Flower run, in words; None: sites keep none."""
     strategy = config.strategy
     kept = {
         "optimizer moments": strategy.optimizer_state == "keep",

@@ -1,8 +1,8 @@
 """Federated strategies: one file each says what is sent, how replies are combined, what is reported.
 
 ``STRATEGIES`` is the one list of them. In any Flower app, ``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA,
-FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower strategies; they are made when asked for, so that the rules
-themselves need no Flower.
+FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower strategies. Each Flower strategy is made at its first import,
+so that the rules themselves need no Flower.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from strategies.rule import Rule
 if TYPE_CHECKING:
     from strategies.flower.strategy import FlowerStrategy
 
-#: Every strategy by the name that a federation file gives it; its section is named by the rule.
+#: Every strategy's rule by the strategy's name in a federation file; the rule names its section (``Rule.section``).
 STRATEGIES: dict[str, type[Rule]] = {
     "fedftg": FedFTGRule,
     "flexlora": FlexLoRARule,

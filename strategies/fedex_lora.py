@@ -1,8 +1,8 @@
-"""FedEx-LoRA: the server averages A and B separately, and adds what that loses to the base weights.
+"""FedEx-LoRA: the server averages A and B separately, and adds the error of these averages to the base weights.
 
-Source: arXiv 2410.09432. With means A and B, W <- W + sum_k p_k s B_k A_k - s B A: W + s B A is then exactly the mean
-of the clients' W + s B_k A_k. What is added has rank (K + 1) r at most and goes down as factors, as long as these are
-smaller than the weight.
+Source: arXiv 2410.09432. With means A and B, W <- W + sum_k p_k s B_k A_k - s B A. Then W + s B A is exactly the mean
+of the clients' W + s B_k A_k. The added residual has rank (K + 1) r at most; the server sends it as factors as long as
+the factors are smaller than the weight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,13 +20,13 @@ from strategies.rule import Averaging, Outcome, Setup, Tensors, Update
 
 
 class FedExLoRARule(Averaging):
-    """A, B and a trained classification head are averaged, each by itself; the state holds the base weights as well.
+    """Averages A, B and a trained classification head separately; the state holds the base weights as well.
 
     Adds the diagnostic ``residual/<group>``: ``|added to the base weights|_F / |sum_k p_k s B_k A_k|_F`` over a group's
-    layers, FedIT's error of aggregation.
+    layers. This is the aggregation error that FedIT makes.
 
     Args:
-        lora_alpha: of all clients.
+        lora_alpha: the LoRA alpha of all clients.
         rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
     """
 

@@ -1,8 +1,8 @@
 """FedFTG: clients train the lower blocks' MLP weights with GaLore, the server averages the weights directly.
 
 Source: arXiv 2410.23111, section 3. W <- sum_k p_k W_k over the trained tensors, accumulated in float32. Changes in
-factors are averaged as factors, exactly, and the average goes down to the clients as factors too, as long as these are
-smaller than the weights.
+factors are averaged exactly, as factors, and the server sends the average as factors too, as long as the factors are
+smaller than the weights (decision 005).
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ from strategies.rule import Averaging, Outcome, Setup
 
 
 class FedFTGRule(Averaging):
-    """Direct averaging of base weights; how the clients train them is theirs.
+    """Averages base weights directly; any local optimizer will do.
 
-    Adds the diagnostic ``wire-error/mean`` where factors travel rounded: what rounding the mean's factors does to it.
+    Adds the diagnostic ``wire-error/mean`` where factors are sent rounded: the relative error of the mean's factors.
 
     Args:
-        precision: of factors on the wire, both ways.
-        shared: seed and rank of the basis that all clients share in a round; None: every client has its own.
-        aggregation: how updates are combined; None: by their plain mean.
-        whole: the mean goes on to a server optimizer: it is not rounded, and no step is made of it.
+        precision: number format of factors on the wire, both ways.
+        shared: seed and rank of the basis that all clients share in a round; None: every client has its own basis.
+        aggregation: the aggregation method; None: the plain mean.
+        whole: whether a server optimizer takes the mean. Then the mean is not rounded, and no step is made of it.
     """
 
     section: ClassVar = FedFTGConfig
@@ -55,7 +55,7 @@ class FedFTGRule(Averaging):
     def settle(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
     ) -> Outcome:
-        """The next state is made of what travels, so that whoever receives the step makes the same of it."""
+        """The next state, computed from the rounded step, so that clients that apply the step get the same state."""
         if self._whole:
             return super().settle(server_round, state, means, diagnostics)
         exchange = self.exchange(server_round)

@@ -1,6 +1,6 @@
 """FedIT: clients train A and B, the server averages A and B separately.
 
-Source: arXiv 2305.05644. The inexact baseline: with means A and B, B A is not the mean of the B_k A_k. What is lost,
+Source: arXiv 2305.05644. The inexact baseline: with means A and B, B A is not the mean of the B_k A_k. The error,
 sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A), is reported in every round.
 """
 
@@ -19,10 +19,10 @@ from strategies.rule import Averaging, Outcome, Tensors, Update
 
 
 class FedITRule(Averaging):
-    """A, B and a trained classification head are averaged, each by itself.
+    """Averages A, B and a trained classification head separately.
 
     Adds the diagnostic ``aggregation-error/<group>``: ``|exact - B A|_F / |exact|_F`` over a group's layers, where
-    exact = sum_k p_k B_k A_k; with the plain mean only, which alone is compared with that.
+    exact = sum_k p_k B_k A_k. Robust aggregation has no such diagnostic: it does not aim at the exact mean.
     """
 
     section: ClassVar = FedITConfig
@@ -51,7 +51,7 @@ class FedITRule(Averaging):
 
 
 def _square(updates: list[Update], a: str, b: str, centre: Tensors | None) -> float:
-    """``|sum_k p_k (B_k - B)(A_k - A)|_F^2`` with the centre (B, A), or with zero."""
+    """``|sum_k p_k (B_k - B)(A_k - A)|_F^2``; B and A are taken from ``centre``, or zero when it is None."""
     total = sum(update.num_examples for update in updates)
     terms = []
     for update in updates:

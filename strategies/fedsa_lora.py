@@ -1,7 +1,7 @@
 """FedSA-LoRA: clients train A and B, the server averages A; every client keeps its own B.
 
-Source: arXiv 2410.01463. A is what the clients have in common, B what sets them apart, so that each ends with a model
-of its own. The state holds no B.
+Source: arXiv 2410.01463. A learns the knowledge that clients share, B the knowledge of one client, so each client ends
+with its own model. The state holds no B.
 """
 
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from strategies.rule import Averaging
 
 
 class FedSALoRARule(Averaging):
-    """A, and a trained classification head, are averaged."""
+    """Averages A and a trained classification head."""
 
     section: ClassVar = FedSALoRAConfig
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
-        """All.
+        """All names.
 
         Raises:
-            AggregationError: there is a B among them.
+            AggregationError: one of the names is a B.
         """
         del server_round
         active = list(names)

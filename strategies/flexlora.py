@@ -1,8 +1,8 @@
-"""FlexLoRA: the server averages the products B A and splits the average again, for clients of different rank.
+"""FlexLoRA: the server averages the products B A and factors the average again, for clients of different rank.
 
-Source: arXiv 2402.11505. Per layer, dW = sum_k p_k s_k B_k A_k with every client's own scaling s_k; the state holds
-factors of its best approximation of rank R, and a client of rank r <= R receives the best one of rank r, in its own
-scaling. dW is never formed (``common.linalg.lowrank``).
+Source: arXiv 2402.11505. Per layer, dW = sum_k p_k s_k B_k A_k with every client's own scaling s_k. The state holds
+factors of the best approximation of dW of rank R; a client of rank r <= R receives the best approximation of rank r, in
+the client's scaling. dW is never formed (``common.linalg.lowrank``, decision 004).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,15 +19,15 @@ from strategies.combine.weighted_mean import Drift, WeightedMean, applied, layer
 from strategies.lora_names import LORA_A, LORA_B, pairs
 from strategies.rule import Outcome, Rule, Setup, Tensors, Update
 
-ROUNDING = 1e-9  # a change whose square is below this share of the products' squares counts as none
+ROUNDING = 1e-9  # a change whose squared norm is below this share of the products' squared norms counts as zero
 
 
 class FlexLoRARule(Rule):
-    """Products are averaged; a trained classification head is averaged by the plain rule.
+    """Averages the products s_k B_k A_k; a trained classification head is averaged entry by entry.
 
-    Adds per layer group: ``truncation-loss`` (share of the energy of dW that rank R leaves out), ``numerical-rank``
-    and ``stable-rank`` of dW (the largest of the group); ``client-norm`` and ``client-cosine`` are those of the
-    clients' changes of the product, s_k B_k A_k - s B A.
+    Adds diagnostics per layer group: ``truncation-loss`` (share of the energy of dW that rank R leaves out),
+    ``numerical-rank`` and ``stable-rank`` of dW (the largest of the group). ``client-norm`` and ``client-cosine`` are
+    computed from the clients' changes of the product, s_k B_k A_k - s B A.
     """
 
     section: ClassVar = FlexLoRAConfig
@@ -42,11 +42,11 @@ class FlexLoRARule(Rule):
         """Make the rule.
 
         Args:
-            lora_alpha: of the state, and of clients that do not report their own. None: the state holds B A = dW, and
-                clients report theirs unless all have the state's rank.
+            lora_alpha: LoRA alpha of the state, and of clients that report none. None: the state holds B A = dW, and
+                clients must report an alpha unless all have the state's rank.
             rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
-            max_rank: the largest rank of a client; None: what its layers allow. A larger one than the state's makes
-                the state grow.
+            max_rank: the largest rank of a client; None: the layers' smaller sides. If a client's rank is larger than
+                the state's, the state's rank grows.
         """
         self.lora_alpha = lora_alpha
         self.max_rank = max_rank
@@ -59,7 +59,7 @@ class FlexLoRARule(Rule):
         return cls(config.lora_alpha, rslora=config.rslora, max_rank=config.rank)
 
     def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
-        """The best approximation of the state of rank ``rank``, in the scaling of that rank and ``lora_alpha``."""
+        """The state's best approximation of rank ``rank``, in the scaling that a client of this rank and alpha uses."""
         fitted = dict(state)
         for a, b in pairs(state):
             whole = state[a].shape[0]
@@ -96,7 +96,7 @@ class FlexLoRARule(Rule):
         return Outcome(result, found)
 
     def _terms(self, updates: list[Update], state: Mapping[str, Tensor], a: str, b: str) -> list[Term]:
-        """One summand per client; last, with no weight, the state itself. Scalings are part of B."""
+        """One term per client; the last term is the state, with weight 0. The scaling is multiplied into B."""
         total = sum(update.num_examples for update in updates)
         terms = []
         for update in updates:
@@ -111,9 +111,10 @@ class FlexLoRARule(Rule):
         return [*terms, Term(0.0, state[b].float() * self._scaling(self.lora_alpha, len(state[a])), state[a])]
 
     def _factors(self, svd: TruncatedSVD, before: Tensor) -> tuple[Tensor, Tensor]:
-        """A = V^T (rank, in), B = U S / s (out, rank); where dW has fewer directions, B is zero and A orthonormal.
+        """A = V^T (rank, in), B = U S / s (out, rank); where dW has a smaller rank, B is zero and A orthonormal.
 
-        dW = 0 keeps the A there was, so that A and B are never both zero.
+        For dW = 0 the result keeps the A from ``before`` (rank, in): if A and B were both zero, neither would get a
+        gradient.
         """
         rank, used = len(svd.s), int((svd.s > 0).sum())
         u, s, vt = svd.u[:, :used], svd.s[:used, None], svd.vt[:used]
@@ -133,16 +134,16 @@ class FlexLoRARule(Rule):
 
 
 class _Group:
-    """The layers of one block, on their way to diagnostics."""
+    """Running sums over the layers of one block, for the diagnostics."""
 
     def __init__(self) -> None:
         self._lost = self._energy = self._stable_rank = 0.0
         self._numerical_ranks: list[int | None] = []
         self._inner = torch.zeros(())  # (K, K) inner products of the clients' changes
-        self._size = 0.0  # of the products that these are differences of
+        self._size = 0.0  # sum over layers of the products' largest squared norm: the scale of rounding in ``_inner``
 
     def add(self, svd: TruncatedSVD) -> None:
-        """Add one layer; the last term of its ``inner`` is the state."""
+        """Add one layer; the last row and column of ``svd.inner`` belong to the state."""
         self._lost += svd.lost(len(svd.s))
         self._energy += svd.energy
         self._stable_rank = max(self._stable_rank, svd.stable_rank)

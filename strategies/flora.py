@@ -1,8 +1,9 @@
-"""FLoRA: the server stacks the clients' factors and adds their product to the base weights; the next round starts anew.
+"""FLoRA: the server stacks the clients' factors and adds their product to the base weights; then A and B are reset.
 
 Source: arXiv 2409.05976. W <- W + sum_k p_k s_k B_k A_k, exactly, for clients of any rank: the sum is the product of
-[p_1 s_1 B_1, p_2 s_2 B_2, ...] and [A_1; A_2; ...], which go down as they are, as long as they are smaller than the
-weight. Then every client has B = 0 and a new random A, drawn at the server; a client of rank r takes its first r rows.
+[p_1 s_1 B_1, p_2 s_2 B_2, ...] and [A_1; A_2; ...]. The server sends these stacked factors as long as they are smaller
+than the weight. Each round starts with B = 0 and a new random A, drawn at the server; a client of rank r takes the
+first r rows of A.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,9 +24,9 @@ from strategies.rule import Averaging, Outcome, Setup, Tensors, Update
 
 
 class FLoRARule(Averaging):
-    """Products are averaged into the base weights, which the state holds as well; a trained head is averaged.
+    """Adds the mean product to the base weights, which the state holds as well; averages a trained head.
 
-    ``client-norm`` and ``client-cosine`` are those of the products s_k B_k A_k.
+    ``client-norm`` and ``client-cosine`` are computed from the products s_k B_k A_k.
     """
 
     section: ClassVar = FLoRAConfig
@@ -42,11 +43,11 @@ class FLoRARule(Averaging):
         """Make the rule.
 
         Args:
-            lora_alpha: of clients that do not report their own.
-            aggregation: how the products are combined; None: by their plain mean.
+            lora_alpha: LoRA alpha of clients that report none.
+            aggregation: the aggregation method for the products; None: the plain mean.
             rslora: scaling lora_alpha / sqrt(rank) instead of lora_alpha / rank.
-            max_rank: the largest rank of a client; None: what its layers allow.
-            seed: of every round's new A.
+            max_rank: the largest rank of a client; None: the layers' smaller sides.
+            seed: seed from which every round's new A is drawn.
         """
         super().__init__(lora_alpha, aggregation)
         self.max_rank = max_rank
@@ -64,12 +65,12 @@ class FLoRARule(Averaging):
         return [name for name in names if not name.endswith(BASE_WEIGHT)]
 
     def averaged(self, server_round: int, names: Iterable[str]) -> list[str]:
-        """All but the factors."""
+        """All names but those of A and B."""
         del server_round
         return [name for name in names if not name.endswith((LORA_A, LORA_B))]
 
     def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
-        """The same with factors of the client's rank."""
+        """The state with A and B cut to the client's rank."""
         del lora_alpha
         return dict(state) if rank is None else cut(state, rank)
 
@@ -91,7 +92,7 @@ class FLoRARule(Averaging):
         return Outcome(step.apply(state, exchange), diagnostics, step)
 
     def _merged(self, update: Update, found: list[tuple[str, str, str]]) -> Update:
-        """The update with its products s_k B_k A_k, as changes of the base weights, in place of the factors."""
+        """The update with A_k and B_k replaced by their products s_k B_k A_k, as changes of the base weights."""
         alpha, tensors = update.lora_alpha or self._alpha, dict(update.tensors)
         products = {}
         for name_a, name_b, weight in found:

@@ -16,7 +16,7 @@ def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def partner(name: str) -> str | None:
-    """The other factor of the same layer; None when ``name`` is no factor."""
+    """Name of the other LoRA factor of the same layer; None when ``name`` names no LoRA factor."""
     if name.endswith(LORA_A):
         return name.removesuffix(LORA_A) + LORA_B
     if name.endswith(LORA_B):

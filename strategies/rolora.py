@@ -1,7 +1,8 @@
 """RoLoRA: rounds 1, 3, 5 ... train and average B with A frozen, rounds 2, 4, 6 ... train and average A with B frozen.
 
-Source: arXiv 2502.01755. Each phase is exact, because the other factor is shared. B goes first: B = 0 at the start
-gives A no gradient. The phase follows from the global round alone, so a restart or an absence cannot shift it.
+Source: arXiv 2502.01755. Each phase is exact, because the other factor is shared. B is trained first: while B = 0, A
+has no gradient. The phase follows from the global round alone, so neither a server's restart nor a client's absence
+can shift the phase.
 """
 
 from collections.abc import Iterable
@@ -13,11 +14,11 @@ from strategies.rule import Averaging
 
 
 class RoLoRARule(Averaging):
-    """The round's factor, and a trained classification head, are averaged; the other factor rests."""
+    """Averages the round's factor and a trained classification head; the other factor is frozen."""
 
     section: ClassVar = RoLoRAConfig
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
-        """All but A in odd rounds, all but B in even ones."""
-        resting = LORA_A if server_round % 2 == 1 else LORA_B
-        return [name for name in names if not name.endswith(resting)]
+        """All names but those of A in odd rounds, all but those of B in even rounds."""
+        frozen = LORA_A if server_round % 2 == 1 else LORA_B
+        return [name for name in names if not name.endswith(frozen)]

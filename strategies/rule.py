@@ -1,8 +1,8 @@
-"""What an aggregation rule is: plain tensors in, plain tensors out; no Flower, no I/O.
+"""The interface of an aggregation rule: plain tensors in, plain tensors out; no Flower, no I/O.
 
-A rule is told the round, the global state and the clients' updates, and returns the next global state. Everything a
-rule knows between rounds is in that state, so a checkpoint of the state is a checkpoint of the federation, and a
-rule may be built anew in every round. ``strategies.flower.strategy`` makes a Flower strategy of a rule.
+A rule takes the round, the global state and the clients' updates, and returns the next global state. A rule keeps
+nothing else between rounds, so a checkpoint of the state is a checkpoint of the federation, and each round may use a
+new instance of the rule. ``strategies.flower.strategy`` makes a Flower strategy of a rule.
 """
 
 from abc import ABC, abstractmethod
@@ -28,10 +28,11 @@ class Update:
 
     Attributes:
         client: the client's name, for messages.
-        num_examples: how many training examples stand behind it (at least 1).
-        tensors: the trained tensors by name; with ``factors``, exactly the round's active ones.
-        lora_alpha: the client's own ``lora_alpha``, None when the rule has no LoRA or the client said nothing.
-        factors: those that came as a change in low-rank factors instead.
+        num_examples: number of training examples (at least 1).
+        tensors: trained tensors that came dense, by name. ``tensors`` and ``factors`` together hold exactly the
+            round's active tensors.
+        lora_alpha: the client's LoRA alpha; None when the rule has no LoRA or the client reported none.
+        factors: changes of trained tensors that came as low-rank factors, by name.
     """
 
     client: str
@@ -46,9 +47,9 @@ class Outcome:
     """The result of one round.
 
     Attributes:
-        state: the whole next global state (tensors that were not active are carried over unchanged).
+        state: the complete next global state (tensors that were not active are unchanged).
         diagnostics: scalars by name, e.g. ``{"client-cosine/model.layers.0": 0.31}``.
-        step: what makes this state of the last one; None where the rule has no other form than the state itself.
+        step: the change from the last state to this one; None: the rule produces no steps, clients are sent tensors.
     """
 
     state: Tensors
@@ -58,12 +59,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a rule is made of besides its strategy's section.
+    """Settings of a rule that are not in the strategy's section.
 
     Attributes:
-        seed: of the federation.
-        aggregation: how updates are combined; None: by their plain mean.
-        whole: whether a server optimizer goes on with the average.
+        seed: the federation's seed.
+        aggregation: the aggregation method; None: the plain mean.
+        whole: whether a server optimizer takes the average, which must then be dense and unrounded.
     """
 
     seed: int = 0
@@ -72,69 +73,85 @@ class Setup:
 
 
 class Rule(ABC):
-    """How a strategy combines its clients' tensors. Stateless between rounds."""
+    """How a strategy aggregates its clients' tensors. Stateless between rounds.
 
-    #: the strategy's section of a federation file, which has its traits.
+    Example:
+        FFA-LoRA freezes A and averages B by examples.
+
+        >>> from torch import tensor
+        >>> from strategies import FFALoRARule
+        >>> a, b = "layer.lora_A.weight", "layer.lora_B.weight"
+        >>> state = {a: tensor([[1.0, 2.0]]), b: tensor([[0.0]])}  # A (rank 1, in 2), B (out 1, rank 1)
+        >>> rule = FFALoRARule(lora_alpha=8.0)
+        >>> rule.active(1, state)
+        ['layer.lora_B.weight']
+        >>> updates = [Update("north", 100, {b: tensor([[4.0]])}), Update("south", 300, {b: tensor([[8.0]])})]
+        >>> rule.aggregate(1, state, iter(updates)).state[b]
+        tensor([[7.]])
+    """
+
+    #: class of the strategy's section in a federation file; the class attributes are the strategy's traits.
     section: ClassVar[type[StrategySection]]
-    #: the federation's LoRA alpha, when it has one.
+    #: the federation's LoRA alpha; None: there is none, or clients report their own.
     lora_alpha: float | None = None
-    #: the largest LoRA rank a client may have where ranks are mixed; None: what its layers allow.
+    #: the largest LoRA rank that a client may have where ranks are mixed; None: the layers' smaller sides.
     max_rank: int | None = None
 
     @classmethod
     @abstractmethod
     def from_section(cls, config: Any, setup: Setup) -> Self:  # noqa: ANN401 - of the class ``section``
-        """The rule that a federation file asks for; ``config`` is its strategy section."""
+        """Make the rule of a federation file; ``config`` is the file's strategy section."""
 
     def active(self, server_round: int, names: Iterable[str]) -> list[str]:
-        """Names, of all in the state, that are trained and averaged in ``server_round`` (1, 2, ...). Default: all."""
+        """The tensors, among the state's ``names``, that ``server_round`` (1, 2, ...) trains. Default: all."""
         del server_round
         return list(names)
 
     def state_for(self, state: Mapping[str, Tensor], rank: int | None, lora_alpha: float | None) -> Tensors:
-        """The state as a client of this LoRA rank and alpha must hold it. Default: the same for everybody."""
+        """The state to send to a client of this LoRA rank and alpha. Default: the same for all clients."""
         del rank, lora_alpha
         return dict(state)
 
     def exchange(self, server_round: int) -> Exchange:
-        """How changes of base weights travel in factors in ``server_round``. Default: exactly, in bases of its own."""
+        """Form of the factors that clients send in ``server_round``. Default: float32, each client in its own basis."""
         del server_round
         return Exchange()
 
     @abstractmethod
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
-        """Combine the updates of a round, consuming each as it arrives.
+        """Aggregate the updates of a round, each as it arrives.
 
         Args:
-            server_round: Flower's round, starting with 1.
+            server_round: Flower's round, which starts at 1.
             state: the global state that the clients started from. Not modified.
             updates: admitted updates, in any order.
 
         Raises:
-            AggregationError: there was no update, or the updates cannot be combined.
+            AggregationError: there was no update, or the updates cannot be aggregated.
         """
 
 
 class Averaging(Rule):
     """Rules that take the example-weighted mean of every active tensor: ``X <- sum_k p_k X_k``, p_k = n_k / sum n.
 
-    Or combine them in another way (``strategies.combine.robust``), whose diagnostics they add. ``client-norm`` and
-    ``client-cosine`` are those of all updates, as they came.
+    With another ``aggregation`` a robust method replaces the mean and adds its diagnostics
+    (``strategies.combine.robust``). ``client-norm`` and ``client-cosine`` are computed from all updates before clipping
+    or selection.
     """
 
     def __init__(self, lora_alpha: float | None = None, aggregation: AggregationConfig | None = None) -> None:
         """Make the rule.
 
         Args:
-            lora_alpha: what all clients must have; None: whatever they have, if it is the same.
-            aggregation: how updates are combined; None: by their plain mean.
+            lora_alpha: the LoRA alpha that all clients must have; None: any, if all clients have the same.
+            aggregation: the aggregation method; None: the plain mean.
         """
         self.lora_alpha = lora_alpha
         self.aggregation = aggregation or MeanConfig()
 
     @classmethod
     def from_section(cls, config: Any, setup: Setup) -> Self:  # noqa: ANN401
-        """See ``Rule.from_section``. Default: a LoRA strategy without options of its own."""
+        """See ``Rule.from_section``. Default: a LoRA strategy without further options."""
         return cls(config.lora_alpha, setup.aggregation)
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
@@ -160,12 +177,12 @@ class Averaging(Rule):
         return self.settle(server_round, state, means, {**drift.diagnostics(), **told})
 
     def averaged(self, server_round: int, names: Iterable[str]) -> list[str]:
-        """Names of the tensors that are averaged. Default: those that the round trains."""
+        """The tensors, among the state's ``names``, that are averaged. Default: those that the round trains."""
         return self.active(server_round, names)
 
     def settle(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
     ) -> Outcome:
-        """The next state, once all updates are combined."""
+        """Make the next state of the aggregated ``means``."""
         del server_round
         return Outcome({**state, **applied(means, state)}, diagnostics)

@@ -1,13 +1,14 @@
-"""Server optimizers: the averaged change of a round is taken for a gradient (arXiv 2003.00295, algorithms 1 and 2).
+"""Server optimizers: the averaged change of a round serves as a gradient (arXiv 2003.00295, algorithms 1 and 2).
 
 With D = average - state, in float32, for every tensor that the round trained:
 
 - FedAvgM (arXiv 1909.06335): M <- momentum M + D, state <- state + learning_rate M;
 - FedAdam: M <- beta1 M + (1 - beta1) D, V <- beta2 V + (1 - beta2) D^2, from M = 0 and V = tau^2,
-  state <- state + learning_rate M / (sqrt(V) + tau), without correction of the bias, as in the paper.
+  state <- state + learning_rate M / (sqrt(V) + tau), without bias correction, as in the paper.
 
-Tensors that rest in a round (RoLoRA's other factor) keep their moments. A server optimizer makes a low-rank average
-dense, so FedFTG's weights go down whole, in every round. It costs one (FedAvgM) or two float32 copies of the state.
+Tensors that are frozen in a round (RoLoRA's other factor) keep their moments. A server optimizer makes a low-rank
+average dense, so under FedFTG the server sends dense weights in every round. The moments take one (FedAvgM) or two
+(FedAdam) float32 copies of the state.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,13 +21,13 @@ from strategies.rule import Outcome, Tensors
 
 
 class ServerOptimizer:
-    """The step that the server takes in each round.
+    """The server's optimizer: FedAvgM or FedAdam.
 
     Args:
-        config: which, and its settings.
+        config: the federation file's server_optimizer section.
 
     Attributes:
-        moments: all that it remembers, the first and the second in float32 by name; part of a checkpoint.
+        moments: the optimizer's state: "first" and "second" moments, each float32 by tensor name; in every checkpoint.
     """
 
     def __init__(self, config: ServerOptimizerConfig) -> None:
@@ -34,12 +35,15 @@ class ServerOptimizer:
         self.moments: dict[str, Tensors] = {}
 
     def step(self, active: Iterable[str], state: Mapping[str, Tensor], outcome: Outcome) -> Outcome:
-        """The outcome of a round with this optimizer's step in place of the averaged change.
+        """Apply one optimizer step to the averaged change.
 
         Args:
             active: names of the tensors that the round trained.
-            state: that the clients started from.
-            outcome: of plain averaging.
+            state: the state that the clients started from.
+            outcome: the round's result by aggregation alone.
+
+        Returns:
+            The result whose state the optimizer stepped to, with the same diagnostics and without a ``Step``.
         """
         after = dict(outcome.state)
         for name in active:

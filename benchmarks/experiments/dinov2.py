@@ -14,8 +14,8 @@ _SIZE = 56  # pixels; 16 patches of 14 x 14, which a processor handles in a tent
 def convert(file: Path, folder: Path) -> None:
     """Write the backbone in ``file`` to ``folder``, with an image processor for small images.
 
-    The exporter kept the parameters' names, but for matrices: it transposed them and left their names to the nodes
-    that multiply by them. The position embeddings come in two parts, of the class token and of 37 x 37 patches.
+    The exporter kept the parameters' names, except for matrices: matrices are transposed, and only the nodes that
+    multiply by them have their names. The position embeddings come in two parts: class token, and 37 x 37 patches.
 
     Raises:
         DataError: the file holds another model.
@@ -25,7 +25,7 @@ def convert(file: Path, folder: Path) -> None:
     found = {name: torch.from_numpy(np.array(values)) for name, values in _weights(file).items()}
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518)
     model = Dinov2Model(config)
-    found["embeddings.mask_token"] = torch.zeros(1, 384)  # of the pre-training only
+    found["embeddings.mask_token"] = torch.zeros(1, 384)  # used in pre-training only
     # transformers renames attention's layers when it loads a folder, so the names here are those of the hub's files.
     theirs = {_hub_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if {name: tuple(tensor.shape) for name, tensor in found.items()} != theirs:

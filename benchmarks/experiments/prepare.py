@@ -1,6 +1,6 @@
 """Models and data of the experiments: ``python -m benchmarks.experiments.prepare [--cache DIR]``.
 
-Leaves in the cache (default ``.cache/experiments``), beside the demo's model and data, which it makes too:
+Writes into the cache (default ``.cache/experiments``), beside the demo's model and data, which it makes too:
 
     minilm/                           all-MiniLM-L6-v2
     sentences/{validation,test}.jsonl 1,200 and 1,260 sentences of film reviews
@@ -37,16 +37,16 @@ from deploy.demo.prepare import DEFAULT_CACHE as DEMO, build, install, only, pre
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
 DEFAULT_CACHE = HERE.parents[1] / ".cache" / "experiments"
-CLIENTS = (3, 20, 50)  # of the sentences and the terms
-ALPHAS = (1.0, 100.0)  # of the sentences: labels unequal, nearly equal
+CLIENTS = (3, 20, 50)  # numbers of sites, for the sentences and the terms
+ALPHAS = (1.0, 100.0)  # Dirichlet alphas for the sentences: labels unequal, nearly equal
 TERMS_ALPHA = 100.0
 CODING_ALPHA = 0.3
 _SEED = 0
-_LEAST_ROWS = 8  # of a site
+_LEAST_ROWS = 8  # fewest rows that a site may have
 _VALIDATION, _TEST = 1200, 1260
 _IMAGES, _VALIDATION_IMAGES, _IMAGES_ALPHA = 2000, 500, 0.3
 _CODING_SHARE = 16  # one category of so many is for validation
-_TERMS = {"validation": 40, "test": 40, "train": 60}  # of a chapter
+_TERMS = {"validation": 40, "test": 40, "train": 60}  # rows per chapter
 _CHAPTERS = {  # the ten with most terms
     1: "infections",
     2: "neoplasms",

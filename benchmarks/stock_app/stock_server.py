@@ -1,4 +1,4 @@
-"""Flower's FedAvg over the demo's trained weights; writes down what each round took."""
+"""Flower's FedAvg over the demo's trained weights; writes down each round's seconds and bytes."""
 
 import json
 import time

@@ -2,8 +2,9 @@
 
 decay     c, the product of all (1 - lr weight_decay)
 bases     P_j (r, n) or (m, r), one for every basis used, the current one last
-updates   R_j (m, r) or (r, n) in float32; of an unprojected tensor just one, in its own shape
-start     W_0, beside a weight of low precision alone: it is made of its factors, so that no small step is lost
+updates   R_j (m, r) or (r, n) in float32; for an unprojected tensor a single one, in the tensor's shape
+start     W_0, kept only for a bfloat16 or float16 weight: the weight is recomputed from W_0 and the factors in every
+          step, because a step below the weight's resolution would be lost
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ State = dict[str, Any]
 
 
 def begun(weight: Tensor, *, projected: bool) -> State:
-    """The state of a weight that is W_0 as it is."""
+    """The state at the start of a round: the weight is W_0."""
     state: State = {"decay": 1.0, "bases": [], "updates": []}
     if weight.dtype != torch.float32:
         state["start"] = weight.detach().clone()
@@ -28,18 +29,18 @@ def begun(weight: Tensor, *, projected: bool) -> State:
 
 
 def begin_again(state: State, weight: Tensor) -> None:
-    """Take a weight as it is now as W_0; the current basis lives on."""
+    """Start a new round: the weight becomes W_0; the current basis is kept."""
     state.update(decay=1.0, bases=state["bases"][-1:], updates=[torch.zeros_like(state["updates"][-1])])
     if "start" in state:
         state["start"] = weight.detach().clone()
 
 
 def open_term(state: State, basis: Tensor, shape: Size) -> None:
-    """Go on in another basis of a weight (m, n)."""
+    """Switch to another basis, (r, n) or (m, r), of a weight (m, n)."""
     rows, columns = shape
     low = (rows, len(basis)) if projects_right(shape) else (basis.shape[1], columns)
     update = torch.zeros(low, dtype=torch.float32, device=basis.device)
-    state["bases"].append(basis)  # after all that may run out of memory: a term is opened whole or not at all
+    state["bases"].append(basis)  # last, because the lines before may run out of memory: a term must not be half-opened
     state["updates"].append(update)
 
 
@@ -47,10 +48,10 @@ def add(state: State, weight: Tensor, change: Tensor, kept: float, *, projected:
     """Add a step to a weight (m, n), and to its factors.
 
     Args:
-        state: the weight's.
-        weight: it is changed.
-        change: in the current basis (m, r) or (r, n), or in the shape of an unprojected tensor.
-        kept: 1 - lr weight_decay, by which the weight shrinks after the step.
+        state: the weight's state.
+        weight: the weight; changed in place.
+        change: the step in the current basis, (m, r) or (r, n); for an unprojected tensor in the tensor's shape.
+        kept: 1 - lr weight_decay, the factor by which the weight shrinks after the step.
         projected: whether the change is in a basis.
     """
     state["updates"][-1].add_(change)
@@ -81,6 +82,6 @@ def factors(state: State, shape: Size, *, common: bool) -> Factors:
 
 
 def whole(state: State, start: Tensor) -> Tensor:
-    """What an unprojected tensor has become if it was ``start``, in float32 beside it."""
+    """An unprojected tensor after the round, in float32, if it was ``start`` (same shape) before the round."""
     weight: Tensor = start.to(torch.float32) * state["decay"]
     return weight.add_(state["updates"][0].to(start.device))

@@ -1,19 +1,22 @@
 """GaLore (arXiv 2403.03507): Adam or SGD in a low-rank subspace of the gradient.
 
-For a gradient G (m, n) every ``update_proj_gap`` steps a basis P is taken from G: for m >= n of its right singular
-vectors, P (r, n) and R = G P^T (m, r); else of its left ones, P (m, r) and R = P^T G (r, n). The inner optimizer runs
-in R's shape, its step is projected back.
+Every ``update_proj_gap`` steps a basis P is computed from a weight's gradient G (m, n). For m >= n P (r, n) holds the
+leading right singular vectors, and R = G P^T (m, r); else P (m, r) holds the leading left singular vectors, and
+R = P^T G (r, n). The inner optimizer works in R's shape; its step is projected back.
 
-Differences from galore-torch: the basis comes from a randomized range finder that is warm-started with the last basis
-(a federation refreshes in every round, so a full SVD per refresh would be most of the work), or is given from outside,
-the same at all sites (``common.linalg.subspace``); the change of a weight within a round is kept in its exact factors,
-W = c W_0 + sum_j P_j R_j (float32), so it can travel at low rank and a bfloat16 weight loses no small step; a gradient
-can be projected and freed during backward, as soon as it is there; clipping is by the norm of the projected gradients,
-which is what the inner optimizer sees and does not depend on when gradients are freed; the state holds only tensors
-and numbers, so it loads with ``weights_only=True``.
+Differences from galore-torch:
 
-Tensors that have no low rank to use, such as a classifier's new head, take part unprojected: the inner optimizer sees
-their gradients, and its step is not scaled.
+- The basis comes from a randomized range finder that is warm-started with the last basis: a federation refreshes in
+  every round, so a full SVD per refresh would be most of the work (decision 021). Or the caller gives the basis, the
+  same at all sites (``common.linalg.subspace``, decision 006).
+- The optimizer keeps the change of a weight within a round in exact float32 factors, W = c W_0 + sum_j P_j R_j. So the
+  change can be sent at low rank, and a bfloat16 weight loses no small step (decision 005).
+- A gradient can be projected and freed during backward, as soon as it is complete.
+- Clipping uses the norm of the projected gradients: this norm does not depend on when gradients are freed.
+- The state holds only tensors and numbers, so it loads with ``weights_only=True``.
+
+Tensors without a useful low rank, such as a classifier's new head, are trained unprojected: the inner optimizer takes
+the gradient as it is, and the step is not scaled.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -37,30 +40,44 @@ class GaLore(torch.optim.Optimizer):
     """GaLore over named weight matrices.
 
     Args:
-        params: the weights by name, each 2-D but for unprojected ones; the names seed the range finder and appear in
-            errors.
+        params: the weights by name; all but the unprojected ones must be 2-D. The names seed the range finder and
+            appear in errors.
         lr: learning rate.
         rank: r, at most the smaller side of every weight.
         update_proj_gap: steps between two refreshes of the basis.
         scale: factor of the projected-back step (the paper's alpha).
         inner: "adamw", or "sgd" (plain, without momentum).
-        betas: of Adam.
-        eps: of Adam.
+        betas: Adam's betas.
+        eps: Adam's epsilon.
         weight_decay: decoupled, applied after the step.
         max_grad_norm: limit of the L2 norm of all projected gradients together; None for none.
-        moments: how Adam's moments are kept.
-        basis: gives a weight's basis by name and shape, once; None: bases come from the gradients.
-        unprojected: names of those that are trained without projection.
-        second_moments: of Adam to begin with, of every projected weight; needs ``basis`` and float32 moments.
-        refresh_batches: how many batches the caller averages before ``refresh``; 1: a basis comes from the gradient of
-            the step that it is first used in.
-        seed: of the range finder.
+        moments: number format of Adam's moments.
+        basis: function from a weight's name and shape to its basis; None: bases come from the gradients.
+        unprojected: names of the tensors that are trained without projection.
+        second_moments: Adam's second moments to start with, for every projected weight; needs ``basis`` and float32
+            moments.
+        refresh_batches: number of batches that the caller averages before ``refresh``; 1: a basis comes from the
+            gradient of the first step that uses it.
+        seed: seed of the range finder.
 
     Attributes:
-        last_backward: False while more backward passes of the same step follow, set by the caller.
+        last_backward: the caller sets it to False while more backward passes of the same step follow.
 
     Raises:
         TrainingError: no weight would be projected, a weight is not 2-D, or the rank is above a weight's smaller side.
+
+    Example:
+        >>> weight = nn.Parameter(torch.eye(6, 4))
+        >>> start = weight.detach().clone()
+        >>> galore = GaLore({"w": weight}, lr=0.1, rank=2, update_proj_gap=200, scale=0.25)
+        >>> with galore.projecting():  # gradients are projected and freed during backward
+        ...     weight.square().sum().backward()
+        >>> galore.step()
+        >>> change = galore.factors("w")
+        >>> [(tuple(left.shape), tuple(right.shape)) for left, right in change.terms]
+        [((6, 2), (2, 4))]
+        >>> torch.allclose(change.apply(start), weight)
+        True
     """
 
     def __init__(
@@ -117,10 +134,10 @@ class GaLore(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One optimizer step, with the gradients that are there and those projected since the last step.
+        """Make one optimizer step, with the present gradients and those projected since the last step.
 
         Raises:
-            DivergedError: a gradient is not finite; no weight is changed by it.
+            DivergedError: a gradient is not finite; no weight was changed.
         """
         loss = None
         if closure is not None:
@@ -143,9 +160,9 @@ class GaLore(torch.optim.Optimizer):
 
     @contextmanager
     def projecting(self) -> Iterator[None]:
-        """Within, every gradient is projected and freed during backward, as soon as it is complete.
+        """A context in which every gradient is projected and freed during backward, as soon as it is complete.
 
-        Only in the step of a refresh, and when that has several backward passes, are gradients kept to its end.
+        Exception: in a refresh step with several backward passes, gradients are kept to the end of the step.
         """
         handles = [p.register_post_accumulate_grad_hook(self._absorb) for p in self._names]
         try:
@@ -155,12 +172,12 @@ class GaLore(torch.optim.Optimizer):
                 handle.remove()
 
     def refresh_due(self) -> bool:
-        """Whether the next step takes new bases."""
+        """Whether the next step needs new bases."""
         return any(self._due(parameter) for parameter in self._projected)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take new bases from the gradients that are there; all gradients are freed.
+        """Compute new bases from the present gradients, then free all gradients.
 
         Raises:
             DivergedError: a gradient is not finite.
@@ -195,7 +212,7 @@ class GaLore(torch.optim.Optimizer):
             new = {"step": 0, "refreshed": -1, **changes.begun(parameter, projected=projected)}
             if projected:
                 self._inner.begin(new, self._names[parameter], parameter, self.defaults)
-            state.update(new)  # after all that may run out of memory: whole or not at all
+            state.update(new)  # last, because the lines before may run out of memory: no half-filled state
         return state
 
     def _due(self, parameter: nn.Parameter) -> bool:
@@ -218,7 +235,7 @@ class GaLore(torch.optim.Optimizer):
         changes.add(state, parameter, change, 1.0 - group["lr"] * group["weight_decay"], projected=projected)
 
     def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
-        """Take a new basis, from ``gradient`` or the shared one, and open a new term of the factors."""
+        """Set a new basis, from ``gradient`` (m, n) or the shared one, and open a new term of the factors."""
         name, rank = self._names[parameter], self.defaults["rank"]
         if self._basis is not None:
             basis = self._basis(name, gradient.shape).to(gradient.device)
@@ -237,13 +254,13 @@ class GaLore(torch.optim.Optimizer):
             KeyError: no weight of this name.
         """
         parameter, state = self._of(name)
-        if self._basis is not None and not state.get("bases"):  # it got no gradient; what travels is R, which is zero
+        if self._basis is not None and not state.get("bases"):  # without a gradient there was no step: send R = 0
             state = {"decay": state.get("decay", 1.0), "bases": [], "updates": []}
             changes.open_term(state, self._basis(name, parameter.shape), parameter.shape)
         return changes.factors(state, parameter.shape, common=self._basis is not None)
 
     def whole(self, name: str, start: Tensor) -> Tensor:
-        """What an unprojected tensor has become since then if it was ``start``, in float32 beside it.
+        """An unprojected tensor's value, in float32, if it was ``start`` (same shape) at the start of the round.
 
         Raises:
             KeyError: no tensor of this name.
@@ -252,7 +269,7 @@ class GaLore(torch.optim.Optimizer):
         return changes.whole(state, start) if state else start.to(torch.float32)
 
     def second_moment(self, name: str) -> Tensor:
-        """Adam's second moment of a projected weight as it travels: (longer side,), corrected for the bias, on the CPU.
+        """Adam's second moment of a projected weight in the form to send: (longer side,), bias-corrected, on the CPU.
 
         Raises:
             KeyError: no weight of this name.
@@ -265,13 +282,13 @@ class GaLore(torch.optim.Optimizer):
         return parameter, self.state[parameter]
 
     def start_round(self) -> None:
-        """Take the weights as they are now as W_0; moments and the current basis live on, the step count too."""
+        """Start a new round: the weights become W_0; moments, current bases and the step counter are kept."""
         for parameter, state in self.state.items():
             if state:
                 changes.begin_again(state, parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, also those that are projected already."""
+        """Free all gradients, also those that are projected already."""
         super().zero_grad(set_to_none)
         for state in self.state.values():
             state.pop("low", None)

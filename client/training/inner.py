@@ -1,6 +1,6 @@
-"""The inner optimizer of GaLore: Adam or SGD on a gradient in its subspace, or on a whole one.
+"""The inner optimizer of GaLore: Adam or SGD on a projected gradient, or on an unprojected one.
 
-All that it knows of a weight is in the weight's state, a dictionary of tensors and numbers.
+It keeps its data about a weight in the weight's state, a dictionary of tensors and numbers.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from common.model.second_moments import gathered, name_of, spread
 
 @dataclass(frozen=True)
 class SecondMoments:
-    """Second moments to begin with (see ``common.model.second_moments``).
+    """Second moments to start with (see ``common.model.second_moments``).
 
     Attributes:
-        tensors: by name, (longer side,) of a weight, corrected for the bias; all zero: none yet.
-        steps: that count as done before.
+        tensors: moments by name, (longer side,) of the weight, bias-corrected; all zeros: none yet.
+        steps: number of steps that count as done before.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,18 +28,18 @@ class SecondMoments:
 
 
 class Inner:
-    """Makes the steps.
+    """Computes the steps.
 
     Args:
-        moments: how Adam's two are kept.
-        known: second moments to begin with; None: they begin with zero.
+        moments: number format of Adam's moments.
+        known: second moments to start with; None: start with zeros.
     """
 
     def __init__(self, moments: Moments, known: SecondMoments | None) -> None:
         self._moments, self._known = moment_store(moments), known
 
     def begin(self, state: dict[str, Any], name: str, weight: Tensor, group: Mapping[str, Any]) -> None:
-        """Have Adam go on from the second moments of a projected weight that are known."""
+        """Initialise Adam's state of a projected weight (m, n) from the known second moments."""
         if self._known is None:
             return
         moment = self._known.tensors[name_of(name)].to(weight.device)
@@ -50,7 +50,7 @@ class Inner:
             state["before"] = self._known.steps
 
     def change(self, state: dict[str, Any], low: Tensor, group: Mapping[str, Any], scale: float) -> Tensor:
-        """The change that a gradient (m, r) or (r, n) makes: of its shape, float32, sign and learning rate included."""
+        """The step for a gradient (m, r) or (r, n): same shape, float32, with sign and learning rate."""
         if group["inner"] == "sgd":
             return low.mul_(-group["lr"] * scale)
         beta1, beta2 = group["betas"]
@@ -63,13 +63,13 @@ class Inner:
         return normalised.mul_(-group["lr"] * correction * scale)
 
     def second_moment(self, state: Mapping[str, Any], name: str, shape: Size, group: Mapping[str, Any]) -> Tensor:
-        """Adam's second moment of a projected weight as it travels; see ``GaLore.second_moment``."""
-        assert self._known is not None  # noqa: S101 - nobody asks without
+        """Adam's second moment of a projected weight in the form to send; see ``GaLore.second_moment``."""
+        assert self._known is not None  # noqa: S101 - only called with known moments
         if not state or not state["step"]:  # it got no gradient
             return self._known.tensors[name_of(name)]
         return gathered(state["exp_avg_sq"], shape).div_(1 - group["betas"][1] ** _steps(state)).cpu()
 
 
 def _steps(state: Mapping[str, Any]) -> int:
-    """That the second moment is of."""
+    """Number of steps that the second moment was averaged over."""
     return int(state["step"]) + int(state.get("before", 0))

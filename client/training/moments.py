@@ -1,6 +1,6 @@
-"""How Adam's two moments are kept.
+"""Storage of Adam's two moments.
 
-Between steps in float32, or in 8 bits by bitsandbytes (arXiv 2110.02861); between rounds as named tensors at the site.
+Between steps: float32, or 8 bits by bitsandbytes (arXiv 2110.02861). Between rounds: as named tensors at the site.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _NAMES = ("exp_avg", "exp_avg_sq")
 
 
 class Float32Moments:
-    """Both moments as they are."""
+    """Stores both moments in float32."""
 
     def load(self, state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
         """Both moments, in ``like``'s shape, zero at first."""
@@ -30,7 +30,7 @@ class Float32Moments:
 
 
 class EightBitMoments:
-    """Both moments in blocks of 8-bit codes, each block with its largest value in float32.
+    """Stores both moments in blocks of 8-bit codes, each block with its largest value in float32.
 
     Raises:
         TrainingError: bitsandbytes is not installed.
@@ -75,16 +75,16 @@ class EightBitMoments:
 
 
 def moment_store(moments: Moments) -> Float32Moments | EightBitMoments:
-    """The store for a setting.
+    """The store for a number format.
 
     Raises:
-        TrainingError: what it needs is not installed.
+        TrainingError: the format needs bitsandbytes, which is not installed.
     """
     return Float32Moments() if moments == "float32" else EightBitMoments()
 
 
 def capture(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensors:
-    """Everything in the optimizer's state, grouped by what it is (``exp_avg`` ...), on the CPU."""
+    """Copy the optimizer's state to the CPU, grouped by key (``exp_avg`` ...)."""
     groups: dict[str, Tensors] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
@@ -96,7 +96,7 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 def restore(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put captured state back; a parameter without any, or of another shape by now, starts anew."""
+    """Restore captured state; a parameter without captured state, or of another shape by now, starts with none."""
     groups = unflatten(tensors)
     for name, parameter in parameters.items():
         found = {key: named[name] for key, named in groups.items() if name in named}

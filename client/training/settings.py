@@ -1,4 +1,4 @@
-"""What site file and federation file settle together: base model, rank, optimizer, device and arithmetic."""
+"""Settings that follow from site file and federation file together: base model, rank, optimizer, device, autocast."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +21,10 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple[str, str | None]:
-    """Folder, or hub id and revision, of the base model: the site's own copy, else as the federation file says.
+    """Folder, or hub id and revision, of the base model: from the site file, else from the federation file.
 
     Raises:
-        ModelError: neither file says where it is.
+        ModelError: neither file names the base model.
     """
     own = site.model
     if own is not None and own.path is not None:
@@ -38,10 +38,10 @@ def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple
 
 
 def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:
-    """The rank that a site trains with.
+    """The LoRA rank that a site trains with.
 
     Raises:
-        ModelError: the site caps the rank, and the strategy needs equal ones.
+        ModelError: the site caps the rank, but the strategy needs equal ranks.
     """
     wanted, cap = strategy.rank, site.max_rank
     if cap is None or cap >= wanted or strategy.trains == "weights":
@@ -63,15 +63,15 @@ def make_optimizer(
     basis: SharedBasis | None,
     moments: SecondMoments | None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a round.
+    """Make the optimizer of a round.
 
     Args:
-        parameters: those that the round trains, by name.
+        parameters: the parameters that the round trains, by name.
         training: the federation's training section.
-        strategy: its strategy section.
-        server_round: from 1.
-        basis: that all sites share in the round; None: FedFTG takes bases from the gradients.
-        moments: that the round begins with under ``optimizer_state`` averaged.
+        strategy: the federation's strategy section.
+        server_round: the round, from 1.
+        basis: the basis that all sites share in the round; None: GaLore computes bases from the gradients.
+        moments: the second moments that the round starts with under ``optimizer_state`` averaged.
 
     Raises:
         TrainingError: GaLore cannot train these parameters.
@@ -104,7 +104,7 @@ def pick_device(device: str) -> torch.device:
     """The device that a site file asks for; ``auto`` is CUDA when present.
 
     Raises:
-        TrainingError: CUDA is asked for and there is none, or not so many.
+        TrainingError: the site file asks for a CUDA device that this machine does not have.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

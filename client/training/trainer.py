@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one round of local training did.
+    """Result of one round of local training.
 
     Attributes:
-        loss: mean over all steps, in nats per counted token (or row).
-        loss_first: of the first step.
-        loss_last: of the last step.
-        steps: optimizer steps.
-        tokens: input tokens that went through the model, padding not counted; of images, how many images.
+        loss: mean loss over all steps, in nats per counted token (or row).
+        loss_first: loss of the first step.
+        loss_last: loss of the last step.
+        steps: number of optimizer steps.
+        tokens: number of input tokens that went through the model, without padding; for images, number of images.
         seconds: wall-clock time of the loop.
-        learning_rate: of the last step.
-        peak_memory_bytes: of the CUDA device; 0 on a CPU.
+        learning_rate: learning rate of the last step.
+        peak_memory_bytes: peak memory on the CUDA device; 0 on a CPU.
         micro_batch: rows per forward pass at the end; fewer than at the start when memory ran out.
     """
 
@@ -66,8 +66,8 @@ def train(
 ) -> TrainResult:
     """Train for one round.
 
-    When memory runs out, a step is made anew with half as many rows per forward pass, which stay for the round. The
-    step's rows and its result are the same.
+    When memory runs out, the step is repeated with half as many rows per forward pass; the smaller number stays for the
+    rest of the round. The step's rows and its result are the same.
 
     Args:
         model: already on ``device``; only parameters with ``requires_grad`` are in ``optimizer``.
@@ -77,16 +77,15 @@ def train(
         loss_sum: gives a batch's summed loss and the number of tokens (rows) it counts.
         config: the federation's training section.
         server_round: Flower's round, from 1; with ``rounds`` it places this round in the schedule.
-        rounds: rounds of the whole run.
+        rounds: number of rounds of the whole run.
         max_batch_size: the site's cap on rows per forward pass.
-        device: where the model is.
-        autocast: arithmetic of forward and backward; None for the weights' own.
-        seed: of the order of rows.
+        device: the model's device.
+        autocast: dtype of forward and backward; None: the weights' own.
+        seed: seed for the order of rows.
 
     Raises:
         DivergedError: the loss is not finite.
-        TrainingError: memory runs out with one row per forward pass, or gradients are to be scaled whose weights are
-            float16.
+        TrainingError: memory runs out with one row per forward pass, or ``precision`` float16 meets float16 weights.
     """
     micro = min(config.batch_size, max_batch_size or config.batch_size)
     steps = config.steps(len(examples))
@@ -117,11 +116,11 @@ def train(
             batches = [[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)]
             _refresh(galore, passes, batches, place)
         rows = [examples[i] for i in next(order)]
-        # A scaler must see the gradients before they are projected.
+        # A gradient scaler must see the gradients before they are projected, so nothing is projected in backward.
         with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
             loss = passes.backward([rows], place)
         scaler.unscale_(optimizer)
-        if config.max_grad_norm is not None and galore is None:  # GaLore clips what it has projected
+        if config.max_grad_norm is not None and galore is None:  # GaLore clips the projected gradients itself
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -161,11 +160,11 @@ class _Passes(Generic[E]):
         self._device, self._autocast, self._max_length, self._optimizer = device, autocast, max_length, optimizer
 
     def backward(self, batches: list[list[E]], place: str) -> float:
-        """Make the gradient of the sum of each batch's mean loss, where no gradient is yet; that sum.
+        """Compute the gradient of the sum of each batch's mean loss; return the sum. No gradients may exist before.
 
         Raises:
-            DivergedError: the loss is not finite; names the place.
-            TrainingError: a single row does not fit into memory; names the place.
+            DivergedError: the loss is not finite; the text names ``place``.
+            TrainingError: a single row does not fit into memory; the text names ``place``.
         """
         while (done := attempt(lambda: self._backward(batches, place))) is None:
             most = min(self.micro, max(len(rows) for rows in batches))
@@ -177,7 +176,8 @@ class _Passes(Generic[E]):
                 )
             self.micro = most // 2
             log.warning("out of memory in %s; from now on %d row(s) per forward pass", place, self.micro)
-            # A basis that GaLore took meanwhile stays: it came from the whole gradient, which will be the same.
+            # A basis that GaLore computed in the failed attempt stays: it came from a complete gradient, and the
+            # repeated attempt computes the same gradient.
             self._optimizer.zero_grad(set_to_none=True)
             release()
         loss, tokens = done
@@ -185,7 +185,7 @@ class _Passes(Generic[E]):
         return loss
 
     def _backward(self, batches: list[list[E]], place: str) -> tuple[float, int]:
-        """One attempt: the loss, and how many input tokens went through the model."""
+        """One attempt: the loss, and the number of input tokens that went through the model."""
         loss, tokens = 0.0, 0
         for rows in batches:
             parts = [self._collate(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
@@ -205,7 +205,7 @@ class _Passes(Generic[E]):
 
 
 def _refresh(galore: GaLore, passes: _Passes[E], batches: list[list[E]], place: str) -> None:
-    """Take new bases from these batches; where scaled gradients overflow, as a step would be skipped, at a lower scale.
+    """Compute new bases from these batches; when scaled gradients overflow, try again at a lower scale.
 
     Raises:
         TrainingError: see ``_Passes.backward`` and ``GaLore.refresh``.
@@ -239,8 +239,8 @@ def _base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 def _shuffled(rows: int, size: int, seed: str, *, carry_over: bool) -> Iterator[list[int]]:
     """Row numbers of one optimizer step after another, each pass in a new order.
 
-    With ``carry_over`` every step has exactly ``size`` rows and passes run into each other; without, a pass ends with
-    what is left of it.
+    With ``carry_over`` every step has exactly ``size`` rows, and a step may span two passes; without, the last step of
+    a pass has the remaining rows.
     """
     generator = random.Random(seed)  # noqa: S311 - an order, not a secret
     queue: list[int] = []

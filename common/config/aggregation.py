@@ -1,4 +1,4 @@
-"""The sections of a federation file that say how the server combines updates, and how it goes on with the result."""
+"""The sections of a federation file for the server's aggregation and the server optimizer."""
 
 from typing import Annotated, Literal
 
@@ -8,10 +8,13 @@ from common.config.section import Section
 
 
 class _Clipping(Section):
-    """Ways to combine updates that may be clipped first."""
+    """Aggregation methods that can clip updates first."""
 
     clip_norm: float | None = Field(
-        None, gt=0, description="Longest change of a site, in medians of the round's norms; null: not clipped."
+        None,
+        gt=0,
+        description="Updates with a larger norm than this many times the round's median norm are clipped to it; null: "
+        "no clipping.",
     )
 
 
@@ -35,11 +38,12 @@ class MedianConfig(_Clipping):
 
 
 class _KrumConfig(Section):
-    """What Krum and multi-Krum share."""
+    """Keys of both Krum and multi-Krum."""
 
     byzantine: int = Field(
         ge=0,
-        description="f: how many sites may send anything; a round needs 2 f + 3 updates, `cohort.min_clients` too.",
+        description="f: number of sites that may send arbitrary updates. Krum needs 2 f + 3 updates in a round, so "
+        "`cohort.min_clients` must be at least 2 f + 3.",
     )
 
 
@@ -64,17 +68,21 @@ class FedAvgMConfig(Section):
     """Momentum over the rounds' averaged changes (arXiv 1909.06335)."""
 
     method: Literal["fedavgm"] = "fedavgm"
-    learning_rate: float = Field(1.0, gt=0, description="Of the server; 1 without momentum is plain averaging.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last rounds' step that is kept.")
+    learning_rate: float = Field(
+        1.0, gt=0, description="Server's learning rate; 1 without momentum is plain averaging."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last round's momentum that is kept.")
 
 
 class FedAdamConfig(Section):
     """Adam over the rounds' averaged changes (arXiv 2003.00295, algorithm 2)."""
 
     method: Literal["fedadam"] = "fedadam"
-    learning_rate: float = Field(gt=0, description="Of the server: about how far a coordinate moves in a round.")
+    learning_rate: float = Field(
+        gt=0, description="Server's learning rate: about the largest change of a coordinate in a round."
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the changes.")
-    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the mean of their squares.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the mean of the squared changes.")
     tau: float = Field(1e-3, gt=0, description="Adaptivity: changes much smaller than this are not scaled up.")
 
 

@@ -1,7 +1,7 @@
 """The federation file, which the operator writes: typed, strict, and published as a JSON schema.
 
-Unknown keys, wrong types and impossible combinations are refused by ``common.config.load.load`` with file, key, value
-and what is allowed.
+``common.config.load.load`` rejects unknown keys, wrong types and impossible combinations; the error names file, key,
+value and the allowed values.
 """
 
 import json
@@ -19,31 +19,32 @@ from common.config.training import TrainingConfig
 from common.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-#: Sections that may be given by one word: the key that the word stands for.
+#: Sections that may be written as one word, with the key that the word is the value of.
 _ONE_WORD = {"strategy": "name", "task": "type", "aggregation": "method", "server_optimizer": "method"}
 _NOTHING_TO_EVALUATE = "so that the server has no model of its own to evaluate; leave `evaluation.server` out"
 
 
 class ModelConfig(ModelSource):
-    """Which base model all sites start from. Give ``path`` or ``hub``; without either every site names its own copy."""
+    """Base model that all sites start from. Give ``path`` or ``hub``; without either every site names its own copy."""
 
-    dtype: Dtype = Field("float32", description="Type of the weights in memory; what travels of them is float32.")
+    dtype: Dtype = Field("float32", description="Type of the weights in memory; weights are sent as float32.")
     digest: Digest | None = Field(
         None,
-        description="SHA-256 of the weights in `dtype`, as `fedspan server invite` finds it; no others are trained.",
+        description="SHA-256 of the weights in `dtype`, as `fedspan server invite` computes it; a site with other "
+        "weights does not take part.",
     )
-    tokenizer_digest: Digest | None = Field(None, description="The same of the tokenizer, or of the image processor.")
+    tokenizer_digest: Digest | None = Field(None, description="SHA-256 of the tokenizer, or of the image processor.")
 
     def _may_lack_source(self) -> bool:
-        """As a site is sent it, and as an invitation has it, which knows the model by its digest alone."""
+        """Settings for sites and invitations have neither path nor hub: they name the model by its digest."""
         return self.path is None and self.hub is None
 
     def difference(self, digest: str, tokenizer_digest: str) -> str | None:
-        """What of a base model that was loaded is not as this section says, in words; None when all is.
+        """The difference, in words, between a loaded base model and the digests of this section; None: no difference.
 
         Args:
-            digest: of its weights, hex.
-            tokenizer_digest: of its tokenizer, hex.
+            digest: digest of the loaded weights, hex.
+            tokenizer_digest: digest of the loaded tokenizer, hex.
         """
         pairs = {"base model": (digest, self.digest), "tokenizer": (tokenizer_digest, self.tokenizer_digest)}
         for what, (found, wanted) in pairs.items():
@@ -53,7 +54,7 @@ class ModelConfig(ModelSource):
 
 
 class CohortConfig(Section):
-    """Who takes part in a round, and how long it may take."""
+    """Clients of a round, and the time limits of a round."""
 
     min_clients: int = Field(2, ge=1, description="A round needs this many valid updates.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the connected clients sampled each round.")
@@ -62,55 +63,69 @@ class CohortConfig(Section):
     deadline_factor: float | None = Field(
         None,
         gt=1,
-        description="With `min_clients` updates a round closes earlier: after this many times what the slowest site of "
-        "the last 5 rounds took, at least 10 seconds. null: it waits for all until `round_deadline`.",
+        description="A round that has `min_clients` updates closes early: after this many times the seconds of the "
+        "slowest site in the last 5 rounds, at least 10 seconds. null: the round waits for all sites until "
+        "`round_deadline`.",
     )
 
 
 class AdmissionConfig(Section):
-    """Which updates are believed, beyond those that are well formed and possible."""
+    """Limits for updates and sites, beside the checks of form and of the largest possible change."""
 
     norm_ratio: float | None = Field(
         10.0,
         gt=1,
-        description="An update may move this many times as far as the median one of its round, of three or more. "
-        "null: no such bound; updates are then combined as they arrive, without a stop on disk.",
+        description="An update whose norm is larger than this many times the round's median norm is rejected, if the "
+        "round has three updates or more. null: no such bound; updates are aggregated in arrival order without being "
+        "buffered on disk.",
     )
     max_noise: float = Field(
         0.0,
         ge=0,
-        description="Largest noise that a site may add for differential privacy, standard deviation per number; what "
-        "its update may move grows by it. 0: a site that adds noise is not admitted.",
+        description="Largest noise that a site may add for differential privacy, standard deviation per number; the "
+        "bounds on the site's update grow by the declared noise. 0: a site that adds noise is not admitted.",
     )
     max_rows: int | None = Field(
         None,
         ge=1,
-        description="Most training rows that a site may declare, which are its weight in the average; one that "
-        "declares more is not admitted. null: no limit.",
+        description="Most training rows that a site may declare; the rows are the site's weight in the average. A "
+        "site that declares more is not admitted. null: no limit.",
     )
-    max_refusals: int = Field(3, ge=1, description="A site refused so often in a row is left out until readmitted.")
+    max_refusals: int = Field(
+        3,
+        ge=1,
+        description="A site whose updates are rejected so many times in a row is quarantined until `fedspan readmit`.",
+    )
 
 
 class EvaluationConfig(Section):
-    """What is measured, on held-out rows, at every site and on the server's own set."""
+    """Evaluation on held-out rows, at every site and on the server's own set."""
 
     every: int = Field(
-        1, ge=1, description="Rounds between two evaluations; before the first and after the last always."
+        1,
+        ge=1,
+        description="Rounds between two evaluations; there is always one before the first round and one after the "
+        "last.",
     )
     max_examples: int = Field(
-        64, ge=1, description="Held-out rows that are scored; of a longer set the same ones each time."
+        64, ge=1, description="Most held-out rows that are scored; from a longer set the same rows each time."
     )
     generate: int = Field(
         16, ge=0, description="Held-out rows answered by generation for ROUGE-L, BLEU-4, exact match."
     )
     max_new_tokens: int = Field(48, ge=1, description="Length limit of a generated answer, tokens.")
     batch_size: int = Field(16, ge=1, description="Rows in one evaluation pass.")
-    samples: int = Field(8, ge=0, description="Of the server's own set: questions shown with answers before and after.")
-    server: DataConfig | None = Field(None, description="The server's own evaluation set; none: sites only.")
+    samples: int = Field(
+        8,
+        ge=0,
+        description="Questions from the server's own set that the report shows, with the answers before and after "
+        "training.",
+    )
+    server: DataConfig | None = Field(None, description="The server's own evaluation set; null: sites evaluate only.")
 
 
 class CheckpointConfig(Section):
-    """What is kept to go on from when the server dies."""
+    """Checkpoints, from which a run resumes after the server died."""
 
     every: int = Field(1, ge=1, description="Rounds between two checkpoints.")
     keep: int = Field(2, ge=1, description="Checkpoints kept; each is as large as the federation's tensors.")
@@ -121,7 +136,8 @@ class LocalConfig(Section):
 
     sites: list[str] = Field(min_length=1, description="Site files, relative to this file.")
     warm: bool = Field(
-        True, description="Keep a worker process per site between messages; false: a new process for every message."
+        True,
+        description="Each site keeps a worker process between messages; false: a new process for every message.",
     )
 
 
@@ -130,11 +146,13 @@ class FederationConfig(Section):
 
     name: Name = Field(description="Results go to runs/<name>.")
     model: ModelConfig
-    task: TaskConfig = Field(CausalLMTask(), description="What is learned: `causal-lm`, or a section.")
+    task: TaskConfig = Field(CausalLMTask(), description="Learning task: `causal-lm`, or a section.")
     strategy: StrategyConfig
-    aggregation: AggregationConfig = Field(MeanConfig(), description="How the server combines a round's updates.")
+    aggregation: AggregationConfig = Field(MeanConfig(), description="How the server aggregates a round's updates.")
     server_optimizer: ServerOptimizerConfig | None = Field(
-        None, description="How the server goes along the combined change; `none`: as far as it goes."
+        None,
+        description="Optimizer that the server applies to the averaged update, with the average as its gradient; "
+        "`none`: apply the average directly, as FedAvg does.",
     )
     rounds: int = Field(ge=1, description="Training rounds.")
     cohort: CohortConfig = CohortConfig()
@@ -160,7 +178,7 @@ class FederationConfig(Section):
 
 
 def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
-    """The same federation with its paths made absolute, relative to the folder of the file it was read from."""
+    """A copy of ``federation`` with absolute paths; ``source`` is the file that relative paths refer to."""
     data = federation.model_dump(mode="json")
     if federation.model.path is not None:
         data["model"]["path"] = str(resolve(federation.model.path, source))
@@ -178,10 +196,11 @@ def check_source(federation: FederationConfig, source: Path) -> None:
 
 
 def settings_for_sites(federation: FederationConfig) -> str:
-    """What of the federation file every site receives and has agreed to, as JSON.
+    """The settings of a federation that the server sends to every site and that sites agree to, as JSON.
 
-    Left out is what concerns the server alone, and where it keeps the base model. The digests of that are left to
-    whom it may concern: a site compares its copy with those in the file that it has received, the server with its own.
+    The settings leave out the sections that concern the server alone, and the base model's path and digests. Each side
+    compares its base model with the digests of its own federation file: a site with those of the file that it was
+    invited with, the server with those of the operator's file (decision 027).
     """
     settings = federation.model_dump(mode="json")
     for key in ("local", "checkpoint", "admission", "aggregation", "server_optimizer"):
@@ -194,12 +213,12 @@ def settings_for_sites(federation: FederationConfig) -> str:
 
 
 def as_invited(federation: FederationConfig, digest: str, tokenizer_digest: str) -> FederationConfig:
-    """The federation as a site is told of it beforehand: no path of the operator's machine, the model by its digests.
+    """The federation file for an invitation: without paths of the operator's machine, the model by its digests.
 
     Args:
-        federation: the operator's.
-        digest: of the base model, hex.
-        tokenizer_digest: of its tokenizer, hex.
+        federation: the operator's federation file.
+        digest: digest of the base model, hex.
+        tokenizer_digest: digest of the base model's tokenizer, hex.
     """
     data = json.loads(settings_for_sites(federation))
     data["model"] |= {"digest": digest, "tokenizer_digest": tokenizer_digest}
@@ -207,7 +226,7 @@ def as_invited(federation: FederationConfig, digest: str, tokenizer_digest: str)
 
 
 def _contradictions(federation: FederationConfig) -> Iterator[str]:
-    """What is impossible in a federation file, each in a sentence that names the keys and what is allowed."""
+    """The contradictions in a federation file, one sentence each; a sentence names the keys and the allowed values."""
     yield from _aggregation(federation)
     yield from _server_model(federation)
     yield from _averaged_moments(federation)
@@ -259,7 +278,7 @@ def _averaged_moments(federation: FederationConfig) -> Iterator[str]:
 def _head(federation: FederationConfig) -> Iterator[str]:
     classifies, head = isinstance(federation.task, ClassificationTask), federation.strategy.head
     if classifies and head is None:
-        yield "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local"
+        yield "missing key `strategy.head`: how the classifier's head is treated; allowed: train, freeze or local"
     if head is not None and not classifies:
         yield f"`strategy.head` is {head!r}, but `task` {federation.task.type} has no classification head"
     if head == "local" and federation.evaluation.server is not None:

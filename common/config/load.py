@@ -1,4 +1,4 @@
-"""Read a YAML file into a typed section; every mistake becomes one clear error."""
+"""Read a YAML file into a typed section; every mistake in the file becomes one clear error."""
 
 import difflib
 from pathlib import Path
@@ -19,7 +19,7 @@ def load(path: Path, section: type[S]) -> S:
     """Read ``path`` as ``section``.
 
     Raises:
-        ConfigError: names the file and, per mistake, key, value and what is allowed.
+        ConfigError: names the file and, for each mistake, key, value and allowed values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def load(path: Path, section: type[S]) -> S:
 
 
 def parse(data: object, section: type[S], source: str) -> S:
-    """Validate plain ``data`` as ``section``; ``source`` names it in errors.
+    """Validate plain ``data`` as ``section``; errors begin with ``source``.
 
     Raises:
         ConfigError: see ``load``.

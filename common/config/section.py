@@ -1,12 +1,12 @@
-"""What the sections of several files share: their base, names, paths, and where rows are."""
+"""Parts that the sections of several files share: base class, names, paths, model source, data source."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a federation, run or site: fit for a file's
-SERVER = "server"  # in records and pages the server's own name, so no site's
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # a federation, run or site; also a valid file name
+SERVER = "server"  # the server's own name in records and pages; no site may have this name
 Name = Annotated[str, Field(pattern=NAME)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 
@@ -18,7 +18,7 @@ class Section(BaseModel):
 
 
 class ModelSource(Section):
-    """Where a base model is. Give ``path`` or ``hub``."""
+    """Source of a base model. Give ``path`` or ``hub``."""
 
     path: str | None = Field(None, description="Folder with a Hugging Face model, relative to this file.")
     hub: str | None = Field(None, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct.")
@@ -37,26 +37,26 @@ class ModelSource(Section):
 
 
 class DataConfig(Section):
-    """Where rows are, and how a row becomes a prompt and an answer."""
+    """Source of rows, and how a row becomes a prompt and an answer."""
 
     path: str = Field(
-        description="JSONL, CSV or Parquet file, a folder saved by `datasets`, or one of images with a sub-folder per "
-        "label; relative to this file."
+        description="JSONL, CSV or Parquet file, a folder saved by `datasets`, or a folder of images with one "
+        "sub-folder per label; relative to this file."
     )
     format: Literal["auto", "jsonl", "csv", "parquet", "dataset", "image-folder"] = Field(
-        "auto", description="auto: by the ending, or by what a folder holds."
+        "auto", description="auto: by the file's ending, or by the folder's files."
     )
     prompt: str = Field(
-        description="Column name, or a template with columns in braces: 'Term: {term}'. Of images: the column with the "
-        "file's path, relative to the table; `image` in an image folder."
+        description="Column name, or a template with columns in braces: 'Term: {term}'. For images: the column with "
+        "the file's path, relative to the table; `image` in an image folder."
     )
     answer: str = Field(
-        description="Column name or template of the answer, the only text the loss counts. Of a classification: the "
+        description="Column name or template of the answer, the only text the loss counts. For classification: the "
         "label's column; `label` in an image folder."
     )
     system: str | None = Field(None, description="System message, where the chat template has one.")
     skip_unreadable: bool = Field(
-        False, description="Images only: leave out, and count, those that cannot be read; false: refuse the shard."
+        False, description="Images only. true: unreadable images are left out and counted; false: the shard is refused."
     )
 
 

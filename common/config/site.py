@@ -1,7 +1,7 @@
 """The site file: written by the hospital, beside its data.
 
-``policy`` and ``privacy`` limit what leaves the site. They concern the site alone: the server never sees them; it is
-told what noise to expect and why a request is refused.
+``policy`` and ``privacy`` limit what leaves the site. The server never sees these two sections; the site tells the
+server the noise to expect, and the reason when the site refuses a request (decision 014).
 """
 
 from typing import Annotated, Literal, Self
@@ -22,27 +22,34 @@ _Model = Annotated[
 
 
 class PolicyConfig(Section):
-    """What the site takes part in, and what may leave it. A key that is left out limits nothing."""
+    """Limits on the federations the site takes part in, and on what may leave it. An absent key limits nothing."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     federations: _Names | None = Field(None, description="Names of the federations that the site takes part in.")
-    strategies: _Names | None = Field(None, description="Strategies under which it trains.")
+    strategies: _Names | None = Field(None, description="Strategies under which the site trains.")
     tensors: _Names | None = Field(
         None,
         description="Patterns of the tensors that may be trained and sent, e.g. model.layers.*.mlp.*; `*` stands for "
-        "anything. For LoRA too, whose names begin with base_model.model. before the model's own.",
+        "anything. For LoRA too: leave out the prefix base_model.model. that LoRA's tensors have.",
     )
     max_rounds: int | None = Field(
         None,
         ge=1,
-        description="Updates that it sends to one federation, in all runs; one asked for again counts again.",
+        description="Most updates that the site sends to one federation, over all runs; an update that is sent again "
+        "counts again.",
     )
-    max_rounds_per_day: int | None = Field(None, ge=1, description="Updates that it sends in a day (UTC), in total.")
-    max_upload_bytes_per_day: int | None = Field(None, ge=1, description="Bytes of tensors that leave in a day (UTC).")
-    min_examples: int | None = Field(None, ge=1, description="Fewest training rows with which it takes part.")
+    max_rounds_per_day: int | None = Field(
+        None, ge=1, description="Most updates that the site sends in a day (UTC), to all federations together."
+    )
+    max_upload_bytes_per_day: int | None = Field(
+        None, ge=1, description="Most bytes of tensors that leave in a day (UTC)."
+    )
+    min_examples: int | None = Field(
+        None, ge=1, description="Fewest training rows with which the site takes part; with fewer it refuses."
+    )
     max_update_norm: float | None = Field(
-        None, gt=0, description="L2 norm of an update, over all its tensors, above which it is not sent."
+        None, gt=0, description="L2 norm over all tensors of an update; the site does not send an update above it."
     )
     share_metrics: bool | None = Field(
         None, description="Whether losses and held-out scores leave; null: yes, but not with `privacy`."
@@ -62,7 +69,9 @@ class PrivacyConfig(Section):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    clip: float = Field(gt=0, description="L2 norm of an update, over all its tensors, to which longer ones are cut.")
+    clip: float = Field(
+        gt=0, description="Clipping norm: L2 norm over all tensors of an update; larger updates are scaled down to it."
+    )
     noise_multiplier: float = Field(
         gt=0, description="Standard deviation of the noise on every number that leaves, in units of `clip`."
     )
@@ -98,9 +107,9 @@ def check_site(policy: PolicyConfig, privacy: PrivacyConfig | None, precision: s
 
 
 class TrustConfig(Section):
-    """An app bundle runs here when it is listed, or signed with one of the keys."""
+    """An app bundle may run at the site when its digest is listed, or when it is signed with one of the keys."""
 
-    keys: list[str] = Field([], description="Public keys of who vouches for code (`fedspan code key`).")
+    keys: list[str] = Field([], description="Public keys of the people who review code (`fedspan code key`).")
     bundles: list[Digest] = Field([], description="SHA-256 of single bundles (`fedspan code digest`).")
     settings: bool = Field(
         False,
@@ -129,26 +138,32 @@ class SiteConfig(Section):
         description="Arithmetic of forward and backward; auto: bfloat16 on CUDA that has it, else float32.",
     )
     max_batch_size: int | None = Field(
-        None, ge=1, description="Cap on rows per forward pass; accumulation makes it up."
+        None,
+        ge=1,
+        description="Most rows per forward pass; gradient accumulation keeps the rows per optimizer step the same.",
     )
     max_rank: int | None = Field(None, ge=1, description="Cap on the LoRA rank, where the strategy allows mixed ranks.")
-    trust: TrustConfig | None = Field(None, description="Whose code may run here; null: any that the operator sends.")
+    trust: TrustConfig | None = Field(
+        None, description="Code that may run at the site; null: any bundle that the operator sends."
+    )
     policy: PolicyConfig = PolicyConfig()
     privacy: PrivacyConfig | None = None
     agreements: str | None = Field(
         None,
-        description="What the site has agreed to (`fedspan site agree`), relative to this file; default: "
-        "<name>-agreements.json beside it.",
+        description="File with the site's agreements (`fedspan site agree`), relative to this file; default: "
+        "<name>-agreements.json beside this file.",
     )
     ledger: str | None = Field(
-        None, description="Record of all that leaves, relative to this file; default: <name>-ledger.jsonl beside it."
+        None,
+        description="File with the record of all that leaves the site, relative to this file; default: "
+        "<name>-ledger.jsonl beside this file.",
     )
 
     @field_validator("name")
     @classmethod
     def _not_the_servers(cls, name: str) -> str:
         if name == SERVER:
-            raise ValueError(f"{name!r} is what records and pages call the server; choose another name")
+            raise ValueError(f"{name!r} is the server's name in records and pages; choose another name")
         return name
 
     @model_validator(mode="after")
@@ -158,5 +173,5 @@ class SiteConfig(Section):
 
     @property
     def shares_metrics(self) -> bool:
-        """Whether losses and held-out scores leave."""
+        """Whether losses and held-out scores leave the site."""
         return self.privacy is None and self.policy.share_metrics is not False

@@ -1,7 +1,7 @@
-"""The section of a federation file that chooses the strategy, and what each strategy is: its traits.
+"""The section of a federation file that chooses the strategy: options and traits of each strategy.
 
-A strategy is told in two places: its section here, with its options and traits, and its rule in ``strategies/``. Both
-sides of a federation read the traits, so that nothing else has to know a strategy by its name.
+A strategy is defined in two places: its section here, with options and traits, and its rule in ``strategies/``. Server
+and sites read the traits, so that no other code asks for a strategy's name.
 """
 
 import math
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from common.protocol.factors import Exchange
 
 Head = Literal["train", "freeze", "local"]
-_GAP = 200  # steps, as GaLore's authors have it
+_GAP = 200  # optimizer steps; the default of GaLore's authors
 _HEAD = (
-    "Classification head, to be given with such a task: `train` (whole, and averaged), `freeze` (as the base model has "
-    "it, or as it was drawn), or `local` (trained and kept at the site)."
+    "How the classification head is treated; required with a classification task: `train` (trained in full, and "
+    "averaged), `freeze` (kept as in the base model, or as drawn at random), or `local` (trained, kept at the site)."
 )
 
 
 class GaLoreConfig(StrategySection):
-    """What strategies share whose sites train base weights with GaLore."""
+    """Keys of all strategies under which sites train base weights with GaLore."""
 
     trains: ClassVar[Literal["weights"]] = "weights"
     changes_base: ClassVar = True
@@ -33,26 +33,31 @@ class GaLoreConfig(StrategySection):
     rank: int = Field(16, ge=1, description="Rank of the GaLore projection.")
     subspace: Literal["own", "shared"] = Field(
         "own",
-        description="`own`: every site's basis comes from its gradients. `shared`: one random basis per weight and "
-        "round, the same at all sites, which does not travel.",
+        description="`own`: every site computes its bases from its own gradients. `shared`: one random basis per "
+        "weight and round, drawn from the seed at all sites and never sent.",
     )
     update_proj_gap: int = Field(
-        _GAP, ge=1, description="Steps between two refreshes of an own basis; null: 200. Not with `shared`."
+        _GAP, ge=1, description="Optimizer steps between two refreshes of an own basis; null: 200. Not with `shared`."
     )
     refresh_batches: int = Field(
-        1, ge=1, description="Batches whose mean gradient gives an own basis; more than 1 cost as many passes more."
+        1,
+        ge=1,
+        description="Batches whose mean gradient gives an own basis; each batch beyond the first costs one more "
+        "forward and backward pass. Not with `shared`.",
     )
     scale: float = Field(0.25, gt=0, description="GaLore's scale of the projected update.")
     moments: Literal["float32", "8bit"] = Field(
-        "float32", description="How Adam's moments are kept; `8bit` needs bitsandbytes at the sites."
+        "float32", description="Number format of Adam's moments; `8bit` needs bitsandbytes at the sites."
     )
     wire_precision: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="Of the factors on the wire; float32 is exact, the others' error is reported."
+        "float32",
+        description="Number format of the factors on the wire; float32 is exact, the error of the others is reported.",
     )
     optimizer_state: Literal["reset", "averaged"] = Field(
         "reset",
-        description="Between rounds. `averaged`: the server averages the sites' second moments of Adam, and the next "
-        "round begins with them (after arXiv 2602.01746); needs `subspace` shared and `moments` float32.",
+        description="Adam's moments between rounds. `reset`: every round starts with zeros. `averaged`: the server "
+        "averages the sites' second moments, and the next round starts with the average (after arXiv 2602.01746); "
+        "needs `subspace` shared and `moments` float32.",
     )
     head: Head | None = Field(None, description=_HEAD)
 
@@ -78,11 +83,11 @@ class GaLoreConfig(StrategySection):
         return self.subspace == "shared"
 
     def bases(self, steps: int) -> int:
-        """How many bases a site uses in a round of so many optimizer steps."""
+        """Number of bases that a site uses in a round of ``steps`` optimizer steps."""
         return 1 if self.shares_basis else math.ceil(steps / self.update_proj_gap)
 
     def shared(self, seed: int) -> tuple[int, int] | None:
-        """What all sites draw the same bases from, the federation's seed and their rank; None: bases are their own."""
+        """Seed and rank from which all sites draw the shared bases; None: each site has its own bases."""
         return (seed, self.rank) if self.shares_basis else None
 
     def exchange(self, seed: int, server_round: int) -> "Exchange":
@@ -103,7 +108,7 @@ class FedFTGConfig(GaLoreConfig):
 
 
 class LoraConfig(StrategySection):
-    """What all LoRA strategies share."""
+    """Keys of all LoRA strategies."""
 
     trains: ClassVar[Literal["lora"]] = "lora"
 
@@ -112,7 +117,7 @@ class LoraConfig(StrategySection):
     rank: int = Field(8, ge=1, description="LoRA rank; a site file may cap it where the strategy allows mixed ranks.")
     lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is lora_alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
-    rslora: bool = Field(False, description="Scaling lora_alpha / sqrt(rank) instead.")
+    rslora: bool = Field(False, description="true: the scaling is lora_alpha / sqrt(rank).")
     head: Head | None = Field(None, description=_HEAD)
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
     merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
@@ -120,14 +125,14 @@ class LoraConfig(StrategySection):
 
 
 class FlexLoRAConfig(LoraConfig):
-    """FlexLoRA (arXiv 2402.11505): average B A, split again by truncated SVD; ranks may differ."""
+    """FlexLoRA (arXiv 2402.11505): average the products B A, factor the average by truncated SVD; ranks may differ."""
 
     title: ClassVar = "FlexLoRA"
     source: ClassVar = "arXiv 2402.11505"
     private: ClassVar = True
     mixed_ranks: ClassVar = True
     plain_mean_only: ClassVar = "averages products"
-    takes_server_optimizer: ClassVar = False  # the factors turn when the average is split anew
+    takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract
 
     name: Literal["flexlora"] = "flexlora"
     optimizer_state: Literal["reset"] = Field("reset", description="Moments are invalid after re-factorisation.")
@@ -176,35 +181,37 @@ class FedSALoRAConfig(LoraConfig):
 
 
 class MergingLoraConfig(LoraConfig):
-    """What LoRA strategies share that change the base weights, too."""
+    """Keys of the LoRA strategies that change the base weights, too."""
 
     changes_base: ClassVar = True
 
-    merge: Literal[True] = Field(True, description="`model/` is the whole model, since its base weights change.")
+    merge: Literal[True] = Field(
+        True, description="Always true: the export is a complete model, because the base weights change."
+    )
 
 
 class FedExLoRAConfig(MergingLoraConfig):
-    """FedEx-LoRA (arXiv 2410.09432): A and B averaged separately, what that loses added to the base weights."""
+    """FedEx-LoRA (arXiv 2410.09432): A and B averaged separately, the averages' error added to the base weights."""
 
     title: ClassVar = "FedEx-LoRA"
     source: ClassVar = "arXiv 2410.09432"
     plain_mean_only: ClassVar = "adds to the base weights what the means lose"
-    takes_server_optimizer: ClassVar = False  # what the base weights take belongs to the means themselves
+    takes_server_optimizer: ClassVar = False  # the residual is exact only beside the plain means of A and B
 
     name: Literal["fedex-lora"] = "fedex-lora"
 
 
 class FLoRAConfig(MergingLoraConfig):
-    """FLoRA (arXiv 2409.05976): all sites' B A added to the base weights, a fresh A and B in every round."""
+    """FLoRA (arXiv 2409.05976): the sites' products B A added to the base weights, a new A and B in every round."""
 
     title: ClassVar = "FLoRA"
     source: ClassVar = "arXiv 2409.05976"
     fresh_factors: ClassVar = True
     mixed_ranks: ClassVar = True
-    takes_server_optimizer: ClassVar = False  # the factors start anew
+    takes_server_optimizer: ClassVar = False  # A and B are reset in every round
 
     name: Literal["flora"] = "flora"
-    optimizer_state: Literal["reset"] = Field("reset", description="Every round trains fresh factors.")
+    optimizer_state: Literal["reset"] = Field("reset", description="Every round trains a new A and B.")
 
 
 StrategyConfig = Annotated[
@@ -228,10 +235,10 @@ def name_of(section: type[StrategySection]) -> str:
 
 
 def names(trait: Callable[[type[StrategySection]], bool] = lambda section: True) -> list[str]:
-    """Names of the strategies that have a trait, e.g. ``names(lambda section: section.private)``; default: of all."""
+    """Names of the strategies with a trait, e.g. ``names(lambda section: section.private)``; default: all."""
     return [name_of(section) for section in SECTIONS if trait(section)]
 
 
 def title_of(name: str) -> str:
-    """What a report calls a strategy; a word that names none, such as a label of an experiment, stays as it is."""
+    """A strategy's title for reports; a name of no strategy, such as an experiment's label, is returned unchanged."""
     return next((section.title for section in SECTIONS if name_of(section) == name), name)

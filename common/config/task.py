@@ -1,4 +1,4 @@
-"""The section of a federation file that says what is learned."""
+"""The section of a federation file that chooses the learning task."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ class CausalLMTask(Section):
 
 
 class ClassificationTask(Section):
-    """What classifications share: one of ``labels`` comes out; a head that the base model lacks is new."""
+    """Keys of all classification tasks. Where the base model has no head for ``labels``, a new head is drawn."""
 
     labels: list[str] = Field(min_length=2, description="All labels, the same at every site, in a fixed order.")
 

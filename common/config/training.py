@@ -1,4 +1,4 @@
-"""The section of a federation file that says how every site trains."""
+"""The section of a federation file for local training at every site."""
 
 import math
 from typing import ClassVar, Literal, Self
@@ -11,21 +11,27 @@ from common.config.section import Section
 class TrainingConfig(Section):
     """Local training. Give ``local_steps`` or ``local_epochs``."""
 
-    #: Of Adam, at all clients: no knob, because admission derives from them how far a step can go.
+    #: Adam's betas, the same at all clients. No key sets them: admission derives the largest possible step from them.
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="For FedFTG this runs inside the projection.")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Local optimizer; under FedFTG it runs inside the projection."
+    )
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Over all rounds of the run.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Schedule of the learning rate over all rounds of the run."
+    )
     warmup: float = Field(0.0, ge=0, lt=1, description="Share of the whole run spent in linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradient clipping; null for none.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Largest L2 norm of a gradient; larger gradients are clipped. null: no clipping."
+    )
     batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     local_steps: int | None = Field(None, ge=1, description="Optimizer steps per round.")
     local_epochs: int | None = Field(None, ge=1, description="Passes over the shard per round.")
-    max_length: int = Field(512, ge=8, description="Tokens per row; longer rows are cut.")
-    gradient_checkpointing: bool = Field(False, description="Trade time for memory.")
+    max_length: int = Field(512, ge=8, description="Most tokens per row; longer rows are truncated.")
+    gradient_checkpointing: bool = Field(False, description="Saves memory and takes more time.")
     seed: int = Field(0, ge=0, description="Seed of batch order, LoRA initialisation and sampling.")
 
     @model_validator(mode="after")
@@ -36,9 +42,9 @@ class TrainingConfig(Section):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimizer step."""
+        """Rows per optimizer step."""
         return self.batch_size * self.gradient_accumulation
 
     def steps(self, rows: int) -> int:
-        """Optimizer steps of a round at a client that trains on so many rows."""
+        """Optimizer steps per round at a client with ``rows`` training rows."""
         return self.local_steps or math.ceil(rows / self.rows_per_step) * (self.local_epochs or 1)

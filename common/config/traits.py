@@ -1,4 +1,4 @@
-"""What a strategy is, as far as the rest of FedSpan has to know: the traits of its section."""
+"""Traits of strategies: the facts about a strategy that code outside its rule may ask for."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Selection(Section):
-    """Which tensors are trained (arXiv 2410.23111: the MLPs of a range of lower blocks)."""
+    """Choice of the trained tensors (arXiv 2410.23111: the MLPs of a range of lower blocks)."""
 
     modules: str | list[str] = Field(
         "mlp",
@@ -24,21 +24,21 @@ class Selection(Section):
 
 
 class StrategySection(Selection):
-    """What all strategies' sections share: the traits, and how weights travel.
+    """Base of all strategies' sections: the traits, and the form in which factors are sent.
 
     Attributes:
-        title: what a report calls the strategy.
-        source: the paper that it follows.
-        trains: what the sites train, base weights or LoRA adapters.
-        changes_base: base weights change. They are federated in float32, and a round's change of them is a step that
-            travels in factors.
-        fresh_factors: A and B start anew in every round, drawn by ``common.model.adapters.fresh_a``.
-        stays_at_site: the LoRA factor that a site trains and keeps; None: all that is trained leaves.
+        title: the strategy's name in reports.
+        source: the strategy's paper.
+        trains: the trained tensors: base weights or LoRA adapters.
+        changes_base: the strategy changes base weights. Then the state is float32, and the server sends a round's
+            change as a step in factors.
+        fresh_factors: every round starts with B = 0 and a new A, drawn by ``common.model.adapters.fresh_a``.
+        stays_at_site: the LoRA factor that a site trains and keeps; None: the site sends all trained tensors.
         mixed_ranks: LoRA ranks may differ between sites.
-        private: a site with differential privacy may take part, because the update is all that it sends.
-        plain_mean_only: why the strategy takes no ``aggregation`` but the plain mean; None: it takes any.
-        takes_server_optimizer: the state's change in a round is a mean of changes, which a server optimizer can go on
-            with.
+        private: a site with differential privacy may take part, because the site sends nothing but the update.
+        plain_mean_only: the reason why ``aggregation`` must be the plain mean; None: any aggregation is allowed.
+        takes_server_optimizer: a round's change of the state is a mean of changes, so a server optimizer can take it
+            as a gradient.
     """
 
     title: ClassVar[str]
@@ -58,11 +58,11 @@ class StrategySection(Selection):
         return False
 
     def exchange(self, seed: int, server_round: int) -> "Exchange":
-        """How changes of base weights travel in factors in a round, for the server and for every site.
+        """The form in which a round's factors are sent, the same at the server and at every site.
 
         Args:
-            seed: of the federation.
-            server_round: from 1.
+            seed: the federation's seed.
+            server_round: the round, from 1.
         """
         from common.protocol.factors import Exchange
 

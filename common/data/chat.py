@@ -83,7 +83,7 @@ def collate(examples: list[Example], padding: int) -> Batch:
 
 
 def causal_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Summed cross-entropy of a batch's answer tokens, in float32, and how many these are."""
+    """Summed cross-entropy of a batch's answer tokens, in float32, and the number of these tokens."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED

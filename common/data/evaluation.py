@@ -20,12 +20,12 @@ from common.system.machine import halving
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured of a model, and how.
+    """Settings of an evaluation.
 
     Attributes:
         config: the federation's evaluation section.
-        max_length: most tokens of a row; of a longer prompt the last ones.
-        device: where the model is.
+        max_length: most tokens of a row; longer prompts keep their last tokens.
+        device: the model's device.
         system: system message of every prompt, where the chat template has one.
         autocast: arithmetic of the forward passes; None for the weights' own.
     """
@@ -43,7 +43,7 @@ def evaluate_model(
     rows: list[Row],
     settings: EvalSettings,
 ) -> dict[str, float]:
-    """All metrics of a language model on some rows.
+    """Compute all metrics of a language model on some rows.
 
     Returns:
         loss (mean cross-entropy of an answer's tokens, nats), perplexity, tokens (of answers), examples (rows); with
@@ -65,7 +65,7 @@ def in_fixed_order(rows: list[Row]) -> list[Row]:
 
 @torch.no_grad()
 def _loss(model: nn.Module, tokenizer: Any, rows: list[Row], settings: EvalSettings) -> dict[str, float]:  # noqa: ANN401
-    """Mean loss over the answer tokens of all rows; on half as many rows at a time where memory runs out."""
+    """Mean loss over the answer tokens of all rows; when memory runs out, the batch size is halved."""
     examples = [encode(tokenizer, row, settings.system, settings.max_length) for row in rows]
     examples.sort(key=lambda example: len(example.input_ids))  # little padding
     total, tokens = 0.0, 0

@@ -50,7 +50,7 @@ def load_images(config: DataConfig, beside: Path) -> tuple[list[Row], int]:
 
 
 def read_image(file: str) -> Image.Image:
-    """The pixels of an image as RGB, 8 bits each; the first frame of several. Of 16 bits, 0..65535 becomes 0..255.
+    """The pixels of an image as RGB, 8 bits each; of several frames the first. 16-bit values are scaled to 0..255.
 
     Raises:
         DataError: the file has changed and cannot be read any more.
@@ -70,10 +70,10 @@ def _digest(file: Path) -> str:
 
 
 def _decode(file: Path) -> Image.Image:
-    """See ``read_image``. Pillow itself makes white of all that is above 255.
+    """See ``read_image``. 16-bit images are scaled here, because Pillow would turn all values above 255 into white.
 
     Raises:
-        DataError: says why the image cannot be read, and does not name it.
+        DataError: the text has the reason why the image cannot be read, but not the file's name.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # warnings quote the file

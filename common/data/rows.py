@@ -15,7 +15,7 @@ from common.errors import DataError
 class Row:
     """One example. It has no readable repr, so that it cannot slip into a log or an error message.
 
-    ``content`` is a digest of what ``prompt`` names, where that is a file.
+    ``content`` is the digest of the file that ``prompt`` names; empty when the prompt is text.
     """
 
     prompt: str
@@ -28,14 +28,14 @@ class Row:
 
 
 def load_rows(config: DataConfig, beside: Path) -> list[Row]:
-    """All rows of a shard, in its order. Nothing is copied to disk.
+    """Read all rows of a shard, in order. Nothing is copied to disk.
 
     Args:
-        config: where the shard is, and which columns or templates make a prompt and an answer.
-        beside: the file that holds ``config``; a relative path is relative to its folder.
+        config: the shard's path, and the columns or templates of prompt and answer.
+        beside: the file that holds ``config``; relative paths start at that file's folder.
 
     Raises:
-        DataError: names the shard and what is wrong: the file, a column, or a row's number (of JSONL: the line).
+        DataError: the text names the shard and the mistake: a file, a column, or a row's number (JSONL: the line).
     """
     path = resolve(config.path, beside)
     prompt, answer = Template(config.prompt, "data.prompt"), Template(config.answer, "data.answer")
@@ -51,14 +51,15 @@ def load_rows(config: DataConfig, beside: Path) -> list[Row]:
 
 
 def check_columns(path: Path, there: list[str], wanted: dict[str, list[str]], *, header: bool) -> None:
-    """Hold the columns of a shard against those that are wanted.
+    """Check that a shard has the wanted columns.
 
     Args:
         path: the shard, for the error.
-        there: its columns.
-        wanted: columns by the key or option that names them.
-        header: ``there`` is surely no row. The first line of a CSV file without a header is a private one, in which one
-            cell may well be a wanted name: without ``header`` it takes two of them before an error may quote it.
+        there: the shard's columns.
+        wanted: the wanted columns, by the key or option that names them.
+        header: whether ``there`` is known to be no row. In a CSV file without header the first line is a private row,
+            and one of its cells may equal a wanted name. So without ``header`` two names must match before an error
+            may quote the line.
 
     Raises:
         DataError: a column is missing.
@@ -78,7 +79,8 @@ def check_columns(path: Path, there: list[str], wanted: dict[str, list[str]], *,
 def split_held_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     """Rows for training and rows held out, about ``share`` of them.
 
-    A row's side depends on its content alone: order and later additions move nothing, equal rows stay together.
+    The side depends on the row's content alone: neither order nor later additions move a row, and equal rows stay
+    together.
 
     Raises:
         DataError: no row is left to train on.
@@ -91,10 +93,10 @@ def split_held_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]
 
 
 class Template:
-    """A column name, or a text with column names in braces; ``columns`` are those it needs.
+    """A column name, or a text with column names in braces; ``columns`` are the columns that the template uses.
 
     Raises:
-        DataError: it is not readable; names ``key``, which it is given by.
+        DataError: the template is not readable; the text names ``key``, the template's key in the file.
     """
 
     def __init__(self, text: str, key: str) -> None:
@@ -109,10 +111,10 @@ class Template:
             self.columns, self._parts = [text], [("", text, "", None)]
 
     def fill(self, path: Path, number: int, cells: Cells) -> str:
-        """Its text for row ``number``.
+        """The template's text for row ``number``.
 
         Raises:
-            DataError: a cell is empty or no text.
+            DataError: a cell is empty or holds no text.
         """
         return "".join(
             literal + ("" if column is None else _text(path, number, column, cells.get(column)))

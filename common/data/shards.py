@@ -23,7 +23,7 @@ csv.field_size_limit(2**31 - 1)  # characters in a cell; a long note is no mista
 _ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # in a folder written by `datasets`
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # beside the labels' folders
-_LITTER = {"thumbs.db", "desktop.ini"}  # what file managers leave, in lower case
+_LITTER = {"thumbs.db", "desktop.ini"}  # files that file managers write, in lower case
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
 Cells = dict[str, Any]
 
@@ -33,9 +33,9 @@ class Table:
     """A shard's content.
 
     Attributes:
-        columns: their names; none where there are no rows.
-        rows: cells by column, with the number by which a person counts the row; read as they are used.
-        header: whether ``columns`` are surely names: the first line of a CSV file may be a private row.
+        columns: names of the columns; empty where there are no rows.
+        rows: pairs (the row's number for people, cells by column), read as they are used.
+        header: whether ``columns`` are known to be names: the first line of a CSV file may be a private row.
     """
 
     columns: list[str]
@@ -45,15 +45,15 @@ class Table:
 
 @contextmanager
 def shard(path: Path, kind: str, wanted: list[str] | None) -> Iterator[Table]:
-    """A shard to be read.
+    """Open a shard for reading.
 
     Args:
-        path: of the file or folder.
-        kind: its format; ``auto``: by the ending, or by what a folder holds.
-        wanted: columns of which the cells are needed; None: all.
+        path: the file or folder.
+        kind: the format; ``auto``: by the file's ending, or by the folder's files.
+        wanted: columns whose cells are needed; None: all.
 
     Raises:
-        DataError: it cannot be read, now or while its rows are.
+        DataError: the shard cannot be opened, or a row cannot be read.
     """
     kind = _kind(path, kind)
     try:
@@ -65,7 +65,7 @@ def shard(path: Path, kind: str, wanted: list[str] | None) -> Iterator[Table]:
 
 
 def load_cells(path: Path) -> tuple[list[str], list[Cells]]:
-    """A shard as it is: its columns, and its rows' cells by column.
+    """All of a shard: its columns, and its rows as cells by column.
 
     Raises:
         DataError: see ``shard``; or a cell is no text that UTF-8 can hold.
@@ -86,7 +86,7 @@ def _writable(path: Path, number: int, cells: Cells) -> Cells:
 
 
 def _kind(path: Path, kind: str) -> str:
-    """The format to read ``path`` with: ``kind``, or what ``auto`` comes to."""
+    """The format of ``path``: ``kind``, or for ``auto`` the format found."""
     try:
         size = path.stat().st_size
         saved = path.is_dir() and any((path / name).exists() for name in _SAVED)
@@ -201,7 +201,7 @@ def _files(folder: Path, label: Path) -> Iterator[Path]:
 
 
 def _entries(folder: Path, label: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, but dot files and litter. Below ``label``, only the log names the folder."""
+    """A folder's entries by name, without dot files and litter. Errors name no folder below ``label``; the log does."""
     try:
         with os.scandir(folder) as found:
             kept = [entry for entry in found if not entry.name.startswith(".") and entry.name.lower() not in _LITTER]

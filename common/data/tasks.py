@@ -1,4 +1,4 @@
-"""What is learned: how a row becomes an example, what the loss is, what is measured. One class per task."""
+"""Learning tasks: how a row becomes an example, the loss, the metrics. One class per task (decision 019)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -31,12 +31,13 @@ class Task(ABC, Generic[E]):
     """A task; ``E`` is its example type.
 
     Attributes:
-        auto_class: transformers' class that makes its models; ``processor``: the one that makes their inputs.
-        peft_type: PEFT's name of the task; None where it has none.
-        predicts: what comes out, as ``common.metrics`` calls it.
-        generates: the model writes text, which takes long: only ``evaluation.generate`` rows are scored.
-        reads_files: a row's prompt is a file, read anew for every batch, so an example holds no tokens.
-        labels: all that may come out, in order; empty where anything may.
+        auto_class: name of the transformers class that loads the task's models.
+        processor: name of the transformers class that makes the models' inputs.
+        peft_type: PEFT's name of the task; None where PEFT has none.
+        predicts: kind of the predictions, as in ``common.metrics``.
+        generates: whether scores need generated text, which takes long: then only ``evaluation.generate`` rows count.
+        reads_files: whether a row's prompt is a file that is read for every batch; then an example holds no tokens.
+        labels: all labels in order; empty for tasks without labels.
     """
 
     auto_class: ClassVar[str]
@@ -55,7 +56,7 @@ class Task(ABC, Generic[E]):
         return [s for s in SCORES.values() if s.of is None or (predicted and s.of == self.predicts)]
 
     def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
-        """The base model for this task; what it does not hold (a new head) is drawn from ``seed``, the same everywhere.
+        """Load the base model for this task; missing weights (a new head) are drawn from ``seed``, the same everywhere.
 
         Raises:
             ModelError: see ``load_base``.
@@ -64,7 +65,7 @@ class Task(ABC, Generic[E]):
         return load_base(source, revision, dtype, **how, labels=self.labels, seed=seed)
 
     def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
-        """All usable rows of a shard, and how many were left out.
+        """All usable rows of a shard, and the number of rows left out.
 
         Raises:
             DataError: see ``load_rows``.
@@ -78,16 +79,16 @@ class Task(ABC, Generic[E]):
         """Rows as examples of at most ``max_length`` tokens.
 
         Raises:
-            DataError: a row's answer is not one the task knows.
+            DataError: a row's answer is not among the task's labels.
         """
 
     @abstractmethod
     def collater(self, tokenizer: Any) -> Callable[[list[E]], Batch]:  # noqa: ANN401
-        """What makes a batch of examples: what the model takes, and labels (-100: not counted)."""
+        """A function that makes a batch of examples: the model's inputs, and labels (-100: not counted)."""
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Summed loss of a batch, and of how many labels."""
+        """Summed loss of a batch, and the number of labels in the sum."""
 
     @abstractmethod
     def evaluate(
@@ -133,7 +134,7 @@ class CausalLM(Task[chat.Example]):
 
 
 class Classification(Task[E]):
-    """One of a fixed set of labels out (the row's answer)."""
+    """Tasks that predict one of a fixed set of labels (the row's answer)."""
 
     predicts = LABELS
 
@@ -269,7 +270,7 @@ class ImageClassification(Classification[LabelledImage]):
         return collate
 
 
-#: By the `type` that a federation file names; its section is in ``common.config.federation``.
+#: Tasks by the `type` in a federation file; the sections are in ``common.config.task``.
 TASKS: dict[str, type[Task[Any]]] = {
     "causal-lm": CausalLM,
     "sequence-classification": SequenceClassification,
@@ -278,5 +279,5 @@ TASKS: dict[str, type[Task[Any]]] = {
 
 
 def make_task(config: TaskConfig) -> Task[Any]:
-    """The task that a federation file names."""
+    """Make the task that a federation file names."""
     return TASKS[config.type](config)

@@ -1,15 +1,17 @@
 """Truncated SVD of ``dW = sum_k w_k B_k A_k`` from the factors alone.
 
 With R = sum_k r_k columns in the stacked factors B (out, R) and A (R, in), dW = B A. A full dense SVD is never
-computed. There are two ways to the leading right singular vectors, each held against a dense float64 SVD by the tests:
+computed (decision 004). There are two ways to the leading right singular vectors; the tests compare both with a dense
+float64 SVD:
 
 - the *core*: with M M^T = A A^T, the eigenvectors of M^T (B^T B) M, at most R x R. When R is not below the layer's
-  shorter side, the short-side Gram matrix of dW takes its place;
-- *iteration*, where R is large: power iteration, tested on the factors themselves. Clients that trained from common
-  factors leave a gap behind the wanted components, so that few steps suffice. Where they do not, the core decides.
+  shorter side, the short-side Gram matrix of dW takes the core's place;
+- *power iteration*, where R is large; convergence is tested on the factors themselves (decision 023). When clients
+  trained from common factors, dW has a gap in the spectrum after the wanted components, so few steps suffice. Without
+  such a gap the core is used.
 
-Either way dW is then projected on the subspace found, so that U and V have orthonormal columns and U S V^T is the part
-of dW that lives there.
+Either way dW is then projected on the subspace found, so that U and V have orthonormal columns and U S V^T is the
+projection of dW.
 """
 
 from collections.abc import Sequence
@@ -23,11 +25,11 @@ from torch import Tensor
 from common.errors import AggregationError, DivergedAverage
 
 ZERO = 1e-7  # singular values below this share of the largest w_k |B_k| |A_k| are rounding
-RANK = 1e-6  # those above this share of the largest one count for the numerical rank
+RANK = 1e-6  # singular values above this share of the largest one count for the numerical rank
 LARGE = 512  # from this many columns on, only the wanted part of the spectrum is computed
-SPARE = 8  # directions that iteration carries besides the wanted ones
-STEPS = 4  # of power iteration before the first test
-TINY = 1e-38  # keeps a zero from being divided by
+SPARE = 8  # extra directions that power iteration carries, so that the wanted ones converge faster
+STEPS = 4  # steps of power iteration before the first test of convergence
+TINY = 1e-38  # smallest divisor: a factor of zeros is not divided by zero
 TILE = 256  # columns of a Gram matrix that are computed together
 
 
@@ -45,14 +47,14 @@ class TruncatedSVD:
     """The leading part of dW = U diag(S) V^T.
 
     Attributes:
-        u: (out, rank); columns are orthonormal, or zero where ``s`` is.
+        u: (out, rank); columns are orthonormal where ``s`` is not zero, else zero.
         s: (rank,); descending, zero beyond dW's rank.
-        vt: (rank, in); rows are orthonormal where ``s`` is not zero, else zero; the entry of largest magnitude of
-            each is positive.
-        energy: ``|dW|_F^2``, of the whole dW.
-        numerical_rank: how many singular values of dW exceed 1e-6 of the largest; None from 512 stacked columns on,
-            where only the leading ones are computed.
-        inner: (K, K); the Frobenius inner products of the terms' B_k A_k without their weights, float64.
+        vt: (rank, in); rows are orthonormal where ``s`` is not zero, else zero; each row's entry of largest magnitude
+            is positive.
+        energy: ``|dW|_F^2`` of the complete dW.
+        numerical_rank: number of singular values of dW above 1e-6 of the largest; None from 512 stacked columns on,
+            where only the leading singular values are computed.
+        inner: (K, K); Frobenius inner products of the terms' B_k A_k without the terms' weights, float64.
     """
 
     u: Tensor
@@ -68,25 +70,25 @@ class TruncatedSVD:
         return self.energy / float(self.s[0]) ** 2 if self.s[0] > 0 else 0.0
 
     def lost(self, rank: int) -> float:
-        """Energy that the best approximation of this rank leaves out: the sum of the further sigma_i^2."""
+        """Energy that the best approximation of this rank leaves out: the sum of sigma_i^2 for i > rank."""
         return max(0.0, self.energy - float(self.s[:rank].double().square().sum()))
 
 
 def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> TruncatedSVD:
     """The ``rank`` leading singular triplets of ``dW = sum_k w_k B_k A_k``.
 
-    The best approximations of all smaller ranks are its slices.
+    Slices of the result are the best approximations of smaller rank.
 
     Args:
         terms: at least one; shapes (out, r_k) and (r_k, in) with common out and in.
-        rank: how many triplets, from 1 to min(out, in).
+        rank: number of triplets, from 1 to min(out, in).
         name: the layer's name, for messages.
 
     Returns:
-        In float32, or in float64 when a factor is, whatever the type of the factors.
+        Triplets in float64 when a factor is float64, else in float32.
 
     Raises:
-        AggregationError: the factors do not fit together, are not finite, the rank is out of range, or the
+        AggregationError: the factors' shapes do not match, a factor is not finite, the rank is out of range, or the
             eigenvalues do not converge.
     """
     b, a, sizes = _stack(terms, name)
@@ -108,17 +110,17 @@ def truncated_svd(terms: Sequence[Term], rank: int, name: str = "dW") -> Truncat
 
 
 def inner_products(terms: Sequence[Term], name: str = "dW") -> Tensor:
-    """Frobenius inner products of the terms' B_k A_k without their weights: (K, K), float64.
+    """Frobenius inner products of the terms' B_k A_k without the terms' weights: (K, K), float64.
 
     Raises:
-        AggregationError: the factors do not fit together.
+        AggregationError: the factors' shapes do not match.
     """
     b, a, sizes = _stack(terms, name)
     return _between(_gram(b.double()) * _gram(a.T.double()), terms) * torch.outer(sizes, sizes)
 
 
 def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors side by side, each divided by its norm; and |B_k| |A_k| of every term, float64."""
+    """Stacked B (out, R) and A (R, in), each factor divided by its norm; and every term's |B_k| |A_k|, float64."""
     if not terms:
         raise AggregationError(f"{name}: no factors to add up")
     out, in_ = terms[0].b.shape[0], terms[0].a.shape[-1]
@@ -143,12 +145,12 @@ def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _columns(values: Tensor, terms: Sequence[Term]) -> Tensor:
-    """A value per term as one per column of B, or row of A."""
+    """Expand one value per term (K,) to one value per column of B, or row of A (R,)."""
     return values.repeat_interleave(torch.tensor([len(term.a) for term in terms]))
 
 
 def _between(products: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Sums of the (R, R) matrix over the rows and columns of each pair of terms: (K, K), float64."""
+    """Sum an (R, R) matrix over the rows and columns of each pair of terms: (K, K), float64."""
     ranks = [len(term.a) for term in terms]
     sums = torch.stack([rows.sum(0, dtype=torch.float64) for rows in products.split(ranks)])
     return torch.stack([columns.sum(1) for columns in sums.split(ranks, dim=1)], dim=1)
@@ -157,7 +159,11 @@ def _between(products: Tensor, terms: Sequence[Term]) -> Tensor:
 def _leading(
     b: Tensor, a: Tensor, weights: Tensor, rank: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], float, int | None]:
-    """Entrywise product of the two Gram matrices; leading triplets, at most ``rank``; energy; numerical rank of dW."""
+    """Leading triplets of dW, at most ``rank``, from B (out, R), A (R, in) and one weight per column (R,).
+
+    Returns:
+        The entrywise product of the two Gram matrices (R, R), the triplets, the energy, the numerical rank.
+    """
     terms, weighted = b.shape[1], a * weights[:, None]
     large, short = terms >= LARGE, min(b.shape[0], a.shape[1])
     precision = b.dtype if large else torch.float64
@@ -177,17 +183,17 @@ def _leading(
 
 
 def _iterate(b: Tensor, a: Tensor, gram_b: Tensor, gram_a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Leading triplets by power iteration, tested on the factors; None when a step gains less than a decimal digit.
+    """Leading triplets by power iteration; None when a step gains less than a decimal digit (decision 023).
 
-    The first steps are in the coordinates c of v = A^T c, where dW^T dW is c -> B^T B A A^T c and the layer's size does
-    not matter.
+    The first steps use the coordinates c of v = A^T c, where dW^T dW becomes c -> B^T B A A^T c, so the cost of these
+    steps does not depend on the layer's size.
     """
     block = min(rank + SPARE, len(gram_a))
     coordinates = torch.randn(len(gram_a), block, generator=torch.Generator().manual_seed(0)).to(b.dtype)
     for _ in range(STEPS):
         coordinates, _ = torch.linalg.qr(gram_b @ (gram_a @ coordinates))
-    # n additions are off by about sqrt(n) roundings (Higham & Mary, doi.org/10.1137/18M1226312); dW^T (dW v) takes so
-    # many one after another
+    # A sum of n terms has an error of about sqrt(n) roundings (Higham & Mary, doi.org/10.1137/18M1226312); dW^T (dW v)
+    # sums over all sides of B and A, one after another.
     tolerance = torch.finfo(b.dtype).eps * (sum(a.shape) + sum(b.shape)) ** 0.5
     basis, before = a.T @ coordinates, torch.inf
     while True:
@@ -196,7 +202,7 @@ def _iterate(b: Tensor, a: Tensor, gram_b: Tensor, gram_a: Tensor, rank: int) ->
         residual = float(torch.linalg.vector_norm(basis - vt.T * s, dim=0)[:rank].max())
         if residual <= tolerance * float(s[0]):
             return u[:, :rank], s[:rank], vt[:rank]
-        if not residual <= before / 10:  # so written, what is not a number ends it too
+        if not residual <= before / 10:  # not "residual > ...": a residual that is NaN must end the loop, too
             return None
         before = residual
 
@@ -209,7 +215,7 @@ def _project(b: Tensor, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _from_factors(gram_b: Tensor, gram_a: Tensor, a: Tensor, rank: int, count: int) -> tuple[Tensor, Tensor]:
-    """Leading right singular vectors and ``count`` squared singular values, from the core."""
+    """Basis (in, rank) of the leading right singular vectors, and ``count`` squared singular values, from the core."""
     lower, pivots, size, _ = lapack.dpstrf(gram_a.double().numpy(), lower=True)
     root = torch.zeros_like(gram_a)
     root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(lower).tril().to(root.dtype)
@@ -221,7 +227,7 @@ def _from_factors(gram_b: Tensor, gram_a: Tensor, a: Tensor, rank: int, count: i
 
 
 def _from_product(product: Tensor, rank: int, count: int) -> tuple[Tensor, Tensor]:
-    """The same from dW itself, when it is no larger than the core would be."""
+    """Basis (in, rank) and ``count`` squared singular values from dW itself, when dW is no larger than the core."""
     tall = product.shape[0] >= product.shape[1]
     double = product.double()
     values, vectors = _largest(_gram(double if tall else double.T), count)
@@ -229,14 +235,14 @@ def _from_product(product: Tensor, rank: int, count: int) -> tuple[Tensor, Tenso
 
 
 def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues, at most ``count`` and none below zero, and their vectors."""
+    """The ``count`` largest eigenvalues, descending and clamped at zero, and their eigenvectors as columns."""
     last = len(matrix) - 1
     values, vectors = linalg.eigh(matrix.double().numpy(), subset_by_index=(max(0, last + 1 - count), last))
     return torch.from_numpy(values).flip(0).clamp_min(0.0), torch.from_numpy(vectors).flip(1)
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """``matrix.T @ matrix``, of which only the blocks above the diagonal are computed."""
+    """``matrix.T @ matrix``; blocks below the diagonal are copied from those above."""
     columns = matrix.shape[1]
     gram = matrix.new_empty(columns, columns)
     for start in range(0, columns, TILE):

@@ -1,1 +1,1 @@
-"""Base models: loading, families, which weights are trained."""
+"""Base models: loading, model families, choice of the trained tensors."""

@@ -20,7 +20,7 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Base:
-    """A base model in memory, with its tokenizer; a vision model's ``tokenizer`` is its image processor."""
+    """A base model in memory, with its tokenizer; for a vision model ``tokenizer`` is the image processor."""
 
     model: nn.Module
     tokenizer: Any
@@ -36,16 +36,17 @@ def load_base(
     labels: list[str],
     seed: int,
 ) -> Base:
-    """The model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
+    """Load the model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
 
     Args:
         source: a local folder, or a hub id when ``revision`` is given.
         revision: commit of the hub model; None for a folder.
         dtype: type of the weights in memory.
-        auto_class: of transformers, which makes the model.
-        processor: the same, of what makes its inputs: AutoTokenizer, AutoImageProcessor.
-        labels: of a classifier; empty of another model.
-        seed: of weights that ``source`` does not hold, such as a classifier's new head.
+        auto_class: name of the transformers class that loads the model.
+        processor: name of the transformers class that loads the tokenizer or image processor: AutoTokenizer,
+            AutoImageProcessor.
+        labels: a classifier's labels; empty for other models.
+        seed: seed for weights that ``source`` does not hold, such as a classifier's new head.
 
     Raises:
         ModelError: the folder is absent, or holds no model that transformers can read.
@@ -59,7 +60,7 @@ def load_base(
     logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
     try:
-        images = processor == "AutoImageProcessor"  # one library for the pixels, so that all sites see the same
+        images = processor == "AutoImageProcessor"  # always PIL: other backends give slightly different pixels
         tokenizer = getattr(hf, processor).from_pretrained(source, **where, **({"backend": "pil"} if images else {}))
         if labels:
             names = dict(enumerate(labels))
@@ -68,7 +69,7 @@ def load_base(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = getattr(hf, auto_class).from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
-        if labels and not images:  # a decoder finds a row's last token by it
+        if labels and not images:  # a decoder that classifies finds a row's last token by pad_token_id
             model.config.pad_token_id = pad_id(tokenizer)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -90,7 +91,9 @@ def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401
 
 
 def pad_id(tokenizer: Any) -> int:  # noqa: ANN401
-    """The padding token; the end token where the tokenizer has none (positions, not values, mark the padding).
+    """The id of the padding token; the end token's id where the tokenizer has no padding token.
+
+    Any id would do: the attention mask, not the id, marks the padding.
 
     Raises:
         ModelError: the tokenizer has neither.

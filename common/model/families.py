@@ -1,7 +1,7 @@
-"""Model families, and the choice of the tensors that are trained.
+"""Model families, and the choice of the trained tensors.
 
-transformers gives every family other module names, so one literal table says where a family keeps its blocks and what
-the linear layers in a block are called. Biases, norms, embeddings and heads are never selected.
+Module names differ between the families of transformers, so one literal table gives, for each family, the path of its
+blocks and the names of the linear layers in a block. Biases, norms, embeddings and heads are never selected.
 """
 
 import difflib
@@ -16,13 +16,15 @@ from common.errors import ModelError, SelectionError
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its transformer blocks, and the linear layers in one of them.
+    """Module names of a model family.
 
     Attributes:
-        blocks: the end of the path of the list of blocks.
-        mlp: names in a block of the layers of its MLP; ``attention``: of its attention.
-        unused_positions: how many entries of its table of positions stand for none; None: it has no such table.
-        classifies: it has no head of its own that answers, only one that a classification makes anew.
+        blocks: the end of the path to the list of transformer blocks.
+        mlp: paths, within a block, of the MLP's linear layers.
+        attention: paths, within a block, of the attention's linear layers.
+        unused_positions: number of entries in the table of position embeddings that no token uses; None: the family
+            has no such table.
+        classifies: whether the family can only classify, with a new head: it has no language-modelling head here.
     """
 
     blocks: str
@@ -39,8 +41,8 @@ class SelectedLayer:
     Attributes:
         name: the module's path, as in ``named_modules``.
         weight: the parameter's path, as in ``named_parameters``.
-        block: number of its block, from 0.
-        transposed: GPT-2's ``Conv1D``, which keeps its weight as (in, out) instead of (out, in).
+        block: number of the layer's block, from 0.
+        transposed: whether the weight is stored as (in, out) instead of (out, in), as in GPT-2's ``Conv1D``.
     """
 
     name: str
@@ -82,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     "dinov2": Family("encoder.layer", _FC, _VISION_ATTENTION, classifies=True),
 }
 
-_HEADS = ("classifier", "score")  # what transformers calls a classifier's head
+_HEADS = ("classifier", "score")  # names of a classifier's head in transformers
 
 _PARTS = {"third": 3, "half": 2, "quarter": 4}
 _BLOCKS_ALLOWED = "`all`, `lower third`, `lower half`, `lower quarter`, `lower N`, `0-9`, `0,2,5`"
@@ -100,7 +102,7 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
 
     Raises:
         ModelError: the family is unknown, or has no blocks where it should.
-        SelectionError: nothing matches; says what could.
+        SelectionError: nothing matches; the text lists the names that could.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = FAMILIES.get(kind)
@@ -131,10 +133,10 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
 
 
 def freeze_all_but(model: nn.Module, layers: list[SelectedLayer]) -> dict[str, nn.Parameter]:
-    """Freeze every parameter but the selected weights; return these by name, in the model's order.
+    """Freeze every parameter but the selected weights; return the selected weights by name, in the model's order.
 
     Raises:
-        SelectionError: a selected weight is tied to another tensor, so training it would change both.
+        SelectionError: a selected weight is tied to another tensor, so training would change both.
     """
     names = {layer.weight for layer in layers}
     owners: dict[int, list[str]] = {}
@@ -167,7 +169,7 @@ def _find_blocks(model: nn.Module, family: Family, kind: str) -> tuple[str, int]
 
 
 def _module_names(modules: str | list[str], family: Family) -> tuple[list[str], list[str]]:
-    """Names in a block that are meant exactly (of a group), and ends of paths (given by the user)."""
+    """Exact names in a block (members of a group such as ``mlp``), and ends of paths (given by the user)."""
     groups = {"mlp": family.mlp, "attention": family.attention, "linear": family.attention + family.mlp}
     names = [modules] if isinstance(modules, str) else modules
     exact = [member for name in names for member in groups.get(name, ())]

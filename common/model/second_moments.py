@@ -1,14 +1,14 @@
 """Adam's second moments as part of the federation's state: `optimizer_state: averaged` of FedFTG.
 
-After arXiv 2602.01746, which finds that sites whose second moments go apart drift apart. There a spectral method brings
-together what sites hold in bases of their own. Here all sites share a random basis P in a round, and a new one in the
-next, so what carries over is each direction's second moment averaged over the basis: with P drawn uniformly,
-E (P' g)_k^2 = |g|^2 / n for every k, whatever the basis (g: a row of a gradient (m, n), projected on its shorter side;
-a column where the other side is the shorter one). So the mean over k of last round's moments estimates this round's
-without bias, takes one number for every row, and sites can be averaged by plain means.
+After arXiv 2602.01746, which finds that sites drift apart when their second moments do. That paper aligns the sites'
+own bases by a spectral method. FedSpan instead draws one random basis P per round for all sites (decision 022). The
+basis changes between rounds, so a moment is kept as the mean over the basis's directions: with P drawn uniformly,
+E (P' g)_k^2 = |g|^2 / n for every direction k and any basis (g: a row of a gradient (m, n) with m >= n; a column
+otherwise). So the mean over k of last round's moments is an unbiased estimate for this round, takes one number per row,
+and the server can average the sites' moments by a plain mean.
 
-What travels is corrected for Adam's bias. A site takes up as many steps later as its rounds so far had, so that
-later gradients count for what they would in one long training.
+Moments are sent after bias correction. A site starts Adam's step counter at the number of steps of all earlier rounds,
+so bias correction and decay are those of one continuous run.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,20 +33,20 @@ def name_of(weight: str) -> str:
 
 
 def without(names: Iterable[str]) -> list[str]:
-    """The names of what is no second moment."""
+    """The names that are not second moments."""
     return [name for name in names if not is_second_moment(name)]
 
 
 def first(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Before round 1: zeros (longer side,) in float32 for every projected weight, which mean that nothing is known."""
+    """The moments before round 1: float32 zeros (longer side,) for every projected weight."""
     return {name_of(name): torch.zeros(max(w.shape)) for name, w in weights.items() if not in_head(name)}
 
 
 def spread(moment: Tensor, shape: torch.Size, rank: int) -> Tensor:
-    """A moment (longer side,) in the shape that a weight of this ``shape`` is projected to, (m, r) or (r, n)."""
+    """Repeat a moment (longer side,) over the basis's directions: (m, r) or (r, n), as a projected gradient."""
     return moment[:, None].repeat(1, rank) if projects_right(shape) else moment.repeat(rank, 1)
 
 
 def gathered(moments: Tensor, shape: torch.Size) -> Tensor:
-    """The other way round: the mean over the basis, (longer side,)."""
+    """The inverse of ``spread``: the mean of moments (m, r) or (r, n) over the basis's directions, (longer side,)."""
     return moments.mean(1 if projects_right(shape) else 0)

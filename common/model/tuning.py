@@ -16,12 +16,19 @@ from common.model.adapters import BASE_WEIGHT, FACTORS, LORA_A, LORA_B, fresh_a
 
 
 class Tuned:
-    """A model, and which of its tensors are trained.
+    """A model, and which of the model's tensors are trained.
 
     Attributes:
         model: the module to call; for LoRA a ``PeftModel``.
-        parameters: the parameters that are trained and exchanged, by the name under which they travel.
-        local: parameters that are trained but never leave the site.
+        parameters: parameters that the site trains and sends, by their names in messages.
+        local: parameters that the site trains but never sends.
+
+    Example:
+        >>> tuned = Tuned(layer := nn.Linear(3, 2), {"weight": layer.weight}, local={"bias": layer.bias})
+        >>> state = tuned.get()  # a copy of the weight (2, 3)
+        >>> tuned.set({"weight": torch.zeros(2, 3)})
+        >>> bool(layer.weight.any()), list(state)
+        (False, ['weight'])
     """
 
     def __init__(self, model: Any, parameters: dict[str, nn.Parameter], local: dict[str, nn.Parameter]) -> None:  # noqa: ANN401
@@ -30,14 +37,14 @@ class Tuned:
         self.local = local
 
     def get(self) -> dict[str, Tensor]:
-        """A copy of the exchanged tensors, on the CPU, in their own dtype."""
+        """Copy ``parameters`` to the CPU, each in its own dtype."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write exchanged tensors into the model; second moments, which are the optimizer's, are passed over.
+        """Write received tensors into ``parameters``; second moments are skipped, because they are the optimizer's.
 
         Raises:
-            WireError: a name or shape is not this model's; nothing is written then.
+            WireError: a name or shape does not match this model; then nothing is written.
         """
         tensors = {name: tensors[name] for name in second_moments.without(tensors)}
         for name, tensor in tensors.items():
@@ -59,14 +66,14 @@ def tune(
     rank: int | None = None,
     seed: int = 0,
 ) -> Tuned:
-    """Prepare ``model`` for a strategy: freeze it but for the trained tensors.
+    """Prepare ``model`` for a strategy: add an adapter under LoRA, freeze all but the trained tensors.
 
     Args:
-        model: a base model; it is changed.
+        model: a base model; changed in place.
         config: the federation's strategy section.
-        peft_type: PEFT's name of the task, "CAUSAL_LM" or "SEQ_CLS"; None for images.
+        peft_type: PEFT's name for the task, "CAUSAL_LM" or "SEQ_CLS"; None for images.
         rank: LoRA rank of this client; None: the federation's.
-        seed: of LoRA's A, which is the same at the server and at every site.
+        seed: seed for LoRA's A, which is the same at the server and at every site.
 
     Raises:
         SelectionError: the strategy's ``modules`` and ``blocks`` match nothing.
@@ -79,9 +86,9 @@ def tune(
 
 
 def first_state(tuned: Tuned, config: GaLoreConfig | LoraConfig, seed: int) -> dict[str, Tensor]:
-    """What round 1 starts from: the tensors of the base model, in float32 where base weights are among them.
+    """The federation's state before round 1; float32 where the strategy changes base weights (decision 005).
 
-    Fresh factors are of the federation's rank, whatever ``tuned``'s is.
+    New factors A and B get the federation's rank, also when ``tuned`` has another.
     """
     state = tuned.get()
     if config.changes_base:
@@ -131,7 +138,7 @@ def _adapter(
         target_modules=[layer.name for layer in layers],
         fan_in_fan_out=any(layer.transposed for layer in layers),
         task_type=peft_type,
-        modules_to_save=None if peft_type else ["classifier"],  # the head, which PEFT knows of its own tasks
+        modules_to_save=None if peft_type else ["classifier"],  # PEFT finds the head by itself only for its own tasks
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,11 +164,11 @@ def _adapter(
 
 
 def _train_in_float32(wrapped: nn.Module) -> None:
-    """Have a head in float32, as PEFT has A and B: in bfloat16 most small steps would be lost."""
+    """Train the head in float32, like PEFT's A and B: bfloat16 rounds most small steps to nothing."""
     for name, module in wrapped.named_modules():
         if name.endswith(".modules_to_save.default"):
             module.float()
-            module.register_forward_pre_hook(_in_float32)  # what the frozen model gives it has that model's type
+            module.register_forward_pre_hook(_in_float32)  # the frozen model's outputs have the model's own dtype
 
 
 def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

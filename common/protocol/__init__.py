@@ -1,1 +1,1 @@
-"""Everything that crosses the line between server and site."""
+"""The protocol between server and site: messages, wire format, factors, versions, digests."""

@@ -1,4 +1,4 @@
-"""SHA-256 digests by which two machines know that they hold the same tensors, base model and tokenizer."""
+"""SHA-256 digests, by which two machines check that they hold the same tensors, base model and tokenizer."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of named tensors, independent of their order (hex)."""
+    """Digest of named tensors (hex); the order of the names does not matter."""
     lines = [f"{name} {tensor_digest(tensors[name])}\n" for name in sorted(tensors)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def base_digest(model: nn.Module) -> str:
-    """Digest of a base model's parameters, each counted once when tied (hex).
+    """Digest of a base model's parameters (hex); tied parameters count once.
 
-    Taken from the loaded tensors, so file layout and sharding do not matter; dtype, shapes and values do.
+    The digest covers the loaded tensors: dtype, shapes and values matter, file layout and sharding do not.
     """
     return tensors_digest(dict(model.named_parameters()))
 
@@ -35,7 +35,7 @@ def base_digest(model: nn.Module) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401 - transformers' tokenizers share no useful type
     """Digest of everything that decides how text becomes tokens: pipeline, special tokens, chat template (hex).
 
-    Of an image processor: of its settings.
+    For an image processor: the digest of the processor's settings.
     """
     if not hasattr(tokenizer, "get_vocab"):
         return hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True, default=str).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""The change of a weight within a round in its exact low-rank factors, and how it travels.
+"""The change of a weight within a round as exact low-rank factors, and the form in which factors are sent.
 
-GaLore's change of W within a round is W - W_0 = (c - 1) W_0 + sum_j P_j R_j: the product of all decays, and one term
-for every basis that was used. What travels is (c, [P_1 P_2 ...], [R_1; R_2; ...]) where that is smaller than W; who
-receives it makes W of it and of the W_0 that both hold. In float32 nothing is approximated. Where all sites share the
-round's basis (``common.linalg.subspace``), it does not travel: only R does.
+GaLore's change of W within a round is W - W_0 = (c - 1) W_0 + sum_j P_j R_j: c is the product of all decays, and each
+basis used gives one term. The sender sends (c, [P_1 P_2 ...], [R_1; R_2; ...]) where these are smaller than W; the
+receiver computes W from the factors and from W_0, which both hold. In float32 nothing is approximated. Where all sites
+share the round's basis (``common.linalg.subspace``), only R is sent (decisions 005, 006).
 """
 
 import math
@@ -20,7 +20,7 @@ from common.linalg.subspace import SharedBasis, projects_right, shared_basis
 Precision = Literal["float32", "bfloat16", "int8"]
 Shape = tuple[int, ...]
 _DECAY, _LEFT, _RIGHT, _SCALE = "/decay", "/left", "/right", "-scale"
-_LONG = {_LEFT: 0, _RIGHT: 1}  # the dimension of a factor that is the weight's; the other counts directions
+_LONG = {_LEFT: 0, _RIGHT: 1}  # the dimension that a factor shares with the weight; the other counts directions
 _DECAY_BYTES = 8
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -40,26 +40,28 @@ class Factors:
     common: bool = False
 
     def apply(self, start: Tensor) -> Tensor:
-        """The weight (m, n), in float32, that the factors make of ``start`` (m, n)."""
+        """W (m, n), in float32, from W_0 = ``start`` (m, n)."""
         return self._add_terms(start.to(torch.float32) * self.decay)
 
     def square(self, start: Tensor) -> float:
-        """Squared Frobenius norm of the change, from the factors alone where there is no decay."""
+        """Squared Frobenius norm of the change; without decay computed from the factors alone."""
         left, right = self.stacked(tuple(start.shape))
         square = float(((left.T @ left).double() * (right @ right.T).double()).sum())
         shrunk = self.decay - 1.0
         if shrunk:
             weight = start.to(torch.float32)
             square += 2 * shrunk * float(((weight @ right.T) * left).sum(dtype=torch.float64))
-            square += shrunk * shrunk * float(weight.square().sum(dtype=torch.float64))  # ** would raise, not overflow
+            square += (
+                shrunk * shrunk * float(weight.square().sum(dtype=torch.float64))
+            )  # ** would raise OverflowError; * gives inf
         return max(square, 0.0)
 
     def change(self, start: Tensor) -> Tensor:
-        """The weight less ``start`` (m, n), in float32."""
+        """W - W_0 (m, n), in float32, for W_0 = ``start`` (m, n)."""
         return self._add_terms(start.to(torch.float32) * (self.decay - 1.0))
 
     def scaled(self, shape: Shape, factor: float) -> "Factors":
-        """The change of a weight of this shape times ``factor``, which goes into those factors that are no basis."""
+        """The change multiplied by ``factor``; bases stay as they are, the other factors are scaled."""
         right = projects_right(shape)
         terms = [(a * factor, b) if right else (a, b * factor) for a, b in self.terms]
         return Factors(1.0 + factor * (self.decay - 1.0), terms, self.common)
@@ -70,7 +72,7 @@ class Factors:
         return torch.cat([*lefts, torch.zeros(shape[0], 0)], 1), torch.cat([*rights, torch.zeros(0, shape[1])], 0)
 
     def _add_terms(self, weight: Tensor) -> Tensor:
-        """All terms are added up before the much larger weight is, so that it is rounded only once."""
+        """Add all terms to the weight (m, n): first to each other, so that the much larger weight is rounded once."""
         products = [left.to(weight.device) @ right.to(weight.device) for left, right in self.terms]
         for product in products[1:]:
             products[0].add_(product)
@@ -79,11 +81,21 @@ class Factors:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How factors travel in a round; sender and receiver have the same.
+    """The form in which a round's factors are sent; sender and receiver must use the same.
 
     Attributes:
-        precision: of every factor.
-        basis: the round's shared basis; None when every sender has its own, which then travels too.
+        precision: number format of every factor.
+        basis: the round's shared basis; None: every sender has its own basis and sends it.
+
+    Example:
+        >>> start = torch.ones(4, 3)
+        >>> change = Factors(1.0, [(torch.full((4, 1), 0.5), torch.ones(1, 3))])  # rank 1: adds 0.5 everywhere
+        >>> sent = pack("w", change, start, Exchange())
+        >>> {name: tuple(tensor.shape) for name, tensor in sent.items()}
+        {'w/decay': (), 'w/left': (4, 1), 'w/right': (1, 3)}
+        >>> dense, factors = unpack(sent, {"w": (4, 3)}, Exchange())
+        >>> torch.equal(factors["w"].apply(start), start + 0.5)
+        True
     """
 
     precision: Precision = "float32"
@@ -91,23 +103,23 @@ class Exchange:
 
     @classmethod
     def of_round(cls, server_round: int, precision: Precision, shared: tuple[int, int] | None) -> "Exchange":
-        """The exchange of ``server_round``; ``shared`` is seed and rank of the shared bases, None for own ones."""
+        """The form for ``server_round``; ``shared``: seed and rank of the shared bases, None for own bases."""
         return cls(precision, None if shared is None else shared_basis(shared[0], server_round, shared[1]))
 
 
 def pack(name: str, factors: Factors, start: Tensor, exchange: Exchange) -> dict[str, Tensor]:
-    """What travels for a weight, on the CPU.
+    """Make the tensors to send for a weight, on the CPU.
 
     Args:
-        name: of the weight.
-        factors: its change.
-        start: W_0 (m, n), what the change is relative to.
-        exchange: how factors travel.
+        name: the weight's name.
+        factors: the weight's change.
+        start: W_0 (m, n), the weight before the change.
+        exchange: the form in which factors are sent.
 
     Returns:
-        ``name/decay`` () with ``name/left`` (m, R) and ``name/right`` (R, n), the shared one of them left out, int8
-        factors with a scale for every direction (``name/left-scale`` (1, R), ``name/right-scale`` (R, 1)); or the
-        whole weight (m, n) in float32 as ``name``, when that is not larger, or R above min(m, n).
+        ``name/decay`` (), ``name/left`` (m, R) and ``name/right`` (R, n), without the shared basis if there is one;
+        int8 factors have one scale per direction (``name/left-scale`` (1, R), ``name/right-scale`` (R, 1)). Or the
+        dense weight (m, n) in float32 as ``name``, when the factors are not smaller, or R is above min(m, n).
     """
     sent = _stored(factors, start.shape, exchange)
     if sent is None:
@@ -119,15 +131,15 @@ def pack(name: str, factors: Factors, start: Tensor, exchange: Exchange) -> dict
 def unpack(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], exchange: Exchange
 ) -> tuple[dict[str, Tensor], dict[str, Factors]]:
-    """The other way round: what came whole, and what came in factors.
+    """Split received tensors into dense tensors and changes in factors: the inverse of ``pack``.
 
     Args:
-        tensors: what arrived.
-        shapes: shape by name of every weight that may come in factors.
-        exchange: how factors travel.
+        tensors: the received tensors by name.
+        shapes: shapes, by name, of the weights that may come in factors.
+        exchange: the form in which factors are sent.
 
     Raises:
-        WireError: a factor is missing, was not to come, or does not fit its weight.
+        WireError: a factor is missing, not allowed, or does not match the weight's shape.
     """
     whole, made = dict(tensors), {}
     for name, shape in shapes.items():
@@ -143,7 +155,7 @@ def unpack(
 
 
 def most_bytes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Most bytes of every tensor that ``unpack`` can take for a state, by name: of whole tensors and of all factors."""
+    """Upper limit of bytes for every tensor name that ``unpack`` accepts for a state: dense tensors and factors."""
     most = {name: tensor.nbytes for name, tensor in state.items()}
     for name, tensor in state.items():
         if tensor.ndim == 2:
@@ -155,7 +167,7 @@ def most_bytes(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def rounding_error(factors: Mapping[str, Factors], shapes: Mapping[str, Shape], exchange: Exchange) -> float:
-    """What ``exchange.precision`` does to the changes sum_j left_j right_j: relative error in the Frobenius norm."""
+    """Relative error (Frobenius norm) of the changes sum_j left_j right_j after rounding to ``exchange.precision``."""
     lost = total = 0.0
     for name, exact in factors.items():
         left, right = exact.stacked(shapes[name])
@@ -169,14 +181,14 @@ def rounding_error(factors: Mapping[str, Factors], shapes: Mapping[str, Shape], 
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' values."""
+    """Sum of the tensors' sizes, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Tensor] | None:
-    """The factors that travel, as they travel; None where the whole weight does."""
+    """The stacked factors in the form to send; None when the dense weight is to be sent."""
     result = {}
-    if sum(left.shape[1] for left, _ in factors.terms) > min(shape):  # rounded ones may still be smaller than it
+    if sum(left.shape[1] for left, _ in factors.terms) > min(shape):  # int8 factors may be smaller still: not worth it
         return None
     for part, factor in zip(_LONG, factors.stacked(shape), strict=True):
         if factors.common and part == _common(shape):
@@ -190,7 +202,7 @@ def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Ten
 
 
 def _loaded(parts: Mapping[str, Tensor], part: str, common: Tensor) -> Tensor:
-    """A factor in float32; ``common`` where it did not travel."""
+    """A received factor in float32; ``common``, the shared basis, when the factor was not sent."""
     if part not in parts:
         return common
     factor = parts[part].to(torch.float32)
@@ -198,12 +210,12 @@ def _loaded(parts: Mapping[str, Tensor], part: str, common: Tensor) -> Tensor:
 
 
 def _common(shape: Shape) -> str:
-    """Which factor is the basis."""
+    """The part, left or right, that is the basis of a weight of this shape."""
     return _RIGHT if projects_right(shape) else _LEFT
 
 
 def _factors(name: str, parts: Mapping[str, Tensor], shape: Shape, exchange: Exchange) -> Factors:
-    """Check the parts of one weight and make factors of them."""
+    """Check the received parts of one weight and make ``Factors`` of them."""
     travelling = [part for part in _LONG if exchange.basis is None or part != _common(shape)]
     scales = [part + _SCALE for part in travelling] if exchange.precision == "int8" else []
     expected = (_DECAY, *travelling, *scales)

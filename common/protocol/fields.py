@@ -1,7 +1,7 @@
-"""Fields of messages: each is declared once, with its place in Flower's records, its kind, and when it stays at home.
+"""Fields of messages: each is declared once, with its place in Flower's records, its kind, and when it stays at a site.
 
-``Content`` makes a writer and a strict reader of such declarations. Flower is imported only when a message is written
-or read: training code knows these classes and does without it.
+``Content`` makes a writer and a strict reader from such declarations. Flower is imported only when a message is written
+or read: training code uses these classes without Flower.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from common.protocol.kinds import Kind, short
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, RecordDict
 
-CONFIG, METRICS = "config", "metrics"  # the records of settings and of numbers, as Flower calls them
-Records = dict[str, Any]  # by key: tensors (Flower's ArrayRecord), or a dict of values
+CONFIG, METRICS = "config", "metrics"  # Flower's names for the record of settings and the record of numbers
+Records = dict[str, Any]  # by the record's key: tensors (Flower's ArrayRecord), or a dict of values
 #: When a field of a reply stays at the site: never, with its `privacy`, or also with `policy.share_metrics: false`.
 Stays = Literal["never", "with privacy", "without scores"]
 
 
 class Place(ABC):
-    """Where a field stands in a message. ``what`` it is, for people, is an attribute of all of them."""
+    """The place of a field in a message. All places have ``what``, a description of the field for people."""
 
     what: str
 
@@ -33,14 +33,14 @@ class Place(ABC):
 
     @abstractmethod
     def _take(self, records: Records) -> Any:  # noqa: ANN401 - the field's
-        """Read the field's value, and take it out of the records."""
+        """Read the field's value and remove it from the records."""
 
     @abstractmethod
     def _known(self) -> dict[str, list[str]]:
-        """Keys of values by key of the record."""
+        """The field's keys, by the key of the record that holds them."""
 
     def _shared(self, value: Any, staying: set[Stays]) -> Any:  # noqa: ANN401 - the field's
-        """What leaves of the field's value."""
+        """The part of the field's value that may leave the site."""
         del staying
         return value
 
@@ -50,12 +50,13 @@ class Entry(Place):
     """A field that is one value.
 
     Attributes:
-        key: of the value, in its record.
-        kind: of the value.
+        key: key of the value in the record.
+        kind: kind of the value.
+        what: description of the field, for people.
         record: the record's key.
-        optional: whether it may be absent, and is None then.
-        stays: when it does not leave the site.
-        instead: what leaves then.
+        optional: whether the value may be absent; the field is then None.
+        stays: when the value stays at the site.
+        instead: value that is sent when the field's value stays at the site.
     """
 
     key: str
@@ -91,9 +92,9 @@ class Measure:
     """One number of a group.
 
     Attributes:
-        what: it is, for people.
-        kind: of number.
-        stays: when it does not leave the site.
+        what: description of the number, for people.
+        kind: kind of the number.
+        stays: when the number stays at the site.
     """
 
     what: str
@@ -106,8 +107,9 @@ class Numbers(Place):
     """A field that is a group of numbers by name.
 
     Attributes:
-        prefix: of their keys in the record of numbers.
-        measures: all that there may be.
+        prefix: prefix of the numbers' keys in the record of numbers.
+        measures: all numbers of the group, by name.
+        what: description of the group, for people.
     """
 
     prefix: str
@@ -152,7 +154,7 @@ class Arrays(Place):
 
 @dataclass(frozen=True)
 class Numbered(Place):
-    """A field that is several records of tensors by number; ``key`` has the format of the number in braces."""
+    """A field that is several records of tensors by number; ``key`` is a format with the number in braces."""
 
     key: str
     what: str
@@ -172,13 +174,13 @@ class Numbered(Place):
 
     @property
     def pattern(self) -> str:
-        """The keys, for people."""
+        """The pattern of the keys, for people: N stands for the number."""
         return self.key.format(0).replace("0", "N")
 
 
 @dataclass(frozen=True)
 class Part(Place):
-    """A field that is declared elsewhere and has a record of its own; absent when it is None."""
+    """A field whose value is another ``Content`` with its own record; the record is absent when the value is None."""
 
     record: str
     of: "type[Content]"
@@ -196,13 +198,13 @@ class Part(Place):
 
 
 class Content:
-    """Base of what a message, or a part of one, holds: dataclasses whose fields are annotated with their ``Place``."""
+    """Base of the dataclasses for messages and parts of messages; each field is annotated with its ``Place``."""
 
     def to_record(self) -> "RecordDict":
-        """The content of a Flower message.
+        """Write the fields into the content of a Flower message.
 
         Raises:
-            WireError: a field holds what the reader would refuse.
+            WireError: a field holds a value that the reader would reject.
         """
         from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
@@ -215,10 +217,10 @@ class Content:
 
     @classmethod
     def read(cls, content: "RecordDict") -> Self:
-        """From the content of a Flower message.
+        """Read the fields from the content of a Flower message.
 
         Raises:
-            WireError: a record, key or value is missing, unknown, or not what is allowed.
+            WireError: a record, key or value is missing, unknown, or not allowed.
         """
         records = plain(content)
         found, known = cls._take(records), cls.known()
@@ -231,11 +233,12 @@ class Content:
         return found
 
     def shared(self, *, scores: bool, private: bool) -> Self:
-        """The same without what stays at the site.
+        """A copy without the values that stay at the site.
 
         Args:
-            scores: whether losses and scores leave.
-            private: whether nothing leaves that depends on a row, but for the noised update.
+            scores: whether losses and scores may leave the site.
+            private: whether the site has `privacy`: then, beside the noised update, nothing leaves that depends on a
+                row.
         """
         staying: set[Stays] = {"with privacy", "without scores"} if private else set() if scores else {"without scores"}
         left = {name: place._shared(getattr(self, name), staying) for name, place in self.places().items()}
@@ -243,12 +246,12 @@ class Content:
 
     @classmethod
     def places(cls) -> dict[str, Place]:
-        """Where each field stands in a message."""
+        """The place of each field in a message, by the field's name."""
         return {one.name: one.type.__metadata__[0] for one in fields(cls)}  # type: ignore[arg-type, union-attr]
 
     @classmethod
     def known(cls) -> dict[str, list[str]]:
-        """Keys of values by key of the record."""
+        """All fields' keys, by the key of the record that holds them."""
         found: dict[str, list[str]] = {}
         for place in cls.places().values():
             for record, keys in place._known().items():
@@ -265,10 +268,10 @@ class Content:
 
 
 def plain(content: "RecordDict") -> Records:
-    """The records of a message, with those of values as dicts.
+    """The records of a message; records of values become dicts.
 
     Raises:
-        WireError: numbers came where settings belong, or the other way round.
+        WireError: numbers came in a record of settings, or settings in the record of numbers.
     """
     from flwr.app import ArrayRecord, MetricRecord
 

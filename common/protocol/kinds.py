@@ -1,4 +1,4 @@
-"""Kinds of values that come from the other side: what is allowed, in words and as a test."""
+"""Kinds of values that come from the other side: the allowed values, in words and as a test."""
 
 import math
 import re
@@ -8,26 +8,26 @@ from typing import Any
 
 from common.errors import WireError
 
-_SHOWN = 80  # characters of what somebody else has written, in an error
+_SHOWN = 80  # characters of the other side's value that an error shows
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be.
+    """A kind of value.
 
     Attributes:
-        allowed: in words.
-        holds: whether a value is.
+        allowed: the allowed values, in words.
+        holds: test whether a value is allowed.
     """
 
     allowed: str
     holds: Callable[[object], bool]
 
     def check(self, name: str, value: object) -> Any:  # noqa: ANN401 - the test knows its type
-        """The value.
+        """Return the value if it is allowed.
 
         Raises:
-            WireError: it is something else; ``name`` says which value.
+            WireError: the value is not allowed; the text begins with ``name``.
         """
         if not self.holds(value):
             raise WireError(f"{name} is {short(value)}; allowed: {self.allowed}")
@@ -35,29 +35,29 @@ class Kind:
 
 
 def short(value: object) -> str:
-    """What somebody else has written, quoted and not longer than a line."""
+    """A value from the other side for an error's text: quoted, and cut to less than a line."""
     shown = repr(value)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
 
 
 def whole(least: int) -> Kind:
-    """Whole numbers from ``least`` that a float holds exactly."""
+    """Whole numbers from ``least`` up to 2^53, which a float holds exactly."""
     return Kind(f"a whole number from {least}", lambda v: type(v) is int and least <= v <= 2**53)
 
 
 def text(longest: int) -> Kind:
-    """Text that is not empty."""
+    """Non-empty text of at most ``longest`` characters."""
     return Kind(f"text of 1 to {longest} characters", lambda v: isinstance(v, str) and 0 < len(v) <= longest)
 
 
 def line(longest: int) -> Kind:
-    """Text for a line of a page, a log or a terminal: no control characters."""
+    """Non-empty text for one line of a page, a log or a terminal: no control characters."""
     allowed = f"text of 1 to {longest} printable characters"
     return Kind(allowed, lambda v: isinstance(v, str) and 0 < len(v) <= longest and v.isprintable())
 
 
 def one_line(text: str) -> str:
-    """What somebody else has written, on one line; a control character is shown, not sent to a terminal or page."""
+    """Text from the other side on one line; control characters are escaped, so that they cannot command a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
@@ -67,7 +67,7 @@ def matching(pattern: str, allowed: str) -> Kind:
 
 
 def names(longest: int, most: int) -> Kind:
-    """A list of names, none of them twice."""
+    """A list of at most ``most`` different names, each of at most ``longest`` characters."""
     one = line(longest)
     return Kind(
         f"a list of up to {most} different names of 1 to {longest} printable characters",

@@ -1,7 +1,8 @@
-"""The records of a message without a trap of Flower's.
+"""Read the records of a message without a memory trap in Flower.
 
-``content.array_records`` and its sisters make a reference cycle with ``content``, so that after their use every tensor
-of a message stays in memory until the next garbage collection. What is here does not.
+Flower's ``content.array_records``, ``metric_records`` and ``config_records`` make a reference cycle with ``content``:
+after one use every tensor of the message stays in memory until the next garbage collection. The functions here make no
+cycle (decision 008).
 """
 
 from typing import TypeVar

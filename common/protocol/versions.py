@@ -1,8 +1,8 @@
-"""Which version of the trained weights somebody holds, and the steps that lead from one version to the next.
+"""Versions of the trained weights, and the steps from one version to the next (decision 005).
 
-The first version is named by the digest of its tensors: whoever has the base model holds it. Every later one is named
-by the version before it and by the digest of the step that was taken, so two machines that name the same version have
-applied the same steps to the same start, in the same order.
+The name of the first version is the digest of its tensors; every machine with the base model holds the first version.
+The name of a later version is a hash of the previous version's name and of the step's digest, so two machines that hold
+a version of the same name have applied the same steps, in the same order, to the same start.
 """
 
 import hashlib
@@ -17,11 +17,21 @@ from common.protocol.factors import Exchange, Factors, num_bytes, pack, unpack
 
 @dataclass(frozen=True)
 class Step:
-    """What makes a version of the one before.
+    """The change from one version of the state to the next.
 
     Attributes:
-        server_round: the round that made it.
-        tensors: in the form that travels (``common.protocol.factors.pack``).
+        server_round: the round that made the step.
+        tensors: the step in the form to send (``common.protocol.factors.pack``).
+
+    Example:
+        >>> import torch
+        >>> state = {"w": torch.zeros(4, 3)}
+        >>> mean = {"w": Factors(1.0, [(torch.ones(4, 1), torch.ones(1, 3))])}  # the clients' mean change, rank 1
+        >>> step = Step.of(1, mean, state, Exchange())
+        >>> sorted(step.tensors)
+        ['w/decay', 'w/left', 'w/right']
+        >>> torch.equal(step.apply(state, Exchange())["w"], torch.ones(4, 3))
+        True
     """
 
     server_round: int
@@ -31,7 +41,7 @@ class Step:
     def of(
         cls, server_round: int, means: Mapping[str, Tensor | Factors], state: Mapping[str, Tensor], exchange: Exchange
     ) -> "Step":
-        """The step that takes ``state`` to ``means``: whole tensors, or changes in factors."""
+        """Make the step from ``state`` to ``means``, which holds dense tensors and changes in factors."""
         tensors: dict[str, Tensor] = {}
         for name, value in means.items():
             tensors |= pack(name, value, state[name], exchange) if isinstance(value, Factors) else {name: value}
@@ -39,18 +49,18 @@ class Step:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the wire."""
+        """Size of the step's tensors, in bytes."""
         return num_bytes(self.tensors.values())
 
     def next(self, version: str) -> str:
-        """The name of the version that this step makes of ``version``."""
+        """The name of the version after this step, when ``version`` names the version before."""
         return hashlib.sha256(f"{version} {self.server_round} {tensors_digest(self.tensors)}".encode()).hexdigest()
 
     def apply(self, state: Mapping[str, Tensor], exchange: Exchange) -> dict[str, Tensor]:
-        """The next state.
+        """The next state, in the dtypes of ``state``.
 
         Raises:
-            WireError: the step does not fit the state.
+            WireError: the step's factors do not match the state's shapes.
         """
         whole, factors = unpack(self.tensors, {name: tuple(tensor.shape) for name, tensor in state.items()}, exchange)
         whole = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in whole.items()}

@@ -2,7 +2,7 @@
 
 The one place that turns errors into exit codes, the same ones for every command:
 
-    0     it went well; so has a command that goes on until it is asked to end (a site, a display)
+    0     it went well; also when a command that runs until it is stopped (a site, a display) is stopped
     1     it failed
     2     a file or an argument is wrong
     130   it was interrupted before it was done
@@ -27,17 +27,17 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Command:
-    """What a module offers to ``fedspan``.
+    """A command of ``fedspan``, defined by the module that does the work.
 
-    Importing that module must stay light, because ``--help`` does it: no PyTorch, no Flower, no transformers.
+    ``fedspan --help`` imports all these modules, so their import must stay light: no PyTorch, Flower or transformers.
 
     Attributes:
         arguments: adds the command's arguments to a parser, each with its help.
-        run: does the work; its exit code, None for 0. Errors of the user are raised as ``FedSpanError``.
-        example: arguments as they are typed.
-        then: what comes next: a command, or a sentence.
-        notes: more for the help, as it is to be shown.
-        passes_on: options that the parser does not know are left in ``options.rest`` for another program.
+        run: does the work; returns the exit code, None for 0. A user's mistake raises a ``FedSpanError``.
+        example: example arguments, as they are typed.
+        then: the next step: a command, or a sentence.
+        notes: further text for the help, printed as it is.
+        passes_on: unknown options are left in ``options.rest``, for another program.
     """
 
     arguments: Callable[[argparse.ArgumentParser], None]
@@ -52,8 +52,8 @@ class Parser(argparse.ArgumentParser):
     """The parser of a command.
 
     Args:
-        name: how the command is called, such as "fedspan sites add".
-        about: what it does, in one line.
+        name: the command's full name, such as "fedspan sites add".
+        about: one line about the command.
         command: the command itself.
     """
 
@@ -70,10 +70,10 @@ class Parser(argparse.ArgumentParser):
         command.arguments(self)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """What the command line says.
+        """Parse a command line.
 
         Raises:
-            ConfigError: it is not understood; names the nearest option.
+            ConfigError: an argument is wrong; the text names the nearest option.
         """
         if self._passes_on:
             options, rest = self.parse_known_args(arguments)
@@ -136,16 +136,16 @@ def nearest(word: str, known: Mapping[str, str], closeness: float = 0.5) -> str:
     """A question that names what was most likely meant; empty when nothing is near.
 
     Args:
-        word: what was typed.
-        known: what is meant, by what could be typed.
-        closeness: between 0 and 1, which is the word itself.
+        word: the word as typed.
+        known: the words that could be typed, each with the text to show for it.
+        closeness: least similarity, from 0 to 1 (the same word).
     """
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=closeness)
     return f"; did you mean {known[found[0]]}?" if found else ""
 
 
 def execute(work: Callable[[], int | None]) -> int:
-    """Do a command's work; its exit code. Every error that a user can mend is one line on standard error."""
+    """Do a command's work; return its exit code. An error that a user can fix becomes one line on standard error."""
     try:
         try:
             code = work() or 0
@@ -155,7 +155,7 @@ def execute(work: Callable[[], int | None]) -> int:
         return _end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt as interruption:
         return _end(str(interruption) or "interrupted", INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output has ended, as `head` does; what is left of it goes nowhere
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does; drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:

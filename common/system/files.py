@@ -1,8 +1,7 @@
-"""Files and folders that are there whole or not at all, whoever reads, and whenever the disk is full or power fails.
+"""Files and folders that appear complete or not at all, also on a full disk and when power fails.
 
-A temporary name beside the final one takes the content, the disk confirms it, and a rename gives it its name. Errors
-are OSErrors that name the file. A lock lives no longer than the process that holds it: the kernel frees it, however
-that process dies.
+The content goes into a temporary file beside the final one, is flushed to the disk, and a rename puts it in place.
+Errors are OSErrors that name the file. The kernel frees a lock when the process that holds it ends, however it dies.
 """
 
 import contextlib
@@ -18,17 +17,17 @@ _FLUSHES = 32  # at a time: a disk confirms many files at once (10,000 small one
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o644, *, durable: bool = True) -> None:
-    """Replace a whole file, or leave it as it is.
+    """Replace a file's content completely, or leave the file unchanged.
 
     Args:
-        path: of the file; its folder exists.
-        content: bytes, or text for UTF-8.
-        mode: of the file from its first byte on, less the process's umask; 0o600 for secrets.
-        durable: wait for the disk. False for what is written anew all the time: readers never see half of it, but a
-            power failure may leave it empty.
+        path: the file; its folder exists.
+        content: bytes, or text, which is written as UTF-8.
+        mode: the file's mode from its first byte on, less the process's umask; 0o600 for secrets.
+        durable: flush to the disk. False for files that are rewritten all the time: readers never see half of such a
+            file, but a power failure may leave it empty.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with _naming(path):
         temporary = write_beside(path, content, mode, durable=durable)
@@ -43,17 +42,17 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o644, *, dur
 def write_beside(path: Path, content: str | bytes, mode: int = 0o644, *, durable: bool = True) -> Path:
     """Write the temporary file that is to replace ``path``, and return it; see ``write_atomically``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # of a process that was killed; in a container the next one has the same number
+    temporary.unlink(missing_ok=True)  # left by a killed process: in a container the next process has the same id
     write_new(temporary, content, mode, durable=durable)
     return temporary
 
 
 def write_new(path: Path, content: str | bytes, mode: int = 0o644, *, durable: bool = True) -> None:
-    """Write a file that does not exist yet; of two that try, one fails; see ``write_atomically``.
+    """Write a file that does not exist yet; if two processes try, one fails; see ``write_atomically``.
 
     Raises:
-        FileExistsError: it exists.
-        OSError: it cannot be written; nothing is left of it.
+        FileExistsError: the file exists.
+        OSError: the file cannot be written; no part of it is left.
     """
     data = content.encode() if isinstance(content, str) else content
     with _naming(path):
@@ -74,7 +73,7 @@ def built(folder: Path) -> Iterator[Path]:
     """An empty folder to write into. It takes the place of ``folder`` at the end, unless something was raised.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the folder cannot be written; its old content is unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
@@ -95,18 +94,18 @@ def built(folder: Path) -> Iterator[Path]:
 
 
 def keep_private() -> None:
-    """What this process and its children make from now on, its owner alone may read: files 0600, folders 0700."""
+    """Set the umask so that only this account may read new files (0600) and folders (0700) of this process."""
     os.umask(0o077)
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that its owner alone may enter; one that is there and ours becomes so.
+    """Make a folder that only its owner may enter; an existing folder of this account gets the same mode.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid == os.geteuid():  # a volume that is mounted in a container is somebody else's
+    if folder.stat().st_uid == os.geteuid():  # a volume mounted in a container may belong to another account
         folder.chmod(0o700)
 
 
@@ -129,14 +128,14 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def hold(file: Path, patience: float = 1.0) -> int | None:
-    """Lock a file, which is made when there is none, until the returned descriptor is closed.
+    """Lock a file, which is made if needed, until the returned descriptor is closed.
 
     Args:
-        file: to be locked.
-        patience: seconds to wait for it. Whoever asks whether a file is held, holds it for a moment.
+        file: the file to lock.
+        patience: seconds to wait for the lock: ``is_held`` of another process holds the lock for a moment.
 
     Returns:
-        None when another process holds it.
+        The descriptor; None when another process holds the lock.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     if take(descriptor, patience=patience):
@@ -146,7 +145,7 @@ def hold(file: Path, patience: float = 1.0) -> int | None:
 
 
 def take(descriptor: int, *, shared: bool = False, patience: float = 0.0) -> bool:
-    """Lock an open file until it is closed; ``shared``: beside others who read. False when another process holds it."""
+    """Lock an open file until it is closed (``shared``: a read lock). False when another process holds the lock."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -160,7 +159,7 @@ def take(descriptor: int, *, shared: bool = False, patience: float = 0.0) -> boo
 
 
 def is_held(file: Path) -> bool:
-    """Whether a living process holds a file."""
+    """Whether a living process holds the lock on a file."""
     try:
         with file.open("rb") as lock:
             return not take(lock.fileno(), shared=True)

@@ -15,7 +15,7 @@ LOOPBACK = ("localhost", "127.0.0.0/8", "127.0.0.1", "::1")  # gRPC takes subnet
 
 
 def direct(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which no proxy catches what stays on this machine, whoever reads which spelling."""
+    """Environment variables that keep proxies away from addresses of this machine, in every spelling in use."""
     told = env.get("no_proxy", env.get("NO_PROXY", ""))
     entries = [entry for entry in told.replace(" ", "").split(",") if entry and entry not in LOOPBACK]
     around = ",".join([*entries, *LOOPBACK])
@@ -28,7 +28,7 @@ def environment(home: Path, *, hub: bool, **defaults: str) -> dict[str, str]:
     Args:
         home: Flower's folder.
         hub: whether a model may be fetched from Hugging Face's hub.
-        defaults: for what this process's own environment does not say.
+        defaults: further variables, where this process's own environment does not set them.
     """
     fixed = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     if not hub:

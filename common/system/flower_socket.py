@@ -2,12 +2,13 @@
 
     FEDSPAN_SOCKET=PATH python -P common/system/flower_socket.py PROGRAM [its options]
 
-Every account of a machine can call a port of it, or listen there first. A socket lies in a folder that only one account
-may enter, so the kernel lets nobody else call Flower's Control API and Runtime APIs, or answer in their place. There is
-no secret that could leak: the token of a task, which Flower passes on a command line, opens nothing by itself.
+Every account of a machine can call a port of the loopback interface, or listen on it first. A socket lies in a folder
+that only one account may enter, so the kernel lets no other account call Flower's Control API and Runtime APIs, or
+answer in their place (decision 025). No secret can leak: the token of a task, which Flower passes on a command line,
+opens nothing by itself.
 
-Flower 1.39 has no option for this. Three modules of its own are exchanged for stand-ins: `uvicorn` where it serves,
-`httpx` where it calls, `subprocess` where it starts further programs, which then come through this file too.
+Flower 1.39 has no option for this. So this file replaces three modules that Flower imports: `uvicorn` where Flower
+serves, `httpx` where it calls, `subprocess` where it starts further programs, which then run through this file, too.
 
 This file imports nothing of FedSpan: it runs flwr-serverapp and flwr-clientapp, which load the code of a bundle.
 """

@@ -30,7 +30,7 @@ from common.system import files
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)  # what cryptography raises for what it cannot read
+_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)  # raised by cryptography for unreadable keys
 
 _SIGNATURE = ("digest", "key", "signature", "made")
 
@@ -49,7 +49,7 @@ def read_private(path: Path) -> PrivateKey:
     content = read_bytes(path)
     about = path.stat()
     mode = stat.S_IMODE(about.st_mode)
-    # A file of somebody else's that we can read is mounted for our group, as Kubernetes does with secrets.
+    # A readable file of another account is mounted for our group, as Kubernetes does with secrets.
     if mode & (0o077 if about.st_uid == os.geteuid() else 0o007):
         raise ConfigError(f"{path}: this private key can be read by others (mode {mode:04o}); run: chmod 600 {path}")
     try:
@@ -129,10 +129,10 @@ def read_signature(path: Path) -> dict[str, str]:
 
 
 def new_pair(prefix: Path) -> tuple[Path, Path]:
-    """Where a new private and public key go: ``prefix`` with .key and .pub.
+    """Paths for a new private and public key: ``prefix`` with .key and .pub.
 
     Raises:
-        ConfigError: one of them exists.
+        ConfigError: one of the files exists.
     """
     private, public = (prefix.parent / f"{prefix.name}.{ending}" for ending in ("key", "pub"))
     refuse_existing(private, public)

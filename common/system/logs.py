@@ -1,10 +1,10 @@
 """How FedSpan's processes log: readable lines, or with FEDSPAN_LOG=json one JSON object per line.
 
-Its keys: time (UTC), level, component, message, and where they are known run, site, round, event. Of an exception the
-type and the places that it passed through are logged, never its text, which might quote a row; FEDSPAN_TRACEBACK=1
-adds the text, for the eyes of those who may see the data.
+The object's keys: time (UTC), level, component, message, and where known run, site, round, event. For an exception the
+log has the type and the places that the exception passed through, never the text, which might quote a row.
+FEDSPAN_TRACEBACK=1 adds the text, for people who may see the data.
 
-``client.connect.worker_process`` loads this file by its path, so it imports nothing of FedSpan.
+``client.connect.worker_process`` loads this file by its path, so this file imports nothing of FedSpan.
 """
 
 import json
@@ -86,5 +86,5 @@ def configure(component: str) -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("flwr").handlers.clear()  # it would print the same once more, in a format of its own
+    logging.getLogger("flwr").handlers.clear()  # Flower's own handler would print every line a second time
     sys.excepthook = lambda *error: root.critical("the process ends on an error", exc_info=error)

@@ -1,4 +1,4 @@
-"""This machine: what it is, how much memory a process took at most, and how to go on when memory runs out."""
+"""This machine: its facts, a process's peak memory, and retries when memory runs out."""
 
 import gc
 import os
@@ -22,8 +22,8 @@ T = TypeVar("T")
 def resident_peak() -> int:
     """Most bytes that this process's program has held resident at a time.
 
-    On Linux ``ru_maxrss`` would be too large: it counts what the process held before it became this program, which
-    after a fork is all that its parent held.
+    On Linux ``ru_maxrss`` would be too large: it includes the memory from before the process executed this program,
+    which after a fork is all of its parent's memory.
     """
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
@@ -32,9 +32,9 @@ def resident_peak() -> int:
 
 
 def attempt(work: Callable[[], T]) -> T | None:
-    """What ``work`` returns; None when it ran out of memory, on a CUDA device or on the CPU.
+    """The result of ``work``; None when it ran out of memory, on a CUDA device or on the CPU.
 
-    An exception keeps all tensors of the frames that it went through; it ends here, and they with it.
+    The exception is dropped here, because it would keep all tensors of the frames that it passed through alive.
     """
     import torch  # here, so that looking at a run's folder does not load it
 
@@ -47,7 +47,7 @@ def attempt(work: Callable[[], T]) -> T | None:
 
 
 def release() -> None:
-    """Free what is left of a failed attempt: tensors in reference cycles, and the cache of CUDA's allocator."""
+    """Free the memory of a failed attempt: tensors in reference cycles, and the cache of CUDA's allocator."""
     import torch
 
     gc.collect()
@@ -55,7 +55,7 @@ def release() -> None:
 
 
 def halving(rows: list[E], size: int, work: Callable[[list[E]], T]) -> Iterator[T]:
-    """What ``work`` makes of ``size`` rows at a time, in order; of half as many from where memory runs out.
+    """The results of ``work`` on ``size`` rows at a time, in order; when memory runs out, ``size`` is halved.
 
     Raises:
         RuntimeError: PyTorch's own, when memory runs out with one row.

@@ -1,4 +1,4 @@
-"""Processes that are started together and stopped together: none outlives its group."""
+"""Groups of processes that are started and stopped together; no process outlives its group."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ import psutil
 from common.errors import LaunchError
 
 MARK = "FEDSPAN_RUN"  # environment variable that every process of a run carries, however deep
-_PART = "FEDSPAN_PART"  # likewise: which of the group's processes it descends from
+_PART = "FEDSPAN_PART"  # likewise: the process of the group that it descends from
 _PR_SET_PDEATHSIG = 1
 _LONGEST_FOLDER = 80  # bytes; the path of a socket has 103 on macOS, 107 on Linux
 
@@ -39,13 +39,13 @@ class Started:
 
 
 class ProcessGroup:
-    """Starts processes with a log file each, and stops all of them with all they started.
+    """Starts processes with a log file each, and stops all of them with all their children.
 
-    Use as a context manager: leaving it, in whatever way, stops everything. Should this process be killed itself, the
-    kernel ends its direct children (Linux), and Flower's own children end with their parents.
+    Use as a context manager: leaving it, in whatever way, stops everything. If this process is killed, the kernel ends
+    its direct children (Linux), and Flower's own children end with their parents.
 
     Args:
-        logs: folder of the log files; None: what the processes say goes where this one's words go.
+        logs: folder of the log files; None: the processes write to this process's standard output and error.
         grace: seconds between SIGTERM and SIGKILL.
     """
 
@@ -93,7 +93,7 @@ class ProcessGroup:
         return started
 
     def forget(self, started: Started) -> None:
-        """A process that has ended is not one of the group any more; what it left behind is killed."""
+        """Remove a process that has ended from the group, and kill the children that it left."""
         started.process.wait()
         self.started.remove(started)
         while left := marked(self._mark, started.name):
@@ -130,7 +130,7 @@ class ProcessGroup:
 
 
 def marked(mark: str, part: str | None = None) -> list[psutil.Process]:
-    """Living processes whose environment has ``FEDSPAN_RUN`` set to ``mark``; those that descend from ``part``."""
+    """Living processes whose environment has ``FEDSPAN_RUN=mark``; with ``part``, only its descendants."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -163,10 +163,10 @@ def listens(where: int | Path) -> bool:
 
 @contextlib.contextmanager
 def socket_folder() -> Iterator[Path]:
-    """A new folder for Unix sockets that no other account may enter; it is gone at the end.
+    """A new folder for Unix sockets that no other account may enter; removed at the end.
 
     Raises:
-        LaunchError: its path is too long for the path of a socket.
+        LaunchError: the folder's path is too long for the path of a socket.
     """
     with tempfile.TemporaryDirectory(prefix="fedspan-", ignore_cleanup_errors=True) as name:  # its mode is 0700
         if len(os.fsencode(name)) > _LONGEST_FOLDER:

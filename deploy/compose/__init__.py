@@ -1,1 +1,1 @@
-"""What docker-compose.yml needs: the federation of three containers on one machine."""
+"""Set-up for docker-compose.yml: a federation in containers on one machine."""

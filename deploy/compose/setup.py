@@ -2,7 +2,7 @@
 
 Makes a certificate authority, the server's certificate, a key pair per site and one for signing code, registers the
 sites, signs the bundle that the server will ship, and hands every party its own: each folder written here is a volume
-that one other container sees, the model's excepted. What is there already stays; the signature is made anew.
+that one other container sees, the model's excepted. Existing files stay, but for the signature, which is made again.
 """
 
 import shutil

@@ -1,1 +1,1 @@
-"""Recipes that make shards, and partitions of them."""
+"""Recipes that make rows of public data sets, and partitions of rows among sites."""

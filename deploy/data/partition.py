@@ -1,8 +1,8 @@
 """Split one data set among sites: ``fedspan data partition DATA --by HOW ... --out DIR``; see ``--help``.
 
-Leaves in DIR a shard and a site file for every site, ``partition.json`` (who holds how much of what: counts, and with
-``--by column`` the column's values) and ``partition.svg``, a picture of that. The splitting is flwr-datasets'; the same
-seed gives the same shards.
+Writes into DIR a shard and a site file for every site, ``partition.json`` (rows per site and label; with ``--by
+column`` also the column's values) and ``partition.svg``, a picture of these counts. flwr-datasets splits the rows; the
+same seed gives the same shards.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from deploy.data.split import By, Plan, cell, split
 
 
 def check_labels(labels: list[str], known: list[str], federation: Path) -> None:
-    """Hold the labels of the data against those that all sites of a federation must have in common.
+    """Check that every label of the data is among the labels of a federation's task.
 
     Raises:
-        ConfigError: the federation is no classification.
+        ConfigError: the federation's task is no classification.
         DataError: a label is not listed.
     """
     if not known:
@@ -44,9 +44,10 @@ def check_labels(labels: list[str], known: list[str], federation: Path) -> None:
 
 
 def _from_anywhere(template: str, prompts: list[str], folder: Path, reads_files: bool | None) -> str:
-    """The prompt's template, with ``folder`` before it where ``prompts`` are paths of files relative to that.
+    """The prompt's template for site files: prefixed with ``folder`` when the prompts are file paths relative to it.
 
-    They are when the task reads files; where that is not known, when every one names a file.
+    Prompts are file paths when the task reads files (``reads_files``); where the task is not known, when every prompt
+    names an existing file.
     """
     if reads_files is None:
         reads_files = all(os.path.isfile(folder / p) for p in prompts)  # noqa: PTH113 - Path's raises for long texts
@@ -61,9 +62,9 @@ def write(rows: list[Cells], parts: list[list[int]], plan: Plan, source: Path, s
     """Write shards, site files, ``partition.json`` and the picture; all of it or nothing.
 
     Args:
-        rows: of the whole data set.
+        rows: the rows of the whole data set.
         parts: row numbers of every site.
-        plan: what made them.
+        plan: the plan by which the rows were split.
         source: the data set, for the record.
         site: ``data`` section of every site file, without ``path``.
         out: a folder that does not exist yet.
@@ -125,8 +126,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="a new folder for shards, site files and the picture"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: %(default)s)")
-    parser.add_argument("--sites", type=int, metavar="N", help="how many (iid, dirichlet, label)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the random draws (default: %(default)s)"
+    )
+    parser.add_argument("--sites", type=int, metavar="N", help="number of sites (for iid, dirichlet, label)")
     parser.add_argument("--label", metavar="COLUMN", help="the labels' column; with any split, for the counts")
     parser.add_argument(
         "--alpha", type=float, metavar="A", help="dirichlet: small for unequal sites, e.g. 0.1; large for equal ones"
@@ -170,7 +173,7 @@ def _plan(given: argparse.Namespace) -> Plan:
 
 
 def partition(given: argparse.Namespace) -> str:
-    """What the command does; a sentence about what was made.
+    """Run the command; return a sentence about the result.
 
     Raises:
         FedSpanError: the arguments, the data or the folder do not allow it.

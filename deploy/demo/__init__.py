@@ -1,1 +1,1 @@
-"""The demo: SmolLM2-135M-Instruct learns clinical coding from three departments that keep their rows."""
+"""The demo: SmolLM2-135M-Instruct learns clinical coding from three departments, whose rows stay where they are."""

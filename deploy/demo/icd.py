@@ -70,7 +70,7 @@ def split(entries: list[Entry]) -> dict[str, list[Entry]]:
     """Rows by file stem: the sites' shards and ``server``, which shares no category with any of them.
 
     The server's rows are drawn evenly: from every chapter the first row of ``SERVER_ROWS_PER_CHAPTER`` categories in a
-    stable pseudo-random order. What remains of these categories is left out.
+    stable pseudo-random order. The other rows of these categories are left out.
     """
     first_rows: dict[str, Entry] = {}
     for entry in entries:

@@ -1,6 +1,6 @@
 """Prepare the demo's model and data: ``fedspan demo [--cache DIR]``.
 
-Leaves in the cache (default ``.cache/demo``):
+Writes into the cache (default ``.cache/demo``):
 
     smollm2/                          SmolLM2-135M-Instruct as a safetensors folder
     icd/site-{a,b,c}.jsonl            the three departments' rows
@@ -30,7 +30,7 @@ REQUIREMENTS = HERE / "requirements.txt"
 DEFAULT_CACHE = HERE.parents[1] / ".cache" / "demo"
 MANIFEST = "manifest.json"
 SOURCES = (REQUIREMENTS, HERE / "icd.py", HERE / "prepare.py")
-CONTEXT_LENGTH = 8192  # of SmolLM2; the GGUF file does not tell its tokenizer
+CONTEXT_LENGTH = 8192  # SmolLM2's; a tokenizer made from the GGUF file does not know it
 
 
 def prepare(cache: Path) -> bool:
@@ -152,10 +152,10 @@ def preparing(what: str, default: Path, prepare: Callable[[Path], bool], then: s
     """The command of a preparation.
 
     Args:
-        what: is prepared, in words.
-        default: cache.
-        prepare: makes a cache complete; whether anything was to be made.
-        then: what comes next.
+        what: the result of the preparation, in words.
+        default: the default cache folder.
+        prepare: makes a cache complete; returns whether anything was missing.
+        then: the next command to run.
     """
 
     def arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@
     comparison.csv          the final numbers, one per line
     comparison-rounds.csv   every number of every seed and round
 
-Made from the folder alone, so it can be made again at any time; what is not there yet is left out. The same folder
-gives the same bytes.
+The comparison depends on the folder alone, so it can be repeated at any time; unfinished trials are left out. The same
+folder gives the same bytes.
 """
 
 import csv
@@ -36,7 +36,7 @@ _DRAWN = ("client-cosine", "client-norm", "numerical-rank", "stable-rank", "trun
 
 
 def write_comparison(out: Path) -> Path:
-    """Write the comparison into an experiment's folder; the page's file.
+    """Write the comparison into an experiment's folder; return the page's path.
 
     Raises:
         RunFolderError: the folder holds no experiment, or a file cannot be read or written.
@@ -164,7 +164,7 @@ def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[st
 
 
 def _diagnostics(group: Group) -> list[str]:
-    """Which diagnostics any strategy of a setting reports."""
+    """The diagnostics that at least one strategy of a setting reports."""
     return [name for name in _DRAWN if any(line.diagnostic(name) for line in group.lines)]
 
 
@@ -179,7 +179,7 @@ def _partition_figure(held: Partition, number: int) -> Markup:
 
 
 def _samples(groups: list[Group]) -> tuple[str, list[dict[str, Any]]]:
-    """Of the first setting that has answers: its title, and each question with the answers of all strategies."""
+    """Title of the first setting that has answers, and each question with the answers of all strategies."""
     for group in groups:
         answered = [(title_of(line.strategy), line.seeds[0].samples) for line in group.lines if line.seeds]
         answered = [(title, samples) for title, samples in answered if samples]

@@ -1,4 +1,4 @@
-"""What an experiment's cells say, ready to be put on a page: no markup, no drawing."""
+"""Results of an experiment's trials as plain data for the page: no markup, no drawing."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from server.run.folder import read_lines
 from server.run.records import SERVER, Record, diagnostics, evaluations
 
 Values = dict[int, float]  # by rounds of training behind the model
-#: What a round was measured by besides scores.
+#: Measurements of a round beside the scores.
 BYTES, SECONDS = "bytes", "seconds"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over the seeds, and its sample standard deviation; None of one seed alone."""
+    """Mean over the seeds, and the sample standard deviation; None when there is one seed."""
 
     mean: float
     deviation: float | None
@@ -29,7 +29,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: list[float]) -> "Estimate":
-        """Of one value per seed."""
+        """Estimate from one value per seed."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
@@ -38,12 +38,14 @@ class Seed:
     """One finished run.
 
     Attributes:
-        versions: those evaluated on the server's set.
-        scores: of that set, by score and version.
-        bytes: moved so far, up and down, of all sites together; ``seconds``: so far if all sites work at once, that is
-            the slowest site's training and the server's combining of every round.
-        diagnostics: mean over the layer groups by name and round.
-        examples: rows of the server's set that were scored; ``generated``: how many of them were answered.
+        versions: versions that were evaluated on the server's set.
+        scores: scores on the server's set, by score and version.
+        bytes: bytes of tensors sent so far, up and down, all sites together, by version.
+        seconds: seconds so far if all sites worked at once, by version: in every round the slowest site's training
+            plus the server's aggregation.
+        diagnostics: mean over the layer groups, by name and round.
+        examples: number of rows of the server's set that were scored.
+        generated: number of those rows that were answered by generation.
     """
 
     seed: int
@@ -57,7 +59,7 @@ class Seed:
     generated: int | None
 
     def last(self, most: float = math.inf) -> int:
-        """The last version that was evaluated, of those within ``most`` bytes."""
+        """The last evaluated version that was reached with at most ``most`` bytes."""
         return max((version for version in self.versions if self.bytes.get(version, math.inf) <= most), default=0)
 
 
@@ -66,11 +68,11 @@ class Line:
     """A strategy in one setting, with all of its seeds.
 
     Attributes:
-        rate: the learning rate that was picked; None: none of those tried gave a result.
-        tried: how many were; 0: one was given.
-        edge: whether the rate is the smallest or largest of several that were tried.
-        unscored: rates that gave no score on the validation set, with what became of them.
-        missing: final runs that are not there, or failed.
+        rate: the selected learning rate; None: no tried rate gave a result.
+        tried: number of rates tried; 0: one rate was given.
+        edge: whether the selected rate is the smallest or largest of several rates tried.
+        unscored: rates without a score on the validation set, each with the trial's status.
+        missing: number of final runs that are missing or failed.
     """
 
     strategy: str
@@ -82,7 +84,7 @@ class Line:
     missing: int
 
     def curve(self, key: str) -> dict[int, Estimate]:
-        """A score by version, of the versions that all seeds have."""
+        """A score by version, for the versions that all seeds have."""
         return _over_seeds([seed.scores.get(key, {}) for seed in self.seeds])
 
     def diagnostic(self, name: str) -> dict[int, Estimate]:
@@ -127,7 +129,7 @@ class Group:
         return [score for name, score in SCORES.items() if any(line.final(name) for line in self.lines)]
 
     def thriftiest(self) -> float:
-        """Bytes of the whole run of the strategy that moved least."""
+        """Bytes of a whole run of the strategy that sent fewest."""
         ran = [line for line in self.lines if line.seeds]
         return min((max(seed.bytes[seed.last()] for seed in line.seeds) for line in ran), default=0)
 
@@ -143,7 +145,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Partition:
-    """Who holds how many rows of which label."""
+    """Number of rows per site and label."""
 
     clients: int
     alpha: float | None
@@ -161,7 +163,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that an experiment's folder holds."""
+    """All results in an experiment's folder."""
 
     name: str
     select_by: str
@@ -193,7 +195,7 @@ def read_comparison(out: Path) -> Comparison:
 
 
 def _line(out: Path, setting: dict[str, Any], wanted: int) -> Line:
-    """Of a setting that is wanted with so many seeds."""
+    """The line of a setting of the summary; ``wanted`` is the number of seeds."""
     seeds = [_seed(out / cell) for cell in setting["cells"] if outcome(out / cell).get("status") == "completed"]
     rates = [tried["learning_rate"] for tried in setting["tried"]]
     edge = len(rates) > 1 and setting["learning_rate"] in (min(rates), max(rates))

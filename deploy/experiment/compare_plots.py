@@ -14,17 +14,17 @@ from deploy.data.partition_picture import draw
 from deploy.experiment.compare_data import BYTES, SECONDS, Estimate, Line, Partition
 from server.report.plots import DASHES, INK, MARKERS, STYLE, colour, inline, short
 
-_COLOURS = (2, 3, 4, 7, 6, 0)  # of the report, those that are dark enough for a thin line
+_COLOURS = (2, 3, 4, 7, 6, 0)  # those of the report's colours that are dark enough for a thin line
 
 
 def curves(lines: Sequence[tuple[str, Line]], key: str, *, name: str, axis: str, label: str) -> str:
     """A score against rounds, bytes and seconds; a line and a band of one deviation for every strategy.
 
     Args:
-        lines: by the strategy's title.
-        key: of the score.
-        name: unique on the page.
-        axis: what the y axis says.
+        lines: pairs (title of the strategy, line).
+        key: the score's key.
+        name: the figure's name, unique on the page.
+        axis: label of the y axis.
         label: the figure in words.
     """
     with mpl.rc_context(STYLE):

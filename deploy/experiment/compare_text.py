@@ -1,4 +1,4 @@
-"""What a comparison says in sentences, the same on the page and in Markdown."""
+"""The sentences of a comparison, the same on the page and in Markdown."""
 
 from common.config.strategy import title_of
 from common.metrics import SCORES
@@ -6,7 +6,7 @@ from deploy.experiment.compare_data import Comparison
 
 
 def headline(found: Comparison) -> list[str]:
-    """Which strategy was best in how many settings, by the headline scores that were measured."""
+    """For each measured headline score: the strategies that were best, and in how many settings."""
     sentences = []
     for how in [score for score in SCORES.values() if score.headline]:
         judged = [group for group in found.groups if how in group.scores() and len(group.lines) > 1]
@@ -24,7 +24,7 @@ def headline(found: Comparison) -> list[str]:
 
 
 def notes(found: Comparison) -> list[str]:
-    """How the tables are to be read: paragraphs."""
+    """Notes on how to read the tables: paragraphs."""
     lines = [line for group in found.groups for line in group.lines]
     first = ["After the last round, on the test set: mean ± sample standard deviation over the seeds."]
     seeds = [seed for line in lines for seed in line.seeds]

@@ -14,7 +14,7 @@ from common.metrics import SCORES
 
 Rate = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-#: Keys of the federation that the experiment itself decides, with what to write instead.
+#: Keys of the federation that the experiment itself sets, with the experiment's key to use instead.
 _DECIDED = {
     "name": "`name` of the experiment",
     "strategy": "`grid.strategies`",
@@ -26,17 +26,17 @@ _DECIDED = {
 
 
 class StrategyChoice(Section):
-    """A strategy with its options, as in a federation file, and what the experiment says of it."""
+    """A strategy with its options, as in a federation file, and with the experiment's own keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     name: str = Field(description="As in a federation file; further keys are the strategy's own.")
-    label: Name | None = Field(None, description="What the report calls it; default: the name.")
-    learning_rates: list[Rate] | None = Field(None, min_length=1, description="Default: those of the grid.")
+    label: Name | None = Field(None, description="The strategy's name in the comparison; default: `name`.")
+    learning_rates: list[Rate] | None = Field(None, min_length=1, description="Default: the grid's learning rates.")
 
     @property
     def called(self) -> str:
-        """Its name in folders and the report."""
+        """The strategy's name in folders and in the comparison."""
         return self.label or self.name
 
     @property
@@ -46,7 +46,7 @@ class StrategyChoice(Section):
 
 
 class GridConfig(Section):
-    """What is varied: every combination is a setting; each is run with every seed."""
+    """The varied keys: every combination is a setting; each setting is run with every seed."""
 
     strategies: list[StrategyChoice] = Field(min_length=1)
     clients: list[Count] = Field(min_length=1, description="Numbers of sites; keys of `data.sites`.")
@@ -55,7 +55,7 @@ class GridConfig(Section):
     )
     ranks: list[Count] | None = Field(None, min_length=1, description="Default: each strategy's own.")
     local_steps: list[Count] | None = Field(None, min_length=1, description="Default: the federation's.")
-    learning_rates: list[Rate] = Field(min_length=1, description="Of strategies that do not give their own.")
+    learning_rates: list[Rate] = Field(min_length=1, description="Learning rates for strategies without their own.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
 
     @field_validator("clients", "alphas", "ranks", "local_steps", "learning_rates", "seeds")
@@ -74,15 +74,17 @@ class GridConfig(Section):
 
 
 class ExperimentData(Section):
-    """Whose rows are trained on, and the two sets that are not."""
+    """The sites' rows, the validation set and the test set."""
 
     sites: dict[Count, str | list[str]] = Field(
         min_length=1,
         description="By number of sites: a folder that holds so many site files and no other *.yaml, which may have "
         "{alpha} in its name; or a list of site files.",
     )
-    validation: DataConfig = Field(description="Picks the learning rate.")
-    test: DataConfig = Field(description="Judges, once the learning rate is picked; nothing else reads it.")
+    validation: DataConfig = Field(description="Rows by which the learning rate is selected.")
+    test: DataConfig = Field(
+        description="Rows for the final scores, after the learning rate is selected; used for nothing else."
+    )
     label: str | None = Field(
         None, description="Column whose values per site the report counts; a classifier's default is its answer."
     )
@@ -97,7 +99,7 @@ class ExperimentConfig(Section):
     grid: GridConfig
     select_by: str = Field(
         "loss",
-        description="The score after the last round, on the validation set, by which a rate is picked.",
+        description="Score by which the learning rate is selected: on the validation set, after the last round.",
         json_schema_extra=lambda schema: schema.update(enum=[*_selectable()]),
     )
     scales: dict[Name, dict[str, Any]] = Field(

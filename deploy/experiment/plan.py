@@ -1,4 +1,4 @@
-"""From an experiment file to its cells: every run that it asks for, checked before the first one starts."""
+"""The trials of an experiment file: every run that the file asks for, all checked before the first one starts."""
 
 import hashlib
 import itertools
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of its folders."""
+        """The setting's part of its trials' folder names."""
         parts = {"n": self.clients, "a": self.alpha, "r": self.rank, "s": self.local_steps}
         return "_".join([self.strategy, *(f"{key}{value}" for key, value in parts.items() if value is not None)])
 
@@ -58,7 +58,7 @@ class Cell:
         return f"{kind}/{self.setting.name}_lr{self.learning_rate}_seed{self.seed}"
 
     def facts(self) -> dict[str, Any]:
-        """All of it, as JSON holds it."""
+        """All fields, as plain JSON values."""
         return {**asdict(self.setting), "learning_rate": self.learning_rate, "seed": self.seed, "final": self.final}
 
 
@@ -71,7 +71,7 @@ class Plan:
 
     Attributes:
         sites: site files by number of sites and alpha.
-        partitions: how many rows of which label every site has; of all rows together where nothing is a label.
+        partitions: number of rows per site and label; without labels the number of rows per site.
 
     Raises:
         FedSpanError: the experiment, or one of its cells, is impossible; names key and cell.
@@ -110,7 +110,7 @@ class Plan:
         self.partitions = self._read_data()
 
     def cells(self) -> Iterator[Cell]:
-        """All cells that may be run; which of the final ones are depends on the rates that are picked."""
+        """All cells that may be run; which final ones are run depends on the selected rates."""
         for setting in self.settings:
             yield from self.selection(setting)
             for rate in self.rates(setting):
@@ -143,7 +143,9 @@ class Plan:
         evaluation: dict[str, Any] = {"server": self.config.data.test.model_dump(mode="json")}
         if not cell.final:
             evaluation["server"] = self.config.data.validation.model_dump(mode="json")
-            if SCORES[self.config.select_by].of is None:  # what is generated picks no rate
+            if (
+                SCORES[self.config.select_by].of is None
+            ):  # scores of generated answers select no rate, and generation takes long
                 evaluation |= {"generate": 0, "samples": 0}
         cohort = _with(shared.get("cohort", {}), {})
         if isinstance(cohort, dict) and cohort.get("fraction", 1.0) == 1.0:
@@ -256,7 +258,7 @@ def _check_score(key: str, federation: FederationConfig, source: Path) -> None:
 
 
 def _digest(rows: list[Row], file: bytes = b"") -> str:
-    """SHA-256 (hex) of rows in their order, after a file that names them; of an image its content counts."""
+    """SHA-256 (hex) of ``file``, the bytes of a site file, and of rows in their order; images count by content."""
     digest = hashlib.sha256(file)
     for row in rows:
         digest.update(row.key().encode())
@@ -264,5 +266,5 @@ def _digest(rows: list[Row], file: bytes = b"") -> str:
 
 
 def _with(section: object, changes: dict[str, Any]) -> object:
-    """A section with changes; what is no section is left to the check of the federation file."""
+    """A section with changes; a value that is no section is returned, for the federation file's check to reject."""
     return {**section, **changes} if isinstance(section, Mapping) else section

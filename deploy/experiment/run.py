@@ -10,8 +10,8 @@ validation set; with it, every seed is run and judged on the test set. All runs 
     DIR/comparison.*      see ``fedspan compare``
 
 Called again, it skips cells that have ended well, lets killed ones of the selection go on, and tries failed ones once
-more; a learning rate whose training diverges has lost the selection and is not tried again. What there is to compare is
-written when a cell failed or the experiment was interrupted, too.
+more; a learning rate whose training diverges has lost the selection and is not tried again. The comparison of all
+finished cells is written also when a cell failed or the experiment was interrupted.
 """
 
 import argparse
@@ -51,10 +51,10 @@ class Experiment:
     """An experiment at work in its folder.
 
     Args:
-        plan: what is to be run.
+        plan: the settings and cells to run.
         out: the experiment's folder.
-        jobs: cells at a time.
-        console: where progress is shown.
+        jobs: number of cells that run at the same time.
+        console: the terminal on which progress is shown.
     """
 
     def __init__(self, plan: Plan, out: Path, jobs: int, console: Console) -> None:
@@ -64,7 +64,7 @@ class Experiment:
         self._rates: dict[Setting, float | None] = {}
 
     def run(self) -> None:
-        """All cells, as far as they are not there yet."""
+        """Run all cells that are not settled yet."""
         plan = self._plan
         self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
         self._write()  # an interrupt leaves what earlier calls have found
@@ -88,7 +88,7 @@ class Experiment:
         return [cell for setting, rate in found for cell in self._plan.final(setting, rate)]
 
     def _is_selected(self, setting: Setting) -> bool:
-        """Whether it is known how every learning rate of a setting does."""
+        """Whether every cell that selects the setting's learning rate is settled."""
         return all(map(self._is_settled, self._plan.selection(setting)))
 
     def _is_settled(self, cell: Cell) -> bool:
@@ -141,7 +141,7 @@ class Experiment:
         self._running.clear()
 
     def _pick(self, setting: Setting) -> float | None:
-        """The learning rate with the best score on the validation set, of equals the smallest; None: none has one."""
+        """The learning rate with the best validation score, the smallest of equals; None: no rate has a score."""
         if not self._plan.selection(setting):
             return self._plan.rates(setting)[0]
         sign = 1 if SCORES[self._plan.config.select_by].lower_is_better else -1
@@ -149,7 +149,7 @@ class Experiment:
         return min(tried, default=(0.0, None))[1]
 
     def _tried(self, setting: Setting) -> list[dict[str, Any]]:
-        """Every learning rate with its score on the validation set; without one, with what became of its cell."""
+        """Every learning rate with its score on the validation set, or with the cell's status when it has no score."""
         key, found = self._plan.config.select_by, []
         for cell in self._plan.selection(setting):
             folder = self._out / cell.folder

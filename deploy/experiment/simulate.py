@@ -1,7 +1,7 @@
 """Many sites in one process: a Flower grid that hands each message to the ClientApp itself.
 
-Round loop, strategies and ClientApp are those of a federation of processes, and so are the messages: each goes through
-Flower's serialisation, there and back, so that the two sides share nothing. What is left out is the transport.
+Round loop, strategies, ClientApp and messages are the same as in a federation of processes: each message is serialised
+and read back by Flower, so that the two sides share no memory. Only the transport is left out (decision 020).
 """
 
 import itertools
@@ -45,9 +45,9 @@ def simulate(
     Args:
         source: the federation file.
         run_dir: where the results go.
-        threads: that PyTorch may use.
+        threads: number of threads that PyTorch may use.
         ledgers: see ``InProcessGrid``.
-        resume: go on with the run that is there.
+        resume: resume the run in ``run_dir``.
         keep_model: write the fine-tuned model.
 
     Raises:
@@ -60,14 +60,14 @@ def simulate(
 
 
 class InProcessGrid(Grid):
-    """Sites of this process, which work one after the other in a thread of their own. Use as a context manager.
+    """Sites of this process; one thread does their work, one message at a time. Use as a context manager.
 
-    The environment variables that tell the ClientApp what its process is are set for good: a process holds one such
+    The grid sets the environment variables that the ClientApp reads and never resets them: a process may make one such
     grid in its life.
 
     Args:
-        federation: with absolute paths; the sites, those of ``local.sites``, agree to it.
-        ledgers: an existing folder for the sites' ledgers; None: where the site files say.
+        federation: the federation, with absolute paths; the sites in ``local.sites`` agree to its settings.
+        ledgers: an existing folder for the sites' ledgers; None: the paths in the site files.
     """
 
     def __init__(self, federation: FederationConfig, ledgers: Path | None = None) -> None:
@@ -100,9 +100,9 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Put messages into the sites' queue. A question (the hello) is answered before this returns.
+        """Put messages into the sites' queue; a query (the hello) is answered before this method returns.
 
-        So every site is known before a cohort is drawn, and the cohorts of two runs are the same.
+        So the server knows every site before it draws a cohort, and two runs draw the same cohorts.
         """
         ids = []
         for message in messages:
@@ -128,7 +128,7 @@ class InProcessGrid(Grid):
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         return message_from_proto(message_to_proto(reply))
 
-    # What Flower's own strategies ask a grid for besides
+    # Further methods that Flower's own strategies call on a grid
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """See ``Grid.send_and_receive``."""

@@ -23,7 +23,7 @@ from common.system.files import write_atomically
 from common.system.processes import die_with_parent
 from server.run.folder import FEDERATION, changes, write_federation
 
-SUMMARY = "experiment.json"  # of the whole experiment, in its folder
+SUMMARY = "experiment.json"  # the summary of the whole experiment, in the experiment's folder
 FACTS = "cell.json"
 LOG = "log"
 _LEDGERS = "ledgers"
@@ -31,13 +31,13 @@ _PROCESS = "deploy.experiment.trial_process"  # by name: only the fork server im
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says of a cell; empty when it did not begin."""
+    """The content of a cell's ``run.json``; empty when the cell was not started."""
     file = folder / "run.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def status(folder: Path) -> str:
-    """How a cell stands: missing, running (or killed), completed, failed, or diverged: failed by its learning rate."""
+    """A cell's status: missing, running (or killed), completed, failed, or diverged (failed by its learning rate)."""
     told = outcome(folder)
     if told.get("status") == "failed" and DIVERGED & {*told.get("causes", {}).values()}:
         return "diverged"
@@ -45,7 +45,7 @@ def status(folder: Path) -> str:
 
 
 def is_settled(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a cell is not run again: it ended well, or picks a learning rate and showed that this one diverges."""
+    """True when a cell needs no rerun: it completed, or it is a learning-rate trial that diverged."""
     return status(folder) in (("completed",) if facts["final"] else ("completed", "diverged"))
 
 
@@ -53,9 +53,9 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
     """Raise a RunFolderError when a cell that is settled, or would go on, was begun with other settings or data.
 
     Args:
-        folder: of the cell.
-        federation: its federation file, with absolute paths.
-        facts: see ``start``; cells of earlier versions have no ``digests``, and are not asked for them.
+        folder: the cell's folder.
+        federation: the cell's federation file, with absolute paths.
+        facts: see ``start``; cells of earlier versions have no ``digests``, so their data is not compared.
     """
     file = folder / FEDERATION
     if not file.exists() or not (is_settled(folder, facts) or _goes_on(folder, federation, facts)):
@@ -74,10 +74,10 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
 
 
 def _goes_on(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> bool:
-    """Whether a killed cell goes on after its last round.
+    """Whether a killed cell is resumed after its last round.
 
-    A final one does not, because its sites would hold nothing and be sent everything once more: bytes that a run in one
-    go does not move. Nor does one whose sites have lost what they kept for themselves.
+    A final cell is not resumed: its new sites would hold nothing, so the server would send tensors again, and the bytes
+    of the run would not be those of an uninterrupted one. Nor is a cell whose sites have lost their own state.
     """
     from server.app import site_state_lost
 
@@ -85,13 +85,14 @@ def _goes_on(folder: Path, federation: FederationConfig, facts: Mapping[str, Any
 
 
 def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], threads: int) -> BaseProcess:
-    """Start a cell, or let a killed one go on where that changes no result.
+    """Start a cell, or resume a killed one where that changes no result.
 
     Args:
-        folder: of the cell, not that of a settled one.
-        federation: its federation file, with absolute paths.
-        facts: which cell it is; ``final``: whether it judges, and ``digests`` by name of the data it runs on.
-        threads: that PyTorch may use.
+        folder: the cell's folder; the cell must not be settled.
+        federation: the cell's federation file, with absolute paths.
+        facts: the cell's fields, among them ``final`` (whether it is evaluated on the test set), and ``digests`` of
+            its data, by name.
+        threads: number of threads that PyTorch may use.
     """
     resume = _goes_on(folder, federation, facts)
     if not resume:

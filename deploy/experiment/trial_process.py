@@ -28,14 +28,14 @@ def run(source: Path, folder: Path, ledgers: Path, threads: int, *, resume: bool
         source: the federation file.
         folder: the run's folder.
         ledgers: folder for ledgers of this run alone: in the sites' own, every trial would count against their limits.
-        threads: that PyTorch may use.
-        resume: go on with the run in ``folder``.
+        threads: number of threads that PyTorch may use.
+        resume: resume the run in ``folder``.
     """
     ledgers.mkdir(exist_ok=True)
     try:
         simulate(source, folder, threads, ledgers=ledgers, resume=resume, keep_model=False)
     except FedSpanError as error:
         sys.exit(str(error))
-    finally:  # a killed trial keeps what it goes on with
+    finally:  # only a trial that ended needs no checkpoint and ledgers; a killed one never gets here and is resumed
         for only_to_go_on in (folder / CHECKPOINTS, ledgers):
             shutil.rmtree(only_to_go_on, ignore_errors=True)

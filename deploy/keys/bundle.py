@@ -45,12 +45,12 @@ def make_key(prefix: Path) -> str:
 
 
 def sign(key_file: Path, digest: str, form: str = BUNDLE) -> dict[str, str]:
-    """A signature for what has this SHA-256.
+    """Sign a bundle, or a federation's settings, by SHA-256.
 
     Args:
         key_file: the secret key.
-        digest: of a bundle, or of settings.
-        form: what it is (``client.connect.verify``).
+        digest: SHA-256 (hex) of the bundle or the settings.
+        form: the signed text with a place for the digest; tells bundles from settings (``client.connect.verify``).
 
     Raises:
         ConfigError: the key cannot be used.

@@ -27,16 +27,16 @@ class Flower:
     All of it is Flower's own, on ports of the loopback interface that every account of this machine can use.
 
     Args:
-        folder: for Flower's files and the logs.
-        threads: of every process's PyTorch.
-        env: more of the processes' environment.
+        folder: folder for Flower's files and the logs.
+        threads: number of threads of PyTorch in every process.
+        env: further environment variables of the processes.
     """
 
     def __init__(self, folder: Path, threads: int = 1, env: Mapping[str, str] | None = None) -> None:
         self._logs, self._home = folder / "logs", folder / "flwr"
         self._group = ProcessGroup(self._logs)
         self._port, self.fleet = free_ports(2)
-        self.ports: dict[str, int] = {}  # of the SuperNodes' Runtime APIs, by name
+        self.ports: dict[str, int] = {}  # ports of the SuperNodes' Runtime APIs, by name
         self._home.mkdir(parents=True)
         link = f'address = "127.0.0.1:{self._port}"\ninsecure = true\n'
         (self._home / "config.toml").write_text(f"[superlink.{SUPERLINK}]\n{link}", encoding="utf-8")

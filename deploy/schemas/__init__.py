@@ -41,7 +41,7 @@ def _text(section: type[Section]) -> str:
 
 
 def _one_word_or_mapping(union: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """What ``strategy`` and ``task`` take: a mapping that names its kind, or that name alone where it is enough."""
+    """Schema of a section such as ``strategy``: a mapping that names its kind, or the name alone if that is enough."""
     tag, kinds = union["discriminator"]["propertyName"], union["discriminator"]["mapping"]
     words = []
     for word, reference in kinds.items():

@@ -1,4 +1,4 @@
-"""The page of what crosses the line, for whoever answers for a site's data; made of the declarations of messages."""
+"""``docs/what-leaves.md``: all that a site sends and receives, for its data-protection officer; made from the code."""
 
 from collections.abc import Iterable, Iterator
 
@@ -23,11 +23,11 @@ Made from [common/protocol/messages.py](../common/protocol/messages.py) by `feds
 together.
 
 Server and site exchange the messages below, and nothing else through FedSpan. Flower itself needs a site's public key,
-its address and signs of life. Whoever receives a message refuses what is not listed here, and what is not as it is
-allowed here. No message holds a row, a prompt, an answer, generated text, or counts by label. What is not to leave by
-the site file's `policy` or `privacy` is taken out before anything is sent. Of trained tensors those leave that a site
-is asked for and its `policy.tensors` allows; with `optimizer_state: averaged` second moments are among them, and a site
-with `privacy` does not take part.
+its address and heartbeats. The receiver of a message rejects keys that are not listed here, and values that are not
+allowed here. No message holds a row, a prompt, an answer, generated text, or counts by label. Before a site sends a
+message, it takes out the values that the site file's `policy` or `privacy` keeps at the site. A site sends the trained
+tensors that the server asks for and `policy.tensors` allows; with `optimizer_state: averaged` second moments are among
+these tensors, and a site with `privacy` does not take part.
 
 ## From the site
 """
@@ -100,6 +100,6 @@ def _failures() -> Iterator[Row]:
             says = str(error.__doc__).partition("\n")[0].replace("``", "`")
             yield str(code), name, says, "the same" if issubclass(error, errors.PUBLIC) else _FIXED
         elif code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
-            yield str(code), name, "What nobody foresaw: its type, and the place in the code.", _FIXED
+            yield str(code), name, "An unexpected error: its type, and the place in the code.", _FIXED
         else:
             yield str(code), name, "Flower's own.", "the same"

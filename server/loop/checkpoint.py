@@ -1,13 +1,13 @@
-"""The state after a round, from which a run goes on when its server has died.
+"""Checkpoints: the state after a round, from which a run is resumed when its server has died (decision 009).
 
     checkpoints/round-000003/
-        checkpoint.json        round, versions, how much of metrics.jsonl belongs to it, SHA-256 of the files below
+        checkpoint.json        round, versions, length of metrics.jsonl, SHA-256 of the files below
         state.safetensors      the global state
-        steps.safetensors      the last steps that led to it
-        moments.safetensors    of the server optimizer, where there is one
+        steps.safetensors      the last steps that led to the state
+        moments.safetensors    the server optimizer's moments, if there is a server optimizer
 
-A folder is there whole or not at all (``common.system.files``); what is read is compared with its digests first.
-Nothing is pickled.
+A folder appears complete or not at all (``common.system.files``); every file is compared with its digest before it is
+used. Nothing is pickled.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on.
+    """All state that a resumed run needs.
 
     Attributes:
         round: the last finished round.
-        state: the global state after it.
-        versions: how it came about; None under a strategy that has no steps.
-        metrics_bytes: length of metrics.jsonl after it; what follows there belongs to a round that was not finished.
-        refusals: how many updates in a row were refused, by site.
-        moments: of the server optimizer, by kind; empty without one.
+        state: the global state after that round.
+        versions: the state's versions and steps; None under a strategy without steps.
+        metrics_bytes: length of metrics.jsonl after that round; later lines belong to a round that was not finished.
+        refusals: number of updates rejected in a row, by site.
+        moments: the server optimizer's moments, by kind; empty without a server optimizer.
     """
 
     round: int
@@ -56,7 +56,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write a checkpoint and remove all but the newest ``keep``.
 
     Raises:
-        FederationError: it cannot be written, e.g. on a full disk; the ones before it are as they were.
+        FederationError: the checkpoint cannot be written, e.g. on a full disk; older checkpoints are unchanged.
     """
     folder = run_dir / CHECKPOINTS
     final = folder / f"round-{checkpoint.round:06}"
@@ -74,7 +74,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     if versions is not None:
         facts["versions"] = {"first": versions.first, "latest": versions.latest}
         facts["versions"]["steps"] = [[since, step.server_round] for since, step in versions.steps]
-    for killed in folder.glob(".round-*"):  # of servers that were killed here; a run has one server at a time
+    for killed in folder.glob(".round-*"):  # half-written by a server that was killed; a run has one server at a time
         shutil.rmtree(killed, ignore_errors=True)
     try:
         with built(final) as new:
@@ -90,11 +90,11 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
 
 
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None when there is none at all.
+    """The newest undamaged checkpoint; None when the run has no checkpoint.
 
     Args:
         run_dir: the run's folder.
-        warn: is told of each damaged one that was passed over.
+        warn: called with a sentence about each damaged checkpoint that is skipped.
 
     Raises:
         FederationError: there are checkpoints, and all are damaged.

@@ -1,4 +1,4 @@
-"""Who takes part: every node says hello first, and is refused by name when its base model differs."""
+"""The clients of a federation: every node answers a hello first, and is rejected when its base model differs."""
 
 import time
 from collections import Counter
@@ -17,26 +17,26 @@ from server.run.quarantine import Quarantine
 from strategies.flower.messages import Client, RuleMessages
 
 _GROUP = "hello"
-_HELLOS = 3  # so often a node is asked whose hello was lost with a process of its
+_HELLOS = 3  # a node is asked for its hello so many times when its process dies before answering
 
 
 class Clients:
-    """The nodes of sites: who has said hello, who is admitted, who is connected.
+    """The nodes of sites: which nodes have answered the hello, are admitted, are connected.
 
     Args:
         grid: Flower's grid.
-        in_flight: shared with the round loop.
-        folder: where joins and refusals are noted.
-        settings: what every request holds.
-        quarantine: which sites are left out.
-        admission: how much noise a site may add, and how many rows it may have.
-        base_digest: of the server's base model.
-        tokenizer_digest: of the server's tokenizer.
-        expected: how many sites there are at most; once so many have answered, nobody is waited for. None: unknown.
+        in_flight: the messages in flight, shared with the round loop.
+        folder: the run folder, where joins and refusals are noted.
+        settings: the content of every request.
+        quarantine: the sites that are left out.
+        admission: limits for a site's noise and number of rows.
+        base_digest: digest of the server's base model.
+        tokenizer_digest: digest of the server's tokenizer.
+        expected: largest number of sites; when so many have answered, the server waits for no more. None: unknown.
 
     Attributes:
-        hellos: of the admitted nodes, by node id.
-        refused: why the others are not admitted, by node id.
+        hellos: hellos of the admitted nodes, by node id.
+        refused: reasons why the other nodes are not admitted, by node id.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Clients:
         self._settings, self._quarantine, self._admission = settings, quarantine, admission
         self._digests = {"base model": base_digest, "tokenizer": tokenizer_digest}
         self._expected = expected
-        self._kinds: dict[str, str] = {}  # of errors in place of a hello, or in it, by site
+        self._kinds: dict[str, str] = {}  # kinds of the errors for which nodes are not admitted, by site
         self._asked: set[int] = set()
-        self._lost = Counter[int]()  # hellos by node
-        self._up: set[str] = set()  # admitted sites that are connected, as far as it has been noted
-        self._namesakes: dict[int, Hello] = {}  # of nodes whose name another connected node has
+        self._lost = Counter[int]()  # number of lost hellos, by node
+        self._up: set[str] = set()  # admitted sites that are noted as connected in the run folder
+        self._namesakes: dict[int, Hello] = {}  # hellos of nodes whose site name another connected node has
 
     def poll_hellos(self) -> None:
-        """Take in whom an operator readmits and who is new: ask for a hello, read the answers. Does not wait.
+        """Send hellos to new and readmitted nodes, and read the answers that have arrived. Does not wait.
 
-        A site that was killed and started again comes as a new node while Flower still counts the old one as
-        connected, for about a minute; it is taken in as soon as that one is gone.
+        A site that was killed and restarted is a new node. Flower counts the old node as connected for about a minute
+        more; the new node is admitted as soon as the old one is gone.
         """
         for site in self._quarantine.readmitted():
             self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
@@ -92,14 +92,14 @@ class Clients:
                 self._admit(node_id, hello)
 
     def returned(self, group: str) -> list[int]:
-        """Nodes that connected anew, with the same key, after they had been sent a message that is not answered."""
+        """Nodes that reconnected with the same key since an unanswered message was sent: the message is lost."""
         waiting = self._in_flight.open(group)
         return [
             sent.node_id for sent in waiting if from_supervisor.activated(self._folder.path, sent.node_id) > sent.at
         ]
 
     def _note_connections(self, online: set[int]) -> None:
-        """Note which admitted sites have gone or come back since the last look."""
+        """Note which admitted sites have disconnected or reconnected since the last call."""
         up = {self.hellos[node_id].site for node_id in online & self.hellos.keys()}
         for site in sorted(up ^ self._up):
             self._folder.event("client_connected" if site in up else "client_disconnected", client=site)
@@ -115,7 +115,7 @@ class Clients:
         return next((node_id for node_id in self.connected() if self.hellos[node_id].site == site), None)
 
     def register_with(self, strategy: RuleMessages) -> None:
-        """Tell the strategy of sites that are new."""
+        """Give the strategy the name, rank and alpha of new sites."""
         for node_id, hello in self.hellos.items():
             if node_id not in strategy.clients:
                 rank = hello.rank if strategy.rule.section.mixed_ranks else None
@@ -125,7 +125,7 @@ class Clients:
         """Wait until ``min_clients`` sites are admitted.
 
         Raises:
-            FederationError: not enough came within ``join_deadline`` seconds; says who was refused and why.
+            FederationError: too few joined within ``join_deadline`` seconds; the text gives the reasons of refusals.
         """
         deadline = time.monotonic() + cohort.join_deadline
         reported = -1
@@ -166,7 +166,7 @@ class Clients:
             self._refuse(node_id, site, f"{site}: {unreadable}", kind_of(unreadable))
 
     def _admit(self, node_id: int, hello: Hello) -> None:
-        """Admit a node, or say why not."""
+        """Admit a node, or note the reason why it is rejected."""
         site = hello.site
         if (objection := self._objection(node_id, hello)) is not None:
             self._refuse(node_id, site, f"{site}: {objection}")
@@ -188,7 +188,7 @@ class Clients:
         )
 
     def _objection(self, node_id: int, hello: Hello) -> str | None:
-        """Why a site cannot take part; None when it can."""
+        """The reason why a site cannot take part; None when it can."""
         owner = from_supervisor.site_of(self._folder.path, node_id)
         if owner not in (hello.site, None):
             registered = f"its key is registered as {owner}" if owner else "its key is not in the register of sites"
@@ -216,7 +216,7 @@ class Clients:
         return sorted(online, key=lambda node_id: self.hellos[node_id].site)
 
     def _refuse(self, node_id: int, site: str, reason: str, kind: str | None = None) -> None:
-        """Note why a node does not take part; ``kind`` is that of its error, if there was one."""
+        """Note the reason why a node does not take part, and the ``kind`` of its error if it answered with one."""
         self.refused[node_id] = reason
         self._kinds |= {} if kind is None else {site: kind}
         self._folder.event("client_refused", client=site, reason=reason, kind=kind)

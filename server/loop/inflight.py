@@ -1,4 +1,4 @@
-"""Messages that were sent and wait for a reply; replies come out one at a time, as they arrive."""
+"""Messages in flight: sent, and waiting for a reply. Replies are yielded one at a time, as they arrive."""
 
 import threading
 import time
@@ -13,15 +13,15 @@ from common.errors import FederationError, WireError, WorkerDied
 from common.protocol.messages import Failure
 
 POLL_SECONDS = 0.2  # the SuperLink is on this machine: asking costs little
-_POLL_SECONDS_EACH = 0.02  # per reply that is waited for: one question takes about as long
-#: So long others wait while a reply is pulled; one that is still being uploaded takes as long as that.
+_POLL_SECONDS_EACH = 0.02  # per message in flight: asking for one reply takes about as long
+#: So long a pull may hold up the other replies; a pull that takes longer goes on in its thread (decision 010).
 _PULL_SECONDS = 2.0
 #: Codes of replies that say that a message was lost with the process that had it; the site has refused nothing.
 LOST = {WorkerDied.code, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
 def failure_in(reply: Message) -> Failure | None:
-    """The error that a reply is; one that cannot be read is a ``WireError``. None: the reply is no error."""
+    """The error in a reply, a ``WireError`` when the error cannot be read; None: the reply holds no error."""
     if not reply.has_error():
         return None
     try:
@@ -32,12 +32,12 @@ def failure_in(reply: Message) -> Failure | None:
 
 @dataclass(frozen=True)
 class Sent:
-    """A message under way.
+    """A message in flight.
 
     Attributes:
-        node_id: whom it went to.
-        group: what it belongs to, e.g. "train/3"; replies are asked for by group.
-        at: Unix time when the SuperLink had it.
+        node_id: the node that it was sent to.
+        group: the message's group, e.g. "train/3"; replies are asked for by group.
+        at: Unix time when the SuperLink took the message.
     """
 
     node_id: int
@@ -46,10 +46,10 @@ class Sent:
 
 
 class _Pull(threading.Thread):
-    """Asks the SuperLink for the reply to one message.
+    """Pulls the reply to one message from the SuperLink, in a thread.
 
-    Flower's grid hands out nothing before all of a reply has been uploaded, so it may block for as long as a slow link
-    takes.
+    Flower's ``pull_messages`` blocks until a reply is uploaded completely, up to two hours over a slow link. In the
+    server's main thread one slow site would hold up all others and the deadline (decision 010).
     """
 
     def __init__(self, grid: Grid, message_id: str) -> None:
@@ -67,7 +67,7 @@ class _Pull(threading.Thread):
             self._error = error
 
     def result(self) -> list[Message]:
-        """The reply, if there is one; none while it is on its way."""
+        """The reply, if the pull has ended with one; else no message."""
         if self.is_alive():
             return []
         if self._error is not None:
@@ -76,19 +76,19 @@ class _Pull(threading.Thread):
 
 
 class InFlight:
-    """Sends messages and hands out their replies, one at a time and none of them twice."""
+    """Sends messages and yields their replies, one at a time and each once."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._open: dict[str, Sent] = {}
         self._late: dict[str, Sent] = {}
-        self._pulls: dict[str, _Pull] = {}  # of replies that are being uploaded
+        self._pulls: dict[str, _Pull] = {}  # unfinished pulls, by message id: the reply is still being uploaded
 
     def push(self, messages: Iterable[Message], group: str) -> None:
-        """Hand messages to the SuperLink.
+        """Send messages to the SuperLink.
 
         Raises:
-            FederationError: the SuperLink did not take one of them.
+            FederationError: the SuperLink did not take all of them.
         """
         outgoing = list(messages)
         ids = list(self._grid.push_messages(outgoing))
@@ -99,14 +99,14 @@ class InFlight:
             self._open[message_id] = Sent(message.metadata.dst_node_id, group, now)
 
     def arrived(self, group: str) -> Iterator[tuple[Sent, Message]]:
-        """The replies of a group that are there now."""
+        """The replies of a group that have arrived by now."""
         for message_id in [i for i, sent in self._open.items() if sent.group == group]:
             replies = self._pull(message_id)
             if replies:
                 yield self._open.pop(message_id), replies.pop()
 
     def _pull(self, message_id: str) -> list[Message]:
-        """The reply to a message, if it is there."""
+        """The reply to a message, if it has arrived."""
         pull = self._pulls.pop(message_id, None) or _Pull(self._grid, message_id)
         if pull.is_alive():
             self._pulls[message_id] = pull
@@ -115,10 +115,10 @@ class InFlight:
     def replies(
         self, group: str, deadline: Callable[[], float], more: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Sent, Message]]:
-        """The replies of a group until all are there or ``time.monotonic()`` has passed ``deadline``.
+        """Yield the replies of a group until all have arrived or ``time.monotonic()`` has passed ``deadline``.
 
-        Between two questions ``more`` is called, which may push messages of the group, and says whether it is to be
-        called again although nobody is waited for.
+        Between two polls the method calls ``more``, which may send further messages of the group. When no message is in
+        flight, polling goes on as long as ``more`` returns True.
         """
         going_on = bool(self.waiting(group))
         while going_on:
@@ -138,17 +138,17 @@ class InFlight:
         return [sent for sent in self._open.values() if sent.group == group]
 
     def forget(self, group: str, node_id: int | None = None) -> list[int]:
-        """Give up on the open messages of a group, or of one node; the nodes that did not answer. See `late`."""
+        """Give up on a group's unanswered messages, or on one node's; returns the nodes. See `late`."""
         late = {i: s for i, s in self._open.items() if s.group == group and node_id in (None, s.node_id)}
         self._open = {i: sent for i, sent in self._open.items() if i not in late}
         self._late |= late
         return [sent.node_id for sent in late.values()]
 
     def late(self, lifetime: float) -> Iterator[Sent]:
-        """Messages given up on whose replies have come since; these are dropped.
+        """Messages that were given up on and whose replies have arrived since; the replies are dropped.
 
         Args:
-            lifetime: seconds after which a message is not asked for any more.
+            lifetime: seconds after which a reply can no longer arrive.
         """
         now = time.time()
         self._late = {i: sent for i, sent in self._late.items() if now < sent.at + lifetime}

@@ -1,4 +1,7 @@
-"""The updates of a round on disk, until it is known which of them count: memory does not grow with their number."""
+"""The updates of a round on disk, until the round closes and admission knows the median norm (decision 010).
+
+On disk, because memory must not grow with the number of updates (decision 008).
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -12,32 +15,34 @@ from common.errors import FederationError
 from common.protocol.tensors import Tensors, flatten, unflatten
 from strategies.rule import Update
 
-_WHOLE, _LEFT, _RIGHT = "whole", "left", "right"  # groups of tensors; of factors with the term's number
+_WHOLE, _LEFT, _RIGHT = "whole", "left", "right"  # groups of tensors; groups of factors end with the term's number
 
 
 class PendingUpdates:
-    """Updates in files of a folder, which is emptied first and removed at the end. Use as a context manager.
+    """Updates as files in a folder, which is emptied first and removed at the end. Use as a context manager.
 
     Args:
-        folder: on a disk that holds a round's updates.
+        folder: the folder, on a disk with room for all updates of a round.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._kept: dict[str, tuple[Path, Update]] = {}  # by client; of the update all but its tensors
+        self._kept: dict[
+            str, tuple[Path, Update]
+        ] = {}  # by client: file of the tensors, and the update without tensors
 
     def __enter__(self) -> "PendingUpdates":
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a server that was killed
+        shutil.rmtree(self._folder, ignore_errors=True)  # left by a server that was killed
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def put(self, update: Update) -> None:
-        """Write an update down.
+        """Write an update to disk.
 
         Raises:
-            FederationError: the disk does not take it.
+            FederationError: the update cannot be written, e.g. on a full disk.
         """
         file = self._folder / f"{len(self._kept)}.safetensors"
         groups: dict[str, Tensors] = {_WHOLE: dict(update.tensors)}
@@ -54,7 +59,7 @@ class PendingUpdates:
         self._kept[update.client] = file, replace(update, tensors={}, factors=factors_alone)
 
     def updates(self) -> Iterator[Update]:
-        """All updates, by the clients' names; each is read from its file as its tensors are used."""
+        """All updates, sorted by the clients' names; tensors are memory-mapped and read as they are used."""
         for _, (file, update) in sorted(self._kept.items()):
             yield _loaded(file, update)
 

@@ -1,4 +1,4 @@
-"""What happens in one round, on its way to the run folder."""
+"""Records of one round for the run folder: events as they happen, metrics when the round closes."""
 
 import time
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from strategies.rule import Update
 
 
 class RoundRecorder:
-    """Notes of the round under way.
+    """Collects the records of the current round.
 
     Args:
-        number: of the round.
-        folder: where they are written to.
+        number: the round's number.
+        folder: the run folder.
 
     Attributes:
-        admitted: the sites whose updates count, with the seconds each took.
-        problems: the reason by site of those that failed, were refused or stayed away.
-        kinds: of their errors, by site.
-        elsewhere: seconds that the server did not spend on combining: waiting for replies, evaluating.
+        admitted: the sites whose updates were admitted, with the seconds that each took.
+        problems: the reason by site, for sites that failed, were rejected or did not answer.
+        kinds: the kind of the error by site, for the same sites.
+        elsewhere: seconds that the server did not spend on aggregation: waiting for replies, evaluating.
     """
 
     def __init__(self, number: int, folder: RunFolder) -> None:
@@ -39,18 +39,18 @@ class RoundRecorder:
         self._bytes_up = 0
 
     def asked(self, node_id: int, num_bytes: int) -> None:
-        """The round's work goes out to a node, in so many bytes of tensors."""
+        """Note that the round's work is sent to a node, with ``num_bytes`` of tensors."""
         self._sent[node_id] = self._sent.get(node_id, 0) + num_bytes
 
     def problem(self, site: str, event: str, reason: str, kind: str) -> None:
-        """A site failed, was refused or stayed away; ``kind`` is that of its error."""
+        """Note that a site failed, was rejected or did not answer; ``kind`` is the error's kind."""
         self.problems[site], self.kinds[site] = reason, kind
         self.admitted.pop(site, None)
         self._records.pop(site, None)
         self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind)
 
     def update(self, sent: Sent, reply: TrainReply, update: Update) -> None:
-        """An update came in."""
+        """Note an admitted update."""
         up = wire.num_bytes(reply.arrays)
         self._bytes_up += up
         trained = {**reply.training, "num_examples": update.num_examples}
@@ -70,7 +70,7 @@ class RoundRecorder:
         self._folder.event("reply", round=self.number, client=update.client, loss=loss, seconds=spent)
 
     def close(self, diagnostics: dict[str, float]) -> None:
-        """Write the records, now that it is known how long each site waited for the others."""
+        """Write the metrics records; each site's waiting time is known now that the round is over."""
         end = time.monotonic()
         for done, record in self._records.values():
             record["seconds"]["wait"] = end - done  # type: ignore[index]
@@ -99,7 +99,7 @@ class RoundRecorder:
 def record_evaluation(
     folder: RunFolder, version: int, client: str, metrics: Mapping[str, float], seconds: float | None = None
 ) -> None:
-    """Write down what ``client`` measured of the state after round ``version``; nothing when it measured nothing."""
+    """Write down the metrics of ``client`` for the state after round ``version``; without metrics write nothing."""
     if not metrics:
         return
     record: dict[str, object] = {"round": version, "client": client, "phase": "evaluate", "evaluate": dict(metrics)}
@@ -113,7 +113,7 @@ def record_evaluation(
 def _transport(sent: Sent, reply: TrainReply) -> dict[str, float]:
     """Seconds from the SuperLink to the site's code and back, polling and process start included.
 
-    Taken from both machines' clocks, so only as good as these agree; never below zero.
+    The difference of two machines' clocks, so only as exact as the clocks agree; never below zero.
     """
     now = time.time()
     started, finished = reply.clock.get("started", sent.at), reply.clock.get("finished", now)

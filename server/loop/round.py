@@ -1,4 +1,4 @@
-"""One round: the sites are asked, their replies are read as they come, and those that count are combined."""
+"""One round: send the work to the sites, check each reply as it arrives, aggregate the admitted updates."""
 
 import logging
 import time
@@ -24,13 +24,14 @@ from strategies.flower.messages import RuleMessages
 from strategies.rule import Outcome, Tensors, Update
 
 log = logging.getLogger(__name__)
-#: A site of which this is heard is asked once more in the round: it lacks what it held, or one of its processes died.
+#: Error codes after which the server resends the round's work to the client, once: stale state, or a process that
+#: crashed (decisions 003, 011).
 _ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What all rounds share; see ``RoundLoop``."""
+    """The parts of the server that all rounds share; see ``RoundLoop``."""
 
     config: FederationConfig
     settings: HelloRequest
@@ -42,23 +43,23 @@ class Parts:
 
     @property
     def lifetime(self) -> float:
-        """Seconds that a message and its reply live: beyond the deadline, so that a late reply is told from none."""
+        """Time to live of messages and replies, seconds: twice the deadline, to tell late replies from missing ones."""
         return 2 * self.config.cohort.round_deadline
 
     def message(self, request: Content, node_id: int, kind: str, server_round: int) -> Message:
-        """A request to a node, that lives for ``lifetime``."""
+        """Make the message with a request to a node; its time to live is ``lifetime``."""
         return Message(request.to_record(), node_id, kind, ttl=self.lifetime, group_id=str(server_round))
 
 
 class Round:
-    """The round under way.
+    """The current round.
 
     Args:
-        parts: of the federation.
-        number: of the round, from 1.
-        state: that the sites start from.
-        evaluate: whether they evaluate it first.
-        deadline: seconds after which the round closes once it has ``min_clients`` updates.
+        parts: the parts of the server that all rounds share.
+        number: the round's number, from 1.
+        state: the state that the sites start from.
+        evaluate: whether the sites evaluate the state before they train (decision 002).
+        deadline: seconds after which the round closes if it has ``min_clients`` updates.
     """
 
     def __init__(self, parts: Parts, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> None:
@@ -67,11 +68,11 @@ class Round:
         self._group = f"train/{number}"
         self._asked = time.monotonic()
         self._deadline, self._cohort = deadline, parts.config.cohort
-        self._lost: dict[str, Failure] = {}  # sites whose work was lost with their connection or worker
+        self._lost: dict[str, Failure] = {}  # sites whose connection or worker died, with the round's work
         self._again: set[str] = set()
 
     def ask(self, nodes: list[int]) -> None:
-        """Send the round's work to nodes."""
+        """Send the round's work to the given nodes."""
         parts, messages = self._parts, []
         for node_id, state in parts.strategy.train_states(self._number, self._state, nodes):
             request = TrainRequest.of(parts.settings, state, evaluate=self._evaluate)
@@ -80,10 +81,10 @@ class Round:
         parts.in_flight.push(messages, self._group)
 
     def combine(self) -> Outcome:
-        """Wait for the replies and combine those that count.
+        """Wait for the replies and aggregate the admitted updates.
 
         Raises:
-            FederationError: there are too few valid updates, or they cannot be combined.
+            FederationError: there are too few admitted updates, or they cannot be aggregated.
         """
         try:
             outcome = self._parts.strategy.combine(self._number, self._state, self._counted())
@@ -98,7 +99,7 @@ class Round:
         return outcome
 
     def _counted(self) -> Iterator[Update]:
-        """The updates that count: all of them as they arrive, or, by name, those that move as far as most do."""
+        """The admitted updates: without ``norm_ratio`` as they arrive, else those within the cohort bound, by name."""
         ratio, quarantine = self._parts.config.admission.norm_ratio, self._parts.quarantine
         if ratio is None:
             for update, _ in self._updates():
@@ -126,7 +127,7 @@ class Round:
                 del update
 
     def _updates(self) -> Iterator[tuple[Update, Moved]]:
-        """Well-formed updates with their norms as they arrive; what is refused, fails or stays away is noted."""
+        """Well-formed updates with their sizes, as they arrive; rejected, failed and missing replies are noted."""
         in_flight, since = self._parts.in_flight, time.monotonic()
         for sent, reply in in_flight.replies(self._group, self._closes_at, self._look_after_lost):
             self.recorder.elsewhere += time.monotonic() - since
@@ -145,7 +146,7 @@ class Round:
             self._fail(name, failure)
 
     def _take(self, sent: Sent, reply: Message) -> tuple[Update, Moved] | None:
-        """The update in a reply and how far it moves; None when there is none that is well formed."""
+        """The update in a reply, and its size; None when the reply holds an error or is rejected."""
         client = self._parts.strategy.client(sent.node_id)
         name, failure = client.name, failure_in(reply)
         if failure is not None:
@@ -168,7 +169,7 @@ class Round:
         except RefusedUpdate as refusal:
             self._refuse(name, str(refusal), kind_of(refusal))
             return None
-        except Exception as error:  # whatever a reply may hold, it ends the round for its site alone
+        except Exception as error:  # an unforeseen content of a reply ends the round for its site, not for all
             log.exception("round %d: reading the reply of %s failed", self._number, name)
             reason = f"{name}: its reply cannot be used ({kind_of(error)}; the server's log says where)"
             self._refuse(name, reason, kind_of(error))
@@ -179,10 +180,10 @@ class Round:
         return update, how_far
 
     def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, Moved]:
-        """The update in a reply, and how far it moves.
+        """Check the update in a reply; return it with its size.
 
         Raises:
-            RefusedUpdate: with the reason.
+            RefusedUpdate: the update is rejected; the text has the reason.
         """
         strategy, config = self._parts.strategy, self._parts.config
         update = strategy.admit(told, node_id)
@@ -196,13 +197,16 @@ class Round:
         return update, moved(norms, rows, base, config.training, config.strategy, hello.privacy)
 
     def _look_after_lost(self) -> bool:
-        """Give work that was lost to sites that are back; whether to wait for those that are not."""
+        """Resend lost work to sites that are back; returns whether to wait for the sites that are not."""
         in_flight, clients, strategy = self._parts.in_flight, self._parts.clients, self._parts.strategy
-        clients.poll_hellos()  # who comes late joins the next round
+        clients.poll_hellos()  # a site that joins now takes part from the next round on
         returned = clients.returned(self._group)
         for node_id in in_flight.waiting(self._group):
             name = strategy.client(node_id).name
-            if node_id in returned or clients.node_of(name) not in (node_id, None):  # it came back, maybe as a new node
+            if node_id in returned or clients.node_of(name) not in (
+                node_id,
+                None,
+            ):  # the site reconnected, perhaps as a new node
                 in_flight.forget(self._group, node_id)
                 self._lost[name] = Failure(ErrorCode.NODE_UNAVAILABLE, "its connection was lost")
         for name in list(self._lost):
@@ -214,7 +218,7 @@ class Round:
         return bool(self._lost) and len(self.recorder.admitted) < self._cohort.min_clients
 
     def _closes_at(self) -> float:
-        """When the round closes, by ``time.monotonic()``."""
+        """The time at which the round closes, on the clock of ``time.monotonic()``."""
         enough = len(self.recorder.admitted) >= self._cohort.min_clients
         return self._asked + (self._deadline if enough else self._cohort.round_deadline)
 

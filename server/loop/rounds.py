@@ -1,4 +1,4 @@
-"""The federation's life in one place: gather, train round by round, evaluate, finish."""
+"""The round loop: wait for the sites, train round by round, evaluate, finish."""
 
 import time
 from collections import deque
@@ -33,10 +33,10 @@ class RoundLoop:
     Args:
         grid: Flower's grid.
         config: the federation file.
-        settings: what every request holds.
-        strategy: how updates are combined.
-        server_model: holds the server's model.
-        folder: where everything is written down.
+        settings: the content of every request.
+        strategy: the strategy with its messages.
+        server_model: the server's own model.
+        folder: the run folder.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class RoundLoop:
         self._slowest: deque[float] = deque(maxlen=_MEMORY)
 
     def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
-        """All rounds, or those that are left, to the final state.
+        """Run all rounds, or those after a checkpoint; return the final state.
 
         Args:
-            state: of the base model.
-            resumed: the round to go on after; None: begin with the first.
+            state: the base model's state.
+            resumed: the checkpoint to resume from; None: start with round 1.
 
         Raises:
             FederationError: a round, or the start, had too few valid sites, or the disk is full.
@@ -90,7 +90,7 @@ class RoundLoop:
         return state
 
     def _train(self, number: int, state: Tensors) -> Tensors:
-        """One round: the sites evaluate the state, when that is due, and train it."""
+        """One round: the sites evaluate the state, if an evaluation is due, and train (decision 002)."""
         self._note_late()
         nodes, deadline = self._cohort(number), self._deadline()
         due = (number - 1) % self._config.evaluation.every == 0
@@ -126,14 +126,14 @@ class RoundLoop:
         return min(cohort.round_deadline, max(_LEAST_DEADLINE, cohort.deadline_factor * max(self._slowest)))
 
     def _note_late(self) -> None:
-        """Say so when an answer has come after its round was closed; it is dropped."""
+        """Note replies that arrived after their round was closed; they are dropped."""
         for sent in self._in_flight.late(self._parts.lifetime):
             name, after = self._strategy.client(sent.node_id).name, time.time() - sent.at
             reason = f"{name}: its answer to {sent.group} was seen after {after:.4g} seconds, too late; it is dropped"
             self._folder.event("late_reply", client=name, reason=reason)
 
     def _evaluate(self, version: int, state: Tensors) -> None:
-        """The final state, at every site that is still connected and at the server."""
+        """Evaluate the final state at every connected site and at the server."""
         nodes = self._clients.connected()
         group = f"evaluate/{version}"
         seconds = self._config.cohort.round_deadline
@@ -164,7 +164,7 @@ class RoundLoop:
         self._folder.event("client_failed", round=version, client=name, reason=reason, kind=failure.kind)
 
     def _evaluate_here(self, version: int, state: Tensors) -> float:
-        """Evaluate on the server's own set; the seconds that took."""
+        """Evaluate on the server's own set; returns the seconds taken."""
         started = time.monotonic()
         metrics = self._server_model.evaluate(state)
         seconds = time.monotonic() - started

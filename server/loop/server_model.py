@@ -1,4 +1,4 @@
-"""The server's own model: where the federation starts, how the global state does, and what is exported."""
+"""The server's own model: gives the first state, evaluates the global state, exports the result."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class ServerModel:
 
     Args:
         config: the federation file, with absolute paths.
-        source: where that file lies, for errors.
+        source: path of the federation file, for errors.
 
     Raises:
         ModelError: the base model cannot be used.
@@ -47,7 +47,7 @@ class ServerModel:
         self._settings = EvalSettings(config.evaluation, config.training.max_length, device, system)
 
     def initial_state(self) -> Tensors:
-        """The federation's tensors of the base model, from which round 1 starts."""
+        """The state before round 1: the base model's trained tensors."""
         return tuning.first_state(self._tuned, self._config.strategy, self._config.training.seed)
 
     def evaluate(self, state: Tensors) -> dict[str, float]:
@@ -72,8 +72,8 @@ class ServerModel:
     def export(self, state: Tensors, run_dir: Path) -> None:
         """Write the fine-tuned result with its tokenizer as ``model/``; with ``merge``, also ``merged/``.
 
-        ``model/`` is a full model where base weights change, otherwise a PEFT adapter. A folder appears whole or not at
-        all.
+        ``model/`` is a full model where base weights change, otherwise a PEFT adapter. A folder appears complete or not
+        at all.
         """
         self._tuned.set(state)
         strategy = self._config.strategy

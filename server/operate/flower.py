@@ -1,4 +1,4 @@
-"""``fedspan flower NAME ...``: Flower's command line on the SuperLink of a run that goes on."""
+"""``fedspan flower NAME ...``: Flower's command line on the SuperLink of a run under way."""
 
 import argparse
 import subprocess
@@ -10,10 +10,12 @@ from common.system.command import Command
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
-    parser.add_argument("name", metavar="NAME", help="of the run")
     parser.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="...", help="what `flwr` is to do; the SuperLink is called local"
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
+    parser.add_argument("name", metavar="NAME", help="name of the run")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="...", help="arguments for `flwr`; the SuperLink is called local"
     )
 
 

@@ -20,7 +20,7 @@ from server.run.run_progress import RunProgress
 
 
 class Display:
-    """Shows events as they come: live on a terminal, else one line per event."""
+    """Shows events as they happen: live on a terminal, else one line per event."""
 
     def __init__(self, console: Console, run: str) -> None:
         self._console, self._run = console, run
@@ -49,7 +49,7 @@ class Display:
 
 
 def teller(text: Callable[[str], None], run: str, level: int = logging.WARNING) -> Callable[[str], None]:
-    """What says a line about a run: ``text``, or a JSON log."""
+    """A function that prints a line about a run: ``text``, or the JSON log if that is on."""
     return partial(log.log, level, extra={"run": run}) if logs.as_json() else text
 
 

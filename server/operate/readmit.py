@@ -1,4 +1,4 @@
-"""Readmit a site whose updates were refused too often in a row: ``fedspan readmit NAME SITE``."""
+"""Readmit a site from quarantine, after its updates were rejected too often in a row: ``fedspan readmit NAME SITE``."""
 
 import argparse
 from pathlib import Path
@@ -12,9 +12,11 @@ from server.run.quarantine import FOLDER
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of the run")
+    parser.add_argument("name", metavar="NAME", help="name of the run")
     parser.add_argument("site", metavar="SITE", help="name of the site, as `fedspan status NAME` shows it")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:

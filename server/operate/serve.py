@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The arguments that every way to run a federation has."""
     parser.add_argument("federation", type=Path, metavar="FEDERATION.yaml", help="the federation file")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
-    parser.add_argument("--name", help="of this run's folder (default: the federation's name)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run of this name, after its last checkpoint"
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
     )
+    parser.add_argument("--name", help="name of this run's folder (default: the federation's name)")
+    parser.add_argument("--resume", action="store_true", help="resume the run of this name after its last checkpoint")
     port = number(int, 1, 65535)
     parser.add_argument("--metrics-port", type=port, metavar="PORT", help="serve Prometheus's metrics there")
     parser.add_argument("--metrics-address", default="127.0.0.1", metavar="HOST", help="where (default: 127.0.0.1)")

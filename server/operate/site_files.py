@@ -11,12 +11,12 @@ from common.errors import ConfigError, DataError, ModelError
 
 
 def check_sites(files: Iterable[Path], federation: FederationConfig, source: Path) -> dict[str, Path]:
-    """Read site files; the files by the sites' names.
+    """Read and check site files; return the files by the sites' names.
 
     Args:
         files: absolute paths.
-        federation: with absolute paths.
-        source: the federation's file, for errors.
+        federation: the federation, with absolute paths.
+        source: the federation file's path, for errors.
 
     Raises:
         ConfigError: a file is wrong, two sites have the same name, or there are too few sites.

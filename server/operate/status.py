@@ -1,4 +1,4 @@
-"""What runs do and did, on the terminal or as JSON. Only reads their folders."""
+"""The status of runs, on the terminal or as JSON; only reads the runs' folders."""
 
 import argparse
 import json
@@ -19,13 +19,13 @@ from common.text import clock, size
 from server.report.format import score, seconds, whole
 from server.run.state import RunState, read_state, runs
 
-_ROUNDS, _PROBLEMS = 10, 5  # so many are shown, the last ones; JSON has all
+_ROUNDS, _PROBLEMS = 10, 5  # the last so many are shown on the terminal; JSON has all
 _WIDTH = 200  # where there is no terminal
 _COLORS = {"running": "green", "starting": "green", "failed": "red", "dead": "red", "interrupted": "yellow"}
 
 
 def listing(folder: Path) -> list[RunState]:
-    """All runs in a folder; one that cannot be read is there with its reason.
+    """The state of all runs in a folder; a run that cannot be read is listed with the reason.
 
     Raises:
         RunFolderError: there is no such folder.
@@ -82,7 +82,7 @@ def _show_rounds(run: RunState) -> Table:
 
 
 def _show_sites(run: RunState) -> list[RenderableType]:
-    """Who is there, and what each has done: two tables, which fit 80 columns."""
+    """The sites' connections and the sites' work: two tables, each fits 80 columns."""
     numbers = ("rows", "held out", "rounds", "refused", "down", "up", "train s")
     there = _table("site", "link", "doing", "last seen", "FedSpan", "device", right=())
     done = _table("site", *numbers, right=numbers)
@@ -114,7 +114,7 @@ def _moment(time_: float | None) -> str:
 
 
 def watch(look: Callable[[], RenderableType], console: Console, every: float | None) -> None:
-    """Show what ``look`` gives; with ``every``, again after so many seconds, until it is interrupted."""
+    """Print the result of ``look``; with ``every``, again and again after so many seconds, until interrupted."""
     if every is None or not console.is_terminal:
         _print(look(), console)
         while every is not None:
@@ -132,8 +132,10 @@ def _print(shown: RenderableType, console: Console) -> None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of one run, to see its rounds and sites")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of one run, to see its rounds and sites")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
     every = number(float, 0.1, 86400.0, "seconds")
     parser.add_argument("--watch", type=every, metavar="SECONDS", help="show it again after so many seconds")
     parser.add_argument("--json", action="store_true", help="one JSON document, times in Unix seconds")
@@ -153,7 +155,7 @@ def _run(options: argparse.Namespace) -> None:
     try:
         watch(look, console, options.watch)
     except KeyboardInterrupt:
-        if options.watch is None:  # else that is how a display ends
+        if options.watch is None:  # with --watch, an interrupt is the normal end
             raise
 
 

@@ -9,8 +9,10 @@ from server.run.supervisor_lock import stop
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of the run")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="of all runs (default: runs)")
+    parser.add_argument("name", metavar="NAME", help="name of the run")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
     seconds = number(float, 0.1, 86400.0, "seconds")
     parser.add_argument(
         "--deadline", type=seconds, default=60.0, metavar="SECONDS", help="longest wait for its end (default: 60)"

@@ -1,8 +1,9 @@
 """Runs a federation to its end although its server may die: ``fedspan serve`` and ``fedspan run``.
 
-Flower marks a run failed when its ServerApp or its SuperLink dies, and never starts it again. What is here notices,
-starts the SuperLink again on the same database, from which the SuperNodes' registrations come back, and submits a run
-that goes on after the last checkpoint. A run that ends with a reason (too few sites, a full disk) has ended.
+Flower marks a run failed when its ServerApp or SuperLink dies, and never restarts it. The supervisor notices the death,
+restarts the SuperLink on the same database, which still has the SuperNodes' registrations, and submits a run that
+resumes after the last checkpoint. A run that ends with a reason (too few sites, a full disk) is not restarted
+(decision 011).
 """
 
 import argparse
@@ -38,22 +39,22 @@ ROOT = Path(__file__).resolve().parents[2]  # holds pyproject.toml, from which F
 POLL_SECONDS = 0.5
 _LEAST_SPACE = 2**20  # bytes
 _DYING_SECONDS = 1.0  # from the last answer of a SuperLink that is killed to the end of its process
-_ASK_SECONDS = 10.0  # between two questions to the SuperLink for the state of a run that shows no life
+_ASK_SECONDS = 10.0  # between two queries to the SuperLink for the state of a run that has written nothing yet
 
 
 class Supervised:
     """One federation, submitted again whenever its server dies.
 
     Args:
-        federation: the federation file's content, with absolute paths. The run's folder gets a file of it, which the
-            server reads: it is the same after a restart, whatever has become of the operator's own.
-        run_dir: the run's folder; this machine must see it.
-        group: where processes are started.
-        superlink: the SuperLink to start; or the name of a connection in Flower's configuration, of one that runs.
-        standing: the SuperLink is one that `fedspan server start` looks after.
+        federation: the federation file's content, with absolute paths. It is written into the run's folder, where the
+            server reads it, so that after a restart it is the same even if the operator's own file has changed.
+        run_dir: the run's folder; must be on this machine.
+        group: starts and ends the processes.
+        superlink: the SuperLink to start; or the name, in Flower's configuration, of a running SuperLink.
+        standing: whether `fedspan server start` starts and supervises the SuperLink.
         env: environment of all processes.
-        tell: is told of every death.
-        tries: how often in a row the run is submitted again without having finished another round.
+        tell: called with a sentence about every death.
+        tries: how many times in a row the run is submitted again without finishing another round.
 
     Raises:
         ConfigError: the app cannot be bundled.
@@ -78,7 +79,7 @@ class Supervised:
         self._nodes = nodes.following(link, run_dir, tell, keeps=not standing)
         self._env, self._tell, self._limit = env, tell, tries
         self._process: Started | None = None
-        self._bundle = make_bundle(ROOT)  # once: the run goes on with the code that it began with
+        self._bundle = make_bundle(ROOT)  # once: a resumed run must use the code that the run began with
         self._run_id = 0
         self._deaths, self._newest, self._asked = 0, "", 0.0
 
@@ -86,7 +87,7 @@ class Supervised:
         """Start the SuperLink, or wait for the standing one, until it listens.
 
         Raises:
-            LaunchError: it ended, as it does when its port is taken, did not listen in time, or does not take the
+            LaunchError: the SuperLink ended (as when its port is taken), did not listen in time, or did not take the
                 register of sites.
         """
         if self._own is not None:
@@ -97,7 +98,7 @@ class Supervised:
             self._nodes.begin()
 
     def submit(self, *, resume: bool) -> None:
-        """Hand the app to the SuperLink.
+        """Submit the run to the SuperLink.
 
         Raises:
             LaunchError: the SuperLink did not take it.
@@ -109,7 +110,7 @@ class Supervised:
             "resume": resume,
         }
         self._newest = self._newest or self._newest_checkpoint()
-        with contextlib.suppress(LaunchError):  # one that ends just now; what else is wrong shows at the next call
+        with contextlib.suppress(LaunchError):  # a SuperLink that ends just now; other errors show at the next call
             control.stop_runs(self._superlink, self._run_dir)
         try:
             self._run_id = control.start_run(self._superlink, self._bundle, config)
@@ -120,17 +121,17 @@ class Supervised:
         self._asked = time.monotonic()
 
     def finished(self) -> bool:
-        """Look after the run once; whether it has ended well. To be called again and again.
+        """Check the run once, restart what has died; returns whether the run has ended well. Call repeatedly.
 
         Raises:
-            RunFailed: the run has failed, with its reason; or its server died too often.
-            Interrupted: the run was stopped, but not here.
+            RunFailed: the run has failed; the text has the reason. Or the server died too often.
+            Interrupted: the run was stopped by another process.
         """
         if self._nodes is not None:
             self._nodes.look()
         begun = self._is_ours(read_run(self._run_dir))
         at_work = in_use(self._run_dir)
-        outcome = read_run(self._run_dir)  # once more: a server that has ended wrote it before it let go
+        outcome = read_run(self._run_dir)  # read again: a server writes its outcome before it frees the lock
         if self._is_ours(outcome) and outcome["status"] == "failed":
             raise RunFailed(str(outcome["reason"]))
         link_died = self._link_died()
@@ -148,7 +149,7 @@ class Supervised:
         return False
 
     def end(self) -> None:
-        """End the run on a SuperLink that is not ours; ours ends with the group."""
+        """Stop the run on a SuperLink that was not started here; our own SuperLink ends with the process group."""
         if self._own is None:
             try:
                 control.stop_runs(self._superlink, self._run_dir)
@@ -167,21 +168,21 @@ class Supervised:
         return self._process.process.returncode is not None
 
     def _has_ended(self) -> bool:
-        """Whether the SuperLink says that the run is over, although it has not begun to write its folder."""
+        """Whether the SuperLink reports the run as over, although the server never wrote to the run's folder."""
         if time.monotonic() < self._asked + _ASK_SECONDS:
             return False
         try:
             return control.is_over(self._superlink, self._run_id)
-        except LaunchError:  # a machine that is busy, or a SuperLink that has just died
+        except LaunchError:  # the machine is busy, or the SuperLink has just died
             return False
         finally:
             self._asked = time.monotonic()
 
     def _again(self, what: str) -> None:
-        """Go on after the last checkpoint.
+        """Submit the run again, after the last checkpoint.
 
         Raises:
-            RunFailed: this has been tried too often, or the disk is full.
+            RunFailed: the run was submitted again too often, or the disk is full.
         """
         newest = self._newest_checkpoint()
         if newest != self._newest:
@@ -210,10 +211,10 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
 
     Args:
         supervised: the run.
-        run_dir: its folder.
-        console: where it is shown.
-        seen: lines of events.jsonl that are from before.
-        watch: is called between two looks at the run.
+        run_dir: the run's folder.
+        console: the terminal.
+        seen: number of lines of events.jsonl that were written before.
+        watch: called between two checks of the run.
 
     Raises:
         RunFailed: the run failed.
@@ -238,10 +239,10 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
 
 
 def make_folder(run_dir: Path) -> None:
-    """Make a run's folder, which only this account may enter; what is written from now on is for it alone.
+    """Make a run's folder for this account alone; all later files of this process are for this account alone, too.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     keep_private()
     make_private(run_dir)
@@ -249,10 +250,10 @@ def make_folder(run_dir: Path) -> None:
 
 
 def run_until_done(run_dir: Path, options: argparse.Namespace, work: Callable[[], None]) -> int:
-    """Look after a run while ``work`` does it, and say how it ended; the exit code.
+    """Hold the supervisor's lock while ``work`` runs the run, print how it ended, and return the exit code.
 
     Raises:
-        FedSpanError: it could not begin: another supervisor is there, or the metrics' port cannot be had.
+        FedSpanError: the run could not start: it has another supervisor, or the metrics' port is taken.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)

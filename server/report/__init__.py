@@ -1,1 +1,1 @@
-"""The page that a run leaves. Stays at home."""
+"""A run's report: one page. Stays at home."""

@@ -1,4 +1,4 @@
-"""What the strategies' diagnostics are called and mean, and how their tables are shaded."""
+"""Titles and meanings of the strategies' diagnostics, and the shading of their tables."""
 
 from typing import Any
 

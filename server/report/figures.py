@@ -1,4 +1,4 @@
-"""The report's figures: in which section each stands, and what it says in words."""
+"""The report's figures, by section, each with a description in words."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def scores_by_round(run: Run) -> Iterator[Figure]:
 
 
 def time_by_phase(run: Run) -> Iterator[Figure]:
-    """Where the rounds' time went; of many rounds and sites, the mean round."""
+    """The rounds' seconds by phase; for many rounds and sites a mean round."""
     bars, caption = records.bars(run.metrics), "Where each round's time went, for every site and the server."
     if len(bars) > _MOST_BARS:
         bars = records.mean_bars(bars)
@@ -49,7 +49,7 @@ def time_by_phase(run: Run) -> Iterator[Figure]:
         yield Figure(Markup(plots.time_bars(bars, name="time", label=label)), caption)  # noqa: S704 - drawn here
 
 
-#: By section of the page (its heading's id), what draws its figures. A new plot is a line here.
+#: Functions that draw a section's figures, by the id of the section's heading. A new plot is a line here.
 FIGURES: dict[str, list[Callable[[Run], Iterable[Figure]]]] = {"curves": [scores_by_round], "costs": [time_by_phase]}
 
 

@@ -46,10 +46,10 @@ def curves(lines: Mapping[str, Mapping[int, float]], *, name: str, axis: str, la
     """One line per evaluation set over the rounds; the server's is solid and thick.
 
     Args:
-        lines: value by training rounds behind the model, by who measured it.
-        name: unique on the page.
-        axis: what the y axis says.
-        label: the figure in words, for who cannot see it.
+        lines: value by version (number of training rounds), by site or server that measured it.
+        name: the figure's name, unique on the page.
+        axis: label of the y axis.
+        label: the figure in words, for people who cannot see it.
         from_zero: start the y axis at 0.
     """
     with mpl.rc_context(STYLE):
@@ -116,7 +116,7 @@ def _fill(number: int, phase: str) -> dict[str, Any]:
 
 
 def _line(axes: Axes, values: Mapping[int, float], number: int | None, first: str | None, names: list[str]) -> None:
-    """A site's line; without a number it looks like all others, and the first of them stands for all in the legend."""
+    """Draw a site's line; without ``number`` all lines look the same, and the legend shows ``first`` for all."""
     if number is None:
         label = f"sites ({len(names)})" if first else None
         _draw(axes, values, color=colour(0), linestyle="-", linewidth=0.7, marker="", label=label)

@@ -16,7 +16,7 @@ from server.run.folder import read_lines
 
 @dataclass(frozen=True)
 class Run:
-    """All that was read from a run folder."""
+    """The content of a run folder."""
 
     info: dict[str, Any]
     events: list[records.Record]
@@ -31,7 +31,7 @@ class Run:
 
     @property
     def planned(self) -> object:
-        """Rounds that there were to be."""
+        """Number of rounds that the federation file asks for."""
         return self.event("started").get("rounds") or self.config.get("rounds", "–")
 
     @property
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def done(self) -> int:
-        """Rounds that were finished."""
+        """Number of finished rounds."""
         return max((event["round"] for event in self.events if event["event"] == "round_finished"), default=0)
 
     @property

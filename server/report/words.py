@@ -1,4 +1,4 @@
-"""What the report says of a run in words: its headline, its first facts, its versions."""
+"""The report's sentences about a run: headline, first facts, versions."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def headline(run: Run, results: list[records.Result]) -> list[str]:
 
 
 def first_facts(run: Run) -> list[tuple[str, str]]:
-    """What is said first about a run."""
+    """The first facts about a run: pairs (name, value)."""
     model = run.config.get("model", {})
     revision = f" at {model['revision'][:12]}" if model.get("revision") else ""
     lasted = run.info.get("seconds") or run.newest - run.info["started"]
@@ -57,7 +57,7 @@ def first_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def sent(run: Run) -> str:
-    """What share of the model travels."""
+    """The share of the model that is sent, in words."""
     started = run.event("started")
     if not started.get("model_parameters"):
         return ""
@@ -80,6 +80,6 @@ def versions(run: Run) -> list[tuple[str, str]]:
 
 
 def digests(run: Run) -> list[tuple[str, str]]:
-    """SHA-256 digests by what they are of."""
+    """SHA-256 digests: pairs (name of the hashed thing, digest)."""
     keys = {"base_digest": "base model", "tokenizer_digest": "tokenizer", "federation_digest": "federation file"}
     return [(title, str(run.info[key])) for key, title in keys.items() if key in run.info]

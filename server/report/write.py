@@ -1,7 +1,7 @@
 """A run folder as one self-contained page: ``fedspan report NAME`` writes runs/NAME/report.html.
 
-Made from the folder alone, so it can be made again at any time, also of a run that failed or has not ended. The same
-folder gives the same bytes.
+The report depends on the folder alone, so it can be written again at any time, also for a run that failed or has not
+ended. The same folder gives the same bytes.
 """
 
 from pathlib import Path

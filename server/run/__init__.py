@@ -1,1 +1,1 @@
-"""A run's folder: what it holds, who writes it and how it is read."""
+"""A run's folder: its files, their writers, their readers."""

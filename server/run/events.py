@@ -1,8 +1,7 @@
-"""What can happen in a run: one table of kinds of events, which the writer checks and every reader asks.
+"""The events of a run: one table of all kinds of events, which the writer checks and every reader uses.
 
-An event is a line of events.jsonl: its time (Unix seconds), its kind and the fields that the table names. A new kind is
-a line in the table and a call of ``RunFolder.event``: the log, the display, the status, Prometheus and the report know
-it then.
+An event is a line of events.jsonl: time (Unix seconds), kind, and the fields that the table names. A new kind of event
+needs a line in the table and a call of ``RunFolder.event``; log, display, status, Prometheus and report then know it.
 """
 
 import logging
@@ -25,16 +24,16 @@ class Kind:
     """A kind of event.
 
     Attributes:
-        fields: names, separated by spaces. ``client`` is the name of a site or "server", ``clients`` are those of
-            several sites, ``reason`` is a sentence, ``kind`` that of the error behind it.
-        words: the event as a line for people, a template of its fields or a function; "" when it is worth no line.
-        level: of that line in the log.
-        stays: the line stays on the terminal, above the live display. Those of warnings and errors always do.
-        state: what the named sites do from now on; when the event names none, all sites.
-        outcome: what became of the named sites' part in the round.
-        link: how the site's connection stands from now on.
-        seen: the site itself has just been heard of.
-        problem: title in lists of refusals and failures; "" when it is none.
+        fields: names of the event's fields, separated by spaces. ``client`` is the name of a site or "server",
+            ``clients`` the names of several sites, ``reason`` a sentence, ``kind`` the kind of the error behind it.
+        words: the event as a line for people: a template with the fields, or a function; "" for no line.
+        level: level of the line in the log.
+        stays: the line stays on the terminal, above the live display. Warnings and errors always stay.
+        state: the activity of the named sites from now on; of all sites, when the event names none.
+        outcome: the result of the named sites' part in the round.
+        link: the state of the site's connection from now on.
+        seen: the event comes from the site itself, so the site is alive.
+        problem: title in lists of refusals and failures; "" for no problem.
     """
 
     fields: str
@@ -82,7 +81,7 @@ KINDS: dict[str, Kind] = {
     "finished": Kind("seconds", state="done"),
     "failed": Kind("reason kind causes", level=ERROR),
     "interrupted": Kind("reason", level=ERROR),
-    # who is there
+    # sites that join, leave and return
     "waiting": Kind(
         "connected needed deadline", "waiting for sites: {connected} of {needed} (at most {deadline} s more)"
     ),
@@ -160,7 +159,7 @@ def new_event(kind: str, fields: Mapping[str, object]) -> Event:
 
 
 def event_kind(event: Event) -> Kind:
-    """The kind of an event that was read; one that this version does not know means nothing."""
+    """The kind of an event that was read; a kind that this version does not know has no effect."""
     return KINDS.get(event["event"], _UNKNOWN)
 
 
@@ -170,7 +169,7 @@ def named_in(event: Event) -> list[str]:
 
 
 def held_out_scores(event: Event) -> list[tuple[Score, float | None]]:
-    """The scores that an evaluation tells, in their fixed order; None: not finite."""
+    """The scores in an evaluation's event, in their fixed order; None: not finite."""
     return [(score, event["scores"][name]) for name, score in SCORES.items() if name in event["scores"]]
 
 

@@ -1,21 +1,21 @@
-"""The folder of one run: everything that a person, a program or the launcher reads about it.
+"""The folder of one run: everything that a person, a program or the launcher reads about the run.
 
     federation.yaml   the federation file with all defaults and absolute paths
     run.json          status, reason of a failure, versions, machine, digests
-    signatures.json   of the app bundle, if the supervisor was given some
-    nodes.json        whose keys the SuperNodes have, if it was given a register of sites
-    events.jsonl      what happened, one line each, as it happens
+    signatures.json   signatures of the app bundle, if the supervisor was given some
+    nodes.json        the site behind each SuperNode's key, if the supervisor was given a register of sites
+    events.jsonl      events, one line each, as they happen
     metrics.jsonl     numbers: one record per round, site and phase
-    checkpoints/      the state after the last rounds, to go on from
+    checkpoints/      the state after the last rounds, to resume from
     samples.json      the server's own questions, answered before and after
     tensorboard/      the same numbers for TensorBoard
     model/            the fine-tuned result
-    report.html       all of it on one page
-    supervisor.json   who looks after the run (``server.run.supervisor_lock``)
+    report.html       the report: one page about the run
+    supervisor.json   the process that supervises the run (``server.run.supervisor_lock``)
 
-The supervisor writes supervisor.json, signatures.json, nodes.json and report.html, and federation.yaml, which
-the ServerApp then reads; the ServerApp all else. A whole file appears at once or not at all; a line is flushed as soon
-as it is written.
+The supervisor writes supervisor.json, signatures.json, nodes.json, report.html, and federation.yaml, which the
+ServerApp reads. The ServerApp writes all other files. A file appears complete or not at all; lines are flushed as soon
+as they are written.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from server.run.events import log_event, new_event
 
 FEDERATION = "federation.yaml"
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint
-#: Any of these is a run, or what is left of one.
+#: A folder that holds any of these holds a run, or the rest of one.
 _RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", CHECKPOINTS)
 _LOCK = ".lock"
 
@@ -88,31 +88,31 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path, federation: FederationConfig) -> "RunFolder":
-        """The folder of a run that was begun and is to go on.
+        """Open the folder of a run that is to be resumed.
 
         Args:
             path: the run's folder.
-            federation: the federation file's content, with absolute paths; it must be as it was, but for ``local``.
+            federation: the federation file's content, with absolute paths; only ``local`` may have changed.
 
         Raises:
-            RunFolderError: there is no run to go on with, or the federation file has changed; says how.
+            RunFolderError: there is no run to resume, or the federation file has changed; the text names the change.
         """
         check_resumable(path, federation)
-        folder = cls(path)  # from here on it is ours alone
+        folder = cls(path)  # from here on this process holds the folder's lock
         folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         folder.model_info({"status": "running", "reason": None})
         return folder
 
     def close(self) -> None:
-        """Let another server write to it."""
+        """Release the folder's lock, so that another server may write."""
         self._board.close()
         os.close(self._lock)
 
     def same_models(self, digests: Mapping[str, str]) -> None:
-        """Refuse to go on with another base model or tokenizer.
+        """Refuse to resume with another base model or tokenizer.
 
         Raises:
-            RunFolderError: a digest is not the one that was noted when the run began.
+            RunFolderError: a digest differs from the one that was noted when the run began.
         """
         for what, digest in digests.items():
             if self._run.get(what, digest) != digest:
@@ -126,7 +126,7 @@ class RunFolder:
         return file.stat().st_size if file.exists() else 0
 
     def rewind(self, metrics_bytes: int) -> None:
-        """Forget the numbers of what came after; events stay, they did happen."""
+        """Cut metrics.jsonl to this length: the round after the checkpoint is trained again. Events stay."""
         file = self.path / "metrics.jsonl"
         if file.exists():
             os.truncate(file, min(metrics_bytes, file.stat().st_size))
@@ -137,13 +137,13 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
 
     def event(self, kind: str, /, **fields: object) -> None:
-        """Note that something happened, and log it; see ``server.run.events.KINDS``."""
+        """Write an event, and log it; see ``server.run.events.KINDS``."""
         event = new_event(kind, fields)
         self._append("events.jsonl", event)
         log_event(self.path.name, event)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Note numbers of one round, client and phase (train, evaluate or aggregate), here and for TensorBoard."""
+        """Write the numbers of one round, client and phase (train, evaluate or aggregate), also for TensorBoard."""
         self._append("metrics.jsonl", dict(record))
         for section in ("train", "evaluate", "seconds", "bytes", "diagnostics"):
             for key, value in record.get(section, {}).items():
@@ -152,25 +152,25 @@ class RunFolder:
                     self._board.add_scalar(tag, value, record["round"])
 
     def samples(self, samples: list[dict[str, str]]) -> None:
-        """Keep questions of the server's own set with their answers before and after; never a site's rows."""
+        """Write questions from the server's own set with the answers before and after; never a site's rows."""
         write_atomically(self.path / "samples.json", json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
-        """The run ended well."""
+        """Note that the run ended well."""
         self._end("completed", None)
 
     def fail(self, reason: str, kind: str, causes: Mapping[str, str] | None = None) -> None:
-        """The run ended with a reason.
+        """Note that the run failed.
 
         Args:
-            reason: the sentence for people.
-            kind: of the error.
-            causes: kinds of the errors behind it, by site.
+            reason: a sentence for people.
+            kind: kind of the error.
+            causes: kinds of the sites' errors behind it, by site.
         """
         self._end("failed", reason, kind=kind, causes=dict(causes or {}))
 
     def interrupt(self) -> None:
-        """The run was stopped, and can go on later."""
+        """Note that the run was stopped and can be resumed."""
         self._end("interrupted", "the server was stopped, by Flower or a signal")
 
     def _end(self, status: str, reason: str | None, **error: object) -> None:
@@ -188,7 +188,7 @@ class RunFolder:
 
 
 def write_federation(path: Path, federation: FederationConfig) -> Path:
-    """Write the federation file, with absolute paths and all defaults, into the run's folder ``path``; its place.
+    """Write the federation file, with absolute paths and all defaults, into the run's folder; return the file's path.
 
     Raises:
         RunFolderError: it cannot be written.
@@ -232,14 +232,14 @@ def check_resumable(path: Path, federation: FederationConfig) -> None:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What differs between two federation files but for ``local``, in words; empty when nothing does."""
+    """The differences between two federation files outside ``local``, in words; empty when there are none."""
     then, now = (_flat({k: v for k, v in data.items() if k != "local"}) for data in (before, after))
     changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
     return "; ".join(f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings to one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -260,7 +260,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file, without a last line that is still being written; none when there is no file.
+    """The records of a .jsonl file, without an incomplete last line; no records when there is no file.
 
     Raises:
         RunFolderError: a complete line is no JSON; names file and line.
@@ -268,7 +268,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    # Bytes, because what follows the last line break is not complete yet and may end within a character.
+    # Read bytes, not text: the last line may be incomplete and end within a character.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             records.append(json.loads(line))
@@ -278,7 +278,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """The same value with null in place of numbers that JSON does not have."""
+    """A copy of the value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What the supervisor leaves in the run folder for the ServerApp: signatures of the code, and whose key a node has."""
+"""Files that the supervisor writes into the run folder for the ServerApp: signatures, and the sites of nodes' keys."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ _SIGNATURES, _OWNERS = "signatures.json", "nodes.json"
 
 
 def keep_signatures(run_dir: Path, signatures: list[dict[str, str]]) -> None:
-    """Leave them for every message to a site; without any, those from before the run was resumed stay."""
+    """Write signatures, which go with every message to a site; an empty list leaves those of the resumed run."""
     if signatures:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / _SIGNATURES, json.dumps(signatures) + "\n")
@@ -23,30 +23,31 @@ def kept_signatures(run_dir: Path) -> str | None:
 
 
 def write_owners(run_dir: Path, owners: Mapping[str, Mapping[str, str | float]]) -> None:
-    """Leave whose key each SuperNode has.
+    """Write the site that each SuperNode's key is registered to.
 
     Args:
         run_dir: the run's folder.
-        owners: by node id: ``site``, ``key`` (its fingerprint) and, once it was connected, ``activated`` (Unix time).
+        owners: by node id: ``site``, ``key`` (fingerprint) and, if the node has connected, ``activated`` (Unix time).
     """
     write_atomically(run_dir / _OWNERS, json.dumps(owners, indent=2) + "\n")
 
 
 def remove_owners(run_dir: Path) -> None:
-    """The run has no register of sites (any more)."""
+    """Remove the file: the run has no register of sites (any more)."""
     (run_dir / _OWNERS).unlink(missing_ok=True)
 
 
 def site_of(run_dir: Path, node_id: int) -> str | None:
-    """To which site the key of a node is registered; "" for none, None when the run has no register of sites."""
+    """The site that a node's key is registered to; "" for no site, None when the run has no register of sites."""
     owners = _owners(run_dir)
     return None if owners is None else str(owners.get(str(node_id), {}).get("site", ""))
 
 
 def activated(run_dir: Path, node_id: int) -> float:
-    """Unix time at which the SuperNode with a registered key connected last; 0 when that is not known.
+    """Unix time of the last connection of a SuperNode with a registered key; 0: unknown.
 
-    A SuperNode that was killed comes back as the same node, but without the messages that it had received.
+    A killed SuperNode reconnects as the same node, but has lost the messages that it had received; the server uses this
+    time to notice that (decision 011).
     """
     return float((_owners(run_dir) or {}).get(str(node_id), {}).get("activated", 0.0))
 

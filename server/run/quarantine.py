@@ -1,19 +1,19 @@
-"""Sites whose updates were refused too often in a row: left out until ``fedspan readmit``."""
+"""Quarantine: sites whose updates were rejected too often in a row are left out until ``fedspan readmit``."""
 
 from pathlib import Path
 
-FOLDER = "readmit"  # in a run's folder: a file for every site that an operator has readmitted
+FOLDER = "readmit"  # folder in the run's folder with one file for every site that the operator has readmitted
 
 
 class Quarantine:
-    """Counts refusals in a row.
+    """Counts each site's rejected updates in a row.
 
     Args:
-        run_dir: the run's folder, where an operator's word arrives.
-        limit: so many in a row leave a site out.
+        run_dir: the run's folder, where ``fedspan readmit`` writes.
+        limit: number of rejections in a row after which a site is left out.
 
     Attributes:
-        counts: refusals in a row by site; a site without any is not in it.
+        counts: rejections in a row by site; sites without any are not listed.
     """
 
     def __init__(self, run_dir: Path, limit: int) -> None:
@@ -21,14 +21,14 @@ class Quarantine:
         self._folder, self._run_dir, self._limit = run_dir / FOLDER, run_dir, limit
 
     def note(self, site: str, *, refused: bool) -> None:
-        """An update of ``site`` was refused, or admitted."""
+        """Note that an update of ``site`` was rejected, or admitted."""
         if refused:
             self.counts[site] = self.counts.get(site, 0) + 1
         else:
             self.counts.pop(site, None)
 
     def excluded(self) -> dict[str, str]:
-        """Sites that are left out, with the reason and what can be done."""
+        """Sites in quarantine, with the reason and the command that readmits them."""
         return {
             site: f"{site}: left out after {count} refused updates in a row; to readmit it: "
             f"fedspan readmit {self._run_dir.name} {site} --runs {self._run_dir.parent}"

@@ -1,4 +1,4 @@
-"""What a run's records say, ready to be put on a page: no markup, no drawing, no files."""
+"""A run's records as plain data for the report: no markup, no drawing, no files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from common.metrics import COUNTS, SCORES, Score
 from server.run.events import event_kind, named_in
 
 Record = dict[str, Any]
-#: What a round's time is spent on, in the order in which it happens; ``aggregate`` is the server's.
+#: The phases of a round's time, in order; ``aggregate`` is the server's.
 PHASES = ("download", "load", "train", "evaluate", "upload", "wait", "aggregate")
 
 Verdict = Literal["better", "worse", "same", "unknown"]
@@ -18,7 +18,7 @@ Verdict = Literal["better", "worse", "same", "unknown"]
 
 @dataclass(frozen=True)
 class Change:
-    """One score of the base model and of the federation's; None where it was not measured."""
+    """One score of the base model and of the federation's model; None: not measured."""
 
     score: Score
     before: float | None
@@ -26,7 +26,7 @@ class Change:
 
     @property
     def verdict(self) -> Verdict:
-        """``same`` when the two agree to the three decimals that are shown."""
+        """Whether the score got better or worse; ``same`` when both values agree to the three decimals shown."""
         if self.before is None or self.after is None:
             return "unknown"
         difference = round(self.after, 3) - round(self.before, 3)
@@ -41,8 +41,8 @@ class Result:
 
     Attributes:
         who: "server" or a site's name.
-        version: training rounds behind the model that ``after`` is about; 0 when only the base model was evaluated.
-        examples: held-out rows; ``generated``: how many of them were answered by generation.
+        version: version (number of training rounds) that the scores "after" belong to; 0: only the base model.
+        examples: number of held-out rows that were scored; ``generated``: number of those answered by generation.
     """
 
     who: str
@@ -54,7 +54,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Bar:
-    """Where one round's time went for one site (or the server), in seconds by phase."""
+    """One round's time at one site (or the server), in seconds by phase."""
 
     round: int
     who: str
@@ -63,7 +63,7 @@ class Bar:
 
 @dataclass
 class Cost:
-    """What the whole run cost one site: seconds by phase, bytes sent to it and by it."""
+    """One site's costs over the whole run: seconds by phase, bytes received, bytes sent."""
 
     who: str
     rounds: int = 0
@@ -78,7 +78,7 @@ class Participation:
 
     Attributes:
         rows: training rows; ``held_out``: held-out rows; None for a site that never joined.
-        privacy: the noise that it adds, in words; empty when none.
+        privacy: the site's declared noise, in words; empty: no noise.
         rounds: per round "trained", "refused", "failed", "asked" (no answer yet) or "absent".
     """
 
@@ -121,7 +121,7 @@ def order(names: Iterable[str]) -> list[str]:
 
 
 def evaluations(records: list[Record]) -> dict[str, dict[int, Record]]:
-    """Scores by who evaluated, and by training rounds behind the model."""
+    """Evaluation records by site (or server), and by version (number of training rounds)."""
     found: dict[str, dict[int, Record]] = {}
     for record in _of(records, "evaluate"):
         found.setdefault(record["client"], {})[record["round"]] = record.get("evaluate", {})
@@ -147,7 +147,7 @@ def shown_scores(lines: list[Result]) -> list[Score]:
 
 
 def confusion(records: list[Record], labels: list[str]) -> dict[str, list[int]]:
-    """By right label, how many rows of the server's own set the newest model took for each label; {} without these."""
+    """Confusion counts of the newest model on the server's own set: right label -> rows per predicted label; or {}."""
     newest = next(reversed(evaluations(records).get(SERVER, {}).values()), {})
     if f"{COUNTS}0/0" not in newest:
         return {}
@@ -155,7 +155,7 @@ def confusion(records: list[Record], labels: list[str]) -> dict[str, list[int]]:
 
 
 def curve(records: list[Record], key: str) -> dict[str, dict[int, float]]:
-    """One score by who and version, without what was not measured or not finite."""
+    """One score by site (or server) and version; values that are missing or not finite are left out."""
     lines = {
         who: {version: float(scores[key]) for version, scores in versions.items() if scores.get(key) is not None}
         for who, versions in evaluations(records).items()
@@ -185,7 +185,7 @@ def bars(records: list[Record]) -> list[Bar]:
 
 
 def mean_bars(lines: list[Bar]) -> list[Bar]:
-    """One bar per site: its mean seconds per round (the round is 0)."""
+    """One bar per site with the mean seconds per round; the bar's round is 0."""
     names = sorted({line.who for line in lines}, key=lambda who: (who == SERVER, natural(who)))
     means = []
     for who in names:
@@ -214,7 +214,7 @@ def trainings(records: list[Record]) -> list[Record]:
 
 
 def sites(events: list[Record], rounds: list[int]) -> list[Participation]:
-    """Every site that said hello or was asked, with what became of each round."""
+    """Every site that joined or was sent work, with the site's outcome in each round."""
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     outcome: dict[tuple[str, int], str] = {}
     for event in events:

@@ -1,4 +1,4 @@
-"""How far a run has come, and what its sites do, built up from its events as they happen."""
+"""The progress of a run and the activity of its sites, computed from the run's events as they happen."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from server.run.events import Event, event_kind, held_out_scores, named_in
 
 @dataclass
 class SiteProgress:
-    """What a site does, and its last numbers: training loss, and scores on held-out rows (None: not finite)."""
+    """A site's activity, and its last numbers: training loss, and scores on held-out rows (None: not finite)."""
 
     state: str = "joining"
     loss: float | None = None
@@ -16,12 +16,12 @@ class SiteProgress:
 
 @dataclass
 class RunProgress:
-    """What is known of a run; times are Unix seconds.
+    """A run's progress; times are Unix seconds.
 
     Attributes:
-        started: when the server began; ``first_round``: when its first round did.
-        rounds_seen: rounds finished since then.
-        sites: by name; the server is among them once it has evaluated.
+        started: time when the server started; ``first_round``: time when the server's first round began.
+        rounds_seen: number of rounds finished since ``first_round``.
+        sites: sites by name; the server is listed once it has evaluated.
     """
 
     rounds: int = 0
@@ -35,7 +35,7 @@ class RunProgress:
     sites: dict[str, SiteProgress] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
-        """Take in one event."""
+        """Update the progress with one event."""
         named, state = named_in(event), event_kind(event).state
         for name in named:
             self.sites.setdefault(name, SiteProgress())
@@ -60,7 +60,7 @@ class RunProgress:
                 self.finished_rounds = event["round"]
 
     def eta(self, now: float) -> float | None:
-        """Seconds to the end, from the rounds that are finished; None before the first."""
+        """Estimate of the seconds to the end, from the finished rounds; None before the first round has finished."""
         if not self.rounds_seen:
             return None
         return (now - self.first_round) / self.rounds_seen * (self.rounds - self.finished_rounds)

@@ -1,4 +1,4 @@
-"""A run as its folder tells it to the operator: its state, its rounds and its sites. Only reads; the run goes on."""
+"""A run's state, rounds and sites, read from the run's folder for the operator; nothing is written."""
 
 import sys
 import time
@@ -24,9 +24,12 @@ class FinishedRound:
     """A finished round.
 
     Attributes:
-        seconds: it took; ``bytes_down``: to the sites; ``bytes_up``: from them, refused updates included.
-        sites: whose updates came in; ``asked``: how many were asked.
-        scores: of the state after it, on the server's own set; empty where it was not evaluated.
+        seconds: duration of the round.
+        bytes_down: bytes sent to the sites.
+        bytes_up: bytes received from the sites, rejected updates included.
+        sites: the sites whose updates were admitted.
+        asked: number of sites that were sent work.
+        scores: scores of the state after the round, on the server's own set; empty: not evaluated.
     """
 
     round: int
@@ -40,17 +43,18 @@ class FinishedRound:
 
 @dataclass
 class SiteState:
-    """A site's part.
+    """A site's part in a run.
 
     Attributes:
-        connection: "up", "down", "refused" (at its hello), or "unknown" when no server is at work.
-        doing: what it does in the round under way.
-        last_seen: Unix time of its last message or of its connection; Flower notices a lost one after about a minute.
-        version: of the FedSpan that is installed there.
-        rounds: it has trained in.
-        refusals: of its updates, in a row.
-        left_out: why it is not asked any more.
-        seconds: of its last training.
+        connection: "up", "down", "refused" (at the hello), or "unknown" when no server is at work.
+        doing: the site's activity in the current round.
+        last_seen: Unix time of the site's last message or connection; Flower notices a lost connection after about a
+            minute.
+        version: version of FedSpan at the site.
+        rounds: number of rounds in which the site has trained.
+        refusals: number of the site's updates rejected in a row.
+        left_out: the reason why the site is in quarantine.
+        seconds: duration of the site's last training.
     """
 
     site: str
@@ -74,14 +78,14 @@ class RunState:
     """A run.
 
     Attributes:
-        state: one of ``STATES``; "dead": nobody is at work on it any more, and nobody said why.
-        reason: of a failure or an interruption.
-        round: the last one that was begun; ``rounds``: how many there are to be.
-        started: Unix time; ``seconds``: from then to its end, or until now; ``eta``: to go.
-        flower_run: by which Flower's own commands know it.
-        to_go_on: the command that goes on with a run that has stopped short.
-        bytes_down: to all sites, in finished rounds; ``bytes_up``: from them.
-        loss: on the server's own set, of the last state that was evaluated.
+        state: one of ``STATES``; "dead": no process works on the run, and none has written a reason.
+        reason: the reason of a failure or an interruption.
+        round: the last round that was begun; ``rounds``: number of rounds of the whole run.
+        started: Unix time of the start; ``seconds``: duration so far; ``eta``: estimated seconds to the end.
+        flower_run: the run's id in Flower's own commands.
+        to_go_on: the command that resumes a run that stopped before its end.
+        bytes_down: bytes sent to all sites in finished rounds; ``bytes_up``: bytes received.
+        loss: loss of the last evaluated state, on the server's own set.
         problems: refusals and failures of sites, in order.
     """
 
@@ -154,7 +158,7 @@ def runs(folder: Path) -> list[Path]:
 
 
 def _state(run_dir: Path, run: dict[str, Any], supervisor: Supervisor | None) -> tuple[str, str | None]:
-    """What a run does, and why it does not go on."""
+    """A run's state (one of ``STATES``), and the reason if the run has stopped."""
     status = str(run.get("status", ""))
     if status == "completed":
         return status, None
@@ -178,12 +182,12 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _last(events: list[Event], kind: str) -> int:
-    """Where the last event of a kind is; 0 when there is none."""
+    """Index of the last event of a kind; 0 when there is none."""
     return max((i for i, event in enumerate(events) if event["event"] == kind), default=0)
 
 
 def _rounds(events: list[Event], metrics: list[records.Record]) -> list[FinishedRound]:
-    """The finished rounds; of one that was done again after a crash, the last time."""
+    """The finished rounds; for a round that was repeated after a crash, the last repetition."""
     scores = records.evaluations(metrics).get(records.SERVER, {})
     asked: dict[int, set[str]] = {}
     came: dict[int, set[str]] = {}
@@ -236,17 +240,19 @@ def _sites(
 
 
 def _connections(events: list[Event]) -> dict[str, str]:
-    """Whether a site is connected, since the server began."""
+    """The state of each site's connection since the server's last start, by site."""
     found: dict[str, str] = {}
     for event in events[_last(events, "started") :]:
         link, name = event_kind(event).link, event.get("client", "")
-        if link and not (link == "refused" and found.get(name) == "up"):  # else a namesake was refused
+        if link and not (
+            link == "refused" and found.get(name) == "up"
+        ):  # "up" and then "refused": a second node under the site's name
             found[name] = link
     return found
 
 
 def _quarantine(run_dir: Path, events: list[Event], settings: dict[str, Any]) -> Quarantine:
-    """Refusals in a row, counted as the server does: again from where a run was resumed."""
+    """Rejections in a row, counted like the server: from the last resumption on."""
     quarantine = Quarantine(run_dir, int(settings.get("admission", {}).get("max_refusals", sys.maxsize)))
     after: dict[int, dict[str, int]] = {}
     good: set[str] = set()

@@ -1,7 +1,7 @@
-"""Who looks after a run: its supervisor's process, as the run's folder has it, and how it is asked to end the run.
+"""The supervisor's PID file and lock: which process supervises a run, and how to stop it (decision 011).
 
-supervisor.json   that process, how it was started, and in the end how the run ended
-.supervisor       locked for as long as it lives; the kernel frees it, however it dies
+supervisor.json   the supervisor's process, how it was started, and at the end the outcome of the run
+.supervisor       lock file, locked while the supervisor lives; the kernel frees the lock when the process dies
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from common.system.files import hold, is_held, write_atomically
 from server.run.folder import in_use
 
 _FILE, _LOCK = "supervisor.json", ".supervisor"
-_SAME_BIRTH = 2.0  # seconds: a corrected clock moves a process's birth a little
+_SAME_BIRTH = 2.0  # seconds: when the clock is corrected, a process's start time moves a little
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """The user, or the machine, asked to stop."""
+    """The user, or the machine, asked the run to stop."""
 
 
 class Supervisor(BaseModel):
-    """The process that looks after a run, or did so last.
+    """The process that supervises a run, or supervised it last.
 
     Attributes:
-        pid: its process id.
-        born: Unix time of its start, by which it is told from a later process of the same id.
-        host: the machine, or container, that it runs on.
-        command: how it was started; ``folder``: where.
-        outcome: how the run ended; None while it runs, or when the supervisor was killed.
-        reason: of a failure or an interruption.
+        pid: the process id.
+        born: Unix time of the process's start, to tell it from a later process with the same id.
+        host: the process's machine or container.
+        command: the command that started it; ``folder``: its working directory.
+        outcome: how the run ended; None while the run is under way, or when the supervisor was killed.
+        reason: the reason of a failure or an interruption.
     """
 
     pid: int
@@ -50,17 +50,17 @@ class Supervisor(BaseModel):
     reason: str | None = None
 
     def to_go_on(self) -> str:
-        """The command that goes on with the run."""
+        """The command that resumes the run."""
         resume = [] if "--resume" in self.command else ["--resume"]
         return f"cd {shlex.quote(self.folder)} && {shlex.join([*self.command, *resume])}"
 
 
 @contextlib.contextmanager
 def supervising(run_dir: Path) -> Iterator[None]:
-    """Note that this process looks after a run, and how that ends.
+    """Hold the supervisor's lock on a run, and note the outcome at the end.
 
     Raises:
-        RunFolderError: another process does, or the run's folder cannot be written.
+        RunFolderError: another process supervises the run, or the run's folder cannot be written.
     """
     own = Supervisor(
         pid=os.getpid(),
@@ -84,7 +84,7 @@ def supervising(run_dir: Path) -> Iterator[None]:
         own.outcome, own.reason = "interrupted" if isinstance(error, Interrupted) else "failed", str(error)
         raise
     finally:
-        with contextlib.suppress(OSError):  # a full disk: then the lock alone tells
+        with contextlib.suppress(OSError):  # on a full disk the free lock alone shows that the supervisor has ended
             _write(run_dir, own)
         os.close(lock)
 
@@ -94,10 +94,10 @@ def _write(run_dir: Path, supervisor: Supervisor) -> None:
 
 
 def supervisor_of(run_dir: Path) -> Supervisor | None:
-    """The process that looks after a run, or did so last; None when there never was one.
+    """The process that supervises a run, or supervised it last; None when there never was one.
 
     Raises:
-        RunFolderError: what the folder says of it cannot be read.
+        RunFolderError: supervisor.json cannot be read.
     """
     try:
         return Supervisor.model_validate_json((run_dir / _FILE).read_bytes())
@@ -108,12 +108,12 @@ def supervisor_of(run_dir: Path) -> Supervisor | None:
 
 
 def is_supervised(run_dir: Path) -> bool:
-    """Whether a living supervisor looks after a run."""
+    """Whether a run has a living supervisor."""
     return is_held(run_dir / _LOCK)
 
 
 def stop(run_dir: Path, deadline: float) -> bool:
-    """Ask a run's supervisor to end the run with all its processes, and wait for that; False when there is none.
+    """Ask a run's supervisor to end the run with all processes, and wait for the end; False: there is no supervisor.
 
     Args:
         run_dir: the run's folder.

@@ -1,4 +1,4 @@
-"""Runs on a SuperLink: started, stopped and asked for over its Control API, as Flower's command line does."""
+"""Start, stop and query runs on a SuperLink over its Control API, like Flower's command line."""
 
 import contextlib
 import hashlib
@@ -19,16 +19,16 @@ from server.superlink.process import OwnSuperLink
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
 
-#: How long a call waits for its answer. Flower's own client, which a named connection uses, waits as long.
+#: Seconds that a call waits for its answer; Flower's own client, which a named connection uses, waits as long.
 CALL_SECONDS = 30.0
 _FINISHED = "finished"
 
 
 def start_run(superlink: OwnSuperLink | str, bundle: bytes, config: Mapping[str, str | int]) -> int:
-    """Hand an app to a SuperLink; the number that Flower gives to the run.
+    """Submit an app to a SuperLink; return Flower's number of the run.
 
     Args:
-        superlink: of our own, or the name of a connection in Flower's configuration.
+        superlink: a SuperLink started here, or the name of a connection in Flower's configuration.
         bundle: the app (see ``server.superlink.bundle``).
         config: values for the app's run configuration.
 
@@ -52,7 +52,7 @@ def start_run(superlink: OwnSuperLink | str, bundle: bytes, config: Mapping[str,
 
 
 def stop_runs(superlink: OwnSuperLink | str, run_dir: Path) -> None:
-    """End every run that writes to a run folder, also one whose number was never told because the SuperLink died.
+    """Stop every run that writes to a run folder, also a run whose number is unknown because the SuperLink died.
 
     Raises:
         LaunchError: the SuperLink cannot be reached, or does not stop one.
@@ -117,14 +117,14 @@ def _client(superlink: OwnSuperLink | str) -> "ControlHttpClient":
     if isinstance(superlink, OwnSuperLink):
         tls = superlink.tls
         client = ControlHttpClient(
-            f"{'http' if tls is None else 'https'}://127.0.0.1",  # what its certificate must be for
+            f"{'http' if tls is None else 'https'}://127.0.0.1",  # the certificate must be valid for this address
             interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
         verify = tls is not None and ssl.create_default_context(cafile=tls.ca)
         call(client, superlink.socket, verify=verify, timeout=CALL_SECONDS)
         return client
     os.environ.update(direct(os.environ))  # Flower's client heeds a proxy also for an address of this machine
-    with contextlib.redirect_stdout(io.StringIO()):  # where Flower says which connection it uses
+    with contextlib.redirect_stdout(io.StringIO()):  # Flower prints the name of the connection
         return init_http_client_from_connection(read_superlink_connection(superlink))
 
 

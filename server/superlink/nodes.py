@@ -20,14 +20,14 @@ _GONE = "unregistered"
 
 
 class Nodes:
-    """Keeps the nodes of a SuperLink to what the register of sites says.
+    """Keeps the nodes of a SuperLink in step with the register of sites.
 
     Args:
         file: the register of sites.
-        superlink: whose nodes these are.
-        run_dir: the run's folder, where the ServerApp finds out whose key a node has.
-        tell: is told of what changes.
-        keeps: whether nodes are registered and unregistered here; else it is only written down whose node is whose.
+        superlink: the SuperLink.
+        run_dir: the run's folder, where the ServerApp reads which site a node's key belongs to.
+        tell: called with a sentence about every change.
+        keeps: whether this object registers and unregisters nodes; False: it only writes down each node's site.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Nodes:
         self._told: set[str] = set()
 
     def begin(self) -> None:
-        """Bring a SuperLink that has just started to what the file says.
+        """Register the file's sites with a SuperLink that has just started.
 
         Raises:
             ConfigError: the file is wrong.
@@ -53,7 +53,7 @@ class Nodes:
             raise LaunchError(f"the register of sites is not taken: {error}") from None
 
     def look(self) -> None:
-        """Follow a changed file, keys that expire, and sites that return. To be called again and again."""
+        """Follow changes of the file, expiring keys and returning sites. Call repeatedly."""
         if time.monotonic() < self._looked + _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
@@ -73,7 +73,7 @@ class Nodes:
         self._seen = seen
 
     def _follow(self) -> None:
-        """Register and unregister until Flower's register is what the file says, and write down whose node is whose."""
+        """Register and unregister nodes until Flower's register equals the file, and write down each node's site."""
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
         active = self._registry.active(datetime.now(UTC))
@@ -117,7 +117,7 @@ class Nodes:
 def following(
     superlink: OwnSuperLink | None, run_dir: Path, tell: Callable[[str], None], *, keeps: bool = True
 ) -> Nodes | None:
-    """What keeps a SuperLink of our own to its register of sites; None, and nothing left of an earlier one, without."""
+    """The ``Nodes`` of a SuperLink with a register of sites; without a register None, and old records are removed."""
     if superlink is not None and superlink.registry is not None:
         return Nodes(superlink.registry, superlink, run_dir, tell, keeps=keeps)
     from_supervisor.remove_owners(run_dir)

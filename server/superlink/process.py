@@ -1,4 +1,4 @@
-"""A SuperLink of our own: how it is started, what it leaves, and the environment of a run's processes."""
+"""A SuperLink started here: its command line, its files, and the environment of a run's processes."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ from common.system.files import is_held
 from common.system.processes import ProcessGroup, Started, last_lines, listens, socket_folder
 
 DATABASE = "superlink.sqlite"
-NOTE = "socket"  # file in Flower's folder with the path of the SuperLink's
-#: Tables of its database that tell of messages; their content is in memory alone.
+NOTE = "socket"  # file in Flower's folder that holds the path of the SuperLink's socket
+#: Tables of the SuperLink's database about messages; the messages' content is in memory alone.
 MESSAGES = ("message_ins", "message_res", "object_push_sessions")
-#: For the SuperLink and the ServerApp, its child: freed tensors go back to the system instead of into glibc's arenas,
-#: which would keep one for every thread that pulls replies.
+#: For the SuperLink and the ServerApp, its child (decision 008): glibc would keep freed tensors in one arena per thread
+#: that pulls replies, and memory would grow with the number of clients. With these settings it returns them.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
-STANDING, LOCK = "server.json", ".server"  # what a standing server tells of itself; held for as long as it lives
-START_SECONDS = 90.0  # a SuperLink that does not listen by then is given up
+STANDING, LOCK = "server.json", ".server"  # the record of a standing server; the lock that it holds while it lives
+START_SECONDS = 90.0  # longest wait for a new SuperLink to listen
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class OwnSuperLink:
     """A SuperLink that is started here, and started again when it dies.
 
     Attributes:
-        socket: of its Control API and Runtime API, in a folder that no other account may enter.
-        fleet: where SuperNodes connect: host and port, or ``unix:`` and the path of a socket.
-        tls: None for a federation on one machine.
+        socket: path of the socket for Control API and Runtime API, in a folder that no other account may enter.
+        fleet: address for SuperNodes: host and port, or ``unix:`` and the path of a socket.
+        tls: files for TLS; None for a federation on one machine.
         registry: the register of sites; only SuperNodes with a key in it may connect. None: all may.
     """
 
@@ -53,7 +53,7 @@ class OwnSuperLink:
     registry: Path | None = None
 
     def command(self, home: Path) -> list[str]:
-        """How it is started; its database is in ``home``."""
+        """The command that starts the SuperLink; its database is in ``home``."""
         program = str(Path(__file__).resolve().with_name("program.py"))
         command = [sys.executable, "-P", program, "--socket", str(self.socket)]
         command += ["--fleet-api-address", self.fleet, "--disable-runtime-dependency-installation"]
@@ -71,7 +71,7 @@ class OwnSuperLink:
         return listens(self.socket) and listens(Path(where) if kind == "unix" else int(where))
 
     def note(self, home: Path) -> None:
-        """Write down in Flower's folder how `fedspan flower` gets here."""
+        """Write the socket's path into Flower's folder, where `fedspan flower` reads it."""
         trust = "insecure = true" if self.tls is None else f"root-certificates = {json.dumps(str(self.tls.ca))}"
         link = f'[superlink.local]\naddress = "127.0.0.1:1"\n{trust}\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "local"\n\n{link}', encoding="utf-8")
@@ -170,8 +170,8 @@ def environment(home: Path, federation: FederationConfig | None, share: int = 1)
 
     Args:
         home: Flower's folder.
-        federation: the federation file; None: whichever comes.
-        share: how many sites share this machine's cores.
+        federation: the federation file; None: any.
+        share: number of sites that share this machine's cores.
     """
     threads = max(1, (os.cpu_count() or 1) // share)
     defaults = {"OMP_NUM_THREADS": str(threads), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}

@@ -2,9 +2,9 @@
 
     python -P server/superlink/program.py --socket PATH [options of flower-superlink]
 
-What outlives its death is in the database: nodes, runs, apps. Messages are not: a round that is interrupted is asked
-for again, so they would only lie on the disk. ``--fleet-api-address unix:PATH`` keeps sites on this machine off the
-network too; then nothing listens on a port.
+The database keeps nodes, runs and apps when the SuperLink dies. It keeps no messages: an interrupted round is trained
+again, so messages would lie on the disk for nothing. With ``--fleet-api-address unix:PATH`` sites of this machine
+connect over a socket, too, and nothing listens on a port (decision 025).
 """
 
 import argparse
@@ -34,13 +34,13 @@ def _factories(database: str, manager: FederationManager) -> tuple[ObjectStoreFa
     links = LinkStateFactory(database, manager, objects)
     state = links.state()
     if isinstance(state, SqlLinkState):
-        for table in MESSAGES:  # of an earlier start, whose content is gone
+        for table in MESSAGES:  # entries from before a restart: the content of these messages is gone
             state.query(f"DELETE FROM {table}")  # noqa: S608 - our own names
     return objects, links
 
 
 def _address(address: str) -> tuple[str, str, int]:
-    """Flower's ``_format_address``, which knows no socket."""
+    """Flower's ``_format_address``, extended by Unix sockets."""
     if address.startswith("unix:/"):
         return address, address, 0
     parsed: tuple[str, str, int] = _parse(address)
@@ -48,7 +48,7 @@ def _address(address: str) -> tuple[str, str, int]:
 
 
 def _is_in_use(address: str) -> bool:
-    """Flower's ``is_port_in_use``, likewise; a socket that an earlier SuperLink left is taken over."""
+    """Flower's ``is_port_in_use``, extended by Unix sockets; a socket left by an earlier SuperLink counts as free."""
     return not address.startswith("unix:/") and bool(_in_use(address))
 
 

@@ -54,7 +54,7 @@ class Registry(Section):
     sites: list[Registered] = Field([])
 
     def active(self, now: datetime) -> dict[str, Registered]:
-        """Who may connect now, by public key (PEM)."""
+        """The sites that may connect now, by public key (PEM)."""
         return {site.key: site for site in self.sites if site.state(now) == "active"}
 
 
@@ -144,7 +144,7 @@ def _file(parser: argparse.ArgumentParser) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _file(parser)
-    parser.add_argument("name", metavar="NAME", help="of the site, as in its site file")
+    parser.add_argument("name", metavar="NAME", help="name of the site, as in its site file")
     parser.add_argument("key", type=Path, metavar="NAME.pub", help="the site's public key")
     parser.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="its last day, in UTC (default: none)")
     may_be_in_git(parser)
@@ -158,7 +158,7 @@ def _add(options: argparse.Namespace) -> None:
 
 def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
     _file(parser)
-    parser.add_argument("name", metavar="NAME", help="of the site")
+    parser.add_argument("name", metavar="NAME", help="name of the site")
 
 
 def _show(sites: list[Registered]) -> None:

@@ -1,1 +1,1 @@
-"""Which updates are let into the average."""
+"""Admission: which updates are aggregated."""

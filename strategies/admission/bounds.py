@@ -1,7 +1,7 @@
-"""How far an update moves, and how far it can: what admission holds against an update that is well formed but huge.
+"""L2 bounds on a client's update. Admission rejects a well-formed update that is larger than local training could make.
 
-Two bounds. An absolute one for every tensor, which no client that trains as the federation file says can exceed; and
-one from the cohort, for the whole update, which needs all updates of a round.
+There are two bounds. The absolute bound, one per tensor, cannot be exceeded by a client that trains as the federation
+file says. The cohort bound limits the whole update by the norms of the round's other updates (decision 010).
 """
 
 import math
@@ -25,40 +25,41 @@ _BETA1, _BETA2 = TrainingConfig.betas
 #: Largest |m / sqrt(v)| of any sequence of gradients: by Cauchy-Schwarz (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)).
 #: The correction of the bias, sqrt(1 - b2^t) / (1 - b1^t), is never above 1.
 ADAM_STEP = (1 - _BETA1) / math.sqrt((1 - _BETA2) * (1 - _BETA1**2 / _BETA2))
-#: The same where the second moment may begin from any: the first step's.
+#: The largest |m / sqrt(v)| when v may start at any value: it is reached in the first step.
 _ANY_STEP = 1 / math.sqrt(1 - _BETA2)
-_TOLERANCE = 2.0  # rounding: of 8-bit moments, of bfloat16 weights and factors
-_WIRE = 1.05  # rounding of noise on the wire
-_COHORT = 3  # a median of fewer norms says nothing about one of them
+_TOLERANCE = 2.0  # room for rounding: 8-bit moments, bfloat16 weights and factors
+_WIRE = 1.05  # room for rounding the noise on the wire
+_COHORT = 3  # the median of one or two norms tells nothing about either
 
 
 def change_norms(update: Update, base: Mapping[str, Tensor]) -> dict[str, float]:
-    """L2 norm of an update's change of every tensor.
+    """L2 norm of each tensor's change in an update.
 
     Args:
         update: an admitted update.
-        base: what the client started from, by name; shapes as in the update.
+        base: the tensors that the client started from, by name; shapes as in the update.
     """
     changes: dict[str, Tensor | Factors] = {**update.tensors, **update.factors}
     return {name: math.sqrt(change_square(value, base[name])) for name, value in changes.items()}
 
 
 def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
-    """What a round's training can move a tensor by at most, as an L2 norm; infinite when nothing limits it.
+    """Largest L2 norm of the change that one round's training can make to a tensor; infinite when nothing limits it.
 
     Args:
-        name: of the tensor.
-        base: the tensor at the start of the round; under FedFTG a matrix, of a head, or a second moment.
-        rows: of the client's shard.
+        name: the tensor's name.
+        base: the tensor at the start of the round; under FedFTG a weight (out, in), a tensor of the head, or a second
+            moment (longer side,).
+        rows: number of rows in the client's shard.
         training: the federation's training section.
-        strategy: its strategy section.
+        strategy: the federation's strategy section.
     """
-    if is_second_moment(name):  # before and after, the sum of its entries is at most this
+    if is_second_moment(name):  # the sum of a second moment's entries never exceeds this limit plus the sum before
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm**2 / strategy.rank
         return _TOLERANCE * (limit + float(base.sum()))
     entries, scale = base.numel(), 1.0
     if strategy.trains == "weights" and not in_head(name):
-        # The step has the norm of its projection, whose shape is (rank, larger side).
+        # A GaLore step has the norm of its projection (rank, larger side): the basis is orthonormal.
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
         largest = _ANY_STEP if strategy.optimizer_state == "averaged" else ADAM_STEP
@@ -77,7 +78,7 @@ def check_possible(
     strategy: StrategyConfig,
     privacy: Declared | None = None,
 ) -> None:
-    """Refuse an update that the federation's training, and the noise that the site declared, cannot have made.
+    """Reject an update that the federation's training and the noise that the site declared cannot explain.
 
     Raises:
         RefusedUpdate: names client, tensor, norm and bound.
@@ -92,17 +93,17 @@ def check_possible(
             raise RefusedUpdate(
                 f"{update.client}: {name} moved by {norm:.3g}; allowed: {bound + noise:.3g}, all that {what} can do"
             )
-        if not math.isfinite(norm):  # although nothing limits it
+        if not math.isfinite(norm):  # the bound itself may be infinite
             raise RefusedUpdate(f"{update.client}: {name} moved by {norm}; allowed: a finite number")
 
 
 def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Declared | None) -> float:
-    """L2 norm that the noise on an update stays below but for one time in 10^12; 0 for a site that adds none.
+    """L2 norm that the noise on an update exceeds with probability below 1e-12; 0 for a site that adds no noise.
 
     Args:
-        base: the tensors that are noised, by name.
-        strategy: where all sites share a basis, noise is added beside it, to (rank, larger side) numbers.
-        privacy: what the site declared.
+        base: the tensors that get noise, by name.
+        strategy: where all sites share a basis, a site adds noise to the projected change (rank, larger side) only.
+        privacy: the noise that the site declared.
     """
     if privacy is None:
         return 0.0
@@ -124,12 +125,13 @@ def longest_noise(entries: int, std: float) -> float:
 
 @dataclass(frozen=True)
 class Moved:
-    """How far a client's whole update moves.
+    """L2 norm of a client's whole update, and the parts of the norm that training and noise can explain.
 
     Attributes:
-        norm: its L2 norm.
-        signal: what of that training can have done: of a noised update at most what it was clipped to, and the decay.
-        noise: the rest, see ``noise_in``.
+        norm: L2 norm of the update.
+        signal: the part that training can explain. For an update with DP noise: at most the clipping norm plus weight
+            decay.
+        noise: the part that noise can explain, see ``noise_in``.
     """
 
     norm: float
@@ -145,13 +147,22 @@ def moved(
     strategy: StrategyConfig,
     privacy: Declared | None = None,
 ) -> Moved:
-    """How far an update of a client with so many rows moves the weights; ``norms`` are those of its tensors."""
+    """Size of a client's update, second moments left out.
+
+    Args:
+        norms: L2 norm of each tensor's change, by name.
+        rows: number of rows in the client's shard.
+        base: the tensors that the client started from, by name.
+        training: the federation's training section.
+        strategy: the federation's strategy section.
+        privacy: the noise that the site declared; None: the site adds none.
+    """
     norms = {name: norms[name] for name in without(norms)}
     norm = total(norms)
     if privacy is None:
         return Moved(norm, norm, 0.0)
     decay = 0.0
-    if training.weight_decay and strategy.trains == "weights":  # it follows from the file, and is not clipped
+    if training.weight_decay and strategy.trains == "weights":  # sites clip the update without its decay
         start = total({name: float(base[name].float().norm()) for name in norms})
         decay = training.steps(rows) * training.learning_rate * training.weight_decay * start
     return Moved(
@@ -163,15 +174,15 @@ def cohort_bound(norms: Mapping[str, float], ratio: float) -> float:
     """``ratio`` times the median norm of a round's updates; infinite for fewer than three of them.
 
     Args:
-        norms: of the whole update, by client; of a noised one its ``signal``.
-        ratio: how many times as far as the median client one may move.
+        norms: L2 norm of the whole update, by client; for an update with DP noise: its ``signal``.
+        ratio: how many times the median norm a client's update may have.
     """
-    # The upper of two middle norms: half a cohort that stands still must not shut out the half that trains, and fewer
-    # than half of a round's updates are ever above it.
+    # The upper of two middle norms: if half the clients do not train, those who do must not be rejected. Fewer than
+    # half of a round's updates are ever above the upper median.
     median = statistics.median_high(norms.values()) if len(norms) >= _COHORT else 0.0
     return ratio * median if median > 0 else math.inf
 
 
 def total(norms: Mapping[str, float]) -> float:
-    """L2 norm of the whole update from those of its tensors."""
+    """L2 norm of a whole update from the norms of the update's tensors."""
     return math.sqrt(sum(norm**2 for norm in norms.values()))

@@ -1,4 +1,4 @@
-"""The one place that distrusts a client's reply. What passes here may touch the average."""
+"""The one place that distrusts a client's reply: names, shapes, types and values are checked before aggregation."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from common.protocol.factors import Factors
 from strategies.lora_names import LORA_A, partner
 from strategies.rule import Tensors
 
-LARGEST = 1e12  # L2 norm of a tensor in a reply: its product with another, or with a LoRA alpha, fits into float32
+LARGEST = 1e12  # L2 norm of a tensor in a reply: the product of two such norms, or of one and an alpha, fits float32
 
 
 def admit(
@@ -25,12 +25,12 @@ def admit(
     """Check a reply and return its active tensors.
 
     Args:
-        client: the client's name, for the reason of a refusal.
-        tensors: what the reply holds; frozen tensors may be among them when they are byte-identical.
-        expected: every tensor as the client was to hold it at the start of the round.
+        client: the client's name, for the error's text.
+        tensors: the reply's tensors; may include frozen tensors, if these are byte-identical to the expected ones.
+        expected: every tensor that the client held at the start of the round, by name.
         active: names of the tensors that the round trains.
         any_rank: whether LoRA factors may have another rank than the expected ones.
-        max_rank: the largest rank then; None: what the layer allows.
+        max_rank: the largest rank when ``any_rank``; None: the layer's smaller side.
 
     Raises:
         RefusedUpdate: names the client, the tensor and what is allowed.
@@ -52,7 +52,7 @@ def admit(
 
 
 def admit_factors(client: str, changes: Mapping[str, Factors]) -> None:
-    """Check changes that came in factors; their shapes were checked when they were read.
+    """Check the values of changes that came in factors; ``unpack`` has checked the shapes.
 
     Raises:
         DivergedUpdate: a number is not finite, or a factor too large.
@@ -91,7 +91,7 @@ def _check_ranks(
 
 
 def _check_one_rank(client: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """A client has one rank; a layer of which the state holds less may have just that."""
+    """All layers of a client have one rank; a layer whose rank in the state is smaller may keep the state's rank."""
     rank = max((len(a) for a in got.values()), default=0)
     for name, a in got.items():
         if len(a) not in (rank, len(want[name])):
@@ -106,7 +106,7 @@ def _check_values(client: str, name: str, got: Tensor, want: Tensor) -> None:
 
 
 def _check_size(client: str, name: str, parts: list[Tensor], where: str = "") -> None:
-    """Finite values, and not so large that what is made of them is not: products of factors, squares."""
+    """Values must be finite, and so small that the squares and products that aggregation makes of them are finite."""
     bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
     if bad:
         raise DivergedUpdate(f"{client}: {name}: {bad} non-finite values{where}")

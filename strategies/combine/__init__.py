@@ -1,1 +1,1 @@
-"""Weighted means and robust means of updates."""
+"""Aggregation of updates: weighted mean, robust means."""

@@ -1,17 +1,17 @@
-"""How a round's updates are combined: the mean, and ways that limit what a few wrong updates can do to it.
+"""Aggregation of a round's updates: the mean, and robust methods that limit the influence of a few wrong updates.
 
-- Norm clipping: no client's change is longer than ``clip_norm`` times the cohort's median norm.
+- Norm clipping: no client's change has a norm above ``clip_norm`` times the cohort's median norm.
 - Trimmed mean and median, coordinate by coordinate (Yin et al. 2018, arXiv 1803.01498, Definitions 1 and 2).
 - Krum and multi-Krum (Blanchard et al. 2017, arXiv 1703.02757, section 4): the updates nearest to their neighbors.
 
-The plain mean folds every update as it arrives and drops it. All others need every update of the round at once: the
-server holds K replies, in factors where they came in factors. Trimmed mean and median cost O(K log K) per coordinate
-and BLOCK bytes, and their result is dense, so that it goes down whole. Clipping, Krum and multi-Krum keep factors: the
-inner products that they need cost O((m + n) R^2) for a weight (m, n) with R columns in all clients' factors, float64
-copies of these, and O(m n R) more where there is decay; O(m n K^2) where updates are dense.
+The plain mean adds each update as it arrives, then frees it (decision 008). The other methods need all K updates of
+the round at once, in factors where they came in factors (decision 012). Trimmed mean and median cost O(K log K) per
+coordinate and BLOCK bytes; the result is dense, so the server sends it dense. Clipping, Krum and multi-Krum keep
+factors: the inner products cost O((m + n) R^2) for a weight (m, n) with R columns in all clients' factors, plus
+float64 copies of the factors, plus O(m n R) where there is decay; O(m n K^2) for dense updates.
 
-Everything is relative to the state, never to absolute weights, which are larger by orders of magnitude. Updates are
-taken in the order of the clients' names, so that the order of arrival changes no bit.
+All methods work on changes relative to the state, never on absolute weights, which are larger by orders of magnitude.
+Updates are sorted by the clients' names, so that the order of arrival changes no bit of the result.
 """
 
 import math
@@ -29,11 +29,11 @@ from common.protocol.factors import Factors
 from common.protocol.tensors import Tensors
 from strategies.combine.weighted_mean import NO_UPDATE, Changed, Means, WeightedMean
 
-BLOCK = 64 * 2**20  # bytes of all clients' rows of a tensor that are looked at together
+BLOCK = 64 * 2**20  # bytes: so many rows of a tensor, of all clients together, are in memory at once
 
 
 class Contribution(NamedTuple):
-    """One client's part in a round: its name, its training examples, and its tensors or their changes in factors."""
+    """One client's part in a round: name, number of training examples, and trained tensors or changes in factors."""
 
     client: str
     num_examples: int
@@ -43,17 +43,17 @@ class Contribution(NamedTuple):
 def combine(
     method: AggregationConfig, base: Mapping[str, Tensor], contributions: Iterable[Contribution]
 ) -> tuple[Means, dict[str, float]]:
-    """Combine a round's updates.
+    """Aggregate a round's updates.
 
     Args:
-        method: how, as in the federation file.
+        method: the federation file's aggregation section.
         base: the state that the clients started from.
-        contributions: one for each client; all hold the same names, in shapes as in the base.
+        contributions: one per client; all hold the same names, in shapes as in the base.
 
     Returns:
-        The combined tensors, or their changes where these are known in factors; and diagnostics: ``clipped`` (how many
-        clients) with ``clip-factor/<client>``, ``trimmed`` (values left out at either end of every coordinate),
-        ``krum-selected/<client>`` (1 or 0).
+        The aggregated tensors, or factors of their changes where the method keeps factors; and diagnostics: ``clipped``
+        (number of clients) with ``clip-factor/<client>``, ``trimmed`` (values left out at either end of every
+        coordinate), ``krum-selected/<client>`` (1 or 0).
 
     Raises:
         AggregationError: there is no contribution, or fewer than Krum needs.
@@ -76,29 +76,29 @@ def combine(
         kept = [one._replace(tensors=scaled(one.tensors, base, t)) for one, t in zip(kept, factors, strict=True)]
     if isinstance(method, MeanConfig):
         return _mean(base, kept), told
-    most = (len(kept) - 1) // 2  # with so many dropped, the median is the mean of the one or two that are left
+    most = (len(kept) - 1) // 2  # trimming so many at either end leaves one or two values: the mean is the median
     drop = trimmed(len(kept), method.trim) if isinstance(method, TrimmedMeanConfig) else most
     return dict(trimmed_mean([one.tensors for one in kept], base, drop)), {**told, "trimmed": float(drop)}
 
 
 def _mean(base: Mapping[str, Tensor], contributions: Iterable[Contribution]) -> Means:
-    """Weighted by examples; each is folded as it comes."""
+    """Mean weighted by examples; each contribution is added as it arrives."""
     mean = WeightedMean(base)
     for one in contributions:
         mean.fold(one.tensors, one.num_examples)
-        del one
+        del one  # decision 008: else it lives on while the next is read
     return mean.means()
 
 
 def clip_factors(squares: Sequence[float], clip_norm: float) -> list[float]:
-    """``min(1, clip_norm * median / norm)`` from squared norms; the lower median of an even number."""
+    """``min(1, clip_norm * median / norm)`` per client, from squared norms; for an even number the lower median."""
     norms = _squares(torch.tensor(squares, dtype=torch.float64)).sqrt().tolist()
     bound = clip_norm * median_low(norms)
     return [1.0 if norm <= bound else bound / norm for norm in norms]
 
 
 def scaled(tensors: Changed, base: Mapping[str, Tensor], factor: float) -> Changed:
-    """The same update with its change times ``factor``: factors stay factors, whole tensors become float32."""
+    """The update with its change multiplied by ``factor``: factors stay factors, dense tensors become float32."""
     if factor == 1.0:
         return tensors
     return {
@@ -110,7 +110,7 @@ def scaled(tensors: Changed, base: Mapping[str, Tensor], factor: float) -> Chang
 
 
 def trimmed(count: int, trim: float) -> int:
-    """floor(trim * count) of the decimal number that was written: 0.29 of 100 is 29."""
+    """floor(trim * count) in decimal arithmetic: 0.29 * 100 is 29, while binary floats would give 28."""
     return math.floor(Fraction(str(trim)) * count)
 
 
@@ -120,12 +120,12 @@ def trimmed_mean(updates: Sequence[Changed], base: Mapping[str, Tensor], drop: i
     Computed in float32, for rows of one tensor at a time. Values that overflow to NaN count among the largest.
 
     Args:
-        updates: at least 2 drop + 1, of shapes as in the base.
+        updates: at least 2 drop + 1, in shapes as in the base.
         base: the state.
-        drop: how many values are left out at either end.
+        drop: number of values left out at either end.
 
     Returns:
-        Dense tensors in the base's types.
+        Dense tensors in the base's dtypes.
     """
     result = {}
     for name in updates[0]:
@@ -133,20 +133,20 @@ def trimmed_mean(updates: Sequence[Changed], base: Mapping[str, Tensor], drop: i
         after = torch.empty(start.shape, dtype=start.dtype)
         for rows in _blocks(start, 4 * len(updates)):
             changes = torch.stack([_change(update[name], start, rows) for update in updates])  # (K, rows, n)
-            changes.numpy().sort(axis=0)  # in place; several times as fast as torch along this dimension
+            changes.numpy().sort(axis=0)  # in place; several times as fast as torch.sort along dimension 0
             after[rows] = start[rows].to(torch.float32) + changes[drop : len(updates) - drop].mean(0)
         result[name] = after.reshape(base[name].shape)
     return result
 
 
 def krum_order(inner: Tensor, byzantine: int) -> list[int]:
-    """The updates from the best Krum score to the worst; of equal scores the earlier first.
+    """Indices of the updates from the best Krum score to the worst; ties keep the order of ``inner``.
 
     The score is the sum of the K - f - 2 smallest squared distances to other updates.
 
     Args:
         inner: (K, K), inner products of the clients' changes, float64.
-        byzantine: f, how many clients may send anything.
+        byzantine: f, number of clients that may send arbitrary updates.
 
     Raises:
         AggregationError: K < 2 f + 3.
@@ -164,7 +164,7 @@ def krum_order(inner: Tensor, byzantine: int) -> list[int]:
 
 
 def _squares(computed: Tensor) -> Tensor:
-    """What is below zero is rounding, what is no number has overflowed."""
+    """Squared norms or distances, repaired: negative values are rounding errors (0), NaN comes from overflow (inf)."""
     return computed.clamp_min(0.0).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
@@ -177,10 +177,10 @@ def gram(updates: Sequence[Changed], base: Mapping[str, Tensor]) -> Tensor:
 
 
 def _gram(values: Sequence[Tensor | Factors], start: Tensor) -> Tensor:
-    """The same for one tensor (m, n).
+    """Inner products of the clients' changes of one tensor (m, n): (K, K), float64.
 
-    Client k's change is X_k + (c_k - 1) W_0, with X_k = L_k R_k or dense: first the inner products of the K + 1
-    parts X_1 ... X_K, W_0, of which only the dense ones are ever formed, by rows.
+    Client k's change is X_k + (c_k - 1) W_0, where X_k is L_k R_k or dense. The function computes the inner products
+    of the K + 1 parts X_1 ... X_K, W_0 first. Products L_k R_k are never formed; dense parts are read block by block.
     """
     count = len(values)
     shrunk = torch.tensor([v.decay - 1.0 if isinstance(v, Factors) else 0.0 for v in values], dtype=torch.float64)
@@ -203,18 +203,18 @@ def _gram(values: Sequence[Tensor | Factors], start: Tensor) -> Tensor:
 
 
 def _change(value: Tensor | Factors, start: Tensor, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Some rows of a change, as a new tensor; of factors in float32."""
+    """Some rows of a client's change, as a new tensor (rows, n); a change in factors becomes float32."""
     if isinstance(value, Factors):
         return Factors(value.decay, [(left[rows], right) for left, right in value.terms]).change(start[rows])
     return _matrix(value)[rows].to(dtype) - start[rows].to(dtype)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A tensor of any number of dimensions as rows."""
+    """A view of a tensor of any shape as a matrix (first dimension, product of the others)."""
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
 def _blocks(start: Tensor, num_bytes: int) -> Iterator[slice]:
-    """Slices of rows that take at most BLOCK bytes together, at ``num_bytes`` per coordinate, but one row at least."""
+    """Slices of rows: at most BLOCK bytes each, at ``num_bytes`` per coordinate, but at least one row."""
     step = max(1, BLOCK // max(1, num_bytes * start.shape[1]))
     return (slice(first, first + step) for first in range(0, len(start), step))

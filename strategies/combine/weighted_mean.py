@@ -1,4 +1,7 @@
-"""Sums that take one client's update after another and drop it: the weighted mean, and how the clients drift apart."""
+"""Running sums over the clients' updates: the weighted mean, and the drift between clients.
+
+Each update is added and then freed, so memory does not grow with the number of clients (decision 008).
+"""
 
 import math
 import re
@@ -22,8 +25,8 @@ class WeightedMean:
     """Running example-weighted mean of tensors, as a change relative to a base (arXiv 2410.23111, section 3).
 
     Sums ``n_k (W_k - W_0)`` in float32 and returns ``W_0 + sum / n`` in the base's dtype, so equal tensors average
-    to themselves bit for bit. Changes that come in factors stay in factors as long as these, all together, are
-    smaller than the weight; so memory is bounded, however many clients there are.
+    to themselves bit for bit. Changes that come in factors stay in factors as long as all factors together are
+    smaller than the weight, so memory is bounded for any number of clients.
     """
 
     def __init__(self, base: Mapping[str, Tensor]) -> None:
@@ -32,7 +35,7 @@ class WeightedMean:
         self._weight = 0
 
     def fold(self, tensors: Changed, num_examples: int) -> None:
-        """Add one client's tensors (shapes as in the base), or their changes in factors."""
+        """Add one client's tensors (shapes as in the base), or factors of the changes, with weight ``num_examples``."""
         for name, value in tensors.items():
             if name not in self._sums:
                 self._sums[name] = _Sum(self._base[name])
@@ -40,10 +43,10 @@ class WeightedMean:
         self._weight += num_examples
 
     def means(self) -> Means:
-        """The weighted mean of all that was folded: the tensor, or its change where that is known in factors.
+        """The weighted mean by name: a dense tensor, or the mean change in factors where the sum is still in factors.
 
         Raises:
-            AggregationError: nothing was folded.
+            AggregationError: ``fold`` was never called.
         """
         if self._weight == 0:
             raise AggregationError(NO_UPDATE)
@@ -51,7 +54,7 @@ class WeightedMean:
 
 
 def applied(means: Changed, base: Mapping[str, Tensor]) -> Tensors:
-    """Means, all as tensors in the base's types."""
+    """The means as dense tensors in the base's dtypes: a mean change in factors is applied to the base."""
     return {
         name: value.apply(base[name]).to(base[name].dtype) if isinstance(value, Factors) else value
         for name, value in means.items()
@@ -59,19 +62,19 @@ def applied(means: Changed, base: Mapping[str, Tensor]) -> Tensors:
 
 
 class _Sum:
-    """Weighted sum of one tensor's changes, in factors while these are smaller than the tensor."""
+    """Weighted sum of one tensor's changes, in factors while the factors are smaller than the tensor."""
 
     def __init__(self, base: Tensor) -> None:
         self._base = base
         self._whole: Tensor | None = None
-        self._factors = Factors(1.0, [])  # of the sum; decay: 1 + sum of w_k (c_k - 1)
+        self._factors = Factors(1.0, [])  # the sum in factors; its decay is 1 + sum of w_k (c_k - 1)
 
     def add(self, value: Tensor | Factors, weight: float) -> None:
         if isinstance(value, Tensor):
             self._whole = self._melted().add_(_change(value, self._base), alpha=weight)
             return
         terms = value.scaled(self._base.shape, weight).terms
-        if value.common and self._factors.terms:  # one basis: the other factors add up
+        if value.common and self._factors.terms:  # all clients share one basis, so only the other factors are added
             ((left, right),), ((more_left, more_right),) = self._factors.terms, terms
             terms = [(left + more_left, right) if projects_right(self._base.shape) else (left, right + more_right)]
         else:
@@ -92,7 +95,7 @@ class _Sum:
         return float(self._whole.square().sum(dtype=torch.float64))
 
     def _melted(self) -> Tensor:
-        """The whole sum; nothing is left in factors."""
+        """The sum as a dense tensor; empties ``_factors``."""
         factors, self._factors = self._factors, Factors(1.0, [])
         if not factors.terms and factors.decay == 1.0:
             return torch.zeros(self._base.shape) if self._whole is None else self._whole
@@ -101,7 +104,7 @@ class _Sum:
 
 
 class Drift:
-    """How far and in how different directions the clients moved, per layer group, without keeping their updates.
+    """Norms and mean pairwise cosine of the clients' changes, per layer group, without keeping the updates.
 
     The mean pairwise cosine of unit vectors u_k is ``(|sum u_k|^2 - K) / (K (K - 1))``, so one running sum is enough.
     """
@@ -112,7 +115,7 @@ class Drift:
         self._norms: dict[str, list[float]] = {}
 
     def fold(self, tensors: Changed) -> None:
-        """Add one client's tensors, or their changes in factors; second moments do not count."""
+        """Add one client's tensors, or factors of the changes; second moments are left out."""
         groups: dict[str, list[str]] = {}
         for name in without(tensors):
             groups.setdefault(layer_group(name), []).append(name)
@@ -138,13 +141,13 @@ class Drift:
 
 
 def layer_group(name: str) -> str:
-    """The transformer block a tensor belongs to, ``"...layers.7"``; its parent module when it is in no block."""
+    """The transformer block that a tensor belongs to, ``"...layers.7"``; outside all blocks: the tensor's module."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match.group(1) if match else name.rpartition(".")[0] or name
 
 
 def _change(value: Tensor, base: Tensor) -> Tensor:
-    """A new tensor in float32."""
+    """``value - base`` as a new float32 tensor."""
     return value.to(torch.float32) - base.to(torch.float32)
 
 

@@ -1,1 +1,1 @@
-"""The strategies as Flower knows them: messages, and Flower's Strategy interface."""
+"""The strategies for Flower: messages, and Flower's Strategy interface."""

@@ -1,14 +1,15 @@
-"""The messages of a round under a rule: what is sent to whom, and which replies are believed.
+"""The messages of a round under a rule: which tensors to send to each client, and which replies to admit.
 
-A client is sent just the tensors it does not hold yet: it keeps the tensors that were frozen in its last round (their
-digest comes back in its reply), all others are sent anew. So FFA-LoRA's A and RoLoRA's idle factor travel once, and a
-late joiner or a returner receives what it lacks without any special case.
+The server sends a client only the tensors that the client does not hold yet. A client keeps the tensors that were
+frozen in its last round, and its reply holds their digest; all other tensors are sent again. So FFA-LoRA's A and
+RoLoRA's frozen factor are sent once, and a late joiner or a returning client receives what it lacks without any special
+case (decision 003).
 
-Where a rule makes each state of the last one by a step (FedFTG, in factors), a client under FedSpan's round loop is
-sent the steps from the version that it holds, if these are smaller than the state; who has the base model holds the
-first version.
+Where a rule makes each state from the last one by a step (FedFTG, in factors), FedSpan's round loop sends a client the
+steps from the client's version to the latest, if the steps are smaller than the state. A client that has the base model
+holds the first version (decision 005).
 
-What a message holds, and under which names, is declared in ``common.protocol.messages``.
+``common.protocol.messages`` declares the names and contents of the messages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,35 +30,36 @@ from strategies.lora_names import rank_of
 from strategies.rule import Outcome, Rule, Tensors, Update
 from strategies.server_optimizer import ServerOptimizer
 
-_ALPHAS = (1e-6, 1e6)  # of a client's own: products in it, and what it is sent for it, stay finite
+_ALPHAS = (1e-6, 1e6)  # allowed for an alpha that a client reports: products and rescaled states stay finite
 
 
 @dataclass
 class Client:
-    """What the server knows of one client node."""
+    """The server's knowledge of one client node."""
 
     name: str
     rank: int | None = None
     lora_alpha: float | None = None
-    held: dict[str, str] = field(default_factory=dict)  # tensor name -> digest
-    has_base: bool = False  # whether it has the base model, which is the first version
-    version: str | None = None  # which version it holds besides
+    held: dict[str, str] = field(default_factory=dict)  # frozen tensors at the client: name -> digest
+    has_base: bool = False  # whether the client has the base model, which is the first version
+    version: str | None = None  # the latest version that the client holds, beside the first
 
     def forget(self) -> None:
-        """Until its next reply proves otherwise, the client holds nothing but the base model."""
+        """Assume that the client holds nothing but the base model, until its next reply shows more."""
         self.held, self.version = {}, None
 
 
 class RuleMessages:
-    """Who is sent what under a ``Rule``, and which replies are believed: all that the round loop asks of a strategy.
+    """A ``Rule`` with its messages: the interface of a strategy to the round loop.
 
     Args:
-        rule: what is trained and how replies are combined.
-        server_optimizer: how the server goes along the averaged change; None: as far as it goes.
+        rule: says which tensors are trained, and aggregates updates.
+        server_optimizer: optimizer that the server applies to the averaged update, with the average as its gradient.
+            None: apply the average directly, as FedAvg does.
 
     Attributes:
-        clients: what is known of every node, by its id.
-        versions: of the state, when it travels in steps; None: it does not.
+        clients: the server's knowledge of every node, by node id.
+        versions: the state's versions, when clients are sent steps; None: clients are sent tensors.
 
     Raises:
         ValueError: the rule takes no server optimizer.
@@ -80,12 +82,12 @@ class RuleMessages:
     def begin(
         self, state: Tensors, versions: Versions | None = None, moments: Mapping[str, Tensors] | None = None
     ) -> None:
-        """Send clients only what they lack, in the form that FedSpan's own read, whose alpha is the federation's.
+        """Prepare for FedSpan's own clients, which read bundled arrays and steps, and use the federation's alpha.
 
         Args:
-            state: what the first round, or the next one, starts from.
-            versions: how it came about; None: it is the base model's, which the clients have.
-            moments: of the server optimizer after the last round; None: there was none.
+            state: the state that the next round starts from.
+            versions: the state's versions, from a checkpoint; None: the state is the base model's, which clients have.
+            moments: the server optimizer's moments, from a checkpoint; None: the optimizer starts new.
         """
         self._bundled, self._mixed_alphas = True, False
         if self.server_optimizer is not None:
@@ -94,7 +96,7 @@ class RuleMessages:
             self.versions = versions or Versions(state)
 
     def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
-        """The outcome of a round; see ``Rule.aggregate``."""
+        """Aggregate a round's updates (``Rule.aggregate``) and apply the server optimizer."""
         outcome = self.rule.aggregate(server_round, state, updates)
         if self.server_optimizer is not None:
             outcome = self.server_optimizer.step(self.rule.active(server_round, state), state, outcome)
@@ -103,21 +105,21 @@ class RuleMessages:
         return outcome
 
     def client(self, node_id: int) -> Client:
-        """What is known of a node; a node never seen before holds nothing."""
+        """The server's knowledge of a node; a node never seen before holds nothing."""
         return self.clients.setdefault(node_id, Client(f"node-{node_id}"))
 
     def train_states(self, server_round: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
-        """What each node needs for a round's training, by its id."""
+        """The state to send to each node for a round's training: (node id, state) pairs."""
         self._state, self._active, self._round = state, self.rule.active(server_round, state), server_round
         return list(self._states(server_round, node_ids, trained=True))
 
     def evaluate_states(self, version: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
-        """What each node needs to evaluate the state after round ``version``; nothing is trained."""
+        """The state to send to each node to evaluate the state after round ``version``: (node id, state) pairs."""
         self._state, self._active = state, []
         return list(self._states(version, node_ids, trained=False))
 
     def _states(self, server_round: int, node_ids: Iterable[int], *, trained: bool) -> Iterator[tuple[int, State]]:
-        records: dict[object, ArrayRecord] = {}  # clients that need the same tensors share one record
+        records: dict[object, ArrayRecord] = {}  # clients that need the same tensors share one encoded record
         version = None if self.versions is None else self.versions.latest
         for node_id in node_ids:
             client = self.client(node_id)
@@ -150,7 +152,7 @@ class RuleMessages:
             )
 
     def _steps_for(self, client: Client) -> tuple[str | None, list[Step] | None]:
-        """From which version the client is sent steps, and these; None when it is sent the state."""
+        """The version that the client holds and the steps from there to the latest; (None, None): send tensors."""
         if self.versions is not None and self.versions.state is self._state:
             for version in (client.version, self.versions.first if client.has_base else None):
                 if version is not None and (steps := self.versions.since(version)) is not None:
@@ -158,24 +160,24 @@ class RuleMessages:
         return None, None
 
     def base_of(self, node_id: int) -> Tensors:
-        """What a node trained from in the current round, in the rank and scaling of its last reply."""
+        """The state that a node trained from in the current round, in the rank and scaling of the node's last reply."""
         client = self.client(node_id)
         return self.rule.state_for(self._state, client.rank, client.lora_alpha)
 
     def admit(self, reply: TrainReply, node_id: int) -> Update:
-        """The update in a reply to the current round.
+        """Check a reply to the current round and return the update in it.
 
         Args:
-            reply: as it was read.
-            node_id: whose it is.
+            reply: a training reply whose form was checked when it was read.
+            node_id: the node that sent the reply.
 
         Raises:
-            RefusedUpdate: it is not admitted; the text says why and whose.
+            RefusedUpdate: the update is rejected; the text names the client and the reason.
         """
         client = self.client(node_id)
         client.forget()
         if self.versions is not None and reply.version == self.versions.latest:
-            client.version = self.versions.latest  # whatever its update is worth
+            client.version = self.versions.latest  # also when the update is rejected below
         about = reply.server_round
         if about != self._round:
             raise RefusedUpdate(f"{client.name}: the update is of round {about}, this is round {self._round}")
@@ -200,7 +202,7 @@ class RuleMessages:
         return Update(client.name, reply.num_examples, admitted, client.lora_alpha, changes)
 
     def _lora_alpha(self, client: Client, told: float | None) -> float | None:
-        """The alpha of a reply; a client that tells none has the federation's, and of base weights there is none."""
+        """The client's alpha: as reported, else the federation's; base weights have no alpha to report."""
         common = self.rule.lora_alpha
         if told is None or self.rule.section.trains == "weights":
             return common
@@ -213,8 +215,8 @@ class RuleMessages:
     def _read_tensors(
         self, client: Client, arrays: ArrayRecord, expected: Tensors
     ) -> tuple[Tensors, dict[str, Factors]]:
-        """What a reply holds whole, and what in factors."""
-        weights = self._active if self.rule.section.trains == "weights" else []  # a LoRA factor comes whole
+        """A reply's dense tensors, and its changes in factors."""
+        weights = self._active if self.rule.section.trains == "weights" else []  # LoRA's A and B are sent dense
         shapes = {name: tuple(expected[name].shape) for name in weights}
         try:
             return unpack(wire.decode(arrays), shapes, self.rule.exchange(self._round))
@@ -223,7 +225,7 @@ class RuleMessages:
 
 
 def _check_acknowledged(client: str, acknowledged: str | None, frozen: Tensors) -> None:
-    """Whether a client's digest of the frozen tensors is the federation's."""
+    """Reject a reply whose digest of the frozen tensors is missing or not the federation's."""
     if acknowledged is None:
         raise RefusedUpdate(
             f"{client}: the reply holds neither the {len(frozen)} frozen tensors nor their digest "

@@ -1,4 +1,4 @@
-"""The strategy that a federation file names: as a rule, and ready for the round loop."""
+"""Make the strategy that a federation file names: as a rule, or for the round loop."""
 
 from common.config.aggregation import AggregationConfig, MeanConfig, ServerOptimizerConfig
 from common.config.strategy import StrategyConfig
@@ -10,16 +10,16 @@ from strategies.rule import Rule, Setup
 def make_rule(
     config: StrategyConfig, *, seed: int, aggregation: AggregationConfig | None = None, whole: bool = False
 ) -> Rule:
-    """The rule that a federation file names.
+    """Make the rule that a federation file names.
 
     Args:
         config: the file's strategy section.
-        seed: of the federation.
-        aggregation: None: the plain mean, the only one for some strategies.
-        whole: whether a server optimizer goes on with the average.
+        seed: the federation's seed.
+        aggregation: the aggregation method; None: the plain mean. Some strategies allow no other.
+        whole: whether a server optimizer takes the average.
 
     Raises:
-        ValueError: the strategy takes the plain mean only, and this is another aggregation.
+        ValueError: the strategy allows the plain mean only, and ``aggregation`` is another method.
     """
     if config.plain_mean_only is not None and aggregation not in (None, MeanConfig()):
         raise ValueError(f"{config.name}: aggregation is {aggregation!r}; allowed: the plain mean")
@@ -33,6 +33,6 @@ def make_strategy(
     aggregation: AggregationConfig | None = None,
     server_optimizer: ServerOptimizerConfig | None = None,
 ) -> FlowerStrategy:
-    """The strategy that a federation file names, ready for FedSpan's round loop; see ``make_rule``."""
+    """Make the strategy that a federation file names, for FedSpan's round loop; see ``make_rule``."""
     rule = make_rule(config, seed=seed, aggregation=aggregation, whole=server_optimizer is not None)
     return FlowerStrategy(rule, seed=seed, server_optimizer=server_optimizer)

@@ -41,7 +41,7 @@ class FedAvgOptions(TypedDict, total=False):
 
 
 class FlowerOptions(FedAvgOptions, total=False):
-    """The same, with the options of ``FlowerStrategy`` itself."""
+    """FedAvg's options, and those of ``FlowerStrategy`` itself."""
 
     seed: int
     join_timeout: float
@@ -63,11 +63,12 @@ class FlowerStrategy(RuleMessages, FedAvg):
         """Make a strategy of ``rule``.
 
         Args:
-            rule: what is trained and how replies are combined.
-            seed: of the sampling of clients; the same seed and nodes give the same cohorts.
+            rule: says which tensors are trained, and aggregates updates.
+            seed: seed for sampling clients; the same seed and nodes give the same cohorts.
             join_timeout: seconds that ``configure_train`` waits for ``min_available_nodes``.
-            server_optimizer: how the server goes along the averaged change; None: as far as it goes.
-            options: FedAvg's own. Metrics are by default averaged by ``weighted_mean``.
+            server_optimizer: optimizer that the server applies to the averaged update, with the average as its
+                gradient. None: apply the average directly, as FedAvg does.
+            options: FedAvg's options. Metrics are by default averaged by ``weighted_mean``.
 
         Raises:
             ValueError: the rule takes no server optimizer.
@@ -89,7 +90,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """As ``flwr.serverapp.strategy.Strategy.start``, but each reply is combined as it arrives, and dropped."""
+        """As ``flwr.serverapp.strategy.Strategy.start``, but each reply is aggregated as it arrives, then freed."""
         streaming: Any = StreamingGrid(grid)
         return super().start(streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
@@ -106,10 +107,10 @@ class FlowerStrategy(RuleMessages, FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Combine the admitted replies; a refused one is logged with its reason and left out.
+        """Aggregate the admitted replies; a rejected reply is logged with the reason.
 
         Raises:
-            AggregationError: fewer than ``min_train_nodes`` replies were admitted, or they cannot be combined.
+            AggregationError: fewer than ``min_train_nodes`` replies were admitted, or the updates cannot be aggregated.
         """
         if self.fraction_train == 0.0:
             return None, None
@@ -131,7 +132,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
                     log(WARNING, "round %s, not admitted: %s", server_round, reason)
                     continue
                 contents.append(_scalars(reply.content))
-                del reply
+                del reply  # decision 008: a loop variable keeps the last update while the next is pulled
                 yield update
                 del update
             if len(contents) < max(1, self.min_train_nodes):
@@ -155,7 +156,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         return [self._message(MessageType.EVALUATE, node_id, state, config) for node_id, state in states]
 
     def _message(self, kind: str, node_id: int, state: State, config: ConfigRecord) -> Message:
-        """A state under the records' names of this app, with the caller's settings beside ours."""
+        """A message with a state, under this app's record names, and the caller's settings added to the state's."""
         content = {self.arrayrecord_key if key == ARRAYS else key: part for key, part in state.to_record().items()}
         content[self.configrecord_key] = ConfigRecord({**config, **content.pop(CONFIG)})  # type: ignore[dict-item]
         return Message(RecordDict(content), node_id, kind, ttl=DEFAULT_TTL, group_id=str(state.server_round))
@@ -164,7 +165,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         """The update in a reply to a training message of the current round.
 
         Raises:
-            RefusedUpdate: the reply cannot be read, or is not admitted; the text says why and whose.
+            RefusedUpdate: the reply cannot be read, or is rejected; the text names the client and the reason.
         """
         node_id = reply.metadata.src_node_id
         keys = self.arrayrecord_key, self.configrecord_key, self.weighted_by_key
@@ -177,7 +178,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         return self.admit(told, node_id)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Combine the metrics of all replies that have some."""
+        """Average the metrics of all replies that have metrics."""
         contents = []
         for reply in replies:
             if reply.has_error():
@@ -187,7 +188,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
 
     def _sample(self, grid: Grid, fraction: float, minimum: int, server_round: int) -> list[int]:
-        """``max(minimum, fraction * connected)`` nodes, the same for the same seed, round and nodes.
+        """Sample ``max(minimum, fraction * connected)`` nodes, the same for the same seed, round and nodes.
 
         Raises:
             AggregationError: fewer than ``min_available_nodes`` nodes connected within ``join_timeout`` seconds.
@@ -205,10 +206,11 @@ class FlowerStrategy(RuleMessages, FedAvg):
 
 @cache
 def flower_strategy(rule: type[Rule]) -> type[FlowerStrategy]:
-    """A rule as a class of Flower strategies, such as ``strategies.FedIT``.
+    """Make a class of Flower strategies from a rule's class, such as ``strategies.FedIT`` from ``FedITRule``.
 
-    It takes the rule's own arguments and, by name, ``FlowerOptions``; ``seed`` goes to both where the rule has one.
-    ``FedIT(lora_alpha=8.0, fraction_train=0.5)`` is ``FlowerStrategy(FedITRule(lora_alpha=8.0), fraction_train=0.5)``.
+    The class takes the rule's arguments and, by name, ``FlowerOptions``; where the rule has a ``seed``, too, both get
+    the same. ``FedIT(lora_alpha=8.0, fraction_train=0.5)`` is
+    ``FlowerStrategy(FedITRule(lora_alpha=8.0), fraction_train=0.5)``.
     """
     make: Callable[..., Rule] = rule
     own, flowers = inspect.signature(rule).parameters, FlowerOptions.__annotations__
@@ -238,7 +240,7 @@ def _scalars(content: RecordDict) -> RecordDict:
 
 
 def sample(nodes: list[int], fraction: float, minimum: int, seed: int, server_round: int) -> list[int]:
-    """``max(minimum, fraction * len(nodes))`` of ``nodes``, from a generator of its own."""
+    """Sample ``max(minimum, fraction * len(nodes))`` of ``nodes``; Python's global generator is not touched."""
     size = min(len(nodes), max(minimum, int(fraction * len(nodes))))
     return sorted(random.Random(f"{seed}/{server_round}").sample(nodes, size))  # noqa: S311 - no secret
 
@@ -246,7 +248,7 @@ def sample(nodes: list[int], fraction: float, minimum: int, seed: int, server_ro
 def weighted_mean(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """Mean of every scalar metric over the clients that report it, weighted by ``weighted_by_key``.
 
-    A reply without a positive weight is left out, so that no client can turn a mean round.
+    A reply without a positive weight is left out: one negative weight could flip the sign of the mean.
     """
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:

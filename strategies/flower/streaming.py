@@ -1,4 +1,4 @@
-"""A grid that hands out replies one at a time, as they arrive, so that none has to be kept."""
+"""A Flower grid that yields replies one at a time, as they arrive, so that memory stays flat (decision 008)."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ _POLL_SECONDS = 0.5
 
 
 class StreamingGrid:
-    """A grid whose ``send_and_receive`` does not wait for all replies; everything else is the grid's own.
+    """Wraps a grid: ``send_and_receive`` yields replies instead of collecting them; the rest is the grid's own.
 
     Args:
         grid: Flower's grid.
@@ -23,7 +23,7 @@ class StreamingGrid:
         return getattr(self._grid, name)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send at once; replies come until all are there or ``timeout`` seconds have passed."""
+        """Send all messages at once, then yield replies until all arrived or ``timeout`` seconds have passed."""
         waiting = {message_id for message_id in self._grid.push_messages(messages) if message_id}
         return self._replies(waiting, None if timeout is None else time.monotonic() + timeout)
 
@@ -33,6 +33,6 @@ class StreamingGrid:
                 replies = list(self._grid.pull_messages([message_id]))
                 if replies:
                     waiting.discard(message_id)
-                    yield replies.pop()
+                    yield replies.pop()  # decision 008: a list that is iterated would keep the reply
             if waiting:
                 time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The server's record of how the global state came about, from which each client is sent what it lacks."""
+"""The server's record of the global state's versions, and of the steps between them that clients are sent."""
 
 from collections.abc import Iterable
 
@@ -10,16 +10,17 @@ from strategies.rule import Outcome
 
 
 class Versions:
-    """The latest state, its name, and the last steps that led to it.
+    """The latest state, its version's name, and the last steps that led to the latest state.
 
-    Steps are kept only as long as all of them together are smaller than the state, which is when it pays to send them;
-    so they never take more memory than one state.
+    Steps are kept only while all kept steps together are smaller than the state: beyond that, sending the state costs
+    less (decision 005). So steps never take more memory than one state.
 
     Args:
-        state: the latest state; the first one, when nothing else is given.
-        first: name of the first version, which whoever has the base model holds.
-        latest: name of the latest.
-        steps: the last steps that led to it, each with the version that it leads from.
+        state: the latest state; without the other arguments, the first state.
+        first: name of the first version, which every client with the base model holds.
+        latest: name of the latest version.
+        steps: the last steps that led to the latest state, as pairs (name of the version that a step starts from,
+            step).
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Versions:
         self.steps = list(steps)
 
     def advance(self, outcome: Outcome) -> None:
-        """Take a round's result as the latest version."""
+        """Make a round's result the latest version."""
         self.state = outcome.state
         if outcome.step is None:
             self.latest, self.steps = tensors_digest(outcome.state), []
@@ -46,7 +47,7 @@ class Versions:
             del self.steps[0]
 
     def since(self, version: str) -> list[Step] | None:
-        """The steps from ``version`` to the latest; None when they are not known, or larger than the state."""
+        """The steps from ``version`` to the latest; None when the steps from there are not kept."""
         if version == self.latest:
             return []
         for position, (start, _) in enumerate(self.steps):

@@ -62,5 +62,5 @@ def test_no_site_can_be_called_server(tmp_path: Path) -> None:
     make_federation(tmp_path, {"site-a": 9, "site-b": 17})
     file = tmp_path / "site-a.yaml"
     file.write_text(file.read_text().replace("name: site-a", "name: server"))
-    with pytest.raises(ConfigError, match="'server' is what records and pages call the server"):
+    with pytest.raises(ConfigError, match="'server' is the server's name in records and pages"):
         load(file, SiteConfig)

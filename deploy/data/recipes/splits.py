@@ -1,4 +1,4 @@
-"""What a recipe makes of a data set."""
+"""The result of a recipe: training rows and test rows."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from common.data.shards import Cells
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on, rows to test on, and how many of the source were left out."""
+    """Training rows, test rows, and the number of source rows left out."""
 
     train: list[Cells]
     test: list[Cells]
@@ -16,7 +16,7 @@ class Splits:
 
 
 def by_group(rows: list[Cells], column: str, share: float, left_out: int = 0) -> Splits:
-    """About ``share`` of the rows as test: all rows that agree in ``column`` are on one side, everywhere the same."""
+    """Take about ``share`` of the rows as test. Rows with the same ``column`` stay together; no randomness."""
 
     def drawn(row: Cells) -> bool:
         digest = hashlib.sha256(str(row[column]).casefold().encode()).hexdigest()

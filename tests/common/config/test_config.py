@@ -89,7 +89,7 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
         (
             "fedftg",
             "rolora\ntask: {type: sequence-classification, labels: [a, b]}",
-            "missing key `strategy.head`: what becomes of the classifier's head; train, freeze or local",
+            "missing key `strategy.head`: how the classifier's head is treated; allowed: train, freeze or local",
         ),
         (
             "fedftg",
@@ -115,7 +115,7 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
             "rounds: 3\naggregation: {method: median, trim: 0.1}",
             "unknown key `aggregation.trim`; allowed here: `clip_norm`, `method`",
         ),
-        ("rounds: 3", "rounds: 3\naggregation: multi-krum", "missing key `aggregation.byzantine` (f: how many sites"),
+        ("rounds: 3", "rounds: 3\naggregation: multi-krum", "missing key `aggregation.byzantine` (f: number of sites"),
         (
             "rounds: 3",
             "rounds: 3\naggregation: {method: krum, byzantine: 0, clip_norm: 2.0}",
@@ -131,7 +131,7 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
             "rounds: 3\naggregation: {method: mean, clip_norm: 0.0}",
             "`aggregation.clip_norm` is 0.0: input should be greater than 0",
         ),
-        ("rounds: 3", "rounds: 3\nserver_optimizer: fedadam", "missing key `server_optimizer.learning_rate` (Of the"),
+        ("rounds: 3", "rounds: 3\nserver_optimizer: fedadam", "missing key `server_optimizer.learning_rate` (Server's"),
         (
             "rounds: 3",
             "rounds: 3\nserver_optimizer: adam",
