@@ -1,1 +1,1 @@
-"""How a site's machine joins a federation: link, worker and the check of the code that it runs. Stays at home."""
+"""A site's connection to a federation: link, worker, agreement, verification of bundles. Stays at home."""

@@ -1,4 +1,4 @@
-"""What a federation would ask of this site, in plain words, and the site's consent: ``fedspan site agree``."""
+"""Show a federation's settings in plain words and pin the site's consent: ``fedspan site agree`` (decision 027)."""
 
 import argparse
 import sys
@@ -26,12 +26,12 @@ _WIDTH, _COLUMNS = 14, 100  # characters of a line's head, and of the rest
 
 
 def proposed(site_file: Path, federation_file: Path, signature: Path | None = None) -> Agreement:
-    """What a site would agree to.
+    """The agreement that a site would make.
 
     Args:
-        site_file: the site's.
-        federation_file: the operator's, as it lies here.
-        signature: that a reviewer made with ``fedspan code sign --federation``.
+        site_file: the site file.
+        federation_file: the operator's federation file, on this machine.
+        signature: a reviewer's signature of the settings, made with ``fedspan code sign --federation``.
 
     Raises:
         ConfigError: a file is wrong.
@@ -118,7 +118,7 @@ def _told(site: SiteConfig, agreement: Agreement) -> Iterator[tuple[str, str]]:
 
 
 def agree(site_file: Path, agreement: Agreement) -> str:
-    """Pin an agreement; a sentence that says so."""
+    """Pin an agreement; returns a sentence about it."""
     file = agreements_of(load(site_file, SiteConfig), site_file)
     name = agreement.federation.name
     write_agreement(file, name, agreement)

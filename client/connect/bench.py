@@ -1,4 +1,4 @@
-"""The bench: the child process that does a worker's work, seen from the keeper."""
+"""The bench: the worker's child process that does the work, as its parent, the keeper, handles it (decision 007)."""
 
 import contextlib
 import json
@@ -26,17 +26,17 @@ log = logging.getLogger("worker")
 
 
 class Bench:
-    """The process.
+    """A child process that answers messages with one app bundle.
 
     Args:
-        bundle: hash of the app's bundle that it is bound to.
-        api: where it fetches messages.
-        trust: whose bundles it may run; None: anybody's.
+        bundle: hash of the app bundle that the process is bound to.
+        api: the SuperNode's Runtime API, from which the process pulls messages.
+        trust: keys and bundles that the site trusts; None: any bundle may run.
     """
 
     def __init__(self, bundle: str, api: RuntimeApi, trust: Trust | None) -> None:
         self.bundle = bundle
-        self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # where nobody could have put other code before
+        self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # new, so that nobody has put code there before
         read, write = os.pipe()
         program = str(Path(__file__).resolve().with_name("worker_process.py"))
         command = [sys.executable, "-P", program, "--runtime-api", api.address, "--tell", str(write)]
@@ -53,7 +53,7 @@ class Bench:
         self._hand(json.dumps(handed))
 
     def work(self, token: str) -> Iterator[dict[str, Any]]:
-        """Hand over a message by its token; what the bench tells, until the message is done or the bench is dead."""
+        """Give the process a message's token; yields its reports until the message is answered or the process dies."""
         self._hand(token)  # not on a command line, where others could read it
         for line in self._told:
             told = json.loads(line)
@@ -62,7 +62,7 @@ class Bench:
                 return
 
     def stop(self) -> None:
-        """End the process, and with it all that it holds on the device."""
+        """End the process; only that frees all of its memory on the device."""
         self.process.terminate()
         try:
             self.process.wait(10.0)
@@ -81,7 +81,7 @@ class Bench:
 
 @contextlib.contextmanager
 def heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
-    """Tell the SuperNode that the message is being worked on; end the bench when it is not wanted any more."""
+    """Send the SuperNode heartbeats for a message; end the bench when the answer is no longer wanted."""
     over = threading.Event()
 
     def beat() -> None:

@@ -1,7 +1,8 @@
-"""A connection to a SuperLink by the way that gRPC takes: to a Unix socket, straight, or through a proxy (CONNECT).
+"""Connect to a SuperLink like gRPC does: to a Unix socket, directly, or through a proxy (CONNECT).
 
-gRPC heeds `grpc_proxy`, `https_proxy` and `http_proxy`, the first that is set, in small letters alone, and goes around
-the proxy for a host that is, or ends with, a name in `no_grpc_proxy`, or else in `no_proxy`, or lies in a subnet there.
+gRPC uses the first variable that is set among `grpc_proxy`, `https_proxy` and `http_proxy`, in lower case only. It
+connects directly to hosts that `no_grpc_proxy`, or else `no_proxy`, lists: by name, by the end of the name, or by
+subnet.
 """
 
 import base64
@@ -24,10 +25,10 @@ class Proxy:
     """The proxy of the environment.
 
     Attributes:
-        variable: that names it.
-        host: of the proxy.
-        port: of the proxy.
-        credentials: name and password, or empty.
+        variable: the environment variable that names the proxy.
+        host: the proxy's host.
+        port: the proxy's port.
+        credentials: the proxy's user name and password, or empty.
     """
 
     variable: str
@@ -40,13 +41,13 @@ class Proxy:
 
 
 def socket_path(address: str) -> Path | None:
-    """The path in ``unix:PATH``; None of another address."""
+    """The path in ``unix:PATH``; None for other addresses."""
     kind, _, path = address.partition(":")
     return Path(path) if kind == "unix" and path.startswith("/") else None
 
 
 def proxy_for(host: str, env: Mapping[str, str] = os.environ) -> Proxy | None:
-    """The proxy through which gRPC reaches a host; None when it goes straight."""
+    """The proxy through which gRPC reaches a host; None: gRPC connects directly."""
     variable = _variable(env)
     url = _usable(env[variable]) if variable is not None else None
     if variable is None or url is None or _excepted(host, env.get("no_grpc_proxy", env.get("no_proxy", ""))):
@@ -56,10 +57,10 @@ def proxy_for(host: str, env: Mapping[str, str] = os.environ) -> Proxy | None:
 
 
 def dial(host: str, port: int, timeout: float) -> socket.socket:
-    """An open connection, with ``timeout`` seconds for every step.
+    """Open a connection, with ``timeout`` seconds for every step.
 
     Raises:
-        UnreachableError: nobody answers there, or the proxy does not let the way through.
+        UnreachableError: nobody answers at the address, or the proxy refuses the connection.
     """
     proxy = proxy_for(host)
     if proxy is None:
@@ -78,10 +79,10 @@ def dial(host: str, port: int, timeout: float) -> socket.socket:
 
 
 def dial_socket(path: Path, timeout: float) -> socket.socket:
-    """An open connection to a Unix socket.
+    """Open a connection to a Unix socket.
 
     Raises:
-        UnreachableError: nobody answers there, or this account may not go there.
+        UnreachableError: nobody answers on the socket, or this account may not open it.
     """
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout)
@@ -94,7 +95,7 @@ def dial_socket(path: Path, timeout: float) -> socket.socket:
 
 
 def said(error: OSError) -> str:
-    """What an error says, in the fewest words."""
+    """A short text for an error."""
     return str(error.strerror or error or type(error).__name__)
 
 
@@ -108,10 +109,10 @@ def _connect(host: str, port: int, timeout: float, at: str, mend: str) -> socket
 
 
 def _ask(connection: socket.socket, host: str, port: int, proxy: Proxy) -> None:
-    """Have the proxy open the way.
+    """Ask the proxy to connect to the host.
 
     Raises:
-        UnreachableError: it does not.
+        UnreachableError: the proxy refuses.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     lines = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
@@ -134,7 +135,7 @@ def _ask(connection: socket.socket, host: str, port: int, proxy: Proxy) -> None:
 
 
 def _variable(env: Mapping[str, str]) -> str | None:
-    """The variable that gRPC reads; None when none is set, or the first is empty, which turns the others off."""
+    """The variable that gRPC reads; None: none is set, or the first one is empty, which disables the others."""
     first = next((name for name in _VARIABLES if name in env), None)
     return first if first is not None and env[first] else None
 
@@ -162,7 +163,7 @@ def _excepted(host: str, entries: str) -> bool:
 
 
 def _hint(env: Mapping[str, str]) -> str:
-    """What is wrong with a proxy that the environment names and gRPC does not use; empty when there is none."""
+    """A hint about a proxy variable that gRPC ignores, with the reason; empty when there is none."""
     variable = _variable(env)
     if variable is not None:
         if _usable(env[variable]) is None:

@@ -1,8 +1,8 @@
 """Take part in federations: ``fedspan site join SITE.yaml --superlink HOST:PORT``.
 
-Starts the link to the server (``supernode.py``) and beside it the worker that keeps model and rows in memory
-(``worker.py``), starts either again when it dies, and ends both on SIGTERM and Ctrl-C. Connections are opened to the
-outside only; what listens here, listens on a socket that no other account of this machine can reach.
+Starts the link to the server (``supernode.py``) and the worker that keeps model and rows in memory (``worker.py``),
+restarts either when it dies, and ends both on SIGTERM and Ctrl-C. All connections are outgoing; the SuperNode's Runtime
+API listens on a socket that no other account of this machine can reach (decision 025).
 """
 
 import argparse
@@ -32,8 +32,8 @@ from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, socket_folder
 
 POLL_SECONDS = 0.5
-_LONGEST_PAUSE = 30.0  # seconds before a process that died is started again; the first pause is one second
-_SETTLED = 300.0  # seconds after which an earlier death does not count any more
+_LONGEST_PAUSE = 30.0  # seconds before a dead process is restarted; the first pause is one second
+_SETTLED = 300.0  # seconds after which earlier deaths no longer count
 
 
 class Ended(Exception):  # noqa: N818 - not an error
@@ -42,14 +42,14 @@ class Ended(Exception):  # noqa: N818 - not an error
 
 @dataclass
 class Service:
-    """One of the two processes, started again when it dies.
+    """One of the two processes, restarted when it dies.
 
     Attributes:
-        started: the process; None while it waits to be started again.
-        deaths: in a row.
+        started: the process; None while it waits for its restart.
+        deaths: number of deaths in a row.
         since: monotonic time of the last start.
-        resume: monotonic time at which it is started again.
-        proven: whether it has been seen at work; if not, a refusal is final.
+        resume: monotonic time of the next restart.
+        proven: whether the process has ever worked; if not, a refusal by the server is final.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Service:
     proven: bool = False
 
     def look_after(self, group: ProcessGroup, env: dict[str, str], tries: int) -> None:
-        """Start it, or start it again.
+        """Start the process, or restart it if it has died.
 
         Raises:
-            LaunchError: it has died too often.
+            LaunchError: the process has died too often.
         """
         now = time.monotonic()
         if self.started is None:
@@ -87,11 +87,11 @@ class Service:
 
 @dataclass(frozen=True)
 class Member:
-    """What takes part, all files read and checked.
+    """A site that takes part; all files are read and checked.
 
     Attributes:
         superlink: host and port of the server.
-        status: where the state of both processes is written, as JSON; None: nowhere.
+        status: file for the state of both processes, as JSON; None: no file.
     """
 
     site: SiteConfig
@@ -105,7 +105,7 @@ class Member:
         """Keep both processes alive.
 
         Raises:
-            LaunchError: one has died too often.
+            LaunchError: a process has died too often.
         """
         with ProcessGroup(None) as group:
             while True:
@@ -119,7 +119,7 @@ class Member:
                 time.sleep(POLL_SECONDS)
 
     def state(self) -> dict[str, Any]:
-        """For the status file: when, the link (up, restarts), the worker's own status, the device asked for."""
+        """The status file's content: time, link (up, restarts), the worker's status, the requested device."""
         try:
             worker = json.loads(self.worker_status.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -151,7 +151,7 @@ def _connected(link: Started | None, superlink: str) -> bool:
 def _write(file: Path, state: dict[str, Any]) -> None:
     try:
         write_atomically(file, json.dumps(state) + "\n", durable=False)
-    except OSError as error:  # a full disk, say: the site works on, and whoever reads the file sees that it is old
+    except OSError as error:  # e.g. a full disk: the site works on; readers see by the time that the file is old
         _say(f"the status file cannot be written ({error.strerror})")
 
 
@@ -160,11 +160,11 @@ def _say(text: str) -> None:
 
 
 def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, str]]:
-    """Read and check every file before anything is started; who takes part, and its processes' environment.
+    """Read and check every file before anything is started; returns the site and its processes' environment.
 
     Args:
         options: the command line.
-        socket: that the two processes share, in a folder that no other account may enter.
+        socket: the socket that the two processes share, in a folder that no other account may enter.
 
     Raises:
         FedSpanError: names the file and what is wrong with it.

@@ -1,16 +1,19 @@
-"""The link of a site to its SuperLink: Flower's SuperNode, with what it lacks.
+"""The link of a site to its SuperLink: Flower's SuperNode, with workarounds for Flower 1.39 (decisions 011, 025).
 
-Before Flower begins, the files and the way to the SuperLink are tried (``client.connect.probe``). A SuperLink that
-does not answer yet, or does not let this site in yet, is asked again until the deadline. Whatever cannot mend
-itself ends the program with one line; Flower 1.39 prints a traceback, tries for ever, or ends as if all were well.
+Before Flower starts, the files and the connection to the SuperLink are tried (``client.connect.probe``). While the
+SuperLink does not answer, or does not admit this site, the link tries again until the deadline. An error that will not
+go away ends the program with one line; Flower 1.39 prints a traceback, tries for ever, or exits with code 0.
 
-Four more differences. Its Runtime API is a Unix socket, so that no other account of this machine can answer in the
-site's name (``common.system.flower_socket``). It asks its SuperLink for messages as often as it is told; Flower 1.39
-waits three seconds between two questions, which on a near link is most of a short round. When a run is stopped while
-its message is still coming in, the task that was made of the message ends; Flower 1.39 keeps it, and whoever takes it
-up waits for its content for ever. And it asks for the next message when the last one is answered; Flower 1.39 when
-anything is, so an answer to a run that was stopped meanwhile leaves the next answer lying there until one more message
-has come.
+Four more differences to Flower 1.39:
+
+- The Runtime API is a Unix socket, so that no other account of this machine can answer in the site's name
+  (``common.system.flower_socket``).
+- ``--poll`` sets the pause between two polls for messages. Flower waits three seconds, which on a fast link is most of
+  a short round.
+- When a run is stopped while a message of it is still being pulled, the message's task ends. Flower keeps the task, and
+  the worker that takes it waits for the content for ever.
+- The next message is pulled when the last one is answered. Flower pulls it after any answer: an answer to a stopped run
+  then delays the next answer until one more message has come.
 """
 
 import argparse
@@ -50,7 +53,7 @@ _make_retry_invoker = start_client_internal._make_fleet_connection_retry_invoker
 
 
 def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa: ANN401 - as Flower's own
-    """Flower's ``pull_objects``, whose caller cleans up after any error but the one that a stopped run raises."""
+    """Flower's ``pull_objects``; its caller cleans up after any error except that of a stopped run (decision 011)."""
     try:
         return pull_objects(*arguments, **options)
     except RunNotRunningException:
@@ -58,13 +61,13 @@ def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa:
 
 
 def _parse_address(address: str) -> tuple[str, int | str, bool | None] | None:
-    """Flower's ``parse_address``, which knows no socket: host, port, and whether the host is IPv6."""
+    """Flower's ``parse_address`` (host, port, whether the host is IPv6), extended by Unix sockets."""
     path = socket_path(address)
     return parse_address(address) if path is None else ("unix", str(path), None)
 
 
 class _Turns:
-    """Receives a message, sends its answer, and only then receives the next."""
+    """Receives a message, sends the answer to it, and only then receives the next message."""
 
     def __init__(self) -> None:
         self._received = ""
@@ -81,14 +84,14 @@ class _Turns:
         return _receive(receive=noted, **rest)
 
     def answer(self, *, state: Any, **rest: Any) -> None:  # noqa: ANN401
-        """Flower's ``_push_messages``: waits for an answer, sends all that are there, forgets what they answer."""
+        """Call Flower's ``_push_messages`` (wait for an answer, send all) until the received message is answered."""
         _send(state=state, **rest)
         while self._received in state.msg_store:
             _send(state=state, **rest)
 
 
 class _Clock:
-    """The time module as that one file of Flower's sees it."""
+    """The time module for one file of Flower's, with shorter sleeps."""
 
     def __init__(self, longest: float) -> None:
         self._longest = longest
@@ -102,13 +105,13 @@ class _Clock:
 
 
 class Link:
-    """The way to the SuperLink as one site takes it.
+    """A site's connection to the SuperLink: waits for it, and judges its errors.
 
     Args:
         address: HOST:PORT of the Fleet API.
         root_certificates: the federation's CA; None: without TLS.
-        key: fingerprint of the site's key; None when it has none.
-        patience: seconds to wait for a SuperLink that does not answer, or does not let the site in.
+        key: fingerprint of the site's key; None: the site has no key.
+        patience: seconds to wait for a SuperLink that does not answer, or does not admit the site.
     """
 
     def __init__(self, address: str, root_certificates: Path | None, key: str | None, patience: float) -> None:
@@ -117,10 +120,10 @@ class Link:
         self._told = False
 
     def wait(self) -> None:
-        """Wait until the SuperLink answers and is the right one.
+        """Wait until the SuperLink answers and its certificate is right.
 
         Raises:
-            FedSpanError: it is not, or has not answered in time.
+            FedSpanError: the SuperLink cannot be trusted, or has not answered in time.
         """
         while True:
             try:
@@ -131,7 +134,7 @@ class Link:
                 time.sleep(_AGAIN_SECONDS)
 
     def judge(self, error: grpc.RpcError) -> bool | None:
-        """What to make of an error of the SuperLink's: False to try again, None for Flower to decide; or end."""
+        """Decide about an error of the SuperLink: False: try again; None: Flower decides; a final error ends here."""
         code, details = error.code(), str(error.details() or "")
         if code == grpc.StatusCode.UNAUTHENTICATED:
             _end(LinkError(self._unwelcome(details)))
@@ -146,7 +149,9 @@ class Link:
             return False
         if told is not None and told.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
             _end(LinkError(f"{self._address} wants a registered key: give --auth-supernode-private-key"))
-        if code == grpc.StatusCode.CANCELLED and "Channel closed" not in details:  # not here: the SuperLink was stopped
+        if (
+            code == grpc.StatusCode.CANCELLED and "Channel closed" not in details
+        ):  # cancelled by the SuperLink, which was stopped
             return False
         if code == grpc.StatusCode.UNAVAILABLE and "handshake" in details.lower():
             try:
@@ -169,7 +174,7 @@ class Link:
         return f"{self._address} has shut the key {self._key} out: it was revoked, or has expired; ask the operator"
 
     def _try_on(self, reason: str, *, end: bool = False) -> None:
-        """Say once that this is tried again; when it has been tried for too long, end, or raise."""
+        """Print once that the link tries again; after ``patience`` seconds end the program, or raise."""
         if time.monotonic() >= self._deadline:
             error = LinkError(f"{reason} (tried for {self._patience:g} seconds)")
             if end:
@@ -194,7 +199,7 @@ class Link:
 
 
 def _end(error: FedSpanError) -> NoReturn:
-    """End at once, from any thread; Flower's own way would end with exit code 0."""
+    """End the process at once, from any thread; Flower would end with exit code 0."""
     print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(1)
 
@@ -210,7 +215,7 @@ def _key(file: Path | None) -> str | None:
 
 
 def _check_isolation(node_config: str | None, isolation: str) -> None:
-    """Refuse to let Flower run bundles by itself, unchecked, where the site trusts only some."""
+    """Refuse isolation "subprocess" at a site with ``trust``: Flower would run bundles without checking them."""
     config = parse_config_args([node_config]) if node_config else {}
     file = Path(str(config.get("site", "")))
     if isolation == "subprocess" and file.is_file() and load(file, SiteConfig).trust is not None:
@@ -245,15 +250,15 @@ def run(options: argparse.Namespace) -> NoReturn:
     start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
     try:
         flower_supernode()
-    except SystemExit as end:  # at once: a thread that still tries to reach the SuperLink would keep the process
+    except SystemExit as end:  # os._exit: a thread that still tries to reach the SuperLink would keep the process alive
         sys.stdout.flush()
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-    # Its loop has ended by an error; its Runtime API would keep the process, and the worker, waiting for ever.
+    # Flower's loop has ended by an error. Its Runtime API would keep this process alive, and the worker waiting.
     _end(LinkError(f"the link to {options.superlink} ended; the lines above say why"))
 
 
 def _flowers(options: argparse.Namespace) -> list[str]:
-    """What Flower is told: the options that it shares with us, and those that only it knows."""
+    """Flower's command line: the options that both programs have, and the options that only Flower has."""
     shared = ("superlink", "root_certificates", "auth_supernode_private_key", "node_config", "isolation")
     given = [f"--{name.replace('_', '-')}={value}" for name in shared if (value := getattr(options, name)) is not None]
     return [*given, *(["--insecure"] if options.insecure else []), *options.rest]

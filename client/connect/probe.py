@@ -1,4 +1,4 @@
-"""The way to the SuperLink, tried before Flower takes it: one clear reason instead of endless attempts."""
+"""Try the connection to the SuperLink before Flower does: one clear reason instead of endless attempts."""
 
 import contextlib
 import socket
@@ -22,17 +22,17 @@ _SETTINGS = 4  # type of the frame with which a gRPC server answers
 
 @dataclass(frozen=True)
 class LinkReport:
-    """What was found at a SuperLink's address.
+    """Findings at a SuperLink's address.
 
     Attributes:
-        host: as it was asked for.
-        port: of the Fleet API.
-        subject: of the server's certificate; None without TLS, as the next three.
-        names: DNS names and IP addresses that the certificate is for.
-        not_before: beginning of its validity.
-        not_after: end of its validity.
-        round_trip: seconds that a connection took to be made.
-        proxy: through which it went; None: straight.
+        host: the host as given.
+        port: the Fleet API's port.
+        subject: subject of the server's certificate; None without TLS, like the next three.
+        names: DNS names and IP addresses in the certificate.
+        not_before: start of the certificate's validity.
+        not_after: end of the certificate's validity.
+        round_trip: seconds that it took to connect.
+        proxy: the proxy of the connection; None: direct.
     """
 
     host: str
@@ -55,8 +55,8 @@ def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkR
 
     Raises:
         ConfigError: the address or the file with the CA is wrong.
-        UnreachableError: nobody answers there.
-        LinkError: the server cannot be trusted, or speaks another language; says why and what mends it.
+        UnreachableError: nobody answers at the address.
+        LinkError: the server cannot be trusted, or speaks another protocol; the text has the reason and the remedy.
     """
     path = socket_path(address)
     if path is not None:
@@ -153,7 +153,7 @@ def _greets(raw: socket.socket) -> bool:
 
 
 def _certificate(host: str, port: int, timeout: float) -> x509.Certificate:
-    """The server's certificate, whoever it is."""
+    """The server's certificate, without checking it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -164,7 +164,7 @@ def _certificate(host: str, port: int, timeout: float) -> x509.Certificate:
 def _distrust(
     code: int, at: str, host: str, server: x509.Certificate, file: Path, authorities: list[x509.Certificate]
 ) -> str | None:
-    """Why the server's certificate is not accepted, and what mends it; None for what only OpenSSL can say."""
+    """Why the server's certificate is rejected, and the remedy; None: only OpenSSL's own message explains it."""
     begins, ends, now = server.not_valid_before_utc, server.not_valid_after_utc, datetime.now(UTC)
     clock = f"this machine's clock says {_minute(now)}"
     if code in _HOST_NAMES:

@@ -8,14 +8,14 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def supernode(site: Path, superlink: str, socket: Path, *options: str, agreements: Path | None = None) -> list[str]:
-    """How a site's link to the server is started.
+    """The command that starts a site's link to the server.
 
     Args:
         site: the site file.
-        superlink: where the server is: host and port, or ``unix:`` and the path of a socket.
-        socket: of the Runtime API, in a folder that no other account may enter.
-        options: more of ``fedspan site supernode``.
-        agreements: file of what the site has agreed to; None: where the site file says.
+        superlink: the server's address: host and port, or ``unix:`` and the path of a socket.
+        socket: the Runtime API's socket, in a folder that no other account may enter.
+        options: further options of ``fedspan site supernode``.
+        agreements: file with the site's agreements; None: the path in the site file.
     """
     config = {"site": site} | ({} if agreements is None else {"agreements": agreements})
     told = " ".join(f"{key}={json.dumps(str(path))}" for key, path in config.items())
@@ -24,11 +24,11 @@ def supernode(site: Path, superlink: str, socket: Path, *options: str, agreement
 
 
 def worker(runtime_api: str, *options: str) -> list[str]:
-    """How the worker is started beside a SuperNode.
+    """The command that starts the worker beside a SuperNode.
 
     Args:
-        runtime_api: of the SuperNode: ``unix:`` and the path of its socket, or host and port.
-        options: more of ``fedspan site worker``.
+        runtime_api: address of the SuperNode's Runtime API: ``unix:`` and the path of a socket, or host and port.
+        options: further options of ``fedspan site worker``.
     """
     return [*_program("worker.py"), "--runtime-api", runtime_api, *options]
 

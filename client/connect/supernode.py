@@ -18,7 +18,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--superlink", type=address_or_socket, metavar="HOST:PORT", help="the server's, for sites")
     link_arguments(parser, poll=3.0)
     parser.add_argument(
-        "--socket", type=Path, metavar="PATH", help="of its Runtime API; in a folder that no other account may enter"
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        help="socket of its Runtime API; in a folder that no other account may enter",
     )
     parser.add_argument("--node-config", metavar="'site=\"FILE\"'", help="names the site file")
     parser.add_argument(
@@ -30,11 +33,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def link_arguments(parser: argparse.ArgumentParser, *, poll: float) -> None:
-    """The options of a site's link to its server, for every command that keeps one.
+    """Add the options of a site's link to its server, for every command that starts a link.
 
     Args:
-        parser: of the command.
-        poll: seconds between two questions for messages, unless they are given.
+        parser: the command's parser.
+        poll: default of the seconds between two polls for messages.
     """
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="the CA that signed the server's")
     parser.add_argument("--insecure", action="store_true", help="no TLS; only for a federation on one machine")

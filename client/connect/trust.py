@@ -1,4 +1,4 @@
-"""Whose code may run at a site, as its site file says."""
+"""Read the ``trust`` section of a site file: the keys and bundles whose code may run at the site."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from common.system.keys import read_public
 
 
 def read_trust(site_file: Path) -> Trust | None:
-    """The section ``trust`` of a site file with the keys that it names; None when it has none.
+    """The section ``trust`` of a site file, with the public keys read; None when the file has no such section.
 
     Raises:
         ConfigError: the site file, or a key, is wrong.

@@ -15,17 +15,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 RECORD_KEY = "bundle-signatures"  # in every message's "config" record: a JSON list of signatures
-#: What is signed; nothing else is in these forms.
+#: The signed texts. Nothing else that anybody signs has one of these forms, so a signature fits one purpose alone.
 BUNDLE = "FedSpan app bundle, signature version 1, sha256 {}\n"
 SETTINGS = "FedSpan federation settings, signature version 1, sha256 {}\n"
 
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose code may run at a site.
+    """The keys and bundles that a site trusts.
 
     Attributes:
-        site: its name.
+        site: the site's name.
         keys: Ed25519 public keys in PEM, by file name.
         bundles: SHA-256 (hex) of bundles that need no signature.
     """
@@ -36,12 +36,12 @@ class Trust:
 
 
 def refusal(content: bytes, signatures: object, trust: Trust) -> str | None:
-    """Why a bundle must not run; None when it may.
+    """The reason why a bundle must not run; None when it may.
 
     Args:
         content: the bundle.
-        signatures: JSON text that came with the message: a list of mappings with ``digest`` and ``signature``.
-        trust: of the site.
+        signatures: JSON text from the message: a list of mappings with ``digest`` and ``signature``.
+        trust: the keys and bundles that the site trusts.
     """
     digest = hashlib.sha256(content).hexdigest()
     if digest in trust.bundles:
@@ -58,12 +58,12 @@ def refusal(content: bytes, signatures: object, trust: Trust) -> str | None:
 
 
 def signed_with(key: str, digest: str, entry: Mapping[str, Any], form: str = BUNDLE) -> bool:
-    """Whether a signature is one for what has this SHA-256 (hex), made with the key (PEM).
+    """Whether a signature is valid for a digest and a key.
 
     Args:
-        key: public.
-        digest: of a bundle, or of settings.
-        entry: the signature.
+        key: the public key (PEM).
+        digest: SHA-256 (hex) of a bundle, or of settings.
+        entry: the signature's entry in a file or message.
         form: ``BUNDLE`` or ``SETTINGS``.
     """
     public = load_pem_public_key(key.encode())

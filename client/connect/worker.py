@@ -18,7 +18,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=address_or_socket,
         required=True,
         metavar="unix:PATH",
-        help="of the SuperNode; or of Flower's own, HOST:PORT, which every account of this machine can reach",
+        help="the SuperNode's; or HOST:PORT of Flower's own, which every account of this machine can reach",
     )
     parser.add_argument("--site", type=Path, metavar="SITE.yaml", help="the site file; says whose code may run here")
     parser.add_argument(
@@ -35,7 +35,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="between two questions for work (default: 0.3)",
     )
-    parser.add_argument("--status", type=Path, metavar="FILE", help="where to write what the worker does, as JSON")
+    parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the worker's status, as JSON")
 
 
 def _run(options: argparse.Namespace) -> None:

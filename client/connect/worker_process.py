@@ -1,9 +1,11 @@
 """The process that does a site's work: loads the app's bundle, and answers one message after the other with it.
 
-Started by ``client.connect.worker_supervisor`` alone, which hands it the tokens of messages. It checks a bundle before
-anything of it is written or run (``client.connect.verify``) and unpacks it into a folder of its own.
+Only ``client.connect.worker_supervisor`` starts this process, and hands it the tokens of messages. The process verifies
+a bundle before it writes or runs any of the bundle (``client.connect.verify``), and unpacks the bundle into a new
+folder.
 
-It must not import FedSpan: it runs the code of the bundle, for which an installed FedSpan would stand in otherwise.
+This file must not import FedSpan: the process must run the bundle's code, and modules of an installed FedSpan that are
+already imported would be used instead (decision 007).
 """
 
 import argparse
@@ -40,14 +42,14 @@ BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded 
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
 _PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
 _CALL_SECONDS = 30.0  # that a call waits for its answer, as in Flower's client
-# run as a file, it stands in for no module
+# run by its path: an imported module `common` would hide the bundle's own
 _LOGS = str(Path(__file__).resolve().parents[2] / "common" / "system" / "logs.py")
 log = logging.getLogger("worker")
 
 
 @dataclass(frozen=True)
 class RuntimeApi:
-    """Where the SuperNode is asked for messages: ``unix:`` and the path of its socket.
+    """Address of the SuperNode's Runtime API, from which messages are pulled: ``unix:`` and the path of a socket.
 
     A SuperNode of Flower's own has HOST:PORT, on the loopback interface and so without TLS.
     """
@@ -72,7 +74,7 @@ class RuntimeApi:
 
 
 def work(api: RuntimeApi, tell: IO[str]) -> None:
-    """The bench: answer messages whose tokens come in on standard input, one line each, until it is closed."""
+    """Answer the messages whose tokens arrive on standard input, one per line, until it is closed."""
     handed, app = json.loads(sys.stdin.readline()), None
     for line in sys.stdin:
         client = api.connect(RuntimeTokenHttpInterceptor(line.strip()))
@@ -95,7 +97,7 @@ def work(api: RuntimeApi, tell: IO[str]) -> None:
             push_task_output(client, context, SubStatus.FAILED if details else SubStatus.COMPLETED, details)
             del message, reply, context
         except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
-            # The SuperNode is gone, or the run is: nobody waits for this answer.
+            # The SuperNode or the run has ended: nobody waits for this answer.
             log.warning("the answer was not taken (%s)", type(error).__name__)
             with contextlib.suppress(httpx.HTTPError):
                 push_task_output(client, None, SubStatus.FAILED, "the answer was not taken")
@@ -105,7 +107,7 @@ def work(api: RuntimeApi, tell: IO[str]) -> None:
 
 
 def _distrust(content: bytes, message: Message, trust: dict[str, Any] | None) -> str | None:
-    """Why the site does not want a bundle run; None when it may be."""
+    """The reason why the site does not trust a bundle; None when the bundle may run."""
     os.environ[BUNDLE] = hashlib.sha256(content).hexdigest()
     os.environ.pop(VETTED, None)
     if trust is None:
@@ -125,14 +127,18 @@ def _distrust(content: bytes, message: Message, trust: dict[str, Any] | None) ->
 
 
 def _load(content: bytes, run: Run, folder: str) -> ClientApp:
-    """Unpack a bundle and load its app from there, whatever its sender calls it."""
-    with contextlib.redirect_stdout(io.StringIO()):  # Flower says there what it has done, in no format of ours
+    """Unpack a bundle into ``folder`` and load the app from there; the sender's name for the bundle is ignored."""
+    with contextlib.redirect_stdout(io.StringIO()):  # Flower prints progress there, not in our log's format
         path = install_from_fab(content, Path(folder), skip_prompt=True)
     return get_load_client_app_fn("", str(path), multi_app=True)(run.fab_id, run.fab_version, "")
 
 
 class _Announcing:
-    """A client of the Runtime API that tells the keeper which message comes before its content is fetched."""
+    """A client of the Runtime API that reports each message to the keeper before it pulls the content.
+
+    If this process is killed while it pulls the content, the keeper knows the message that it must answer with an error
+    (decision 011).
+    """
 
     def __init__(self, client: RuntimeHttpClient, tell: IO[str]) -> None:
         self._client, self._pipe = client, tell
@@ -149,7 +155,7 @@ class _Announcing:
 
 
 def announced(found: PullAppMessagesResponse) -> dict[str, str]:
-    """The message that was found, without content, and its id, which is not part of it."""
+    """The pulled message without its content (hex), and the message's id, which Flower sends beside the message."""
     return {"message": found.messages_list[0].SerializeToString().hex(), "id": found.message_object_trees[0].object_id}
 
 

@@ -1,15 +1,15 @@
 """A site's long-lived worker: model, tokenizer, rows and device stay in memory from one message to the next.
 
-By itself Flower starts a process for every message, which imports everything and loads the model again. The results
-are the same. Two processes: the *keeper* is small, asks the SuperNode for messages and outlives restarts of the
-SuperNode; the *bench*, its child, loads the app's bundle and does the work. The bench is bound to one bundle: another
-bundle gets a new one. It is ended when it was idle for a time, which frees the device. If it dies at work, the message
-is answered with an error and the next one gets a new bench.
+Flower alone starts a process for every message, which imports everything and loads the model again; the results are the
+same (decision 007). A worker has two processes. The *keeper* is small, polls the SuperNode for messages and outlives
+restarts of the SuperNode. Its child, the *bench*, loads the app's bundle and does the work. A bench is bound to one
+bundle; for another bundle the keeper starts a new bench. The keeper ends a bench that was idle for a while, which frees
+the device. If a bench dies at work, the keeper answers the message with an error and starts a new bench for the next.
 
-With a section ``trust`` in the site file, the bench refuses a bundle that is neither listed there nor signed with one
-of its keys, before anything of it is written or run (``client.connect.verify``).
+With a section ``trust`` in the site file, the bench refuses bundles that are neither listed nor signed with a listed
+key, before it writes or runs any of the bundle (``client.connect.verify``).
 
-This file, ``client.connect.bench`` and ``client.connect.worker_process`` are all that touches Flower's Runtime API.
+Only this file, ``client.connect.bench`` and ``client.connect.worker_process`` use Flower's Runtime API.
 """
 
 import contextlib
@@ -46,16 +46,16 @@ log = logging.getLogger("worker")
 
 @dataclass
 class Status:
-    """What the site can see of its worker, as JSON in the status file.
+    """The worker's status, as JSON in the status file.
 
     Attributes:
         state: "no SuperNode", "idle" or "working".
-        messages: answered so far, those with an error included.
-        crashes: times that the bench died at work.
-        bundle: hash of the app's bundle that the bench is bound to.
-        bench: process id of the bench; None when there is none, and so nothing held on the device.
+        messages: number of messages answered so far, also with an error.
+        crashes: number of times that a bench died at work.
+        bundle: hash of the app bundle that the bench is bound to.
+        bench: process id of the bench; None: there is no bench, so nothing is held on the device.
         memory_bytes: resident memory of the bench after its last message.
-        device_bytes: CUDA memory that it held then.
+        device_bytes: CUDA memory of the bench after its last message.
         last_message: Unix time of the last answer.
     """
 
@@ -81,7 +81,7 @@ class Options:
 
 
 class Keeper:
-    """Asks for messages and has a bench answer them, one at a time."""
+    """The keeper: polls for messages and gives them to a bench, one at a time."""
 
     def __init__(self, options: Options, trust: Trust | None = None) -> None:
         self._options, self._trust = options, trust
@@ -92,7 +92,7 @@ class Keeper:
         self._client = options.api.connect(patience=0.0)
 
     def run(self) -> NoReturn:
-        """Until the process is stopped."""
+        """Poll and answer until the process is stopped."""
         self._show("no SuperNode")
         while True:
             task, token = self._acquire()
@@ -145,17 +145,17 @@ class Keeper:
             self.stop()
             reason = f"the site's worker process ended with exit code {code}; its log says more"
             log.error("%s", reason)
-            if not answering:  # a second answer would be taken for that to the next message
+            if not answering:  # Flower would take a second answer for the answer to the next message
                 self._fail(token, pulled, reason)
         log.info("message answered in %.1f s", time.monotonic() - started)
         self._show("idle")
 
     def _fail(self, token: str, pulled: dict[str, str] | None, reason: str) -> None:
-        """Answer a message whose bench died with an error."""
+        """Answer a message with an error, because its bench died."""
         client = self._options.api.connect(RuntimeTokenHttpInterceptor(token))
         try:
-            if pulled is None:  # it died before it could tell
-                with contextlib.suppress(httpx.HTTPStatusError):  # or after it had begun to ask
+            if pulled is None:  # the bench died before it reported the message
+                with contextlib.suppress(httpx.HTTPStatusError):  # or after it had started to pull
                     client.PullTaskInput(PullTaskInputRequest())
                 pulled = announced(client.PullMessages(PullAppMessagesRequest()))
             message = message_from_proto(ProtoMessage.FromString(bytes.fromhex(pulled["message"])))
@@ -166,20 +166,20 @@ class Keeper:
             error = Message(Error(WorkerDied.code, reason), reply_to=message)
             push_message(client, error, context)
             push_task_output(client, None, SubStatus.FAILED, reason)
-        except Exception:  # the message came over the network: what it holds may make Flower's code fail in any way
+        except Exception:  # the message came over the network: its content may make Flower's code fail in any way
             log.exception("the message could not be answered")
         finally:
             client.close()
 
     def _show(self, state: str) -> None:
-        """Write the status file, whole or not at all; warn once when it cannot be written."""
+        """Write the status file, atomically; warn once when it cannot be written."""
         self._status.state = state
         self._status.bench = self._bench.process.pid if self._bench is not None else None
         self._status.bundle = self._bench.bundle if self._bench is not None else None
         if self._options.status is not None:
             try:
                 write_atomically(self._options.status, json.dumps(asdict(self._status)) + "\n", durable=False)
-            except OSError as error:  # a full disk, say: the site works on
+            except OSError as error:  # e.g. a full disk: the site works on
                 if self._shown:
                     log.warning("the status file cannot be written (%s); trying on at every change", error)
                 self._shown = False
@@ -195,7 +195,7 @@ def run(options: Options) -> None:
     """Answer messages until the process is asked to end.
 
     Raises:
-        ConfigError: what the site file says of trust is wrong.
+        ConfigError: the site file's section ``trust`` is wrong.
     """
     trust = read_trust(options.site) if options.site is not None else None
     if trust is None:

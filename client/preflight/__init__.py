@@ -1,1 +1,1 @@
-"""One function per thing that a site checks before it joins. Stays at home."""
+"""The checks that a site makes before it joins, one function each. Stays at home."""

@@ -1,4 +1,4 @@
-"""Files by which a site knows its server, and its server the site."""
+"""Checks of the CA by which the site knows the server, and of the key by which the server knows the site."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -35,7 +35,7 @@ def root(subject: Subject) -> Finding:
 
 
 def validity(what: str, start: datetime, end: datetime, mend: str) -> Finding:
-    """Whether something is valid now, and for how long."""
+    """Whether ``what`` is valid now, and for how long."""
     now = datetime.now(UTC)
     if now < start:
         clock = f"set this machine's clock (it says {now:%Y-%m-%d %H:%M} UTC), or {mend}"
@@ -48,7 +48,7 @@ def validity(what: str, start: datetime, end: datetime, mend: str) -> Finding:
 
 
 def private_key(subject: Subject) -> Finding:
-    """The SuperNode's key can be used, and by its owner alone."""
+    """The SuperNode's key can be read, and only its owner can read it."""
     file = subject.private_key
     if file is None:
         raise Skip("needs --auth-supernode-private-key")

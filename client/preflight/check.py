@@ -1,8 +1,8 @@
 """Whether a site is ready to join: ``fedspan site check SITE.yaml [--federation FEDERATION.yaml] ...``.
 
-One line per check: ok, warning, FAIL or skipped, what was found, and what to do about it. No line holds content of the
-shard. A check is a function that takes the ``Subject`` and returns a ``Finding``; a ``FedSpanError`` that it raises
-is a failure. To add one, write it and name it in ``all_checks``.
+One line per check: ok, warning, FAIL or skipped, the finding, and the remedy. No line holds content of the shard. A
+check is a function from a ``Subject`` to a ``Finding``; a ``FedSpanError`` from a check is a failure. To add a check,
+write the function and list it in ``all_checks`` (decision 015).
 """
 
 import argparse
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class Check(NamedTuple):
-    """A check: its function, and what mends an error that the function does not mend itself."""
+    """A check: its function, and the remedy for errors that bring no remedy of their own."""
 
     look: "Callable[[Subject], Finding]"
     mend: str
 
 
 def all_checks() -> dict[str, Check]:
-    """All checks in their order; imported here, because they import PyTorch."""
+    """All checks in order; imported in the function, because they import PyTorch."""
     from client.preflight import certificates, link, machine, model, shard, traffic, trust_and_ledger as promises
 
     in_data = "correct the shard, or `data` in the site file"
@@ -70,7 +70,7 @@ def all_checks() -> dict[str, Check]:
 
 
 def findings(checks: dict[str, Check], subject: "Subject") -> Iterator[tuple[str, Finding]]:
-    """Look at everything; what failed once is told once, and skipped where other checks would need it."""
+    """Run all checks. A failure is reported once; checks that need the failed part are skipped."""
     told: set[str] = set()
     for name, check in checks.items():
         try:
@@ -89,7 +89,7 @@ def findings(checks: dict[str, Check], subject: "Subject") -> Iterator[tuple[str
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would take as a command; names in a certificate are its owner's."""
+    """The text without control characters: names in a certificate come from others and could command the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -110,7 +110,7 @@ def _show(console: Console, name: str, finding: Finding) -> None:
 
 
 def check(subject: "Subject", *, as_json: bool) -> int:
-    """Run all checks and print what they find; the exit code."""
+    """Run all checks, print the findings, and return the exit code."""
     console = Console()
     found: list[tuple[str, Finding]] = []
     checks = all_checks()
@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    logging.getLogger().setLevel(logging.ERROR)  # libraries'; what matters here is a line of its own
+    logging.getLogger().setLevel(logging.ERROR)  # hide the libraries' log: findings have lines of their own
     logging.getLogger("common.data.images").setLevel(logging.WARNING)  # names the files that cannot be read
     site = load(options.site, SiteConfig)
     federation = None

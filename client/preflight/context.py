@@ -1,4 +1,4 @@
-"""What the checks look at: the site's file, the federation's, and what is made of them, once."""
+"""The context of the checks: site file and federation file, and everything made from them, each made once."""
 
 import json
 import math
@@ -24,23 +24,23 @@ from common.model.base_model import Base
 from common.model.families import FAMILIES
 
 WHOLE = 10**9  # tokens: no row is longer
-MOST_ROWS = 20_000  # of a longer shard so many are tokenized
+MOST_ROWS = 20_000  # rows that are tokenized; a longer shard is sampled evenly
 
 
 @dataclass
 class Subject:
-    """A site before it joins; what takes long is made once, when the first check asks for it.
+    """A site before it joins; expensive parts are made once, when the first check needs them.
 
     Attributes:
         site: the site file's content.
-        site_file: where it lies.
-        federation: the federation file's content, its paths absolute.
-        federation_file: where it lies.
+        site_file: the site file's path.
+        federation: the federation file's content, with absolute paths.
+        federation_file: the federation file's path.
         superlink: HOST:PORT of the server.
-        root_certificates: PEM file of who vouches for the server.
-        private_key: of the SuperNode.
-        deadline: seconds that a wait may take.
-        mbit: the link's speed in Mbit/s, where the user knows it better.
+        root_certificates: PEM file of the CA that signed the server's certificate.
+        private_key: file with the SuperNode's private key.
+        deadline: longest wait, seconds.
+        mbit: speed of the link in Mbit/s, given by the user; None: measured.
         measure: whether to make some training steps.
     """
 
@@ -60,7 +60,7 @@ class Subject:
         """The federation's settings.
 
         Raises:
-            Skip: they are not known.
+            Skip: no federation file was given.
         """
         if self.federation is None:
             raise Skip("needs --federation")
@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def left_out(self) -> int:
-        """Images that cannot be read, where the site allows it."""
+        """Number of images left out as unreadable, where the site allows that."""
         return self._shard[1]
 
     @cached_property
@@ -87,10 +87,10 @@ class Subject:
 
     @cached_property
     def task(self) -> Task[Any]:
-        """What is learned.
+        """The learning task.
 
         Raises:
-            Skip: that is not known.
+            Skip: the task is not known.
         """
         folder = self.site.model.path if self.site.model is not None else None
         if self.federation is None and folder is not None:
@@ -118,12 +118,12 @@ class Subject:
 
     @cached_property
     def digests(self) -> Digests:
-        """Of the base model and of its tokenizer, as the federation compares them."""
+        """Digests of the base model and of its tokenizer, in the form that server and sites compare."""
         return digests(self.base)
 
     @cached_property
     def tuned(self) -> tuning.Tuned:
-        """The model as it is trained; the base model is part of it from then on."""
+        """The model prepared for training; it takes over the base model's memory."""
         settings, _ = self.settings, self.digests
         return tuning.tune(
             self.base.model,
@@ -135,12 +135,12 @@ class Subject:
 
     @cached_property
     def examples(self) -> list[Any]:
-        """Training rows as tokens, uncut: all, or ``MOST_ROWS`` spread over them."""
+        """Training rows as tokens, not truncated: all rows, or an even sample of ``MOST_ROWS``."""
         return self._encode(WHOLE)
 
     @cached_property
     def _cut(self) -> list[Any]:
-        """The same as they are trained on."""
+        """The same rows, truncated as in training."""
         return self._encode(self.settings.training.max_length)
 
     def _encode(self, length: int) -> list[Any]:
@@ -150,18 +150,18 @@ class Subject:
 
     @property
     def tokens(self) -> int:
-        """Of all training rows, about; 0 where examples hold none."""
+        """Number of tokens of all training rows, estimated; 0 where examples hold no tokens."""
         if self.task.reads_files:
             return 0
         return sum(len(e.input_ids) for e in self.examples) * len(self.split[0]) // len(self.examples)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a round."""
+        """Optimizer steps per round."""
         return self.settings.training.steps(len(self.split[0]))
 
     def largest(self, rows: int) -> Batch:
-        """The largest batch of so many rows that the shard can give."""
+        """The largest batch with ``rows`` rows that the shard can give."""
         limit = self.settings.training.max_length
         collate = self.task.collater(self.base.tokenizer)
         if self.task.reads_files:
@@ -172,11 +172,11 @@ class Subject:
 
     @cached_property
     def link(self) -> LinkReport:
-        """The server, reached and verified; the only place that asks ``client.connect.probe``.
+        """The report about the server's address; only this method calls ``client.connect.probe``.
 
         Raises:
-            Skip: no server is named.
-            LinkError: it is not reached, or not trusted.
+            Skip: no server was given.
+            LinkError: the server cannot be reached, or not trusted.
         """
         return probe(*self.server, self.deadline)
 
@@ -185,7 +185,7 @@ class Subject:
         """Bytes per second to the server, and seconds that an empty request takes.
 
         Raises:
-            LinkError: it does not answer in time, or is no SuperLink.
+            LinkError: the server does not answer in time, or is no SuperLink.
         """
         _ = self.link
         with stranger(*self.server, self.deadline) as somebody:
@@ -200,7 +200,7 @@ class Subject:
 
 
 def _model_type(config: Path) -> str | None:
-    """What a model's folder says of its family; None when it cannot be read, of which loading it tells more."""
+    """The family in a model folder's configuration; None when unreadable: loading the model gives the better error."""
     try:
         return str(json.loads(config.read_bytes())["model_type"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The result of a check."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +8,12 @@ Level = Literal["ok", "warning", "FAIL", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        level: how bad it is; only ``FAIL`` keeps a site from taking part.
-        found: what is there; never content of a shard.
-        mend: what to do about it.
+        level: ok, warning or FAIL; only ``FAIL`` keeps a site from taking part.
+        found: the finding in words; never content of a shard.
+        mend: the remedy.
     """
 
     level: Level
@@ -22,4 +22,4 @@ class Finding:
 
 
 class Skip(Exception):  # noqa: N818 - nothing is wrong
-    """A check has nothing to look at; the text says what it would need."""
+    """A check cannot run; the text names the missing option or file."""

@@ -1,16 +1,16 @@
-"""The link to the server: reached and trusted, its speed, its clock."""
+"""Checks of the link to the server: certificate, speed, clock."""
 
 from client.preflight.certificates import validity
 from client.preflight.context import Subject
 from client.preflight.finding import Finding
 from client.preflight.superlink import stranger
 
-_AHEAD, _BEHIND = 5.0, 305.0  # seconds by which a SuperLink lets a SuperNode's clock differ from its own
+_AHEAD, _BEHIND = 5.0, 305.0  # seconds that a SuperNode's clock may be ahead of, or behind, the SuperLink's
 _SLOW = 1e6 / 8  # bytes per second
 
 
 def server(subject: Subject) -> Finding:
-    """The server is reached, vouched for, and stays so for a while."""
+    """The server answers, its certificate is signed by the CA and remains valid for a while."""
     report = subject.link
     assert report.not_before is not None and report.not_after is not None  # noqa: S101, PT018 - it has spoken TLS
     what = f"{report.host}:{report.port} is {report.subject or 'nameless'} ({', '.join(report.names)}), "
@@ -20,7 +20,7 @@ def server(subject: Subject) -> Finding:
 
 
 def upload(subject: Subject) -> Finding:
-    """How fast the server takes bytes."""
+    """Upload rate to the server."""
     rate, empty = subject.upload
     found = f"{rate * 8 / 1e6:.1f} Mbit/s up, {empty * 1000:.0f} ms a request; the way down is not measurable from here"
     if rate < _SLOW:

@@ -1,4 +1,4 @@
-"""The site's machine: device and precision, memory, disk."""
+"""Checks of the site's machine: device and precision, memory, disk."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def device(subject: Subject) -> Finding:
 
 
 def training_memory(subject: Subject) -> Finding:
-    """The peak of training beside what there is; and how many rows would fit."""
+    """Peak memory of training against the free memory; and the number of rows per forward pass that would fit."""
     settings, site = subject.settings, subject.site
     picked = pick_device(site.device)
     autocast = pick_autocast(site.precision, picked)
@@ -72,7 +72,7 @@ def training_memory(subject: Subject) -> Finding:
 
 
 def _fitting(asked: int, free: int, peak: Callable[[int], memory.Peak]) -> int:
-    """Most rows per forward pass, below ``asked``, whose peak fits; what a pass takes grows evenly with its rows."""
+    """Most rows per forward pass, below ``asked``, whose peak fits; a pass's memory is linear in its rows."""
     one = peak(1)
     if asked == 1 or one.total > free:
         return int(one.total <= free)
@@ -85,7 +85,7 @@ def _fitting(asked: int, free: int, peak: Callable[[int], memory.Peak]) -> int:
 
 
 def _free_host() -> int:
-    """Bytes that a process here may still take, this one's own included: of the machine, or of its container."""
+    """Bytes that a process may take on this machine, or in this container; this process's own bytes count as free."""
     mine = psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
     try:
@@ -94,14 +94,14 @@ def _free_host() -> int:
             stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
             free = min(
                 free, int(limit) - int(used) + int(stat["inactive_file"])
-            )  # files that it reads again if need be
+            )  # the page cache of files, which the kernel drops when memory is needed
     except OSError:  # no container, or an old kind
         pass
     return free + mine
 
 
 def disk(subject: Subject) -> Finding:
-    """Room where the site writes."""
+    """Free disk space where the site writes."""
     beside = subject.site_file.parent / f".{subject.site.name}"  # where `fedspan site join` puts it
     places = {
         "Flower's folder": Path(os.environ.get("FLWR_HOME", beside)).expanduser(),

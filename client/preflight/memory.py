@@ -1,9 +1,9 @@
-"""How much memory training takes at its peak, without training.
+"""Peak memory of training, computed without training (decision 015).
 
-Weights, gradients and optimizer state follow from shapes. What a forward and backward pass keeps alive does not: it
-depends on the family, on which tensors are trained, on autocast and on checkpointing. So one pass is made with tensors
-that have shapes but no values (``FakeTensorMode``, which is what ``torch.compile`` traces with), and the bytes that
-are alive are counted: exact for every family, without memory or arithmetic.
+The sizes of weights, gradients and optimizer state follow from shapes. The memory of a forward and backward pass
+depends on the family, the trained tensors, autocast and checkpointing. So one pass runs on tensors with shapes but
+without values (``FakeTensorMode``, with which ``torch.compile`` traces), and the live bytes are counted: exact for
+every family, without memory or arithmetic.
 """
 
 import copy
@@ -27,11 +27,11 @@ from common.model.families import in_head
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes
 
-# Measured: docs/decisions/015-preflight.md.
+# Measured: decision 015.
 _PROCESS = 500_000_000  # a worker with Python, PyTorch, transformers and Flower, before it holds a model
 _PEFT = 50_000_000
-_ALLOCATOR = 1.2  # what is held for blocks that come and go, in shares of what lives in them
-_PER_TOKEN = 36  # bytes of an encoded row's token on the host: an int and a list's pointer to it
+_ALLOCATOR = 1.2  # memory that the allocator holds for temporary tensors, divided by the tensors' live bytes
+_PER_TOKEN = 36  # bytes of a token on the host: a Python int, and the list's pointer to the int
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Batch:
     """The largest batch that the shard can give.
 
     Attributes:
-        rows: in one forward pass.
-        width: tokens of the longest row; 0 of images.
+        rows: rows in one forward pass.
+        width: tokens of the longest row; 0 for images.
         counted: share of the tokens that the loss counts.
-        pixels: shape of an image as the model takes it, (channels, height, width); empty of text.
+        pixels: shape of the model's input image, (channels, height, width); empty for text.
     """
 
     rows: int
@@ -61,10 +61,10 @@ class Peak:
     """Bytes at the peak of training.
 
     Attributes:
-        weights: of the whole model.
-        state: the optimizer's, and what it keeps of trained tensors.
-        gradients: those that are kept to the end of a step.
-        passes: what a forward and backward pass adds to these.
+        weights: the complete model.
+        state: the optimizer's state, copies of trained tensors included.
+        gradients: gradients that are kept to the end of a step.
+        passes: additional memory of a forward and backward pass.
     """
 
     weights: int
@@ -74,18 +74,18 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All together, on the device."""
+        """The sum, on the device."""
         return self.weights + self.state + self.gradients + self.passes
 
 
 def host_bytes(tuned: Tuned, strategy: StrategyConfig, tokens: int, weights: int) -> int:
-    """What a site's process holds on the host besides its training on the CPU.
+    """Bytes that a site's process holds on the host, beside training on the CPU.
 
     Args:
         tuned: the model.
-        strategy: the federation's.
-        tokens: of all training rows.
-        weights: bytes of the model that lie on the host; 0 when they are counted elsewhere.
+        strategy: the federation's strategy section.
+        tokens: number of tokens of all training rows.
+        weights: bytes of the model on the host; 0 when they are counted elsewhere.
     """
     kept = 4 * sum(p.numel() for p in tuned.parameters.values()) if strategy.trains == "weights" else _PEFT
     return _PROCESS + kept + _PER_TOKEN * tokens + weights
@@ -97,11 +97,11 @@ def estimate(
     """The peak of a round of training.
 
     Args:
-        tuned: the model, on any device; it is not changed.
-        federation: its settings.
-        batch: the largest one; fewer rows than ``training.batch_size`` mean several passes for a step.
-        steps: optimizer steps of a round.
-        autocast: arithmetic of forward and backward.
+        tuned: the model, on any device; not changed.
+        federation: the federation's settings.
+        batch: the largest batch; with fewer rows than ``training.batch_size`` a step has several passes.
+        steps: optimizer steps per round.
+        autocast: dtype of forward and backward.
     """
     training, strategy = federation.training, federation.strategy
     trained = {**tuned.parameters, **tuned.local}
@@ -111,7 +111,7 @@ def estimate(
     if strategy.trains == "weights":
         bases = strategy.bases(steps)
         state = sum(_galore(n, p, strategy, training, bases) for n, p in trained.items())
-        if freed and (several or strategy.refresh_batches > 1):  # a basis is taken of the whole gradient
+        if freed and (several or strategy.refresh_batches > 1):  # a refresh needs the complete gradient
             gradients = num_bytes(trained.values())
     else:
         state = (2 if training.optimizer == "adamw" else 0) * num_bytes(trained.values())
@@ -122,7 +122,7 @@ def estimate(
 
 def _galore(name: str, weight: Tensor, strategy: GaLoreConfig, training: TrainingConfig, terms: int) -> int:
     """Bytes of GaLore's state for one weight: bases and updates of every term, both moments, the projected gradient."""
-    if in_head(name):  # the same, but for the basis, of the whole weight
+    if in_head(name):  # unprojected: the same sums, without basis, over the complete tensor
         long, short, rank, terms = weight.numel(), 0, 1, 1
     else:
         long, short, rank = max(weight.shape), min(weight.shape), strategy.rank
@@ -147,7 +147,7 @@ class _Alive(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Run an operation and count what it made."""
+        """Run an operation and count the tensors that it made."""
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
@@ -179,7 +179,7 @@ def _trace(
     *,
     freed: bool,
 ) -> tuple[int, int]:
-    """Bytes of the weights, and of what a forward and backward pass adds to them; as on a CPU."""
+    """Bytes of the weights, and the bytes that a forward and backward pass adds; as on a CPU."""
     owned = {id(parameter) for parameter in trained.values()}
     names = [name for name, parameter in tuned.model.named_parameters() if id(parameter) in owned]
     fake, alive = FakeTensorMode(), _Alive()
@@ -209,7 +209,7 @@ def _trace(
 
 
 def _loss(model: Any, inputs: Mapping[str, Tensor], batch: Batch) -> Tensor:  # noqa: ANN401
-    """As ``common.data.tasks`` has it, but for masks, whose counts have no values here to be taken from."""
+    """The loss as in ``common.data.tasks``, but without counting labels: fake tensors have no values to count."""
     logits = model(**inputs).logits
     if logits.ndim == 3:  # a language model's
         per_row = max(1, math.ceil(batch.counted * batch.width))

@@ -1,4 +1,4 @@
-"""The site's base model: complete, of a known family, the federation's; and what of it is trained."""
+"""Checks of the site's base model: complete files, known family, right digests, trained tensors."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from common.model.families import FAMILIES
 
 
 def files(subject: Subject) -> Finding:
-    """The folder's weights are all there and whole."""
+    """All files of the model's weights exist and are complete."""
     source, revision = subject.source
     if revision is not None:
         return Finding("ok", f"{source} at {revision}, from the hub's cache or the hub")
@@ -32,7 +32,7 @@ def files(subject: Subject) -> Finding:
 
 
 def _tensors(file: Path) -> set[str]:
-    """Names of the tensors in a file whose end is there."""
+    """Names of the tensors in a safetensors file; a file that was cut off is an error."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -55,7 +55,7 @@ def family(subject: Subject) -> Finding:
 
 
 def digests(subject: Subject) -> Finding:
-    """What the federation file names, and what the server compares with its own."""
+    """Digests of base model and tokenizer: those in the federation file, and those that the server compares."""
     named = subject.federation.model if subject.federation is not None else None
     if named is not None and (wrong := named.difference(*subject.digests)) is not None:
         raise ModelError(wrong)
@@ -66,7 +66,7 @@ def digests(subject: Subject) -> Finding:
 
 
 def selection(subject: Subject) -> Finding:
-    """Which tensors are trained and exchanged."""
+    """The tensors that are trained and sent."""
     settings, tuned = subject.settings, subject.tuned
     check_length(subject.base.model, settings.training.max_length)
     text = f"{len(tuned.parameters)} tensors, {_count(p.numel() for p in tuned.parameters.values())}"

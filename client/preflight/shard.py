@@ -1,15 +1,15 @@
-"""The site's shard: counts, row numbers and column names; never content."""
+"""Checks of the site's shard. Findings hold counts, row numbers and column names, never content."""
 
 from collections.abc import Iterable
 
 from client.preflight.context import MOST_ROWS, Subject
 from client.preflight.finding import Finding, Skip
 
-_CUT = 0.05  # share of cut rows that deserves a warning
+_CUT = 0.05  # a larger share of truncated rows is a warning
 
 
 def rows(subject: Subject) -> Finding:
-    """Columns are there, every row has a prompt and an answer."""
+    """The columns exist, and every row has a prompt and an answer."""
     data = subject.site.data
     found = f"{len(subject.rows):,} rows with prompt ({data.prompt}) and answer ({data.answer})"
     if subject.left_out:
@@ -18,7 +18,7 @@ def rows(subject: Subject) -> Finding:
 
 
 def duplicates(subject: Subject) -> Finding:
-    """Rows that say the same as an earlier one."""
+    """Rows with the same prompt and answer as an earlier row."""
     seen: set[str] = set()
     copies = []
     for number, row in enumerate(subject.rows, start=1):
@@ -32,7 +32,7 @@ def duplicates(subject: Subject) -> Finding:
 
 
 def held_out(subject: Subject) -> Finding:
-    """How many rows are trained on, and how many are kept for evaluation."""
+    """Number of rows for training, and of rows held out for evaluation."""
     train, kept = subject.split
     found = f"{len(train):,} rows to train on, {len(kept):,} held out"
     if subject.site.data.held_out > 0 and not kept:
@@ -42,7 +42,7 @@ def held_out(subject: Subject) -> Finding:
 
 
 def lengths(subject: Subject) -> Finding:
-    """How long rows are in tokens, and how many are cut."""
+    """Length of the rows in tokens, and number of truncated rows."""
     if subject.task.reads_files:
         raise Skip("images are brought to the size that the model takes")
     counts = sorted(len(example.input_ids) for example in subject.examples)

@@ -1,8 +1,8 @@
 """A few training steps in a process of its own: ``python -m client.preflight.steps SITE.yaml FEDERATION.yaml N``.
 
 Prints one JSON object: seconds per step, bytes at the peak (of the process on the host, of tensors on a CUDA device),
-and rows per forward pass at the end; or ``{"error": ...}``. A process of its own, because it may be killed for its
-memory, and because a process knows its peak only as a whole.
+and rows per forward pass at the end; or ``{"error": ...}``. The steps run in a separate process, because the kernel may
+kill it for its memory, and because the kernel records the peak per process.
 """
 
 import json
@@ -20,10 +20,10 @@ from strategies.flower.named import make_rule
 
 
 def measured(site_file: Path, federation_file: Path, steps: int, deadline: float) -> dict[str, float]:
-    """Let a process make ``steps`` training steps, twice: the second time is measured.
+    """Start a process that makes ``steps`` training steps twice, and measures the second time.
 
     Raises:
-        TrainingError: it fails, is killed, or takes longer than ``deadline`` seconds.
+        TrainingError: the process fails, is killed, or takes longer than ``deadline`` seconds.
     """
     command = [sys.executable, "-m", "client.preflight.steps", str(site_file), str(federation_file), str(steps)]
     try:

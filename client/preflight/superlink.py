@@ -1,9 +1,10 @@
-"""What a SuperLink tells somebody whom it does not know: how fast it takes bytes, and what time it is. Flower 1.39.
+"""Measure upload rate and clock of a SuperLink without being registered there (Flower 1.39, decision 015).
 
-Its Fleet API reads a request as a whole before it refuses it, so an unsigned request with a large body measures the way
-up. It checks a request's signature and time before it looks up whose key it is, so a fresh key that nobody has
-registered learns whether a time is accepted: times up to 5 seconds ahead of the server's are, which tells its clock.
-Nothing is registered or changed at the server. The way down cannot be measured: a stranger is sent nothing large.
+The Fleet API reads a complete request before it rejects the request, so an unsigned request with a large body measures
+the upload. The Fleet API checks a request's signature and time before it looks up the key, so requests with a new,
+unregistered key show which times the server accepts: times up to 5 seconds ahead of its clock, which gives the clock.
+Nothing is registered or changed at the server. The download cannot be measured: an unregistered client is sent nothing
+large.
 """
 
 import statistics
@@ -24,16 +25,16 @@ from common.errors import LinkError
 _METHOD = "/flwr.proto.Fleet/SendNodeHeartbeat"
 _UNSIGNED, _LATE_OR_EARLY, _STRANGER = "Missing authentication metadata", "Invalid timestamp", "Invalid node ID"
 _SIZES = (1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes
-_LONG_ENOUGH = 0.5  # seconds that a transfer should take to be believed
-_MOST = 15 * 3600  # seconds; no time zone is farther off
+_LONG_ENOUGH = 0.5  # seconds: shorter transfers give no exact rate
+_MOST = 15 * 3600  # seconds; a clock set to a wrong time zone is not farther off
 
 
 class Stranger:
-    """Requests that a SuperLink refuses.
+    """Sends requests that the SuperLink rejects, and measures the rejections.
 
     Args:
-        channel: to the SuperLink.
-        address: for messages.
+        channel: gRPC channel to the SuperLink.
+        address: the SuperLink's address, for messages.
         deadline: seconds that all requests together may take.
     """
 
@@ -69,7 +70,7 @@ class Stranger:
         return -(low + MIN_TIMESTAMP_DIFF - way)
 
     def _accepts(self, offset: float) -> bool:
-        """Whether the server accepts a time that many seconds ahead of this machine's."""
+        """Whether the server accepts a time ``offset`` seconds ahead of this machine's clock."""
         text = (now() + timedelta(seconds=offset)).isoformat()
         signature = sign_message(self._key, text.encode("ascii"))
         answer = self._refusal(
@@ -86,7 +87,7 @@ class Stranger:
         return time.monotonic() - started
 
     def _refusal(self, body: bytes, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> str:
-        """Why the server refuses a request."""
+        """Send a request; returns the reason why the server rejects it."""
         try:
             self._call(body, timeout=max(self._end - time.monotonic(), 0.0), metadata=metadata)
         except grpc.RpcError as error:
@@ -103,10 +104,10 @@ class Stranger:
 
 @contextmanager
 def stranger(address: str, root_certificates: Path, deadline: float) -> Iterator[Stranger]:
-    """A connection to a SuperLink as somebody whom it does not know.
+    """Connect to a SuperLink as an unregistered client.
 
     Raises:
-        LinkError: it does not answer in time, or not as a SuperLink does.
+        LinkError: the SuperLink does not answer in time, or does not answer like one.
     """
     options = [("grpc.max_send_message_length", -1)]
     credentials = grpc.ssl_channel_credentials(root_certificates.read_bytes())

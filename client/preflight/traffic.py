@@ -1,4 +1,4 @@
-"""What a round costs: bytes down and up, and minutes."""
+"""Checks of a round's costs: bytes down and up, minutes."""
 
 from torch import Tensor
 
@@ -14,18 +14,18 @@ from common.protocol.factors import Factors, num_bytes, pack
 from common.text import size
 from strategies.flower.named import make_rule
 
-_STEPS = 3  # are measured
+_STEPS = 3  # most steps that are measured
 
 
 def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], steps: int) -> tuple[int, int]:
-    """Bytes down and up in a round after the first, of tensors' values alone.
+    """Bytes of tensors down and up in a round after the first.
 
-    Down they are those for a site that took part in the round before, when ``cohort.min_clients`` sites did.
+    The bytes down are those for a site that took part in the last round, with ``cohort.min_clients`` sites in it.
 
     Args:
-        federation: its settings.
-        tensors: that are trained, by name, in the shapes of this site.
-        steps: optimizer steps of a round.
+        federation: the federation's settings.
+        tensors: the trained tensors by name, in this site's shapes.
+        steps: optimizer steps per round.
     """
     strategy = federation.strategy
     if strategy.trains == "weights":
@@ -39,12 +39,12 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
         return sum(_packed(n, t, terms, strategy) for n, t in tensors.items()), up
     rule = make_rule(strategy, seed=federation.training.seed)
     rounds = [num_bytes(tensors[name] for name in rule.active(number, tensors)) for number in (1, 2)]
-    mean = sum(rounds) // 2  # what a round trained goes up in it and down in the next
+    mean = sum(rounds) // 2  # a round's trained tensors are sent up in that round, and down in the next
     return mean, mean
 
 
 def _packed(name: str, weight: Tensor, terms: int, strategy: GaLoreConfig) -> int:
-    """Bytes of one weight's change, of as many bases as there are ``terms``."""
+    """Bytes of one weight's change in factors with ``terms`` bases."""
     if in_head(name) or second_moments.is_second_moment(name):
         return 4 * weight.numel()
     (rows, columns), rank = weight.shape, strategy.rank * terms
@@ -54,7 +54,7 @@ def _packed(name: str, weight: Tensor, terms: int, strategy: GaLoreConfig) -> in
 
 
 def traffic(subject: Subject) -> Finding:
-    """Bytes per round, and how long they take on this link."""
+    """Bytes per round, and the time that they take on this link."""
     settings = subject.settings
     down, up = bytes_per_round(settings, dict(subject.tuned.parameters), subject.steps)
     found = f"{size(down)} down and {size(up)} up a round"
@@ -72,7 +72,7 @@ def traffic(subject: Subject) -> Finding:
 
 
 def training(subject: Subject) -> Finding:
-    """How long this machine trains for a round, measured on a few steps; and what memory they really took."""
+    """Duration of a round's training on this machine, from a few measured steps; and their peak memory."""
     settings = subject.settings
     if not subject.measure or subject.federation_file is None:
         raise Skip("needs --measure")
@@ -89,7 +89,7 @@ def training(subject: Subject) -> Finding:
 
 
 def _rate(subject: Subject) -> tuple[float | None, str]:
-    """Bytes per second, and where that is from."""
+    """Bytes per second, and the source of the number."""
     if subject.mbit is not None:
         return subject.mbit * 1e6 / 8, "as told"
     if subject.superlink is None:

@@ -1,4 +1,4 @@
-"""What the site promises itself: whose code runs, and a record that nobody has changed."""
+"""Checks of trust, agreement and ledger: trusted code, agreed settings, an unchanged record."""
 
 from client.connect.trust import read_trust
 from client.preflight.context import Subject
@@ -9,7 +9,7 @@ from client.privacy.ledger import verify
 
 
 def trust(subject: Subject) -> Finding:
-    """Whose code may run here."""
+    """The keys and bundles whose code may run at the site."""
     found = read_trust(subject.site_file)
     if found is None:
         mend = "list keys or digests under `trust` in the site file, so that only code somebody has read runs here"
@@ -18,7 +18,7 @@ def trust(subject: Subject) -> Finding:
 
 
 def agreement(subject: Subject) -> Finding:
-    """The site has agreed to this federation, as its file is now."""
+    """The site has agreed to the federation's present settings."""
     agreed = read_agreements(agreements_of(subject.site, subject.site_file))
     mend = f"fedspan site agree FEDERATION.yaml --site {subject.site_file.name}"
     if subject.federation is None:
@@ -36,7 +36,7 @@ def agreement(subject: Subject) -> Finding:
 
 
 def ledger(subject: Subject) -> Finding:
-    """The ledger is whole."""
+    """The ledger's chain of lines is intact."""
     file = ledger_of(subject.site, subject.site_file)
     if not file.exists():
         raise Skip(f"{file} is begun with the first message")

@@ -53,7 +53,7 @@ def add_link_options(parser: argparse.ArgumentParser) -> None:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     parser.add_argument(
-        "--resume-if-begun", action="store_true", help="for service managers: start the run, go on with it, or end well"
+        "--resume-if-begun", action="store_true", help="for service managers: start the run, resume it, or end well"
     )
     add_link_options(parser)
     parser.add_argument(

@@ -119,7 +119,7 @@ def wait_for(superlink: OwnSuperLink, started: Started | None = None) -> None:
     """Wait until a SuperLink listens.
 
     Args:
-        superlink: what is to listen.
+        superlink: the SuperLink that must listen.
         started: its process; None: it is looked after elsewhere.
 
     Raises:
