@@ -157,8 +157,8 @@ def test_bundle_holds_what_the_two_apps_reach_and_nothing_else() -> None:
 def test_bundle_is_short_enough_to_be_read() -> None:
     code = shipped() - {"LICENSE"}
     assert [name for name in code if name.startswith(AT_HOME)] == []
-    assert len(code) <= 105
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 12_000
+    assert len(code) <= 110
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 13_500
 
 
 def test_only_named_files_know_flower() -> None:

@@ -4,16 +4,11 @@ Every ``update_proj_gap`` steps a basis P is computed from a weight's gradient G
 leading right singular vectors, and R = G P^T (m, r); else P (m, r) holds the leading left singular vectors, and
 R = P^T G (r, n). The inner optimizer works in R's shape; its step is projected back.
 
-Differences from galore-torch:
-
-- The basis comes from a randomized range finder that is warm-started with the last basis: a federation refreshes in
-  every round, so a full SVD per refresh would be most of the work (decision 021). Or the caller gives the basis, the
-  same at all sites (``common.linalg.subspace``, decision 006).
-- The optimizer keeps the change of a weight within a round in exact float32 factors, W = c W_0 + sum_j P_j R_j. So the
-  change can be sent at low rank, and a bfloat16 weight loses no small step (decision 005).
-- A gradient can be projected and freed during backward, as soon as it is complete.
-- Clipping uses the norm of the projected gradients: this norm does not depend on when gradients are freed.
-- The state holds only tensors and numbers, so it loads with ``weights_only=True``.
+Differences from galore-torch: the basis comes from a warm-started randomized range finder (decision 021), or from the
+caller, the same at all sites (decision 006). The change of a weight within a round is kept in exact float32 factors,
+W = c W_0 + sum_j P_j R_j, so it can be sent at low rank, and a bfloat16 weight loses no small step (decision 005). A
+gradient can be projected and freed during backward, and clipping uses the norm of the projected gradients, which does
+not depend on when gradients are freed. The state holds only tensors and numbers (``weights_only=True`` loads it).
 
 Tensors without a useful low rank, such as a classifier's new head, are trained unprojected: the inner optimizer takes
 the gradient as it is, and the step is not scaled.
@@ -54,10 +49,8 @@ class GaLore(torch.optim.Optimizer):
         moments: number format of Adam's moments.
         basis: function from a weight's name and shape to its basis; None: bases come from the gradients.
         unprojected: names of the tensors that are trained without projection.
-        second_moments: Adam's second moments to start with, for every projected weight; needs ``basis`` and float32
-            moments.
-        refresh_batches: number of batches that the caller averages before ``refresh``; 1: a basis comes from the
-            gradient of the first step that uses it.
+        second_moments: Adam's, to start with, for every projected weight; needs ``basis`` and float32 moments.
+        refresh_batches: batches that the caller averages before ``refresh``; 1: the gradient of the next step.
         seed: seed of the range finder.
 
     Attributes:

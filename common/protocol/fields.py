@@ -237,8 +237,7 @@ class Content:
 
         Args:
             scores: whether losses and scores may leave the site.
-            private: whether the site has `privacy`: then, beside the noised update, nothing leaves that depends on a
-                row.
+            private: whether the site has `privacy`: then only the noised update depends on rows.
         """
         staying: set[Stays] = {"with privacy", "without scores"} if private else set() if scores else {"without scores"}
         left = {name: place._shared(getattr(self, name), staying) for name, place in self.places().items()}
