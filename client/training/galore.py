@@ -60,16 +60,14 @@ class GaLore(torch.optim.Optimizer):
         TrainingError: no weight would be projected, a weight is not 2-D, or the rank is above a weight's smaller side.
 
     Example:
-        >>> weight = nn.Parameter(torch.eye(6, 4))
-        >>> start = weight.detach().clone()
+        >>> weight, start = nn.Parameter(torch.eye(6, 4)), torch.eye(6, 4)
         >>> galore = GaLore({"w": weight}, lr=0.1, rank=2, update_proj_gap=200, scale=0.25)
         >>> with galore.projecting():  # gradients are projected and freed during backward
         ...     weight.square().sum().backward()
         >>> galore.step()
-        >>> change = galore.factors("w")
-        >>> [(tuple(left.shape), tuple(right.shape)) for left, right in change.terms]
+        >>> [(tuple(left.shape), tuple(right.shape)) for left, right in galore.factors("w").terms]
         [((6, 2), (2, 4))]
-        >>> torch.allclose(change.apply(start), weight)
+        >>> torch.allclose(galore.factors("w").apply(start), weight)
         True
     """
 
