@@ -1,1 +1,1 @@
-"""What may leave a site: policy, noise and the ledger of what left."""
+"""Limits on the data that leaves a site: agreement, policy, noise; and the ledger of all that left."""

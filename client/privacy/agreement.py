@@ -1,7 +1,8 @@
-"""What a site has agreed to: the settings of a federation as sites are sent them, pinned in a file of the site's own.
+"""A site's agreements: the settings that sites are sent, for each federation, pinned in the site's own file.
 
-A message with other settings is refused before data is opened, with one sentence whatever it asks for. The file is
-written by ``fedspan site agree`` (``client.privacy.agree``), and by whoever starts sites of its own on one machine.
+A site rejects a message with other settings before it opens any data. The error is always the same sentence, so that it
+reveals nothing (decision 027). ``fedspan site agree`` (``client.connect.agree``) writes the file; a launcher writes it
+for sites of its own on one machine.
 """
 
 import hashlib
@@ -28,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class Agreement(Section):
-    """One federation that a site takes part in.
+    """A site's agreement to one federation.
 
     Attributes:
-        settings: what sites are sent of its file.
-        model: the same of the base model with what is the site's own: where it is, unless the site file says so, and
-            which digests it has to have.
-        agreed: when, in UTC.
-        reviewer: fingerprint of the key that has signed the settings; None: nobody's.
+        settings: the settings that the federation's sites are sent.
+        model: the section ``model`` of the site's copy of the federation file: the base model's source, unless the
+            site file names one, and the digests that the base model must have.
+        agreed: time of the agreement, in UTC.
+        reviewer: fingerprint of the key that has signed the settings; None: no signature.
     """
 
     settings: dict[str, Any]
@@ -65,15 +66,15 @@ class _File(Section):
 
 
 def agreements_of(site: SiteConfig, site_file: Path) -> Path:
-    """Where a site's agreements are."""
+    """Path of a site's file of agreements."""
     return resolve(site.agreements or f"{site.name}-agreements.json", site_file)
 
 
 def make_agreement(federation: FederationConfig, reviewer: str | None = None) -> Agreement:
-    """To take part in a federation as its file has it.
+    """Make the agreement to a federation's settings.
 
     Args:
-        federation: with absolute paths (``common.config.federation.resolved``).
+        federation: the federation, with absolute paths (``common.config.federation.resolved``).
         reviewer: see ``Agreement``.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -85,7 +86,7 @@ def read_agreements(file: Path) -> dict[str, Agreement]:
     """All agreements in a file, by the federations' names; none when there is no file.
 
     Raises:
-        ConfigError: it is no file of agreements.
+        ConfigError: the file is no file of agreements.
     """
     try:
         text = file.read_bytes()
@@ -101,7 +102,7 @@ def read_agreements(file: Path) -> dict[str, Agreement]:
 
 
 def write_agreement(file: Path, name: str, agreement: Agreement | None) -> None:
-    """Add or replace the agreement to a federation, or, with None, take it back.
+    """Add or replace the agreement to a federation; None removes it.
 
     Raises:
         ConfigError: the file is damaged, held by another process, or cannot be written.
@@ -121,19 +122,19 @@ def write_agreement(file: Path, name: str, agreement: Agreement | None) -> None:
 
 
 def agree_for_own_sites(file: Path, federation: FederationConfig) -> None:
-    """Write the agreement of whoever owns both the federation file and all of the sites."""
+    """Write the agreement for a launcher that owns both the federation file and all of the sites."""
     write_agreement(file, federation.name, make_agreement(federation))
 
 
 def find(agreements: dict[str, Agreement], sent: str) -> Agreement:
-    """The agreement to settings that a message brought.
+    """Find the agreement to the settings in a message.
 
     Args:
-        agreements: of the site.
-        sent: the settings, as JSON.
+        agreements: the site's agreements, by the federations' names.
+        sent: the settings in the message, as JSON.
 
     Raises:
-        PolicyError: there is none; the sentence is always the same, the site's log says what differs.
+        PolicyError: there is no such agreement. The text is always the same; only the site's log names the difference.
     """
     try:
         settings = json.loads(sent)
@@ -162,7 +163,7 @@ def _canonical(settings: object) -> str:
 
 
 def _differences(agreed: dict[str, Any], asked: dict[str, Any]) -> str:
-    """The keys that differ; what is asked instead is the other side's text and is not repeated."""
+    """The keys that differ. Values are left out: they are the other side's text."""
     own, theirs = dict(_leaves(agreed, "")), dict(_leaves(asked, ""))
     keys = [key for key in own if key not in theirs or theirs[key] != own[key]]
     more = len(theirs.keys() - own.keys())

@@ -1,10 +1,10 @@
-"""Local differential privacy of a whole shard: clip an update, add Gaussian noise, count what it costs.
+"""Local differential privacy of a whole shard: clip an update, add Gaussian noise, account for the privacy loss.
 
-The mechanism. The update x is what training made of the tensors that came in, less these, over all tensors jointly;
-what leaves is min(1, C / |x|) x + N(0, (z C)^2 I), with C = `clip` and z = `noise_multiplier`. Two shards with the same
-number of rows may give updates 2 C apart, so a round is a Gaussian mechanism of sensitivity 2 C and standard deviation
-z C, which is mu-GDP with mu = 2 / z. Rounds compose, adaptively too, to the root of the sum of their mu^2, without loss
-(Dong, Roth, Su, arXiv 1905.02383, theorem 2.7 and corollary 3.3); opacus turns that into epsilon at the given delta.
+The mechanism (decision 014): the update x is the change that training made, over all tensors jointly. The site sends
+min(1, C / |x|) x + N(0, (z C)^2 I), with C = `clip` and z = `noise_multiplier`. Two shards with the same number of rows
+may give updates 2 C apart, so a round is a Gaussian mechanism of sensitivity 2 C and standard deviation z C, which is
+mu-GDP with mu = 2 / z. Rounds compose, also adaptively, to the root of the sum of their mu^2, without loss (Dong, Roth,
+Su, arXiv 1905.02383, theorem 2.7 and corollary 3.3); opacus converts mu into epsilon at the given delta.
 """
 
 import math
@@ -18,18 +18,18 @@ from torch import Tensor
 from common.config.site import PrivacyConfig
 from common.errors import DivergedError
 
-_CHUNK = 2**20  # numbers that are noised at a time
-_MARGIN = 1e-6  # a clipped update stays below the limit by this share, whatever rounding does
-_GRID = 2.0**-20  # of the noise's standard deviation: what leaves is rounded to multiples of that
+_CHUNK = 2**20  # numbers that get noise at a time
+_MARGIN = 1e-6  # updates are clipped to this share below the limit, so that rounding cannot exceed it
+_GRID = 2.0**-20  # in units of the noise's standard deviation: sent numbers are rounded to multiples of it
 _MOST = 500.0  # the largest epsilon that opacus looks for
 
 
 def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
-    """The changes, clipped jointly and noised, in float32 on the CPU.
+    """Clip the changes jointly and add noise; float32 on the CPU.
 
     Args:
-        changes: what would leave, by name: the whole update.
-        config: the site file's section.
+        changes: the whole update: each tensor's change, by name.
+        config: the site file's section ``privacy``.
 
     Raises:
         DivergedError: the update is not finite.
@@ -48,7 +48,7 @@ def norm_of(tensors: Iterable[Tensor]) -> float:
 
 
 def cost(noise_multiplier: float) -> float:
-    """mu^2 of one update; those of several add up."""
+    """mu^2 of one update; the mu^2 of several updates add up."""
     return (2.0 / noise_multiplier) ** 2
 
 
@@ -65,10 +65,10 @@ def epsilon(mu_squared: float, delta: float) -> float:
 
 
 def _noised(change: Tensor, kept: float, std: float) -> Tensor:
-    """``kept`` times the change, with noise.
+    """``kept`` times the change, plus noise.
 
-    Floating-point noise has gaps that depend on what it is added to (Mironov, CCS 2012). The sum is made in float64
-    and rounded to a grid that depends on nothing, coarser than these gaps by far.
+    Sums with floating-point noise have gaps that depend on the change (Mironov, CCS 2012) and so reveal it. So the sum
+    is computed in float64 and rounded to a grid that does not depend on the change and is far coarser than the gaps.
     """
     result = change.detach().to("cpu", torch.float32, copy=True).contiguous()
     grid = 2.0 ** math.floor(math.log2(std)) * _GRID
@@ -80,7 +80,7 @@ def _noised(change: Tensor, kept: float, std: float) -> Tensor:
 
 
 def gaussian(count: int) -> Tensor:
-    """Standard Gaussians in float64, of the operating system's cryptographic random numbers (Box and Muller, 1958)."""
+    """Standard Gaussians in float64, from the operating system's cryptographic generator (Box and Muller, 1958)."""
     pairs = (count + 1) // 2
     bits = np.frombuffer(os.urandom(16 * pairs), dtype="<u8") >> np.uint64(11)
     uniform = torch.from_numpy((bits.astype(np.float64) + 1.0) * 2.0**-53)  # in (0, 1]

@@ -1,14 +1,14 @@
 """Tensors on the wire: torch <-> Flower records, bit for bit, nothing unpickled.
 
-float32, float64, float16 and integers travel in NumPy's ``.npy`` form, Flower's own, so that any Flower app can read
-them. NumPy has no bfloat16: such a tensor travels as its raw little-endian bytes under the stype ``fedspan.bf16``.
+float32, float64, float16 and integers are sent in NumPy's ``.npy`` format, which Flower uses, so that any Flower app
+can read them. NumPy has no bfloat16: such a tensor is sent as raw little-endian bytes with the stype ``fedspan.bf16``.
 
-Flower moves every array of a record by calls of its own, at every hop, and a SuperLink with a database spends some 5 ms
-of computing on it; a hundred small factors take seconds, whatever the link. So between FedSpan's own processes small
-tensors travel in bundles: bytes in safetensors' format, as one array under the stype ``fedspan.safetensors``.
+Flower moves every array of a record by separate calls, at every hop, and a SuperLink with a database spends some 5 ms
+of computing on each: a hundred small factors take seconds on any link. So FedSpan's own processes bundle small tensors:
+bytes in safetensors' format, as one array with the stype ``fedspan.safetensors`` (decision 005).
 
-Sizes are looked at before anything is decoded: the header of a bundle takes over twenty times its bytes once it is
-parsed, so a record may hold no more bytes than the tensors that were to come.
+The reader checks sizes before it decodes anything: the parsed header of a bundle takes over twenty times its bytes, so
+a record may hold no more bytes than the expected tensors.
 """
 
 import json
@@ -28,8 +28,8 @@ from common.protocol.kinds import short
 
 BF16 = "fedspan.bf16"
 BUNDLE = "fedspan.safetensors"
-_BUNDLE_BYTES = 4 * 2**20  # so large a tensor travels alone; Flower sends at most 5 MiB in one call
-_ENTRY_BYTES = 256  # most that tells of a tensor beside its name and values: a .npy header, its part of a bundle's
+_BUNDLE_BYTES = 4 * 2**20  # larger tensors are sent alone; Flower sends at most 5 MiB in one call
+_ENTRY_BYTES = 256  # most bytes per tensor beside name and values: a .npy header, or an entry of a bundle's header
 _MOST_DIMENSIONS = 32
 _NUMPY = "numpy.ndarray"
 _DTYPES = {
@@ -48,18 +48,18 @@ _DTYPES = {
 
 
 def encode(tensors: Mapping[str, Tensor], *, bundled: bool = False) -> ArrayRecord:
-    """A Flower record of ``tensors``.
+    """Make a Flower record of ``tensors``.
 
     Args:
-        tensors: by name.
-        bundled: small ones travel together; for readers that use ``decode``.
+        tensors: the tensors by name.
+        bundled: bundle small tensors; only for readers that use ``decode``.
 
     Raises:
-        WireError: a tensor's dtype cannot travel.
+        WireError: a tensor's dtype cannot be sent.
     """
     arrays: dict[str, Array] = {}
     bundle: dict[str, Tensor] = {}
-    size = 0  # of the bundle, header and all
+    size = 0  # bytes of the bundle, with its header
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         if value.dtype != torch.bfloat16 and str(value.dtype).removeprefix("torch.") not in _DTYPES:
@@ -78,16 +78,16 @@ def encode(tensors: Mapping[str, Tensor], *, bundled: bool = False) -> ArrayReco
 
 
 def decode(record: Mapping[str, Array], most: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-    """The tensors of a Flower record, on the CPU, sharing no memory with it.
+    """The tensors of a Flower record, on the CPU, in new memory.
 
     Args:
-        record: of arrays, and of bundles of them.
-        most: bytes that each tensor may have, by the names of all that may come, of a record that somebody else has
-            made. It is held against what came before anything is decoded. None: of one's own record.
+        record: arrays and bundles by key.
+        most: for a record from the other side: the most bytes of each tensor, by the names of all tensors that may
+            come; checked before anything is decoded. None: for a record that this process made itself.
 
     Raises:
-        WireError: there are more tensors or bytes than ``most`` allows, or others; bytes do not fit the declared
-            dtype, shape or serialisation type; or a tensor is there twice.
+        WireError: the record has more tensors or bytes than ``most`` allows, or other names; bytes do not match the
+            declared dtype, shape or stype; or a tensor occurs twice.
     """
     if most is not None:
         _check_sizes(record, most)
@@ -105,7 +105,7 @@ def decode(record: Mapping[str, Array], most: Mapping[str, int] | None = None) -
 
 
 def told_bytes(names: Iterable[str]) -> int:
-    """Most bytes that a record has beside the values of tensors of these names."""
+    """Most bytes of a record with tensors of these names, beside the tensors' values."""
     return sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
 
 
@@ -127,7 +127,7 @@ def _bundle(tensors: dict[str, Tensor]) -> Array:
 
 
 def _check_sizes(record: Mapping[str, Array], most: Mapping[str, int]) -> None:
-    """Refuse a record by what can be seen from outside."""
+    """Reject a record whose number of arrays, names or bytes are not allowed, before anything is decoded."""
     if len(record) > len(most):
         raise WireError(f"{len(record)} arrays came; allowed: up to {len(most)}")
     for name, array in record.items():
@@ -148,7 +148,7 @@ def _check_size(name: str, came: int, most: Mapping[str, int], beside: int = 0) 
 
 
 def _unbundled(name: str, array: Array, headers: int) -> dict[str, Tensor]:
-    """The tensors of a bundle whose header has at most so many bytes."""
+    """The tensors of a bundle; its header may have at most ``headers`` bytes."""
     told = int.from_bytes(array.data[:8], "little")
     if told > headers:
         raise WireError(f"{short(name)}: a bundle's header of {told} bytes; allowed: up to {headers}")
@@ -164,7 +164,7 @@ def _unbundled(name: str, array: Array, headers: int) -> dict[str, Tensor]:
 
 def _decode(name: str, array: Array) -> Tensor:
     shape, order = tuple(array.shape), "C"
-    if len(shape) > _MOST_DIMENSIONS:  # their product alone would take for ever
+    if len(shape) > _MOST_DIMENSIONS:  # the product of a huge shape alone would take for ever
         raise WireError(f"{name}: {len(shape)} dimensions; allowed: up to {_MOST_DIMENSIONS}")
     if array.stype == BF16 and array.dtype == "bfloat16":
         values, kind = memoryview(array.data), np.dtype("<i2")
@@ -184,12 +184,14 @@ def _decode(name: str, array: Array) -> Tensor:
 
 
 def _npy(name: str, array: Array, shape: tuple[int, ...]) -> tuple[memoryview, "np.dtype[Any]", str]:
-    """The values of a ``.npy`` file, their type, and their order ("C" or "F").
+    """The values of a ``.npy`` file, their dtype, and their order ("C" or "F").
 
-    Its header must be the one that NumPy writes for what was declared: it is compared, and never parsed.
+    The header must equal the header that NumPy writes for the declared dtype and shape; it is compared, never parsed.
     """
     data, kind = memoryview(array.data), np.dtype(array.dtype).newbyteorder("<")
-    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(bytes(data[:8]))  # of the header's length
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(
+        bytes(data[:8])
+    )  # bytes that hold the header's length
     if width is None:
         raise WireError(f"{name}: not a .npy array")
     start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")

@@ -1,1 +1,1 @@
-"""What an operator hands to a hospital: one archive, made by the one and taken apart by the other."""
+"""Invitations: the operator packs one archive for a hospital, the hospital checks and unpacks it."""

@@ -1,7 +1,7 @@
 """The archive of an invitation: a zip of a few small files, and a manifest with the SHA-256 of each.
 
-The same content makes the same bytes, so that both sides can compare one hash. The reader trusts nothing: names come
-from a list, nothing is packed, linked or large, and every file is what the manifest says.
+The same content makes the same bytes, so that both sides can compare one hash. The reader trusts nothing: only listed
+names are allowed, nothing compressed, linked or large, and every file must have the manifest's digest.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ _REVIEWERS = "reviewer"
 REVIEWER, SIGNATURE = f"{_REVIEWERS}.pub", "settings.sig"
 ALWAYS, OPTIONAL = {CA, FEDERATION, SITE}, {REVIEWER, SIGNATURE}
 _KIND = "FedSpan invitation"
-_MOST_BYTES = 2**20  # of an archive, and of all its files together
+_MOST_BYTES = 2**20  # for an archive, and for all of its files together
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip knows
 _PLAIN = stat.S_IFREG | 0o600
 
 
 class Manifest(Section):
-    """What the archive says of itself.
+    """The manifest of an archive.
 
     Attributes:
         superlink: HOST:PORT of the server.
@@ -58,10 +58,10 @@ def pack(site: str, federation: str, superlink: str, files: Mapping[str, bytes])
     """The archive of an invitation.
 
     Args:
-        site: who is invited.
-        federation: to which federation.
-        superlink: HOST:PORT of its server.
-        files: content by name.
+        site: name of the invited site.
+        federation: name of the federation.
+        superlink: HOST:PORT of the federation's server.
+        files: the files' content by name.
     """
     about = {"kind": _KIND, "format": FORMAT, "site": site, "federation": federation, "superlink": superlink}
     about |= {"files": {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}}
@@ -77,10 +77,10 @@ def pack(site: str, federation: str, superlink: str, files: Mapping[str, bytes])
 
 
 def unpack(path: Path) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest and the files of an archive that somebody else has made.
+    """Read and check the manifest and the files of an archive from the other side.
 
     Raises:
-        ConfigError: it is no invitation, one of another version, or not as its manifest says; names the file.
+        ConfigError: the file is no invitation, has another format, or differs from its manifest; the text names it.
     """
     if path.is_file() and path.stat().st_size > _MOST_BYTES:
         raise ConfigError(f"{path}: no invitation: {path.stat().st_size:,} bytes; allowed: {_MOST_BYTES:,}")

@@ -24,7 +24,7 @@ from deploy.invitation.site_file import site_file
 
 
 def invitation(options: argparse.Namespace) -> tuple[str, bytes]:
-    """The federation's name, and the archive.
+    """Make an invitation; return the federation's name and the archive.
 
     Raises:
         ConfigError: a file or an argument is wrong.
@@ -60,7 +60,7 @@ def invitation(options: argparse.Namespace) -> tuple[str, bytes]:
 
 
 def _signature(file: Path, key: str, federation: FederationConfig, source: Path) -> bytes:
-    """The content of a file with a reviewer's signature of what the federation asks of sites."""
+    """The content of a file with a reviewer's signature, checked against the settings that sites are sent."""
     from client.connect.verify import SETTINGS, signed_with
     from client.privacy.agreement import make_agreement
 
@@ -83,7 +83,7 @@ def _text(invited: FederationConfig) -> str:
 
 
 def _digests(federation: FederationConfig, source: Path) -> tuple[str, str]:
-    """Of the base model, as it is loaded, and of its tokenizer."""
+    """Digests of the loaded base model and of its tokenizer."""
     from common.data.tasks import make_task
     from common.errors import ModelError
     from common.protocol.digest import base_digest, tokenizer_digest

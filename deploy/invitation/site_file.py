@@ -1,4 +1,4 @@
-"""The site file of an invitation: all but what only the hospital knows, and nothing that is for it alone to decide."""
+"""The site file in an invitation: complete but for values that only the hospital knows or may decide."""
 
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ _HEAD = f"""\
 
 
 def site_file(site: str, federation: FederationConfig, values: dict[str, Any]) -> str:
-    """Text of a site file.
+    """Make the text of a site file.
 
     Args:
-        site: its name.
-        federation: that it takes part in.
-        values: what is known of `path`, `prompt` and `answer` of its data, of `model` and of `trust`.
+        site: the site's name.
+        federation: the federation that the site takes part in.
+        values: known values of the data's `path`, `prompt` and `answer`, of `model` and of `trust`.
     """
     data = {key: values.get(key) or FILL_IN for key in ("path", "prompt", "answer")}
     hub = federation.model.hub
@@ -40,10 +40,10 @@ def site_file(site: str, federation: FederationConfig, values: dict[str, Any]) -
 
 
 def proposed(file: Path) -> SiteConfig:
-    """A site file that came with an invitation.
+    """Read a site file that came with an invitation.
 
     Raises:
-        ConfigError: it is wrong, or decides what is the hospital's to decide.
+        ConfigError: the file is wrong, or sets a key that only the hospital may decide.
     """
     site = load(file, SiteConfig)
     keys = site.model_fields_set - _KEYS | {f"policy.{key}" for key in site.policy.model_fields_set - {"federations"}}
