@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from client.privacy.agreement import Agreement
     from client.privacy.guard import Gate
     from client.session import Session
-    from client.shared_base import Bases
+    from client.site_model import Bases
 
 app = ClientApp()
 log = logging.getLogger("site")
@@ -182,7 +182,7 @@ def _session(site: SiteConfig, agreement: "Agreement", context: Context) -> "Ses
         ConfigError: nobody at the site has checked this code.
     """
     from client.session import Session
-    from client.shared_base import Bases
+    from client.site_model import Bases
 
     site_file = _site_file(context)
     key = (context.run_id, str(site_file), site.model_dump_json(), agreement.digest)

@@ -9,8 +9,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from client.held_weights import Weights
 from client.privacy.guard import Gate
 from client.session import Session
+from common.errors import WireError
 from common.protocol import wire
-from common.protocol.messages import STEP, State
+from common.protocol.messages import STEP, State, TrainRequest
 from common.protocol.records import get_record, get_records
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
@@ -47,10 +48,13 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
 
     Raises:
         StaleStateError: this site lacks what the state builds on.
-        WireError: a tensor cannot be read, or does not fit.
+        WireError: a tensor cannot be read, was not to come, or is not what training can have made.
     """
     session.kept = wire.decode(get_record(context.state, _KEPT, ArrayRecord))
-    sent, steps = wire.decode(state.arrays), _steps(state.steps)
+    after, rounds = state.server_round - isinstance(state, TrainRequest), session.federation.rounds
+    if not 0 <= after <= state.server_round <= rounds:
+        raise WireError(f"this is a message of round {state.server_round}; allowed: up to {rounds}")
+    sent, steps = _read(state, session)
     gate.receive({f"{STEP.format(s.server_round)}/{name}": t for s in steps for name, t in s.tensors.items()} | sent)
     weights = session.weights
     if weights is not None and state.since is not None and state.version is not None:
@@ -60,12 +64,27 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
         session.follow(steps, state.since, state.version)
         return _keep_steps(session.weights or weights, state.steps, context)
     kept = wire.decode(get_record(context.state, _FROZEN, ArrayRecord))
-    frozen = session.set_state({**kept, **sent}, state.frozen_digest, active, state.version or "unknown")
+    frozen = session.set_state({**kept, **sent}, state.frozen_digest, active, state.version or "unknown", after)
     if weights is not None:
         return _keep_steps(weights, state.steps, context)
     if active:
         context.state[_FROZEN] = wire.encode(frozen)
     return Held(frozen_digest=state.frozen_digest if frozen else None)
+
+
+def _read(state: State, session: Session) -> tuple[Tensors, list[Step]]:
+    """What came, in full or in steps, once it is seen to be no larger than the state."""
+    weights, exchanged = session.weights, session.exchanged
+    whole = {name: tensor.nbytes for name, tensor in exchanged.items()}
+    if state.since is None or weights is None:
+        if state.steps:
+            raise WireError(f"steps came of rounds {', '.join(map(str, state.steps))[:80]}; allowed: none")
+        return wire.decode(state.arrays, whole), []
+    came, most = state.num_bytes, sum(whole.values()) + len(state.steps) * wire.told_bytes(weights.most)
+    if came > most or len(state.steps) > session.federation.rounds:
+        raise WireError(f"{came} bytes came in {len(state.steps)} steps; allowed: up to {most} bytes, a step a round")
+    wire.decode(state.arrays, {})
+    return {}, [Step(number, wire.decode(state.steps[number], weights.most)) for number in sorted(state.steps)]
 
 
 def keep(tensors: Tensors, context: Context) -> None:

@@ -6,6 +6,7 @@ than one message makes it once.
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 
 from client.held_weights import Weights
-from client.shared_base import Bases
-from client.site_model import SiteModel
+from client.reach import Reach
+from client.site_model import Bases, SiteModel
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
 from client.training.moments import capture, restore
-from client.training.settings import make_optimizer, pick_autocast
+from client.training.settings import describe, make_optimizer, pick_autocast
 from client.training.trainer import train
 from client.update import changed_weights, trained_tensors
 from common.config.federation import FederationConfig
@@ -83,7 +84,7 @@ class Session:
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out),
-            device=_describe(self._model.device),
+            device=describe(self._model.device),
             rank=self._model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
@@ -96,11 +97,11 @@ class Session:
 
         Raises:
             StaleStateError: the site does not hold ``since``.
-            WireError: a step cannot be read, or does not fit.
+            WireError: a step does not fit, or goes further than a round of training can.
         """
         if since == self._model.weights.first and self._model.weights.version not in (since, version):
             self._model.start_anew()
-        self._model.weights.follow(steps, since, version)
+        self._model.weights.follow(steps, since, version, self._reach)
         self._tuned.set(cut(self._model.weights.tensors, self._model.rank))
         self._set_local()
 
@@ -110,12 +111,12 @@ class Session:
         return self._model.weights if self.federation.strategy.changes_base else None
 
     @property
-    def names(self) -> list[str]:
-        """The tensors that are exchanged."""
-        return list(self._tuned.parameters if self.weights is None else self.weights.tensors)
+    def exchanged(self) -> Mapping[str, torch.Tensor]:
+        """The federation's tensors, in this site's rank."""
+        return self._model.exchanged
 
     def set_state(
-        self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown"
+        self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown", after: int = 0
     ) -> Tensors:
         """Write the federation's tensors into the model; return those that are frozen in this round.
 
@@ -124,12 +125,16 @@ class Session:
             frozen_digest: of the frozen ones; None when all were sent.
             active: those that the round trains.
             version: of trained base weights, when they came whole.
+            after: the number of rounds that they are the result of; 0: they are the first state.
 
         Raises:
             StaleStateError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
+            WireError: training cannot have led there.
         """
-        weights = self.weights  # made of the base model, before that is overwritten
-        missing = set(self.names) - tensors.keys()
+        if self.weights is not None and after < self.weights.after:
+            self._model.start_anew()
+        weights, exchanged = self.weights, self.exchanged  # of the base model, before that is overwritten
+        missing = exchanged.keys() - tensors.keys()
         if missing:
             raise StaleStateError(
                 f"{len(missing)} tensor(s) neither sent nor kept, e.g. {min(missing)}; send them in full"
@@ -137,9 +142,13 @@ class Session:
         frozen = {name: tensors[name] for name in self._tuned.parameters if name not in set(active)}
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
             raise StaleStateError("the frozen tensors kept from an earlier round are out of date; send them in full")
-        self._tuned.set(tensors if weights is None else cut(tensors, self._model.rank))
-        if weights is not None:
-            weights.replace({name: tensors[name] for name in self.names}, version)
+        if weights is None:
+            self._model.known.take(tensors, after, self._reach)
+        else:
+            self._reach.check_like(tensors, exchanged)
+            self._reach.check(tensors, exchanged, after - weights.after, weights.after == 0)
+            weights.replace(tensors, version, after)
+        self._tuned.set(tensors)
         self._set_local()
         return frozen
 
@@ -256,6 +265,10 @@ class Session:
     def _tuned(self) -> Tuned:
         return self._model.tuned
 
+    @property
+    def _reach(self) -> Reach:
+        return Reach(self.federation, self.train_rows)
+
     @cached_property
     def _rows(self) -> tuple[list[Row], list[Row]]:
         rows, self._left_out = self._task.rows(self.site.data, self._site_file)
@@ -281,7 +294,3 @@ class Session:
 
 def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

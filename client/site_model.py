@@ -1,22 +1,71 @@
-"""A site's model in one federation: the base model as it was read, what of it is trained, and the weights it holds."""
+"""A site's model in one federation: the base model as it was read, what of it is trained, and the weights it holds.
 
+Sites that share a process read a base model from disk once, and what no site changes is in memory once.
+"""
+
+import copy
 import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from client.held_weights import Weights
-from client.shared_base import Bases, Digests, digests, own
+from client.reach import Known
 from client.training.settings import lora_rank, model_source, pick_device
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.data.tasks import Task
 from common.errors import ModelError
 from common.model import tuning
+from common.model.adapters import cut
 from common.model.base_model import Base
+from common.protocol.digest import base_digest, tokenizer_digest
 from common.protocol.factors import Exchange
+
+Digests = tuple[str, str]  # of a base model, and of its tokenizer
+Read = Callable[[], Base]  # from disk
+
+
+class Bases:
+    """The base models that were read, as they are on disk; the first who asks for one reads it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Base, Digests]] = {}
+
+    def view(self, key: str, read: Read) -> Base:
+        """The base model of ``key``: modules of the taker's own, weights that all takers share.
+
+        Before a weight is changed it must be taken apart with `own`.
+        """
+        base, _ = self._get(key, read)
+        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.model.parameters()}
+        return replace(base, model=copy.deepcopy(base.model, shared))
+
+    def digests(self, key: str, read: Read) -> Digests:
+        """Of the base model of ``key``."""
+        return self._get(key, read)[1]
+
+    def _get(self, key: str, read: Read) -> tuple[Base, Digests]:
+        if key not in self._known:
+            base = read()
+            self._known[key] = base, digests(base)
+        return self._known[key]
+
+
+def own(parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters memory that nobody shares."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+
+
+def digests(base: Base) -> Digests:
+    """Of a base model that is as it was read."""
+    return base_digest(base.model), tokenizer_digest(base.tokenizer)
 
 
 class SiteModel:
@@ -93,13 +142,25 @@ class SiteModel:
         base = tuning.first_state(self.tuned, self._federation.strategy, self._federation.training.seed)
         return Weights(base, self.exchange)
 
+    @cached_property
+    def known(self) -> Known:
+        """The federation's tensors where no base weight is among them; asked for before any is written."""
+        return Known(self.tuned.get())
+
+    @property
+    def exchanged(self) -> Mapping[str, Tensor]:
+        """The federation's tensors, in this site's rank: as they are in the model, or as they are held beside it."""
+        if self._federation.strategy.changes_base:
+            return cut(self.weights.tensors, self.rank)
+        return self.tuned.parameters
+
     def exchange(self, server_round: int) -> Exchange:
         """How changes of base weights travel in factors in a round."""
         return self._federation.strategy.exchange(self._federation.training.seed, server_round)
 
     def start_anew(self) -> None:
         """Back to the base model."""
-        for made in ("base", "tuned", "weights"):
+        for made in ("base", "tuned", "weights", "known"):
             self.__dict__.pop(made, None)
 
     def _read(self) -> Base:

@@ -11,7 +11,7 @@ from client.connect.probe import LinkReport, probe
 from client.preflight.finding import Skip
 from client.preflight.memory import Batch
 from client.preflight.superlink import stranger
-from client.shared_base import Digests, digests
+from client.site_model import Digests, digests
 from client.training.settings import lora_rank, model_source
 from common.config.federation import FederationConfig, ModelConfig
 from common.config.section import resolve

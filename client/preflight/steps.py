@@ -47,7 +47,7 @@ def _make(site_file: Path, federation_file: Path, steps: int) -> dict[str, float
     settings["training"] |= {"local_epochs": None, "local_steps": steps}
     session = Session(site, site_file, FederationConfig.model_validate(settings))
     session.hello()
-    names = make_rule(federation.strategy, seed=0).active(1, session.names)
+    names = make_rule(federation.strategy, seed=0).active(1, session.exchanged)
     session.train(1, names)  # the first steps are slower than all others
     _, told = session.train(1, names)
     return {

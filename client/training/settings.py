@@ -127,3 +127,8 @@ def pick_autocast(precision: Precision, device: torch.device) -> torch.dtype | N
     if precision == "float16" and device.type == "cpu":
         raise TrainingError("precision float16 needs a CUDA device; on a CPU use float32 or bfloat16")
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def describe(device: torch.device) -> str:
+    """The device's name, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -201,10 +201,12 @@ def settings_for_sites(federation: FederationConfig) -> str:
     The settings leave out the sections that concern the server alone, and the base model's path and digests. Each side
     compares its base model with the digests of its own federation file: a site with those of the file that it was
     invited with, the server with those of the operator's file (decision 027).
+    What bounds a round's change of the state is among the settings: a site accepts no larger one (``client.reach``).
     """
     settings = federation.model_dump(mode="json")
-    for key in ("local", "checkpoint", "admission", "aggregation", "server_optimizer"):
+    for key in ("local", "checkpoint", "aggregation"):
         del settings[key]
+    settings["admission"] = {key: settings["admission"][key] for key in ("max_noise", "max_rows")}
     settings["cohort"] = {"min_clients": federation.cohort.min_clients}
     del settings["evaluation"]["server"], settings["evaluation"]["samples"]
     for key in ("path", "digest", "tokenizer_digest"):

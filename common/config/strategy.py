@@ -130,6 +130,7 @@ class FlexLoRAConfig(LoraConfig):
     title: ClassVar = "FlexLoRA"
     source: ClassVar = "arXiv 2402.11505"
     private: ClassVar = True
+    splits_anew: ClassVar = True
     mixed_ranks: ClassVar = True
     plain_mean_only: ClassVar = "averages products"
     takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract

@@ -8,7 +8,9 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from common.config.strategy import StrategyConfig
@@ -27,7 +29,9 @@ _BETA1, _BETA2 = TrainingConfig.betas
 ADAM_STEP = (1 - _BETA1) / math.sqrt((1 - _BETA2) * (1 - _BETA1**2 / _BETA2))
 #: The largest |m / sqrt(v)| when v may start at any value: it is reached in the first step.
 _ANY_STEP = 1 / math.sqrt(1 - _BETA2)
+_LONG = 10_000  # steps; every later step counts as ``ADAM_STEP``
 _TOLERANCE = 2.0  # room for rounding: 8-bit moments, bfloat16 weights and factors
+DEVIATIONS = 10.0  # standard deviations that the noise on one number never reaches
 _WIRE = 1.05  # room for rounding the noise on the wire
 _COHORT = 3  # the median of one or two norms tells nothing about either
 
@@ -57,17 +61,58 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
     if is_second_moment(name):  # the sum of a second moment's entries never exceeds this limit plus the sum before
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm**2 / strategy.rank
         return _TOLERANCE * (limit + float(base.sum()))
-    entries, scale = base.numel(), 1.0
+    entries, scale, steps = base.numel(), 1.0, training.steps(rows)
     if strategy.trains == "weights" and not in_head(name):
         # A GaLore step has the norm of its projection (rank, larger side): the basis is orthonormal.
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
-        largest = _ANY_STEP if strategy.optimizer_state == "averaged" else ADAM_STEP
-        step = scale * largest * math.sqrt(entries)
+        path = scale * adam_path(steps, strategy) * math.sqrt(entries)
     else:
-        step = math.inf if training.max_grad_norm is None else scale * training.max_grad_norm
-    shrinking = training.weight_decay * float(base.float().norm()) if training.weight_decay else 0.0
-    return _TOLERANCE * training.steps(rows) * training.learning_rate * (step + shrinking)
+        path = math.inf if training.max_grad_norm is None else steps * scale * training.max_grad_norm
+    return _TOLERANCE * training.learning_rate * (path + steps * _shrinking(base, 2, training))
+
+
+def largest_entry(base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
+    """The same for every entry of a tensor that is bounded ``by_entry``.
+
+    Any way of combining updates entry by entry keeps to it, so that it holds for the next state, too.
+    """
+    steps = training.steps(rows)
+    path = adam_path(steps, strategy) + steps * _shrinking(base, math.inf, training)
+    return _TOLERANCE * training.learning_rate * path
+
+
+def by_entry(name: str, training: TrainingConfig, strategy: StrategyConfig) -> bool:
+    """Whether every entry of a tensor is bounded by itself: Adam trains it as it is, not in a projection."""
+    direct = strategy.trains == "lora" or in_head(name)
+    return direct and training.optimizer == "adamw" and not is_second_moment(name)
+
+
+def adam_path(steps: int, strategy: StrategyConfig) -> float:
+    """What so many steps of Adam move an entry by at most, with a learning rate of 1 and without weight decay."""
+    if strategy.optimizer_state == "averaged":
+        return steps * _ANY_STEP
+    if strategy.optimizer_state == "keep" or (strategy.trains == "weights" and strategy.moments == "8bit"):
+        return steps * ADAM_STEP  # moments go on, or are not quite those of the gradients
+    return _path_from_zero(min(steps, _LONG)) + max(0, steps - _LONG) * ADAM_STEP
+
+
+@cache
+def _path_from_zero(steps: int) -> float:
+    """The same from moments that are zero: step t is at most what makes ``ADAM_STEP``, with sums over t terms."""
+    ratio = _BETA1**2 / _BETA2
+    first = (1 - _BETA1) / math.sqrt(1 - ratio) / math.sqrt(1 - _BETA2)
+    return sum(first * math.sqrt((1 - ratio**t) * (1 - _BETA2**t)) / (1 - _BETA1**t) for t in range(1, steps + 1))
+
+
+def _shrinking(base: Tensor, order: float, training: TrainingConfig) -> float:
+    """Norm of this order of what a step of weight decay takes of a tensor, with a learning rate of 1."""
+    return training.weight_decay * size(base, order) if training.weight_decay else 0.0
+
+
+def size(tensor: Tensor, order: float) -> float:
+    """A tensor's norm of this order, in float32."""
+    return float(torch.linalg.vector_norm(tensor.float(), order)) if tensor.numel() else 0.0
 
 
 def check_possible(
@@ -95,6 +140,14 @@ def check_possible(
             )
         if not math.isfinite(norm):  # the bound itself may be infinite
             raise RefusedUpdate(f"{update.client}: {name} moved by {norm}; allowed: a finite number")
+        if name in update.tensors and by_entry(name, training, strategy):
+            entry = largest_entry(base[name], update.num_examples, training, strategy)
+            entry += 0.0 if privacy is None else DEVIATIONS * privacy.noise
+            furthest = size(update.tensors[name].float() - base[name].float(), math.inf)
+            if not furthest <= entry:  # within the norm, but all in a few places
+                raise RefusedUpdate(
+                    f"{update.client}: an entry of {name} moved by {furthest:.3g}; allowed: {entry:.3g}"
+                )
 
 
 def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Declared | None) -> float:

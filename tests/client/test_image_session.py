@@ -40,7 +40,7 @@ def test_every_family_learns_colors(tmp_path: Path, family: str) -> None:
     assert not [name for name in before if "confusion" in name]  # how many images of a site have which label
     for number in range(1, 4):
         trained, metrics = own.train(number, list(tensors))
-        own.set_state(trained, None, list(tensors))
+        own.set_state(trained, None, list(tensors), after=number)
     assert metrics["tokens"] == 60.0  # 10 steps of 6 images
     assert "rows_left_out" not in metrics
     assert own.evaluate()["loss"] < 0.7 * before["loss"]

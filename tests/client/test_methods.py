@@ -33,7 +33,11 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
     tmp_path: Path, strategy: str, dtype: str
 ) -> None:
     """One site with the federation's rank, one capped where the strategy allows it."""
-    changes: dict[str, Any] = {"strategy": {"name": strategy, **LORA}, "model": {"path": "model", "dtype": dtype}}
+    changes: dict[str, Any] = {
+        "strategy": {"name": strategy, **LORA},
+        "model": {"path": "model", "dtype": dtype},
+        "rounds": 3,
+    }
     other: dict[str, Any] = {"name": "site-b"} | ({"max_rank": 2} if strategy == "flora" else {})
     sites = [session(tmp_path / "a", **changes), session(tmp_path / "b", other, **changes)]
     before = logits(sites[0])
@@ -63,7 +67,7 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
     first, weights, late = sites[0], sites[0].weights, session(tmp_path / "a", **changes)
     assert weights is not None
     first.follow(versions.since(weights.version) or [], weights.version, versions.latest)
-    late.set_state(rule.state_for(versions.state, 4, 8.0), None, [], versions.latest)  # all at once
+    late.set_state(rule.state_for(versions.state, 4, 8.0), None, [], versions.latest, 3)  # all at once
     assert torch.equal(logits(late), logits(sites[0]))
     assert not torch.allclose(before, logits(late))
     server_model.export(versions.state, tmp_path)
@@ -106,5 +110,5 @@ def test_fedsas_b_stays_at_the_site_and_is_trained_on(tmp_path: Path) -> None:
     assert not torch.allclose(after, plain)
     other = session(tmp_path, strategy={"name": "fedsa-lora", **LORA}, evaluation={"server": None})
     other.kept = kept  # as the caller carries it over to a new process
-    other.set_state(trained, None, list(state))
+    other.set_state(trained, None, list(state), after=1)
     assert torch.equal(logits(other), after)

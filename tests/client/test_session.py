@@ -148,7 +148,7 @@ def test_optimizer_moments_are_kept_or_reset(tmp_path: Path, mode: str) -> None:
     assert bool(moments) == (mode == "keep")
     two = session(tmp_path, strategy={**LORA, "optimizer_state": mode})
     two.kept = one.kept
-    two.set_state({**tensors, **trained}, None, active)
+    two.set_state({**tensors, **trained}, None, active, after=1)
     two.train(2, active)
     if mode == "keep":
         steps = {float(t) for name, t in two.kept.items() if name.startswith("step|")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.session import Session
-from client.shared_base import Bases
+from client.site_model import Bases
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.site import SiteConfig
@@ -50,9 +50,9 @@ def test_model_is_read_once_and_no_site_sees_what_another_made_of_it(
 
     alone, first, second = session("site-b", None), session("site-a", bases), session("site-b", bases)
     first.hello()
-    state = _trained(first)
-    first.set_state({name: state[name] + 0.01 for name in first.names}, None, first.names)
-    first.train(1, first.names)
+    state, names = _trained(first), list(first.exchanged)
+    first.set_state({name: 0.99 * state[name] for name in first.exchanged}, None, names, after=9)
+    first.train(1, names)
     mine = _trained(first)
     assert all(not torch.equal(mine[name], state[name]) for name in state)
     assert second.hello() == alone.hello() == second.hello()

@@ -37,7 +37,7 @@ def test_average_equals_an_independent_float64_computation(federation: tuple[Pat
             own = file.parent / f"{site}.yaml"
             session = Session(load(own, SiteConfig), own, config)
             start = session._tuned.get() if state is None else state
-            session.set_state(start, None, list(start))
+            session.set_state(start, None, list(start), after=server_round - 1)
             session.train(server_round, list(start))
             replies.append((session._tuned.get(), session.train_rows))  # the weights, whatever form they travel in
         total = sum(rows for _, rows in replies)

@@ -18,6 +18,7 @@ from strategies.admission.bounds import (
     check_possible,
     cohort_bound,
     largest_change,
+    largest_entry,
     moved,
     total,
 )
@@ -68,7 +69,10 @@ def test_no_training_moves_further_than_the_bound(
         optimizer.step()
     moved = float((weight.detach() - start).norm())
     bound = largest_change(NAME, start, 100, config.training, config.strategy)
-    assert 0 < moved <= bound / 2  # half of it is for rounding
+    assert 0 < moved <= 1.0001 * bound / 2  # half of it is for rounding
+    if strategy is not FEDFTG:
+        entry = largest_entry(start, 100, config.training, config.strategy)
+        assert float((weight.detach() - start).abs().max()) <= 1.0001 * entry / 2
 
 
 @pytest.mark.parametrize("kind", ["steady", "burst"])
@@ -126,6 +130,16 @@ def test_scaled_update_is_refused_with_client_tensor_norm_and_bound(factor: floa
     scaled = Update("site-b", 10, {NAME: honest.tensors[NAME] * factor})
     with pytest.raises(RefusedUpdate, match=rf"site-b: {NAME} moved by .*; allowed: \d+"):
         check_possible(scaled, change_norms(scaled, base), base, config.training, config.strategy)
+
+
+def test_update_within_its_norm_but_all_in_one_place_is_refused() -> None:
+    config, base = federation(ROLORA), {NAME: torch.zeros(12, 9)}
+    bound = largest_change(NAME, base[NAME], 10, config.training, config.strategy)
+    tensor = torch.zeros(12, 9)
+    tensor[3, 4] = 0.9 * bound
+    update = Update("site-b", 10, {NAME: tensor})
+    with pytest.raises(RefusedUpdate, match=rf"site-b: an entry of {NAME} moved by .*; allowed: 1\.4"):
+        check_possible(update, change_norms(update, base), base, config.training, config.strategy)
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=9), st.data())

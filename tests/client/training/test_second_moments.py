@@ -134,7 +134,7 @@ def test_server_averages_what_sites_send_and_the_next_round_begins_with_it(tmp_p
     assert begun.steps == steps
     assert all(torch.equal(begun.tensors[name], outcome.state[name]) for name in moments)
     late = session(tmp_path / "a", strategy=AVERAGED)
-    late.set_state(outcome.state, None, [], "any")  # all at once
+    late.set_state(outcome.state, None, [], "any", 1)  # all at once
     assert {n: t.tolist() for n, t in late.train(2, list(outcome.state))[0].items()} == {
         n: t.tolist() for n, t in own.train(2, list(outcome.state))[0].items()
     }

@@ -50,7 +50,8 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
     config = federation(tmp_path, FEDERATION + "server_optimizer: {method: fedadam, learning_rate: 0.01}\n")
     assert config.server_optimizer == FedAdamConfig(learning_rate=0.01)
     assert resolved(config, tmp_path / "federation.yaml").server_optimizer == config.server_optimizer
-    assert "server_optimizer" not in settings_for_sites(config)
+    sent = parse(yaml.safe_load(settings_for_sites(config)), FederationConfig, "message")
+    assert sent.server_optimizer == config.server_optimizer  # it says how far a state can move
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 def test_sites_receive_all_but_the_servers_own_settings(tmp_path: Path) -> None:
     text = FEDERATION + "evaluation: {every: 2, server: {path: secret.jsonl, prompt: term, answer: title}}\n"
+    text += "admission: {norm_ratio: 7.0, max_rows: 900, max_noise: 0.5}\n"
     config = federation(tmp_path, text + "aggregation: {method: mean, clip_norm: 2.0}\n")
     assert resolved(config, tmp_path / "federation.yaml").aggregation == MeanConfig(clip_norm=2.0)
     sent = settings_for_sites(config)
@@ -214,4 +216,6 @@ def test_sites_receive_all_but_the_servers_own_settings(tmp_path: Path) -> None:
     assert "aggregation" not in sent
     received = parse(yaml.safe_load(sent), FederationConfig, "message")
     assert received.evaluation.every == 2
+    assert "norm_ratio" not in sent
+    assert (received.admission.max_rows, received.admission.max_noise) == (900, 0.5)
     assert received.training == config.training
