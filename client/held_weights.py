@@ -1,4 +1,4 @@
-"""The federation's trained weights as a site holds them: which version, and how it came about."""
+"""The federation's trained weights at a site: the weights, their version, and the steps that led to it."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ from common.protocol.versions import Step
 
 
 class Weights:
-    """Trained base weights in float32 on the CPU, and the steps by which they came from the base model.
+    """Trained base weights in float32 on the CPU, and the steps from the base model to them (decision 005).
 
     Args:
-        base: the base model's, by name.
-        exchange: how factors travel, by round.
+        base: the base model's weights by name.
+        exchange: gives the form of a round's factors.
 
     Attributes:
         tensors: the weights of ``version``.
-        version: its name (see ``common.protocol.versions``).
-        first: name of the base model's.
-        after: the number of the round that ``version`` is the result of, 0 of the base model.
-        most: bytes by name that the tensors of a step may have.
-        steps: what leads from ``first`` to ``version``; None when that is not known, or larger than the weights.
+        version: name of the held version (see ``common.protocol.versions``).
+        first: name of the base model's version.
+        after: the round that made ``version``; 0 for the base model.
+        most: most bytes of each tensor in a step, by name.
+        steps: the steps from ``first`` to ``version``; None when they are unknown, or larger than the weights.
     """
 
     def __init__(self, base: Tensors, exchange: Callable[[int], Exchange]) -> None:
@@ -36,17 +36,17 @@ class Weights:
         self._exchange = exchange
 
     def follow(self, steps: list[Step], since: str, version: str, reach: Reach | None = None) -> None:
-        """Take steps that lead from ``since`` to ``version``; nothing happens when that is held already.
+        """Apply steps that lead from ``since`` to ``version``; does nothing when ``version`` is held already.
 
         Args:
-            steps: one for each round that made a version.
-            since: where they lead from.
-            version: where they lead to.
-            reach: how far each of them may go; None: anywhere.
+            steps: one step for each round that made a version.
+            since: name of the version before the first step.
+            version: name of the version after the last step.
+            reach: computes the bound on each step; None: no bound.
 
         Raises:
-            StaleStateError: another version than ``since`` is held, or the steps lead elsewhere.
-            WireError: a step does not fit the weights, or goes further than a round can.
+            StaleStateError: the held version is not ``since``, or the steps do not lead to ``version``.
+            WireError: a step does not match the weights' shapes, or is larger than a round's training can make.
         """
         if self.version == version:
             return
@@ -79,7 +79,7 @@ class Weights:
         reach.check({**whole, **factors}, tensors, 1, after == 0)
 
     def replace(self, tensors: Tensors, version: str, after: int = 0) -> None:
-        """Take weights that came whole, the result of round ``after``."""
+        """Replace the weights by dense ones, the result of round ``after``."""
         self.tensors, self.version = {name: tensor.float() for name, tensor in tensors.items()}, version
         self.after = after
         self.steps = [] if version == self.first else None

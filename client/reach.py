@@ -1,14 +1,15 @@
-"""How far from the states that a site knows the next one may be.
+"""Bounds on the distance between a received state and a state that the site knows.
 
-Whoever runs the server may send anything. A site takes a state only when the training that the federation file tells
-of can have led there: for every tensor from its bound on a round's update (``strategies.admission.bounds``), times the
-rounds since a state that the site knows, which is the last one that it took, or the first, which it makes itself. A
-state is combined of the sites' updates, so what none of them can do, it cannot.
+A malicious server may send anything. A site accepts a state only when the training in the federation file could have
+produced it: each tensor may differ from a known state by the bound on one round's update
+(``strategies.admission.bounds``) times the number of rounds in between. The known state is the last one that the site
+accepted, or the first, which the site computes itself. A state is an aggregate of the sites' updates, so it cannot move
+further than an update can.
 
-What is not rigorous: with ``local_epochs`` the number of steps follows from the rows of the largest site, which is
-``admission.max_rows`` or, where the file has none, taken for 10,000 times one's own; FlexLoRA's product can grow by a
-factor in each round; plain SGD without ``max_grad_norm`` can go anywhere, and is held to 1,000 times the size of what
-is known in a round.
+The bounds are not rigorous in three cases. With ``local_epochs`` the number of steps depends on the rows of the largest
+site; without ``admission.max_rows`` the site assumes 10,000 times its own rows. FlexLoRA's product can grow by a factor
+in each round. Plain SGD without ``max_grad_norm`` has no bound, so the site allows 1,000 times the known tensor's size
+per round.
 """
 
 import math
@@ -29,19 +30,19 @@ from strategies.admission.bounds import DEVIATIONS, by_entry, largest_change, la
 from strategies.admission.well_formed import LARGEST
 from strategies.combine.weighted_mean import change_square
 
-_ROWS = 10_000  # times its own rows that a site takes the largest one to have
-_GROWTH = 1_000.0  # per round, where nothing limits a step
-_ROUNDING = 1e-6  # of a number, per round: float32 at the server
-_UNIT = 1.001  # the largest row of an A that is orthonormal, rounded
+_ROWS = 10_000  # assumed rows of the largest site, as a multiple of this site's rows
+_GROWTH = 1_000.0  # allowed growth per round where no bound exists
+_ROUNDING = 1e-6  # relative rounding error per round: the server computes in float32
+_UNIT = 1.001  # largest norm of a row of an orthonormal A, with rounding
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the sites' training takes a state.
+    """Computes how far the sites' training can move a state.
 
     Args:
-        federation: what the server sent of its file.
-        rows: of this site.
+        federation: the federation's settings, as the server sent them.
+        rows: number of training rows at this site.
     """
 
     federation: FederationConfig
@@ -50,16 +51,16 @@ class Reach:
     def check(
         self, found: Mapping[str, Tensor | Factors], known: Mapping[str, Tensor], rounds: int, first: bool
     ) -> None:
-        """Refuse what cannot have come of a known state.
+        """Reject a state that training cannot have made from a known one.
 
         Args:
-            found: tensors of a state, or changes of a known one in factors, by name; of the known one's shapes.
-            known: a state, of which they are a part.
-            rounds: between the two.
+            found: tensors of the received state, or changes of the known state in factors, by name; shapes as known.
+            known: the known state; may hold more tensors.
+            rounds: number of rounds between the two states.
             first: whether the known state is the first one.
 
         Raises:
-            WireError: names the tensor, what it is and what it could be.
+            WireError: a tensor is too far away; the text names the tensor, its size and the bound.
         """
         for name, value in found.items():
             what, amount = self._amount(name, value, known[name])
@@ -73,7 +74,7 @@ class Reach:
                 )
 
     def check_like(self, found: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
-        """Refuse tensors that have other names, shapes or types than the known ones, or hold what is no number."""
+        """Reject tensors with names, shapes or dtypes that the known state does not have, or with non-finite values."""
         if more := found.keys() - known.keys():
             raise WireError(f"{min(more)}: this site knows no such tensor")
         for name, tensor in found.items():
@@ -87,7 +88,7 @@ class Reach:
                 raise WireError(f"{name}: negative entries; allowed: 0 and more")
 
     def _amount(self, name: str, value: Tensor | Factors, known: Tensor) -> tuple[str, float]:
-        """What is measured of a tensor, and how much it is."""
+        """The measure of a tensor's change that has a bound: its name in words, and its value."""
         strategy = self.federation.strategy
         if isinstance(value, Tensor) and name.endswith((LORA_A, LORA_B)):
             if strategy.fresh_factors:
@@ -101,7 +102,7 @@ class Reach:
         return "it moved by a norm of", math.sqrt(change_square(value, known))
 
     def _most(self, name: str, known: Mapping[str, Tensor], rounds: int, first: bool) -> float:
-        """How much that may be."""
+        """The bound on the measure that ``_amount`` gives."""
         strategy, tensor = self.federation.strategy, known[name]
         if strategy.fresh_factors and name.endswith(LORA_A):
             return 1 / math.sqrt(tensor.shape[1])
@@ -121,11 +122,11 @@ class Reach:
         return rounds * (step + _ROUNDING * size(tensor, order))
 
     def _by_entry(self, name: str) -> bool:
-        """Whether a tensor is measured by its entries."""
+        """Whether a tensor's bound is on its entries; else on its norm."""
         return not name.endswith(BASE_WEIGHT) and by_entry(name, self.federation.training, self.federation.strategy)
 
     def _step(self, name: str, tensor: Tensor, *, by_entry: bool | None = None) -> float:
-        """What a round moves a tensor by: every entry, or its norm."""
+        """Bound on the change of a tensor in one round: on each entry, or on the norm."""
         federation, admission = self.federation, self.federation.admission
         training, strategy = federation.training, federation.strategy
         rows = admission.max_rows or _ROWS * self.rows
@@ -139,32 +140,35 @@ class Reach:
         return self._served(step, tensor.numel())
 
     def _served(self, step: float, entries: int) -> float:
-        """What the server's optimizer makes of a combined change of at most ``step``."""
+        """Bound on the change after the server optimizer, for an averaged change of at most ``step``."""
         config = self.federation.server_optimizer
         if config is None:
             return step
         if isinstance(config, FedAvgMConfig):
             return config.learning_rate * step / (1 - config.momentum)
-        ratio = config.beta1**2 / config.beta2 if config.beta2 else math.inf  # as of ADAM_STEP, without its correction
+        ratio = (
+            config.beta1**2 / config.beta2 if config.beta2 else math.inf
+        )  # like ADAM_STEP, but without bias correction
         adam = (1 - config.beta1) / math.sqrt((1 - config.beta2) * (1 - ratio)) if ratio < 1 else math.inf
         return config.learning_rate * min(step / config.tau, adam * math.sqrt(entries))
 
     def _added(self, name: str, known: Mapping[str, Tensor]) -> float:
-        """What a round adds to a base weight: of products s B A of the factors beside it."""
+        """Bound on the change of a base weight in one round, from the products s B A of the factors beside it."""
         strategy = self.federation.strategy
         layer = name.removesuffix(BASE_WEIGHT)
         a, b = known[layer + LORA_A], known[layer + LORA_B]
         moved_a, moved_b = (self._step(layer + end, t, by_entry=False) for end, t in ((LORA_A, a), (LORA_B, b)))
         scale = self._scaling(len(a))
-        if strategy.fresh_factors:  # A has entries up to 1 / sqrt(in), and B is zero; a larger rank's norms are longer
+        if strategy.fresh_factors:  # A has entries up to 1 / sqrt(in), B is zero; norms grow with the rank
             return scale * moved_b * (math.sqrt(len(a)) + moved_a) * math.sqrt(strategy.rank / len(a))
         return 4 * scale * moved_a * moved_b  # sum_k p_k s (B_k - B) (A_k - A)
 
     def _product(self, name: str, known: Mapping[str, Tensor], rounds: int, first: bool) -> float:
-        """Norm that B (out, r) has at most where A's rows are orthonormal and s B A is the sites' mean product, cut.
+        """Bound on the norm of B (out, r), where A's rows are orthonormal and s B A is the truncated mean product.
 
-        A site makes (B + dB) (A + dA) of B A, whose norm is at most (|B| + |dB|) (1 + |dA|), with A as it was drawn
-        (sqrt(R) + |dA|). The norm of dB with its scaling grows as the rank gets smaller, that of dA as it gets larger.
+        A site's product (B + dB) (A + dA) has a norm of at most (|B| + |dB|) (1 + |dA|); in the first round, with A as
+        drawn, the last factor is (sqrt(R) + |dA|). The scaled norm of dB grows as the rank gets smaller, the norm of dA
+        as the rank gets larger.
         """
         b, a = known[name], known[name.removesuffix(LORA_B) + LORA_A]
         whole, rank, scale = self.federation.strategy.rank, len(a), self._scaling(len(a))
@@ -182,31 +186,31 @@ class Reach:
 
 
 class Known:
-    """States that a site knows, by which the next one is judged: the first, and the last that it took.
+    """The states that a site knows, and compares the next one with: the first, and the last accepted one.
 
     Args:
-        first: the first state, as this site makes it.
+        first: the first state, as this site computes it.
     """
 
     def __init__(self, first: Tensors) -> None:
         self._first, self._last, self._after = first, first, 0
 
     def take(self, tensors: Tensors, after: int, reach: Reach) -> None:
-        """Take note of a state.
+        """Check a state, and remember it as the last accepted one.
 
         Args:
-            tensors: all of it.
-            after: the number of rounds that it is the result of.
-            reach: how far it may be from what is known.
+            tensors: all tensors of the state.
+            after: number of rounds after which this is the state.
+            reach: computes the bounds.
 
         Raises:
-            WireError: it cannot have come of training.
+            WireError: training cannot have made the state.
         """
         reach.check_like(tensors, self._first)
         strategy = reach.federation.strategy
         known, since = (self._last, self._after) if after >= self._after else (self._first, 0)
         reach.check(tensors, known, after - since, since == 0)
-        # Of a product that was cut to a smaller rank, the rest is not known.
+        # A state that was cut to a smaller rank is not remembered: the part that was cut off is unknown.
         if after >= self._after and not (strategy.splits_anew and _rank(tensors) < strategy.rank):
             self._last, self._after = tensors, after
 

@@ -1,4 +1,7 @@
-"""The state that a request brings a site to, and what Flower's context keeps of it for the site's next process."""
+"""Bring a site to the state in a request, and keep state in Flower's context for the site's next process.
+
+Decision 003 explains which tensors a client keeps; decision 007 explains why they are kept in Flower's context.
+"""
 
 import os
 from collections.abc import Mapping
@@ -17,19 +20,19 @@ from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
-# Records of the context, beside those of steps, which have the names that they have in messages.
+# Records of the context; records of steps have the same names as in messages.
 _FROZEN = "frozen"  # tensors kept for the next message
-_HELD, _VERSION = "held", "version"  # names the version of the weights that the steps lead to
-_KEPT = "kept"  # what never leaves the site: a local head, optimizer moments
+_HELD, _VERSION = "held", "version"  # name of the version that the kept steps lead to
+_KEPT = "kept"  # tensors that never leave the site: a local head, optimizer moments
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a site holds from now on, as the server may count on it: one of the two, or nothing.
+    """The state that a site promises to hold until the next message: a version, or frozen tensors, or nothing.
 
     Attributes:
-        version: of trained base weights.
-        frozen_digest: of the tensors that the round does not train.
+        version: version of trained base weights.
+        frozen_digest: digest of the tensors that the round does not train.
     """
 
     version: str | None = None
@@ -40,15 +43,15 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
     """Bring a session to a state.
 
     Args:
-        state: that came.
-        active: names of the tensors that will be trained; none to evaluate.
-        session: the site's.
-        gate: takes note of all tensors that came.
-        context: what an earlier process of this site has left.
+        state: the state in the request.
+        active: names of the tensors that will be trained; empty for an evaluation.
+        session: the site's session.
+        gate: records the received tensors.
+        context: Flower's context, with the records of earlier processes of this site.
 
     Raises:
-        StaleStateError: this site lacks what the state builds on.
-        WireError: a tensor cannot be read, was not to come, or is not what training can have made.
+        StaleStateError: this site lacks tensors that the state builds on; the server then resends everything.
+        WireError: a tensor cannot be read, was not expected, or cannot be the result of training.
     """
     session.kept = wire.decode(get_record(context.state, _KEPT, ArrayRecord))
     after, rounds = state.server_round - isinstance(state, TrainRequest), session.federation.rounds
@@ -59,7 +62,9 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
     weights = session.weights
     if weights is not None and state.since is not None and state.version is not None:
         held = get_record(context.state, _HELD, ConfigRecord).get(_VERSION)
-        if weights.version == weights.first and held is not None:  # a new process goes on where the last one was
+        if (
+            weights.version == weights.first and held is not None
+        ):  # a new process: apply the steps that the last process kept
             session.follow(_steps(_kept_steps(context)), weights.first, str(held))
         session.follow(steps, state.since, state.version)
         return _keep_steps(session.weights or weights, state.steps, context)
@@ -73,7 +78,7 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
 
 
 def _read(state: State, session: Session) -> tuple[Tensors, list[Step]]:
-    """What came, in full or in steps, once it is seen to be no larger than the state."""
+    """Decode the tensors or steps in a request, after checking that they are not larger than the state."""
     weights, exchanged = session.weights, session.exchanged
     whole = {name: tensor.nbytes for name, tensor in exchanged.items()}
     if state.since is None or weights is None:
@@ -88,17 +93,21 @@ def _read(state: State, session: Session) -> tuple[Tensors, list[Step]]:
 
 
 def keep(tensors: Tensors, context: Context) -> None:
-    """Leave what never leaves the site to its next process."""
+    """Keep tensors that never leave the site for the site's next process."""
     context.state[_KEPT] = wire.encode(tensors)
 
 
 def _keep_steps(weights: Weights, sent: Mapping[int, ArrayRecord], context: Context) -> Held:
-    """Let the next process make the weights again from the base model, as long as that takes little to keep."""
+    """Keep the steps since the base model in the context, so that the site's next process can compute the weights.
+
+    Steps, not weights: the context is in the SuperNode's memory, and ``Weights`` drops steps that are larger than the
+    weights. A site without kept steps is sent the weights again (decisions 003, 005, 007).
+    """
     wanted = {step.server_round: step for step in weights.steps or []}
     there = _kept_steps(context)
     for number in there.keys() - wanted.keys():
         del context.state[STEP.format(number)]
-    for number in wanted.keys() - there.keys():  # as it has just come; of before, when only this process has it
+    for number in wanted.keys() - there.keys():  # as received; a step that only this process had is encoded again
         record = sent[number] if number in sent else wire.encode(wanted[number].tensors, bundled=True)
         context.state[STEP.format(number)] = record
     context.state.pop(_HELD, None)
@@ -115,5 +124,5 @@ def _kept_steps(context: Context) -> dict[int, ArrayRecord]:
 
 
 def _steps(records: Mapping[int, ArrayRecord]) -> list[Step]:
-    """Steps of their records, in order."""
+    """Decode the steps in records, in the order of rounds."""
     return [Step(number, wire.decode(records[number])) for number in sorted(records)]

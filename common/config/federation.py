@@ -200,8 +200,8 @@ def settings_for_sites(federation: FederationConfig) -> str:
 
     The settings leave out the sections that concern the server alone, and the base model's path and digests. Each side
     compares its base model with the digests of its own federation file: a site with those of the file that it was
-    invited with, the server with those of the operator's file (decision 027).
-    What bounds a round's change of the state is among the settings: a site accepts no larger one (``client.reach``).
+    invited with, the server with those of the operator's file (decision 027). The settings include all keys that bound
+    a round's change of the state, because a site accepts no larger change (``client.reach``).
     """
     settings = federation.model_dump(mode="json")
     for key in ("local", "checkpoint", "aggregation"):

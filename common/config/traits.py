@@ -34,7 +34,7 @@ class StrategySection(Selection):
             change as a step in factors.
         fresh_factors: every round starts with B = 0 and a new A, drawn by ``common.model.adapters.fresh_a``.
         stays_at_site: the LoRA factor that a site trains and keeps; None: the site sends all trained tensors.
-        splits_anew: the server splits the mean product B A in every round; the rows of A are then orthonormal.
+        splits_anew: the server factors the mean product B A again in every round; the rows of A are then orthonormal.
         mixed_ranks: LoRA ranks may differ between sites.
         private: a site with differential privacy may take part, because the site sends nothing but the update.
         plain_mean_only: the reason why ``aggregation`` must be the plain mean; None: any aggregation is allowed.
