@@ -30,6 +30,8 @@ class Score:
         headline: whether headline, progress line and status show the score.
         curve: whether the report draws it round by round.
         selectable: whether an experiment may select learning rates by it.
+        bounded: whether the score lies between ``least`` and 1; otherwise it has no upper limit.
+        least: the smallest possible value.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Score:
     headline: bool = False
     curve: bool = False
     selectable: bool = True
+    bounded: bool = True
+    least: float = 0.0
 
     @property
     def in_text(self) -> str:
@@ -130,12 +134,13 @@ def mcc(predictions: list[int], references: list[int]) -> float:
 
 _IN_ORDER = (
     Score("loss", "Loss", "mean cross-entropy of the expected answer, in nats per token",
-          lower_is_better=True, headline=True, curve=True),
+          lower_is_better=True, headline=True, curve=True, bounded=False),
     Score("perplexity", "Perplexity", "e to the power of the loss; 1 is certainty",
-          lower_is_better=True, selectable=False),
+          lower_is_better=True, selectable=False, bounded=False),
     Score("accuracy", "Accuracy", "share of rows whose label is right", LABELS, accuracy, headline=True, curve=True),
     Score("macro_f1", "Macro F1", "unweighted mean of the labels' F1 scores, 0 to 1", LABELS, macro_f1),
-    Score("mcc", "MCC", "Matthews correlation of chosen and right label, -1 to 1; 0 is chance", LABELS, mcc),
+    Score("mcc", "MCC", "Matthews correlation of chosen and right label, -1 to 1; 0 is chance", LABELS, mcc,
+          least=-1.0),
     Score("rouge_l", "ROUGE-L", "longest common word sequence of generated and expected answer, 0 to 1",
           ANSWERS, rouge_l, headline=True, curve=True),
     Score("bleu_4", "BLEU-4", "shared runs of one to four words, 0 to 1", ANSWERS, bleu_4, curve=True),

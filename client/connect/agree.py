@@ -17,10 +17,10 @@ from common.config.site import SiteConfig
 from common.config.task import ClassificationTask
 from common.errors import ConfigError, ModelError, PolicyError
 from common.protocol.fields import Stays
-from common.protocol.kinds import one_line
 from common.protocol.messages import EVALUATED, TRAINING
 from common.system.command import Command
 from common.system.keys import read_signature
+from common.text import one_line
 
 _WIDTH, _COLUMNS = 14, 100  # characters of a line's head, and of the rest
 

@@ -22,10 +22,11 @@ from client.connect.probe import split
 from client.connect.programs import supernode, worker
 from client.connect.supernode import link_arguments
 from client.privacy.agreement import agreements_of, read_agreements
+from client.privacy.ledger import owner
 from common.config.load import load
 from common.config.section import resolve
 from common.config.site import SiteConfig
-from common.errors import ConfigError, DataError, LaunchError
+from common.errors import ConfigError, DataError, LaunchError, LedgerError
 from common.system.command import FAILED, WRONG, Command, address, number
 from common.system.files import keep_private, make_private, write_atomically
 from common.system.flower import environment
@@ -173,6 +174,8 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
     site = load(file, SiteConfig)
     if not resolve(site.data.path, file).exists():
         raise DataError(f"{file}: shard {resolve(site.data.path, file)} does not exist")
+    if (begun_by := owner(ledger := site.ledger_file(file))) not in (None, site.name):
+        raise LedgerError(f"{file}: `ledger` {ledger} is that of {begun_by}; each site needs its own")
     if options.agree is not None:
         from client.connect.agree import agree, proposed
 

@@ -36,9 +36,12 @@ def agreement(subject: Subject) -> Finding:
 
 
 def ledger(subject: Subject) -> Finding:
-    """The ledger's chain of lines is intact."""
+    """The ledger's chain of lines is intact, and the ledger is this site's."""
     file = ledger_of(subject.site, subject.site_file)
     if not file.exists():
         raise Skip(f"{file} is begun with the first message")
     checked = verify(file)
+    if checked.begun_by not in (None, subject.site.name):
+        mend = "give this site another `ledger` in its site file"
+        return Finding("FAIL", f"{file} is the ledger of {checked.begun_by}", mend)
     return Finding("ok", f"{file}: {checked.lines} lines, none changed; head {checked.head}")

@@ -21,7 +21,6 @@ from client.privacy.agreement import Agreement, agreements_of, find, read_agreem
 from client.privacy.ledger import Entry, Ledger
 from client.privacy.noise import cost, epsilon, norm_of
 from common.config.federation import FederationConfig
-from common.config.section import resolve
 from common.config.site import PrivacyConfig, SiteConfig
 from common.config.strategy import names
 from common.errors import PUBLIC, DivergedError, FedSpanError, LedgerError, PolicyError
@@ -65,11 +64,10 @@ class Totals:
 
 def ledger_of(site: SiteConfig, site_file: Path, folder: Path | None = None) -> Path:
     """Where a site's ledger lies; in ``folder`` those of an experiment's cell (``deploy.experiment.trial``)."""
-    name = f"{site.name}-ledger.jsonl"
-    return resolve(site.ledger or name, site_file) if folder is None else folder / name
+    return site.ledger_file(site_file) if folder is None else folder / site.ledger_name
 
 
-_books: dict[Path, tuple[Ledger, Totals]] = {}  # by file, so that a process reads a ledger once
+_books: dict[tuple[Path, str], tuple[Ledger, Totals]] = {}  # by file and site, so that a process reads a ledger once
 
 
 class Gate:
@@ -95,11 +93,11 @@ class Gate:
     ) -> None:
         self.site = site
         self._agreements = agreements or agreements_of(site, site_file)
-        path = ledger_of(site, site_file, ledgers)
-        if path not in _books:
+        book = ledger_of(site, site_file, ledgers), site.name
+        if book not in _books:
             totals = Totals()
-            _books[path] = Ledger(path, totals.add), totals
-        self._ledger, self._totals = _books[path]
+            _books[book] = Ledger(book[0], totals.add, site.name), totals
+        self._ledger, self._totals = _books[book]
         self._active: frozenset[str] = frozenset()
         self._received = _facts([])
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}

@@ -34,15 +34,18 @@ class Ledger:
     Args:
         path: of the file; it is made when there is none, readable by its owner alone.
         each: is told every entry, in order, those of earlier processes too.
+        site: whose ledger it is to be; None: anybody's.
 
     Attributes:
         lines: how many there are.
         head: hash of the last.
+        begun_by: the site that wrote the first; None while there is none.
     """
 
-    def __init__(self, path: Path, each: Callable[[Entry], None] = lambda entry: None) -> None:
+    def __init__(self, path: Path, each: Callable[[Entry], None] = lambda entry: None, site: str | None = None) -> None:
         self.path, self.lines, self.head = path, 0, FIRST
-        self._each = each
+        self.begun_by: str | None = None
+        self._each, self._site = each, site
         self._before = FIRST  # what the last line follows
         self._read = 0  # bytes of whole lines
         self._file: IO[bytes] | None = None
@@ -54,12 +57,18 @@ class Ledger:
         What was read before is not read again; a new process, and ``verify``, read everything.
 
         Raises:
-            LedgerError: it is damaged, or cannot be read or written.
+            LedgerError: it is damaged, it is another site's, or it cannot be read or written.
         """
         try:
             with _file(self.path, write=write) as self._file:
                 torn = self._catch_up()
                 self._compare_head()
+                if self._site is not None and self.begun_by not in (None, self._site):
+                    # What both may do would be counted together, and neither could tell.
+                    raise LedgerError(
+                        f"{self.path}: it is the ledger of {self.begun_by}; {self._site} needs one of its own, another "
+                        "`ledger` in its site file"
+                    )
                 if torn and not write:
                     raise LedgerError(
                         f"{self.path}, line {self.lines + 1}: it has no end; a crash while it was written, of which "
@@ -107,6 +116,8 @@ class Ledger:
     def _take(self, line: bytes, entry: Entry, digest: str) -> None:
         self.lines, self._before, self.head = self.lines + 1, self.head, digest
         self._read += len(line)
+        if entry.get("event") == "begun":
+            self.begun_by = entry.get("site")
         self._each(entry)
 
     def _catch_up(self) -> bytes:
@@ -136,6 +147,16 @@ class Ledger:
         if count.isdigit() and int(count) > self.lines:
             raise LedgerError(f"{self.path}: it ends with line {self.lines}, {file.name} tells of {count}: cut off")
         raise LedgerError(f"{self.path}, line {self.lines}: {file.name} tells of another line {count[:20]!r}")
+
+
+def owner(path: Path) -> str | None:
+    """The site that began a ledger, by its first line; None while nobody has, or when that line says nothing."""
+    try:
+        with path.open("rb") as file:
+            entry = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return str(entry["site"]) if isinstance(entry, dict) and entry.get("event") == "begun" and "site" in entry else None
 
 
 def verify(path: Path, head: str | None = None) -> Ledger:

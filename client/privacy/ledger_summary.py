@@ -7,6 +7,7 @@ from pathlib import Path
 
 from client.privacy.ledger import Entry, read, verify
 from common.system.command import Command
+from common.text import SENTENCE, one_line
 
 _SHOWN = 12  # names of tensors, reasons
 
@@ -75,7 +76,7 @@ def summary(path: Path, head: str | None = None) -> str:
     """
     story = _Story()
     ledger = read(path, story.add, head)
-    lines = [f"What left site {story.site}, by its ledger {path}", ""]
+    lines = [f"What left site {one_line(story.site, SENTENCE)}, by its ledger {path}", ""]
     lines += [f"The ledger has {ledger.lines} entries, none of them changed. Its head, to be noted elsewhere:"]
     lines += [f"  {ledger.head}", ""]
     for (federation, number), run in story.runs.items():
@@ -97,14 +98,14 @@ def _run(federation: str, number: str, run: _Run) -> list[str]:
     rows = " to ".join(f"{n:,}" for n in sorted({min(run.rows), max(run.rows)}))
     rounds = f"{len(run.rounds)}" + (f" ({min(run.rounds)} to {max(run.rounds)})" if run.rounds else "")
     return [
-        f"Federation {federation}, strategy {run.strategy}, run {number}",
+        one_line(f"Federation {federation}, strategy {run.strategy}, run {number}", SENTENCE),
         f"  from, to         {_minute(run.begun)}, {_minute(run.ended)} UTC",
         f"  rounds trained   {rounds}; {run.updates} updates sent, {run.noised} of them noised",
         f"  bytes of tensors {run.bytes:,}",
         f"  training rows    {rows} (the number leaves, the rows do not)",
         f"  tensors          {_some(run.tensors)}",
         f"  numbers, facts   {_some(run.told)}",
-        f"  code (bundle)    {', '.join(sorted(run.bundles))}",
+        f"  code (bundle)    {_some(run.bundles)}",
         "",
     ]
 
@@ -126,7 +127,7 @@ def _privacy(story: _Story) -> list[str]:
 def _counted(title: str, reasons: "Counter[str]") -> list[str]:
     if not reasons:
         return []
-    shown = [f"  {count:4} x {reason}" for reason, count in reasons.most_common(_SHOWN)]
+    shown = [f"  {count:4} x {one_line(reason, SENTENCE)}" for reason, count in reasons.most_common(_SHOWN)]
     more = len(reasons) - len(shown)
     return [f"{title}:", *shown, *([f"  and {more} other reasons"] if more else []), ""]
 
@@ -134,7 +135,7 @@ def _counted(title: str, reasons: "Counter[str]") -> list[str]:
 def _some(names: set[str]) -> str:
     if not names:
         return "none"
-    shown = sorted(names)[:_SHOWN]
+    shown = [one_line(name, SENTENCE) for name in sorted(names)[:_SHOWN]]
     return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 

@@ -94,7 +94,14 @@ class AdmissionConfig(Section):
     max_refusals: int = Field(
         3,
         ge=1,
-        description="A site whose updates are rejected so many times in a row is quarantined until `fedspan readmit`.",
+        description="A site is quarantined until `fedspan readmit` when its updates are rejected, or it answers with "
+        "errors, so many times in a row.",
+    )
+    rows_ratio: float | None = Field(
+        10.0,
+        ge=1,
+        description="A site's weight in the average is at most this many times the rows of the round's median site, "
+        "whatever number of rows the site declares. null: the weight is the number of rows that it declares.",
     )
 
 

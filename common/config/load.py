@@ -13,6 +13,7 @@ from common.config.section import Section
 from common.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
+_TOLD = 20  # mistakes
 
 
 def load(path: Path, section: type[S]) -> S:
@@ -45,8 +46,10 @@ def parse(data: object, section: type[S], source: str) -> S:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(detail, section) for detail in error.errors(include_url=False)]
-        raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from None
+        wrong = error.errors(include_url=False)
+        lines = [_explain(detail, section) for detail in wrong[:_TOLD]]
+        more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
+        raise ConfigError(f"{source}: " + "; ".join([*dict.fromkeys(lines), *more])) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -4,11 +4,12 @@
 server the noise to expect, and the reason when the site refuses a request (decision 014).
 """
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from common.config.section import SERVER, Digest, ModelSource, Name, Section, SiteDataConfig
+from common.config.section import SERVER, Digest, ModelSource, Name, Section, SiteDataConfig, resolve
 from common.config.strategy import names
 
 _Names = Annotated[list[str], Field(min_length=1)]
@@ -170,6 +171,15 @@ class SiteConfig(Section):
     def _no_contradiction(self) -> Self:
         check_site(self.policy, self.privacy, self.precision)
         return self
+
+    @property
+    def ledger_name(self) -> str:
+        """What a ledger of this site is called."""
+        return f"{self.name}-ledger.jsonl"
+
+    def ledger_file(self, site_file: Path) -> Path:
+        """Where the ledger lies."""
+        return resolve(self.ledger or self.ledger_name, site_file)
 
     @property
     def shares_metrics(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import WireError
+from common.text import one_line
 
 _SHOWN = 80  # characters of the other side's value that an error shows
 
@@ -18,10 +19,12 @@ class Kind:
     Attributes:
         allowed: the allowed values, in words.
         holds: test whether a value is allowed.
+        taken: what is read of an allowed value.
     """
 
     allowed: str
     holds: Callable[[object], bool]
+    taken: Callable[[Any], Any] = lambda value: value
 
     def check(self, name: str, value: object) -> Any:  # noqa: ANN401 - the test knows its type
         """Return the value if it is allowed.
@@ -31,13 +34,13 @@ class Kind:
         """
         if not self.holds(value):
             raise WireError(f"{name} is {short(value)}; allowed: {self.allowed}")
-        return value
+        return self.taken(value)
 
 
 def short(value: object) -> str:
     """A value from the other side for an error's text: quoted, and cut to less than a line."""
     shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
+    return one_line(shown) if len(shown) <= _SHOWN else f"{one_line(shown[:_SHOWN])}... ({len(shown)} characters)"
 
 
 def whole(least: int) -> Kind:
@@ -56,11 +59,6 @@ def line(longest: int) -> Kind:
     return Kind(allowed, lambda v: isinstance(v, str) and 0 < len(v) <= longest and v.isprintable())
 
 
-def one_line(text: str) -> str:
-    """Text from the other side on one line; control characters are escaped, so that they cannot command a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
-
 def matching(pattern: str, allowed: str) -> Kind:
     """Text that matches a pattern from end to end."""
     return Kind(allowed, lambda v: isinstance(v, str) and re.fullmatch(pattern, v) is not None)
@@ -75,11 +73,26 @@ def names(longest: int, most: int) -> Kind:
     )
 
 
-def _number(least: float, value: object) -> bool:
-    return type(value) in (int, float) and least <= value < math.inf  # type: ignore[operator]
+def _number(value: object, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
 
 
+def share(least: float) -> Kind:
+    """Numbers from ``least`` to 1; what rounding adds is taken away again."""
+    return Kind(
+        f"a number from {least:g} to 1",
+        lambda v: _number(v, least - _ROUNDING, 1 + _ROUNDING),
+        lambda v: min(max(float(v), least), 1.0),
+    )
+
+
+_MOST, _DIVERGED, _ROUNDING = 1e15, 1e9, 1e-6
 FLAG = Kind("true or false", lambda v: type(v) is bool)
-NUMBER = Kind("a number", lambda v: type(v) in (int, float))  # such as a loss, which overflows when training diverges
-AMOUNT = Kind("a finite number from 0", lambda v: _number(0.0, v))
-POSITIVE = Kind("a positive number", lambda v: _number(math.ulp(0.0), v))
+AMOUNT = Kind(f"a number from 0 to {_MOST:g}", lambda v: _number(v, 0.0, _MOST))
+POSITIVE = Kind(f"a positive number up to {_MOST:g}", lambda v: _number(v, math.ulp(0.0), _MOST))
+#: Of a model that has diverged it overflows, and then says no more than that.
+LOSS = Kind(
+    f"a number from 0; above {_DIVERGED:g}, and nan, as infinite: the model has diverged",
+    lambda v: type(v) in (int, float) and not v < 0,  # type: ignore[operator]
+    lambda v: v if v <= _DIVERGED else math.inf,
+)

@@ -34,7 +34,8 @@ from common.protocol.fields import (
     Stays,
     plain,
 )
-from common.protocol.kinds import AMOUNT, FLAG, NUMBER, POSITIVE, line, matching, names, one_line, text, whole
+from common.protocol.kinds import AMOUNT, FLAG, LOSS, POSITIVE, line, matching, names, share, text, whole
+from common.text import SENTENCE, one_line
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Error, RecordDict
@@ -43,8 +44,7 @@ ARRAYS, PRIVACY, STEP = "arrays", "privacy", "step-{:06}"
 NUM_EXAMPLES, LORA_ALPHA = "num-examples", "lora-alpha"  # Flower's name, and ours beside it
 SIGNATURES = "bundle-signatures"  # ``client.connect.verify`` has a copy, because it imports nothing of a bundle
 _JSON, _LINE = text(2**20), line(256)
-_REASON, _CUT = 4096, " ..."  # characters of an error's reason, and how a longer one ends
-_DIGEST = text(64)
+_DIGEST = line(64)
 _SITE = matching(rf"(?!{SERVER}$){NAME}", f"letters, digits, '.', '_' and '-', up to 64, but not {SERVER}")
 _NAMES = names(longest=512, most=2**17)
 _SCORE: Stays = "without scores"
@@ -52,20 +52,23 @@ _OPEN: Stays = "with privacy"
 
 #: Numbers of a round's training, all without their prefix.
 TRAINING = {
-    "loss": Measure("mean training loss", AMOUNT, _SCORE),
-    "loss_first": Measure("training loss of the first step", AMOUNT, _SCORE),
-    "loss_last": Measure("training loss of the last step", AMOUNT, _SCORE),
+    "loss": Measure("mean training loss", LOSS, _SCORE),
+    "loss_first": Measure("training loss of the first step", LOSS, _SCORE),
+    "loss_last": Measure("training loss of the last step", LOSS, _SCORE),
     "steps": Measure("optimizer steps", AMOUNT),
     "learning_rate": Measure("learning rate of the last step", AMOUNT),
-    "wire_error": Measure("rounding error of the factors", AMOUNT),
+    "wire_error": Measure("relative rounding error of the factors", share(0.0)),
     "tokens": Measure("input tokens, or images, that were trained on", AMOUNT, _OPEN),
     "seconds": Measure("seconds in the training loop", AMOUNT, _OPEN),
     "peak_memory_bytes": Measure("peak memory of the GPU", AMOUNT, _OPEN),
     "micro_batch": Measure("rows per forward pass", AMOUNT, _OPEN),
     "rows_left_out": Measure("images left out, because they cannot be read", AMOUNT, _OPEN),
 }
-#: Numbers of an evaluation on the site's held-out rows; one that overflowed is not finite.
-EVALUATED = {name: Measure(f"{score.in_text} on held-out rows", NUMBER, _SCORE) for name, score in SCORES.items()} | {
+#: Numbers of an evaluation on the site's held-out rows.
+EVALUATED = {
+    name: Measure(f"{score.in_text} on held-out rows", share(score.least) if score.bounded else LOSS, _SCORE)
+    for name, score in SCORES.items()
+} | {
     "examples": Measure("held-out rows that were evaluated", AMOUNT, _SCORE),
     "tokens": Measure("tokens of their answers", AMOUNT, _SCORE),
     "generated": Measure("held-out rows that were answered by generation", AMOUNT, _SCORE),
@@ -249,11 +252,14 @@ class Failure:
 
     Attributes:
         code: of the error's class, or one of Flower's.
-        reason: the sentence for the operator; empty when there is none.
+        reason: the sentence for the operator, on one line and cut; empty when there is none.
     """
 
     code: int
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", one_line(self.reason, SENTENCE))
 
     @property
     def kind(self) -> str:
@@ -266,25 +272,21 @@ class Failure:
         return cls(next(kind.code for kind in type(error).__mro__ if kind in AT_A_SITE), str(error))
 
     def to_error(self) -> "Error":
-        """As Flower sends it; a longer reason is cut."""
+        """As Flower sends it."""
         from flwr.app import Error
 
-        cut = len(self.reason) > _REASON
-        return Error(self.code, self.reason[: _REASON - len(_CUT)] + _CUT if cut else self.reason)
+        return Error(self.code, self.reason)
 
     @classmethod
     def read(cls, error: "Error") -> "Failure":
         """From a reply.
 
         Raises:
-            WireError: nothing has this code, or the reason is too long.
+            WireError: nothing has this code.
         """
-        reason = error.reason or ""
         if error.code not in failures():
             raise WireError(f"its error has code {error.code}; allowed: {', '.join(map(str, sorted(failures())))}")
-        if len(reason) > _REASON:
-            raise WireError(f"its error's reason has {len(reason)} characters; allowed: up to {_REASON}")
-        return cls(error.code, one_line(reason))
+        return cls(error.code, error.reason or "")
 
 
 @cache

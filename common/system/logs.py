@@ -20,7 +20,11 @@ _KNOWN = ("run", "site", "round", "event")  # given with `extra`
 
 
 class _Lines(logging.Formatter):
-    """Readable lines."""
+    """Readable lines; a control character that somebody else has written is shown, not sent to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as lines."""
+        return _shown(super().format(record), "\n\t")
 
     def formatException(  # noqa: N802 - logging's name
         self,
@@ -55,7 +59,11 @@ class _Json(_Lines):
         line["message"] = record.getMessage()
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return _shown(json.dumps(line, ensure_ascii=False))
+
+
+def _shown(text: str, kept: str = "") -> str:
+    return "".join(c if c.isprintable() or c in kept else json.dumps(c)[1:-1] for c in text)
 
 
 def as_json() -> bool:

@@ -20,6 +20,7 @@ from typing import Self
 import psutil
 
 from common.errors import LaunchError
+from common.text import SENTENCE, one_line
 
 MARK = "FEDSPAN_RUN"  # environment variable that every process of a run carries, however deep
 _PART = "FEDSPAN_PART"  # likewise: the process of the group that it descends from
@@ -175,11 +176,11 @@ def socket_folder() -> Iterator[Path]:
 
 
 def last_lines(log: Path | None, count: int = 5) -> str:
-    """The end of a log file, on one line."""
+    """The end of a log file, on one line; others wrote some of it."""
     if log is None or not log.exists():
         return ""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return " | ".join([line for line in lines if line][-count:])
+    return " | ".join(one_line(line, SENTENCE) for line in [line for line in lines if line][-count:])
 
 
 def die_with_parent() -> None:

@@ -34,8 +34,8 @@ these tensors, and a site with `privacy` does not take part.
 _ERRORS = """
 ### When it cannot do its part
 
-A code, and a sentence of up to 4096 characters that says why: with counts, names of files, columns and tensors, and
-values of the site file, never with a row.
+A code, and a sentence of up to 1024 bytes, on one line, that says why: with counts, names of files, columns and
+tensors, and values of the site file, never with a row.
 
 """
 _FIXED = "a fixed sentence, as code 1000"

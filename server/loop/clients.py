@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from common.config.federation import AdmissionConfig, CohortConfig
 from common.errors import FederationError, WireError, kind_of
 from common.protocol.messages import Hello, HelloRequest
+from common.text import SENTENCE, one_line
 from server.loop.inflight import LOST, POLL_SECONDS, InFlight, failure_in
 from server.run import from_supervisor
 from server.run.folder import RunFolder
@@ -217,6 +218,7 @@ class Clients:
 
     def _refuse(self, node_id: int, site: str, reason: str, kind: str | None = None) -> None:
         """Note the reason why a node does not take part, and the ``kind`` of its error if it answered with one."""
+        reason = one_line(reason, SENTENCE)
         self.refused[node_id] = reason
         self._kinds |= {} if kind is None else {site: kind}
         self._folder.event("client_refused", client=site, reason=reason, kind=kind)

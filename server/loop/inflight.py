@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flwr.app import Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
 from common.errors import FederationError, WireError, WorkerDied
@@ -16,18 +16,26 @@ POLL_SECONDS = 0.2  # the SuperLink is on this machine: asking costs little
 _POLL_SECONDS_EACH = 0.02  # per message in flight: asking for one reply takes about as long
 #: So long a pull may hold up the other replies; a pull that takes longer goes on in its thread (decision 010).
 _PULL_SECONDS = 2.0
+#: Codes of the SuperLink's own replies: no site has answered.
+SUPERLINKS = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 #: Codes of replies that say that a message was lost with the process that had it; the site has refused nothing.
 LOST = {WorkerDied.code, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
 def failure_in(reply: Message) -> Failure | None:
-    """The error in a reply, a ``WireError`` when the error cannot be read; None: the reply holds no error."""
+    """The error in a reply, a ``WireError`` when the error cannot be believed; None: the reply holds no error.
+
+    A SuperLink accepts a node's replies only under the node's own number, so the number tells who made the error.
+    """
     if not reply.has_error():
         return None
     try:
-        return Failure.read(reply.error)
+        failure = Failure.read(reply.error)
     except WireError as unreadable:
         return Failure.of(unreadable)
+    if failure.code in SUPERLINKS and reply.metadata.src_node_id != SUPERLINK_NODE_ID:
+        return Failure.of(WireError(f"it answered {failure.kind}, which only the SuperLink may say"))
+    return failure
 
 
 @dataclass(frozen=True)

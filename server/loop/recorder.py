@@ -7,6 +7,7 @@ from common.config.section import SERVER
 from common.metrics import SCORES
 from common.protocol import wire
 from common.protocol.messages import TrainReply
+from common.text import SENTENCE, one_line
 from server.loop.inflight import Sent
 from server.run.folder import RunFolder
 from strategies.rule import Update
@@ -42,18 +43,21 @@ class RoundRecorder:
         """Note that the round's work is sent to a node, with ``num_bytes`` of tensors."""
         self._sent[node_id] = self._sent.get(node_id, 0) + num_bytes
 
-    def problem(self, site: str, event: str, reason: str, kind: str) -> None:
-        """Note that a site failed, was rejected or did not answer; ``kind`` is the error's kind."""
+    def problem(self, site: str, event: str, reason: str, kind: str, **more: object) -> None:
+        """Note that a site failed, was rejected or did not answer; ``kind`` is of its error, ``more`` of the event."""
+        reason = one_line(reason, SENTENCE)
         self.problems[site], self.kinds[site] = reason, kind
         self.admitted.pop(site, None)
         self._records.pop(site, None)
-        self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind)
+        self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind, **more)
 
-    def update(self, sent: Sent, reply: TrainReply, update: Update) -> None:
-        """Note an admitted update."""
-        up = wire.num_bytes(reply.arrays)
+    def update(self, sent: Sent, reply: TrainReply, update: Update, heaviest: float) -> None:
+        """Note an admitted update; ``heaviest`` is the largest weight that counts, in rows."""
+        spent, up = time.time() - sent.at, wire.num_bytes(reply.arrays)
         self._bytes_up += up
         trained = {**reply.training, "num_examples": update.num_examples}
+        if update.num_examples > heaviest:
+            trained["weight"] = heaviest
         if trained.get("seconds"):
             trained["tokens_per_second"] = trained.get("tokens", 0.0) / trained.pop("seconds")
         record = {
@@ -62,12 +66,12 @@ class RoundRecorder:
             "phase": "train",
             "train": trained,
             "bytes": {"down": self._sent[sent.node_id], "up": up},
-            "seconds": _transport(sent, reply) | dict(reply.seconds),
+            "seconds": _possible(_transport(sent, reply) | dict(reply.seconds), spent),
         }
         self._records[update.client] = (time.monotonic(), record)
-        self.admitted[update.client] = spent = round(time.time() - sent.at, 3)
+        self.admitted[update.client] = round(spent, 3)
         loss = reply.training.get("loss")
-        self._folder.event("reply", round=self.number, client=update.client, loss=loss, seconds=spent)
+        self._folder.event("reply", round=self.number, client=update.client, loss=loss, seconds=round(spent, 3))
 
     def close(self, diagnostics: dict[str, float]) -> None:
         """Write the metrics records; each site's waiting time is known now that the round is over."""
@@ -113,8 +117,13 @@ def record_evaluation(
 def _transport(sent: Sent, reply: TrainReply) -> dict[str, float]:
     """Seconds from the SuperLink to the site's code and back, polling and process start included.
 
-    The difference of two machines' clocks, so only as exact as the clocks agree; never below zero.
+    The difference of two machines' clocks, so only as exact as the clocks agree.
     """
     now = time.time()
     started, finished = reply.clock.get("started", sent.at), reply.clock.get("finished", now)
-    return {"download": max(0.0, started - sent.at), "upload": max(0.0, now - finished)}
+    return {"download": started - sent.at, "upload": now - finished}
+
+
+def _possible(seconds: Mapping[str, float], spent: float) -> dict[str, float]:
+    """What a site says of its time, none of it longer than the server has waited for the answer."""
+    return {name: min(max(0.0, value), spent) for name, value in seconds.items()}

@@ -1,9 +1,11 @@
 """One round: send the work to the sites, check each reply as it arrives, aggregate the admitted updates."""
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -14,12 +16,12 @@ from common.errors import AggregationError, FederationError, RefusedUpdate, Stal
 from common.protocol.fields import Content
 from common.protocol.messages import Failure, HelloRequest, TrainReply, TrainRequest
 from server.loop.clients import Clients
-from server.loop.inflight import LOST, InFlight, Sent, failure_in
+from server.loop.inflight import LOST, SUPERLINKS, InFlight, Sent, failure_in
 from server.loop.pending_updates import PendingUpdates
 from server.loop.recorder import RoundRecorder, record_evaluation
 from server.run.folder import RunFolder
 from server.run.quarantine import Quarantine
-from strategies.admission.bounds import Moved, change_norms, check_possible, cohort_bound, moved
+from strategies.admission.bounds import Moved, change_norms, check_possible, cohort_bound, heaviest, moved
 from strategies.flower.messages import RuleMessages
 from strategies.rule import Outcome, Tensors, Update
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 #: Error codes after which the server resends the round's work to the client, once: stale state, or a process that
 #: crashed (decisions 003, 011).
 _ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
+_MOST_TIMES = 10  # so often a site is given the work of one round, however often it is gone and back
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Parts:
     clients: Clients
     quarantine: Quarantine
     folder: RunFolder
+    capped: set[str] = field(default_factory=set)  # sites of which it was told that they weigh less than they declare
 
     @property
     def lifetime(self) -> float:
@@ -70,13 +74,26 @@ class Round:
         self._deadline, self._cohort = deadline, parts.config.cohort
         self._lost: dict[str, Failure] = {}  # sites whose connection or worker died, with the round's work
         self._again: set[str] = set()
+        self._given = Counter[str]()  # how often each site was given the work
+        self._heaviest = math.inf  # rows that a site counts for at most
 
-    def ask(self, nodes: list[int]) -> None:
+    def begin(self, cohort: list[int]) -> None:
+        """Send the round's work to the nodes of its cohort."""
+        ratio, rows = self._parts.config.admission.rows_ratio, [self._rows(node_id) for node_id in cohort]
+        self._heaviest = math.inf if ratio is None else heaviest(rows, ratio)
+        self._ask(cohort)
+
+    def _rows(self, node_id: int) -> int:
+        """What the node's site has declared."""
+        return self._parts.clients.hellos[node_id].train_rows
+
+    def _ask(self, nodes: list[int]) -> None:
         """Send the round's work to the given nodes."""
         parts, messages = self._parts, []
         for node_id, state in parts.strategy.train_states(self._number, self._state, nodes):
             request = TrainRequest.of(parts.settings, state, evaluate=self._evaluate)
             messages.append(parts.message(request, node_id, MessageType.TRAIN, self._number))
+            self._given[parts.strategy.client(node_id).name] += 1
             self.recorder.asked(node_id, request.num_bytes)
         parts.in_flight.push(messages, self._group)
 
@@ -104,7 +121,7 @@ class Round:
         if ratio is None:
             for update, _ in self._updates():
                 quarantine.note(update.client, refused=False)
-                yield update
+                yield self._weighed(update)
                 del update
             return
         moves: dict[str, Moved] = {}
@@ -118,13 +135,25 @@ class Round:
                 norm, noise = moves[update.client].norm, moves[update.client].noise
                 if norm <= bound + noise:
                     quarantine.note(update.client, refused=False)
-                    yield update
+                    yield self._weighed(update)
                 else:
                     limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
                     limit += f", and {noise:.3g} for the declared noise" if noise else ""
                     reason = f"{update.client}: its update moved by {norm:.3g}; {limit}"
                     self._refuse(update.client, reason, RefusedUpdate.__name__)
                 del update
+
+    def _weighed(self, update: Update) -> Update:
+        """The update with its weight in the average; that it is less than was declared is told once a run."""
+        site, rows = update.client, update.num_examples
+        if rows <= self._heaviest:
+            return update
+        if site not in self._parts.capped:
+            self._parts.capped.add(site)
+            times = f"{self._parts.config.admission.rows_ratio:g} times the median of its round's sites"
+            reason = f"{site}: it declares {rows} rows and weighs as {self._heaviest:g}, {times}"
+            self._parts.folder.event("weight_capped", client=site, reason=reason)
+        return replace(update, num_examples=int(self._heaviest))
 
     def _updates(self) -> Iterator[tuple[Update, Moved]]:
         """Well-formed updates with their sizes, as they arrive; rejected, failed and missing replies are noted."""
@@ -174,7 +203,7 @@ class Round:
             reason = f"{name}: its reply cannot be used ({kind_of(error)}; the server's log says where)"
             self._refuse(name, reason, kind_of(error))
             return None
-        self.recorder.update(sent, told, update)
+        self.recorder.update(sent, told, update, self._heaviest)
         if self._evaluate:
             record_evaluation(self._parts.folder, self._number - 1, name, told.scores)
         return update, how_far
@@ -187,14 +216,13 @@ class Round:
         """
         strategy, config = self._parts.strategy, self._parts.config
         update = strategy.admit(told, node_id)
-        hello = self._parts.clients.hellos[node_id]
-        rows = hello.train_rows
+        privacy, rows = self._parts.clients.hellos[node_id].privacy, self._rows(node_id)
         if update.num_examples != rows:
             raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {rows} rows")
         base = strategy.base_of(node_id)
         norms = change_norms(update, base)
-        check_possible(update, norms, base, config.training, config.strategy, hello.privacy)
-        return update, moved(norms, rows, base, config.training, config.strategy, hello.privacy)
+        check_possible(update, norms, base, config.training, config.strategy, privacy)
+        return update, moved(norms, rows, base, config.training, config.strategy, privacy)
 
     def _look_after_lost(self) -> bool:
         """Resend lost work to sites that are back; returns whether to wait for the sites that are not."""
@@ -211,10 +239,12 @@ class Round:
                 self._lost[name] = Failure(ErrorCode.NODE_UNAVAILABLE, "its connection was lost")
         for name in list(self._lost):
             back = clients.node_of(name)
-            if back is not None:
+            if self._given[name] == _MOST_TIMES:
+                self._fail(name, self._lost.pop(name))
+            elif back is not None:
                 del self._lost[name]
                 clients.register_with(strategy)
-                self.ask([back])
+                self._ask([back])
         return bool(self._lost) and len(self.recorder.admitted) < self._cohort.min_clients
 
     def _closes_at(self) -> float:
@@ -223,10 +253,18 @@ class Round:
         return self._asked + (self._deadline if enough else self._cohort.round_deadline)
 
     def _fail(self, site: str, failure: Failure) -> None:
-        self.recorder.problem(site, "client_failed", f"{site}: {failure.reason}", failure.kind)
+        counted = failure.code not in SUPERLINKS  # else the site has not answered, which may be its link's fault
+        reason = f"{site}: {failure.reason}"
+        self.recorder.problem(site, "client_failed", reason, failure.kind, counted=counted)
+        if counted:
+            self._count(site)
 
     def _refuse(self, site: str, reason: str, kind: str) -> None:
         self.recorder.problem(site, "update_refused", reason, kind)
+        self._count(site)
+
+    def _count(self, site: str) -> None:
+        """One more refusal in a row; one too many leaves the site out."""
         quarantine = self._parts.quarantine
         before = quarantine.excluded()
         quarantine.note(site, refused=True)

@@ -97,7 +97,7 @@ class RoundLoop:
         names = [self._clients.hellos[n].site for n in nodes]
         self._folder.event("round_started", round=number, clients=names, deadline=round(deadline, 1))
         this = Round(self._parts, number, state, evaluate=due, deadline=deadline)
-        this.ask(nodes)
+        this.begin(nodes)
         if due:
             this.recorder.elsewhere += self._evaluate_here(number - 1, state)  # while the sites work
         outcome = this.combine()
@@ -161,7 +161,7 @@ class RoundLoop:
 
     def _note_failure(self, version: int, name: str, failure: Failure) -> None:
         reason = f"{name}: {failure.reason}"
-        self._folder.event("client_failed", round=version, client=name, reason=reason, kind=failure.kind)
+        self._folder.event("client_failed", round=version, client=name, reason=reason, kind=failure.kind, counted=False)
 
     def _evaluate_here(self, version: int, state: Tensors) -> float:
         """Evaluate on the server's own set; returns the seconds taken."""

@@ -72,7 +72,7 @@ def _of_run(seen: RunState) -> dict[str, tuple[str, float | None]]:
         ),
         "fedspan_sites_admitted": ("Sites that have been admitted", sum(site.rows is not None for site in seen.sites)),
         "fedspan_sites_left_out": (
-            "Sites left out after refusals in a row",
+            "Sites left out after refusals or errors in a row",
             sum(site.left_out is not None for site in seen.sites),
         ),
         "fedspan_last_event_timestamp_seconds": ("When something happened last", seen.last_event),
@@ -83,7 +83,7 @@ _OF_SITE = {
     "fedspan_site_connected": "1 when the site is connected, 0 when not",
     "fedspan_site_last_seen_timestamp_seconds": "When the site gave its last sign of life",
     "fedspan_site_rounds": "Rounds that the site has trained in",
-    "fedspan_site_refusals": "Its updates refused in a row",
+    "fedspan_site_refusals": "Its updates refused, and errors in their place, in a row",
     "fedspan_site_bytes_down": "Bytes of tensors sent to the site, of admitted updates' rounds",
     "fedspan_site_bytes_up": "Bytes of tensors it sent, of admitted updates' rounds",
     "fedspan_site_train_seconds": "Seconds of its last training",

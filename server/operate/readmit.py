@@ -1,4 +1,4 @@
-"""Readmit a site from quarantine, after its updates were rejected too often in a row: ``fedspan readmit NAME SITE``."""
+"""Readmit a site that rejected updates or errors in a row have put into quarantine: ``fedspan readmit NAME SITE``."""
 
 import argparse
 from pathlib import Path

@@ -4,6 +4,8 @@ The SuperLink is started for the run and ends with it, or is one that stands (``
 """
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,8 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     from common.config.load import load
     from common.system.processes import ProcessGroup
     from server.operate.progress import teller
-    from server.operate.supervise import ROOT, Supervised, follow, make_folder, run_until_done
-    from server.report.write import write_report
+    from server.operate.supervise import ROOT, Supervised, draw_report, follow, make_folder, run_until_done
     from server.run import from_supervisor
     from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
     from server.superlink import signatures
@@ -132,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
     begun = read_run(run_dir) if options.resume_if_begun else {}
     if begun.get("status") == "completed":
         if not (run_dir / "report.html").exists():  # its supervisor died before it came to that
-            write_report(run_dir)
+            draw_report(run_dir, teller(partial(print, file=sys.stderr), run_dir.name))
         print(f"{run_dir}: the run has ended well, nothing is left to do")  # noqa: T201
         return 0
     resume = options.resume or bool(begun)

@@ -19,11 +19,12 @@ def check_sites(files: Iterable[Path], federation: FederationConfig, source: Pat
         source: the federation file's path, for errors.
 
     Raises:
-        ConfigError: a file is wrong, two sites have the same name, or there are too few sites.
+        ConfigError: a file is wrong, two sites have the same name or the same ledger, or there are too few sites.
         DataError: a shard does not exist.
         ModelError: a model's folder does not exist.
     """
     sites: dict[str, Path] = {}
+    ledgers: dict[Path, Path] = {}
     for path in files:
         site = load(path, SiteConfig)
         if site.name in sites:
@@ -35,7 +36,9 @@ def check_sites(files: Iterable[Path], federation: FederationConfig, source: Pat
             _check_model(federation.model.path, source)
         elif site.model.path is not None:
             _check_model(str(resolve(site.model.path, path)), path)
-        sites[site.name] = path
+        if (ledger := site.ledger_file(path)) in ledgers:
+            raise ConfigError(f"{path}: `ledger` {ledger} is also that of {ledgers[ledger]}; each site needs its own")
+        sites[site.name] = ledgers[ledger] = path
     if federation.cohort.min_clients > len(sites):
         needed = federation.cohort.min_clients
         raise ConfigError(f"{source}: `cohort.min_clients` is {needed}, but `local.sites` lists {len(sites)}")

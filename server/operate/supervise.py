@@ -37,6 +37,7 @@ from server.superlink.process import OwnSuperLink, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
+log = logging.getLogger(__name__)
 _LEAST_SPACE = 2**20  # bytes
 _DYING_SECONDS = 1.0  # from the last answer of a SuperLink that is killed to the end of its process
 _ASK_SECONDS = 10.0  # between two queries to the SuperLink for the state of a run that has written nothing yet
@@ -138,9 +139,7 @@ class Supervised:
         if self._is_ours(outcome) and outcome["status"] == "interrupted" and not link_died:
             raise Interrupted("Flower, or a signal to the server")
         if begun and outcome["status"] == "completed" and not at_work:
-            from server.report.write import write_report  # draws with matplotlib
-
-            write_report(self._run_dir)
+            draw_report(self._run_dir, self._tell)
             return True
         if link_died:
             self._again("the SuperLink died")
@@ -238,6 +237,18 @@ def follow(supervised: Supervised, run_dir: Path, console: Console, seen: int, w
         display.close()
 
 
+def draw_report(run_dir: Path, tell: Callable[[str], None]) -> None:
+    """Write a finished run's report; whatever prevents that, the run has ended well."""
+    from server.report.write import write_report  # draws with matplotlib
+
+    try:
+        write_report(run_dir)
+    except Exception as error:  # numbers and texts in it are the sites'
+        log.exception("the report of %s cannot be drawn", run_dir)
+        reason = str(error) if isinstance(error, FedSpanError) else type(error).__name__
+        tell(f"the run has ended well, but its report cannot be drawn ({reason}); see fedspan report {run_dir.name}")
+
+
 def make_folder(run_dir: Path) -> None:
     """Make a run's folder for this account alone; all later files of this process are for this account alone, too.
 
@@ -270,7 +281,9 @@ def run_until_done(run_dir: Path, options: argparse.Namespace, work: Callable[[]
     except RunFailed as failure:
         say(f"run failed: {failure}")
         return FAILED
-    teller(print, run_dir.name, logging.INFO)(f"report: {run_dir / 'report.html'}\nmodel:  {run_dir / 'model'}")
+    report = run_dir / "report.html"
+    results = ([f"report: {report}"] if report.exists() else []) + [f"model:  {run_dir / 'model'}"]
+    teller(print, run_dir.name, logging.INFO)("\n".join(results))
     return 0
 
 

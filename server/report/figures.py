@@ -34,7 +34,9 @@ def scores_by_round(run: Run) -> Iterator[Figure]:
             svg = plots.curves(lines, name=how.name, axis=f"held-out {how.title}", label=label, from_zero=zero)
             better = "Lower" if how.lower_is_better else "Higher"
             scale = "" if zero else " The axis does not start at zero."
-            yield Figure(Markup(svg), f"{how.title} on held-out rows. {better} is better.{scale}")  # noqa: S704
+            beyond = plots.dwarfing(lines)
+            cut = f" Above the axis, and not drawn: values of {', '.join(beyond[:_MOST_LINES])}." if beyond else ""
+            yield Figure(Markup(svg), f"{how.title} on held-out rows. {better} is better.{scale}{cut}")  # noqa: S704
 
 
 def time_by_phase(run: Run) -> Iterator[Figure]:

@@ -6,6 +6,7 @@ serves light, dark and paper. Lines differ in dash and marker and bars in hatchi
 
 import io
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ DASHES = ("--", "-.", ":", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "s^Dv<>PX"
 _HATCHES = dict(zip(PHASES, ("////", "..", "", "\\\\\\\\", "xxxx", "", "||||"), strict=True))
 _MOST_LINES = 8  # more sites than that are drawn alike
+_DWARFS = 10  # so many times as high as the median line a line is not shown whole
+_ABOVE = 1.1  # share of the axis that the others' lines take
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud
     "text.parse_math": False,  # a $ in a site's name is a $
@@ -68,11 +71,22 @@ def curves(lines: Mapping[str, Mapping[int, float]], *, name: str, axis: str, la
         axes.tick_params(length=0)
         if from_zero:
             axes.set_ylim(bottom=0)
+        beyond = dwarfing(lines)
+        if beyond:
+            rest = [value for who, values in lines.items() if who not in beyond for value in values.values()]
+            axes.set_ylim(0, _ABOVE * max(rest))
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(
             handles[::-1], labels[::-1], loc="outside upper left", ncols=min(4, len(labels)), handlelength=3.2
         )
         return inline(figure, name, label)
+
+
+def dwarfing(lines: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Whose values would flatten all others' lines: those far above the median line."""
+    tops = {who: max(values.values()) for who, values in lines.items()}
+    usual = statistics.median_low(tops.values())
+    return [who for who, top in tops.items() if top > _DWARFS * usual > 0]
 
 
 def time_bars(bars: Sequence[Bar], *, name: str, label: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from common.config.section import SERVER
 from common.metrics import SCORES, Score
-from common.text import size
+from common.text import one_line, size
 
 log = logging.getLogger("fedspan")
 Event = dict[str, Any]
@@ -25,7 +25,8 @@ class Kind:
 
     Attributes:
         fields: names of the event's fields, separated by spaces. ``client`` is the name of a site or "server",
-            ``clients`` the names of several sites, ``reason`` a sentence, ``kind`` the kind of the error behind it.
+            ``clients`` the names of several sites, ``reason`` a sentence, ``kind`` the kind of the error behind it,
+            ``counted`` whether the failure counts as a rejection.
         words: the event as a line for people: a template with the fields, or a function; "" for no line.
         level: level of the line in the log.
         stays: the line stays on the terminal, above the live display. Warnings and errors always stay.
@@ -64,7 +65,10 @@ def _reply(event: Event) -> str:
 
 
 def _evaluated(event: Event) -> str:
-    told = ", ".join(f"{score.in_text} {_number(value)}" for score, value in held_out_scores(event))
+    told = ", ".join(
+        f"{score.in_text} {'not finite' if value is None else _number(value)}"
+        for score, value in held_out_scores(event)
+    )
     return f"after round {event['round']}: {event['client']} held-out {told}"
 
 
@@ -125,7 +129,7 @@ KINDS: dict[str, Kind] = {
         problem="update refused",
     ),
     "client_failed": Kind(
-        "round client reason kind",
+        "round client reason kind counted",
         "client failed: {reason}",
         WARNING,
         state="failed",
@@ -138,6 +142,7 @@ KINDS: dict[str, Kind] = {
     "client_readmitted": Kind(
         "client reason", "client readmitted: {reason}", WARNING, state="joined", problem="readmitted"
     ),
+    "weight_capped": Kind("client reason", "weight capped: {reason}", WARNING, problem="weight capped"),
     "late_reply": Kind("client reason", "late reply: {reason}", WARNING, problem="too late"),
     "evaluated": Kind("round client scores", _evaluated, seen=True),
     "round_finished": Kind("round seconds bytes_down bytes_up", _round_finished, stays=True),
@@ -155,7 +160,8 @@ def new_event(kind: str, fields: Mapping[str, object]) -> Event:
         raise ValueError(f"{kind!r} is no kind of event; allowed: {', '.join(KINDS)}")
     if fields.keys() != set(KINDS[kind].fields.split()):
         raise ValueError(f"event {kind!r} has the fields {' '.join(fields)}; allowed: {KINDS[kind].fields}")
-    return {"time": round(time.time(), 3), "event": kind, **fields}
+    shown = {key: one_line(value) if isinstance(value, str) else value for key, value in fields.items()}
+    return {"time": round(time.time(), 3), "event": kind, **shown}
 
 
 def event_kind(event: Event) -> Kind:

@@ -33,6 +33,7 @@ from common.config.federation import FederationConfig
 from common.errors import RunFolderError
 from common.system.files import hold, is_held, write_atomically
 from common.system.machine import machine, versions
+from common.text import one_line
 from server.run.events import log_event, new_event
 
 FEDERATION = "federation.yaml"
@@ -167,7 +168,7 @@ class RunFolder:
             kind: kind of the error.
             causes: kinds of the sites' errors behind it, by site.
         """
-        self._end("failed", reason, kind=kind, causes=dict(causes or {}))
+        self._end("failed", one_line(reason), kind=kind, causes=dict(causes or {}))
 
     def interrupt(self) -> None:
         """Note that the run was stopped and can be resumed."""

@@ -1,4 +1,4 @@
-"""Quarantine: sites whose updates were rejected too often in a row are left out until ``fedspan readmit``."""
+"""Quarantine: sites that sent no usable update too often in a row are left out until ``fedspan readmit``."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ FOLDER = "readmit"  # folder in the run's folder with one file for every site th
 
 
 class Quarantine:
-    """Counts each site's rejected updates in a row.
+    """Counts each site's rejected updates, and errors in their place, in a row.
 
     Args:
         run_dir: the run's folder, where ``fedspan readmit`` writes.
@@ -21,7 +21,7 @@ class Quarantine:
         self._folder, self._run_dir, self._limit = run_dir / FOLDER, run_dir, limit
 
     def note(self, site: str, *, refused: bool) -> None:
-        """Note that an update of ``site`` was rejected, or admitted."""
+        """Note that an update of ``site`` was rejected, or replaced by an error; or that it was admitted."""
         if refused:
             self.counts[site] = self.counts.get(site, 0) + 1
         else:
@@ -30,7 +30,7 @@ class Quarantine:
     def excluded(self) -> dict[str, str]:
         """Sites in quarantine, with the reason and the command that readmits them."""
         return {
-            site: f"{site}: left out after {count} refused updates in a row; to readmit it: "
+            site: f"{site}: left out after {count} refused updates or errors in a row; to readmit it: "
             f"fedspan readmit {self._run_dir.name} {site} --runs {self._run_dir.parent}"
             for site, count in self.counts.items()
             if count >= self._limit

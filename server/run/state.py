@@ -52,7 +52,7 @@ class SiteState:
             minute.
         version: version of FedSpan at the site.
         rounds: number of rounds in which the site has trained.
-        refusals: number of the site's updates rejected in a row.
+        refusals: number of the site's updates rejected, or replaced by an error, in a row.
         left_out: the reason why the site is in quarantine.
         seconds: duration of the site's last training.
     """
@@ -262,7 +262,7 @@ def _quarantine(run_dir: Path, events: list[Event], settings: dict[str, Any]) ->
             good = set()
         elif kind == "reply":
             good.add(name)
-        elif kind == "update_refused":
+        elif kind == "update_refused" or (kind == "client_failed" and event.get("counted")):
             good.discard(name)
             quarantine.note(name, refused=True)
         elif kind == "client_readmitted":

@@ -6,7 +6,7 @@ file says. The cohort bound limits the whole update by the norms of the round's 
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -234,6 +234,20 @@ def cohort_bound(norms: Mapping[str, float], ratio: float) -> float:
     # half of a round's updates are ever above the upper median.
     median = statistics.median_high(norms.values()) if len(norms) >= _COHORT else 0.0
     return ratio * median if median > 0 else math.inf
+
+
+def heaviest(rows: Collection[int], ratio: float) -> float:
+    """The largest weight of a client in the mean: ``ratio`` times the median of the rows that its cohort declared.
+
+    Whoever declares more weighs as much as that: with the others at the median and above, K clients in all, at most
+    ``ratio`` / (``ratio`` + (K - 1) / 2) of the mean. Infinite for one client.
+
+    Args:
+        rows: that each client of the cohort declared.
+        ratio: how many times as many as the median client one may count for, from 1.
+    """
+    # The lower of two middle numbers: of two clients the one that declares more is held against the other.
+    return math.floor(ratio * statistics.median_low(rows)) if len(rows) > 1 else math.inf
 
 
 def total(norms: Mapping[str, float]) -> float:

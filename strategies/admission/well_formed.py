@@ -6,11 +6,32 @@ import torch
 from torch import Tensor
 
 from common.errors import DivergedUpdate, RefusedUpdate
+from common.protocol import factors
 from common.protocol.factors import Factors
 from strategies.lora_names import LORA_A, partner
 from strategies.rule import Tensors
 
+_SLACK = 2  # so that a reply of another type, or a little too large, is refused for what it is
 LARGEST = 1e12  # L2 norm of a tensor in a reply: the product of two such norms, or of one and an alpha, fits float32
+
+
+def most_bytes(
+    expected: Mapping[str, Tensor], *, in_factors: bool, any_rank: bool, max_rank: int | None
+) -> dict[str, int]:
+    """Most bytes of every tensor that a reply may hold, by name, so that no more than these are decoded.
+
+    Args:
+        expected: every tensor as the client was to hold it at the start of the round.
+        in_factors: whether a change may come in factors.
+        any_rank: see ``admit``.
+        max_rank: see ``admit``.
+    """
+    most = factors.most_bytes(expected) if in_factors else {name: tensor.nbytes for name, tensor in expected.items()}
+    for a in [name for name in expected if any_rank and name.endswith(LORA_A)]:
+        b = str(partner(a))
+        for name, side in ((a, expected[a].shape[1]), (b, expected[b].shape[0])):
+            most[name] = _most_rank(expected[a], expected[b], max_rank) * side * expected[name].element_size()
+    return {name: _SLACK * number for name, number in most.items()}
 
 
 def admit(
@@ -82,12 +103,17 @@ def _check_ranks(
     """A (rank, in) and B (out, rank) of one layer: the same rank in both, from 1 to what is allowed."""
     a, b = pair
     (out, _), (_, in_) = want[b].shape, want[a].shape
-    allowed = min(out, in_, max_rank or out)
+    allowed = _most_rank(want[a], want[b], max_rank)
     rank = got[a].shape[0] if got[a].dim() == 2 else 1
     _check_shape(client, a, got[a].shape, torch.Size((rank, in_)))
     if not 1 <= rank <= allowed:
         raise RefusedUpdate(f"{client}: {a} has rank {rank}; allowed: 1 to {allowed}")
     _check_shape(client, b, got[b].shape, torch.Size((out, rank)))
+
+
+def _most_rank(a: Tensor, b: Tensor, max_rank: int | None) -> int:
+    """The largest rank of A (rank, in) and B (out, rank) of one layer."""
+    return min(len(b), a.shape[1], max_rank or len(b))
 
 
 def _check_one_rank(client: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:

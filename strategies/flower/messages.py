@@ -24,7 +24,7 @@ from common.protocol.digest import tensor_digest, tensors_digest
 from common.protocol.factors import Factors, unpack
 from common.protocol.messages import State, TrainReply
 from common.protocol.versions import Step
-from strategies.admission.well_formed import admit, admit_factors
+from strategies.admission.well_formed import admit, admit_factors, most_bytes
 from strategies.flower.versions import Versions
 from strategies.lora_names import rank_of
 from strategies.rule import Outcome, Rule, Tensors, Update
@@ -218,8 +218,14 @@ class RuleMessages:
         """A reply's dense tensors, and its changes in factors."""
         weights = self._active if self.rule.section.trains == "weights" else []  # LoRA's A and B are sent dense
         shapes = {name: tuple(expected[name].shape) for name in weights}
+        most = most_bytes(
+            expected,
+            in_factors=bool(weights),
+            any_rank=self.rule.section.mixed_ranks,
+            max_rank=self.rule.max_rank,
+        )
         try:
-            return unpack(wire.decode(arrays), shapes, self.rule.exchange(self._round))
+            return unpack(wire.decode(arrays, most), shapes, self.rule.exchange(self._round))
         except WireError as error:
             raise RefusedUpdate(f"{client.name}: {error}") from None
 

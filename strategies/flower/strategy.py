@@ -18,6 +18,7 @@ from common.errors import AggregationError, RefusedUpdate, WireError
 from common.protocol import wire
 from common.protocol.messages import ARRAYS, CONFIG, METRICS, State, TrainReply
 from common.protocol.records import get_record
+from common.text import SENTENCE, one_line
 from strategies.flower.messages import RuleMessages
 from strategies.flower.streaming import StreamingGrid
 from strategies.rule import Rule, Update
@@ -122,13 +123,13 @@ class FlowerStrategy(RuleMessages, FedAvg):
                 if reply.has_error():
                     client = self.client(reply.metadata.src_node_id)
                     client.forget()
-                    refused.append(f"{client.name}: {reply.error.reason}")
+                    refused.append(f"{client.name}: {_reason(reply)}")
                     log(WARNING, "round %s, failed: %s", server_round, refused[-1])
                     continue
                 try:
                     update = self.read_update(reply)
                 except RefusedUpdate as reason:
-                    refused.append(str(reason))
+                    refused.append(one_line(str(reason), SENTENCE))
                     log(WARNING, "round %s, not admitted: %s", server_round, reason)
                     continue
                 contents.append(_scalars(reply.content))
@@ -182,7 +183,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         contents = []
         for reply in replies:
             if reply.has_error():
-                log(WARNING, "round %s, no evaluation: %s", server_round, reply.error.reason)
+                log(WARNING, "round %s, no evaluation: %s", server_round, _reason(reply))
             elif METRICS in reply.content:
                 contents.append(_scalars(reply.content))
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
@@ -232,6 +233,10 @@ def flower_strategy(rule: type[Rule]) -> type[FlowerStrategy]:
             "__signature__": inspect.Signature([*own.values(), more]),
         },
     )
+
+
+def _reason(reply: Message) -> str:
+    return one_line(reply.error.reason or "", SENTENCE)
 
 
 def _scalars(content: RecordDict) -> RecordDict:

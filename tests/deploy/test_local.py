@@ -19,6 +19,13 @@ def set_data(folder: Path, **changes: object) -> None:
     edit(site, data={**yaml.safe_load(site.read_text())["data"], **changes})
 
 
+def add_site(folder: Path, name: str, **changes: object) -> None:
+    """Another site with site-a's data."""
+    site = yaml.safe_load((folder / "site-a.yaml").read_text())
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**site, "name": name, **changes}))
+    edit(folder / "federation.yaml", local={"sites": ["site-a.yaml", f"{name}.yaml"]})
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such file": (lambda f: (f / "federation.yaml").unlink(), "federation.yaml: no such file"),
     "unknown key": (lambda f: edit(f / "federation.yaml", roundz=3), "unknown key `roundz`; did you mean `rounds`?"),
@@ -33,6 +40,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "two sites of one name": (
         lambda f: edit(f / "federation.yaml", local={"sites": ["site-a.yaml", "site-a.yaml"]}),
         "`name` 'site-a' is also the name of",
+    ),
+    "two sites of one ledger": (
+        lambda f: add_site(f, "site-b", ledger="site-a-ledger.jsonl"),
+        "site-a-ledger.jsonl is also that of",
+    ),
+    "two sites of one ledger, by a link": (
+        lambda f: ((f / "other").symlink_to("site-a-ledger.jsonl"), add_site(f, "site-b", ledger="other")),
+        "site-a-ledger.jsonl is also that of",
     ),
     "more clients than sites": (
         lambda f: edit(f / "federation.yaml", cohort={"min_clients": 3}),

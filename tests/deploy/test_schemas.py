@@ -44,8 +44,9 @@ def test_page_of_what_leaves_names_everything_that_does() -> None:
         in lines
     )
     assert "| `num-examples` | number of training rows | a whole number from 1 | leaves | leaves |" in lines
-    assert "| `train.loss` | mean training loss | a finite number from 0 | stays | stays |" in lines
-    assert "| `seconds.train` | seconds to train | a finite number from 0 | leaves | stays |" in lines
+    loss = "a number from 0; above 1e+09, and nan, as infinite: the model has diverged"
+    assert f"| `train.loss` | mean training loss | {loss} | stays | stays |" in lines
+    assert "| `seconds.train` | seconds to train | a number from 0 to 1e+15 | leaves | stays |" in lines
     assert "| 1020 | DataError | A shard is missing, empty or malformed. | a fixed sentence, as code 1000 |" in lines
     assert any(line.startswith("| 1060 | PolicyError | ") and line.endswith(" | the same |") for line in lines)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
 from client.held_weights import Weights
 from common.config.federation import FederationConfig, settings_for_sites
@@ -32,6 +33,11 @@ from strategies.flower.named import make_strategy
 
 NAME, SHAPE = "model.layers.0.up.weight", (60, 40)
 RULE = FedFTGRule()
+
+
+def node_unavailable(message: Message) -> Message:
+    """What a SuperLink answers in place of a node that is gone."""
+    return create_message_error_unavailable_res_message(message.metadata, "node_unavail")
 
 
 def base() -> dict[str, torch.Tensor]:

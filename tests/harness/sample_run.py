@@ -109,7 +109,7 @@ def play_round(folder: RunFolder, number: int) -> None:
     for site in SITES:
         if number == 3 and site == "site-c":
             reason = "site-c: CUDA out of memory in round 3, step 4; lower training.batch_size or set max_batch_size"
-            folder.event("client_failed", round=number, client=site, reason=reason, kind="TrainingError")
+            folder.event("client_failed", round=number, client=site, reason=reason, kind="TrainingError", counted=True)
         else:
             train(folder, number, site)
             evaluate(folder, site, number - 1)

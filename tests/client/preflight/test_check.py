@@ -114,8 +114,11 @@ def test_ledger_that_was_changed_fails(files: Files, tmp_path: Path) -> None:
     assert look("ledger", files.subject()).level == "skipped"
     file = tmp_path / "site-a-ledger.jsonl"
     with Ledger(file).opened() as ledger:
-        ledger.append({"event": "begun"})
+        ledger.append({"event": "begun", "site": "site-a"})
     assert look("ledger", files.subject()).level == "ok"
+    files.change("site", name="site-b", ledger=file.name)
+    assert look("ledger", files.subject()).found.endswith("is the ledger of site-a")
+    files.change("site", name="site-a")
     file.write_bytes(file.read_bytes().replace(b"begun", b"began"))
     finding = look("ledger", files.subject())
     assert (finding.level, "line 1: it was changed" in finding.found) == ("FAIL", True)

@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 from common.errors import FederationError, WorkerDied
 from server.loop.checkpoint import newest
 from server.run.folder import read_lines
-from tests.harness.fake_sites import Site, run
+from tests.harness.fake_sites import Site, node_unavailable, run
 
 GONE = "the node is gone"
 
@@ -26,6 +26,8 @@ class Lost(Site):
     def reply(self, message: Message) -> Message:
         if message.metadata.message_type == MessageType.QUERY and self._left:
             self._left -= 1
+            if self._code == ErrorCode.NODE_UNAVAILABLE:
+                return node_unavailable(message)
             return Message(Error(self._code, GONE), reply_to=message)
         return super().reply(message)
 

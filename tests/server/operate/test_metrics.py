@@ -60,7 +60,9 @@ def test_scrape_follows_the_run(tmp_path: Path) -> None:
 def test_labels_are_names_and_kinds_alone(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     folder = begin(tmp_path / "sample-run")
-    folder.event("client_failed", round=1, client="site-a", reason="a text that may be long", kind="MemoryError")
+    folder.event(
+        "client_failed", round=1, client="site-a", reason="a text that may be long", kind="MemoryError", counted=True
+    )
     folder.close()
     with exposed(folder.path, "127.0.0.1", port):
         labels = {label for _, labels in scrape(port) for label in labels}

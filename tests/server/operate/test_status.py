@@ -174,7 +174,7 @@ def test_refusals_of_a_round_that_is_done_again_count_once(tmp_path: Path) -> No
     run(tmp_path, [Site(1), Site(2), Refused(3, {4, 5})], 5, resume=True, cohort=cohort)
     (site,) = [site for site in read_state(tmp_path / "run").sites if site.refusals]
     assert (site.site, site.refusals) == ("site-3", 3)  # rounds 3, 4 and 5
-    assert str(site.left_out).startswith("site-3: left out after 3 refused updates in a row")
+    assert str(site.left_out).startswith("site-3: left out after 3 refused updates or errors in a row")
 
 
 def test_sites_that_go_and_come_are_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
