@@ -38,7 +38,7 @@ MOST_FILES, MOST_LINES = 13, 300
 FLOWER = {
     "client/app.py",
     "client/received.py",
-    "client/connect/bench.py",
+    "client/connect/worker_handle.py",
     "client/connect/worker_process.py",
     "client/preflight/superlink.py",
     "client/connect/link.py",

@@ -40,7 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
 BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
-_PATIENCE = 60.0  # seconds that a bench tries to reach a SuperNode that does not answer
+_PATIENCE = 60.0  # seconds that the process tries to reach a SuperNode that does not answer
 _CALL_SECONDS = 30.0  # that a call waits for its answer, as in Flower's client
 # run by its path: an imported module `common` would hide the bundle's own
 _LOGS = str(Path(__file__).resolve().parents[2] / "common" / "system" / "logs.py")
@@ -134,9 +134,9 @@ def _load(content: bytes, run: Run, folder: str) -> ClientApp:
 
 
 class _Announcing:
-    """A client of the Runtime API that reports each message to the keeper before it pulls the content.
+    """A client of the Runtime API that reports each message to the supervisor before it pulls the content.
 
-    If this process is killed while it pulls the content, the keeper knows the message that it must answer with an error
+    If this process is killed while it pulls the content, the supervisor knows the message to answer with an error
     (decision 011).
     """
 

@@ -1,15 +1,16 @@
 """A site's long-lived worker: model, tokenizer, rows and device stay in memory from one message to the next.
 
 Flower alone starts a process for every message, which imports everything and loads the model again; the results are the
-same (decision 007). A worker has two processes. The *keeper* is small, polls the SuperNode for messages and outlives
-restarts of the SuperNode. Its child, the *bench*, loads the app's bundle and does the work. A bench is bound to one
-bundle; for another bundle the keeper starts a new bench. The keeper ends a bench that was idle for a while, which frees
-the device. If a bench dies at work, the keeper answers the message with an error and starts a new bench for the next.
+same (decision 007). A worker has two processes. The *supervisor* is small, polls the SuperNode for messages and
+outlives restarts of the SuperNode. Its child, the *worker process*, loads the app's bundle and does the work. A worker
+process is bound to one bundle; for another bundle the supervisor starts a new process. The supervisor ends a worker
+process that was idle for a while, which frees the device. If a worker process dies at work, the supervisor answers the
+message with an error and starts a new process for the next message.
 
-With a section ``trust`` in the site file, the bench refuses bundles that are neither listed nor signed with a listed
-key, before it writes or runs any of the bundle (``client.connect.verify``).
+With a section ``trust`` in the site file, the worker process refuses bundles that are neither listed nor signed with a
+listed key, before it writes or runs any of the bundle (``client.connect.verify``).
 
-Only this file, ``client.connect.bench`` and ``client.connect.worker_process`` use Flower's Runtime API.
+Only this file, ``client.connect.worker_handle`` and ``client.connect.worker_process`` use Flower's Runtime API.
 """
 
 import contextlib
@@ -34,9 +35,9 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from client.connect.bench import Bench, heartbeats
 from client.connect.trust import read_trust
 from client.connect.verify import Trust
+from client.connect.worker_handle import WorkerProcess, heartbeats
 from client.connect.worker_process import RuntimeApi, announced
 from common.errors import WorkerDied
 from common.system.files import write_atomically
@@ -51,11 +52,11 @@ class Status:
     Attributes:
         state: "no SuperNode", "idle" or "working".
         messages: number of messages answered so far, also with an error.
-        crashes: number of times that a bench died at work.
-        bundle: hash of the app bundle that the bench is bound to.
-        bench: process id of the bench; None: there is no bench, so nothing is held on the device.
-        memory_bytes: resident memory of the bench after its last message.
-        device_bytes: CUDA memory of the bench after its last message.
+        crashes: number of times that a worker process died at work.
+        bundle: hash of the app bundle that the worker process is bound to.
+        bench: id of the worker process; None: there is none, so nothing is held on the device.
+        memory_bytes: resident memory of the worker process after its last message.
+        device_bytes: CUDA memory of the worker process after its last message.
         last_message: Unix time of the last answer.
     """
 
@@ -80,12 +81,12 @@ class Options:
     site: Path | None = None
 
 
-class Keeper:
-    """The keeper: polls for messages and gives them to a bench, one at a time."""
+class WorkerSupervisor:
+    """Polls for messages and gives them to a worker process, one at a time."""
 
     def __init__(self, options: Options, trust: Trust | None = None) -> None:
         self._options, self._trust = options, trust
-        self._bench: Bench | None = None
+        self._worker: WorkerProcess | None = None
         self._status = Status()
         self._shown = True
         self._idle_since = time.monotonic()
@@ -100,16 +101,16 @@ class Keeper:
                 self._answer(task, token)
                 self._idle_since = time.monotonic()
                 continue
-            if self._bench is not None and time.monotonic() - self._idle_since > self._options.idle:
+            if self._worker is not None and time.monotonic() - self._idle_since > self._options.idle:
                 log.info("idle for %g seconds: the device is released", self._options.idle)
                 self.stop()
             time.sleep(self._options.poll)
 
     def stop(self) -> None:
-        """End the bench, if there is one."""
-        if self._bench is not None:
-            self._bench.stop()
-            self._bench = None
+        """End the worker process, if there is one."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
             self._show(self._status.state)
 
     def _acquire(self) -> tuple[Task | None, str]:
@@ -125,14 +126,16 @@ class Keeper:
         return (found.task, found.token) if found.HasField("task") and found.token else (None, "")
 
     def _answer(self, task: Task, token: str) -> None:
-        if self._bench is not None and (self._bench.bundle != task.fab_hash or self._bench.process.poll() is not None):
+        if self._worker is not None and (
+            self._worker.bundle != task.fab_hash or self._worker.process.poll() is not None
+        ):
             self.stop()
-        if self._bench is None:
-            self._bench = Bench(task.fab_hash, self._options.api, self._trust)
+        if self._worker is None:
+            self._worker = WorkerProcess(task.fab_hash, self._options.api, self._trust)
         self._show("working")
         started, pulled, answering, done = time.monotonic(), None, False, False
-        with heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._bench):
-            for told in self._bench.work(token):
+        with heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._worker):
+            for told in self._worker.work(token):
                 pulled, answering = told.get("pulled", pulled), answering or "answering" in told
                 if "done" in told:
                     done = True
@@ -140,7 +143,7 @@ class Keeper:
         self._status.messages += 1
         self._status.last_message = time.time()
         if not done:
-            code = self._bench.process.wait()
+            code = self._worker.process.wait()
             self._status.crashes += 1
             self.stop()
             reason = f"the site's worker process ended with exit code {code}; its log says more"
@@ -151,10 +154,10 @@ class Keeper:
         self._show("idle")
 
     def _fail(self, token: str, pulled: dict[str, str] | None, reason: str) -> None:
-        """Answer a message with an error, because its bench died."""
+        """Answer a message with an error, because the worker process died."""
         client = self._options.api.connect(RuntimeTokenHttpInterceptor(token))
         try:
-            if pulled is None:  # the bench died before it reported the message
+            if pulled is None:  # the process died before it reported the message
                 with contextlib.suppress(httpx.HTTPStatusError):  # or after it had started to pull
                     client.PullTaskInput(PullTaskInputRequest())
                 pulled = announced(client.PullMessages(PullAppMessagesRequest()))
@@ -174,8 +177,8 @@ class Keeper:
     def _show(self, state: str) -> None:
         """Write the status file, atomically; warn once when it cannot be written."""
         self._status.state = state
-        self._status.bench = self._bench.process.pid if self._bench is not None else None
-        self._status.bundle = self._bench.bundle if self._bench is not None else None
+        self._status.bench = self._worker.process.pid if self._worker is not None else None
+        self._status.bundle = self._worker.bundle if self._worker is not None else None
         if self._options.status is not None:
             try:
                 write_atomically(self._options.status, json.dumps(asdict(self._status)) + "\n", durable=False)
@@ -201,10 +204,10 @@ def run(options: Options) -> None:
     if trust is None:
         log.warning("no `trust` in %s: every bundle that the operator sends is run", options.site or "a site file")
     signal.signal(signal.SIGTERM, _stop)
-    keeper = Keeper(options, trust)
+    supervisor = WorkerSupervisor(options, trust)
     try:
-        keeper.run()
+        supervisor.run()
     except KeyboardInterrupt:
         return
     finally:
-        keeper.stop()
+        supervisor.stop()

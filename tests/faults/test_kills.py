@@ -53,8 +53,8 @@ VICTIMS: dict[str, Callable[[Federation], list[psutil.Process]]] = {
     "server": lambda f: f.server(),
     "SuperLink": lambda f: f.superlink(),
     "SuperNode": lambda f: f.supernode("site-a"),
-    "keeper of a worker": lambda f: f.keeper("site-a"),
-    "worker": lambda f: f.bench("site-a"),
+    "supervisor of a worker": lambda f: f.worker_supervisor("site-a"),
+    "worker": lambda f: f.worker_process("site-a"),
 }
 
 
@@ -93,7 +93,7 @@ def test_server_and_superlink_that_are_killed_change_nothing(
         ("server", 8, FEDFTG),
         ("SuperLink", 6, ROLORA),
         ("SuperNode", 3, FEDFTG),
-        ("keeper of a worker", 4, ROLORA),
+        ("supervisor of a worker", 4, ROLORA),
         ("worker", 12, FEDFTG),
     ],
     ids=list(VICTIMS),

@@ -28,10 +28,10 @@ def test_site_that_hangs_is_not_waited_for_and_its_late_answer_is_dropped(tmp_pa
         for number in (2, 4):
             federation.wait_event("round_started", round=number)
             federation.wait_for(lambda: federation.works("site-b"))
-            (bench,) = federation.bench("site-b")
-            bench.send_signal(signal.SIGSTOP)
+            (worker,) = federation.worker_process("site-b")
+            worker.send_signal(signal.SIGSTOP)
             federation.wait_event("client_failed", client="site-b", round=number)
-            bench.send_signal(signal.SIGCONT)
+            worker.send_signal(signal.SIGCONT)
             injected("site hangs", 1, "the round closes at its deadline; the late answer is dropped with a note")
         assert federation.wait() == 0, federation.log
     reasons = [e["reason"] for e in federation.events() if e["event"] == "client_failed"]

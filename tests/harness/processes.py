@@ -111,13 +111,13 @@ class Federation:
     def supernode(self, site: str) -> list[psutil.Process]:
         return self.find("supernode.py", f"{site}.yaml")
 
-    def keeper(self, site: str) -> list[psutil.Process]:
+    def worker_supervisor(self, site: str) -> list[psutil.Process]:
         return self.find("worker.py", f"{site}-worker.json")
 
-    def bench(self, site: str) -> list[psutil.Process]:
+    def worker_process(self, site: str) -> list[psutil.Process]:
         """What does the work of a site."""
-        keepers = {keeper.pid for keeper in self.keeper(site)}
-        return [bench for bench in self.find("worker_process.py") if bench.ppid() in keepers]
+        supervisors = {one.pid for one in self.worker_supervisor(site)}
+        return [one for one in self.find("worker_process.py") if one.ppid() in supervisors]
 
     def works(self, site: str) -> bool:
         """Whether a site's worker is at work on a message."""

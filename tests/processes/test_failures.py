@@ -22,7 +22,7 @@ def test_killed_launcher_leaves_no_process_behind_and_a_run_that_goes_on(tmp_pat
     file = make_federation(tmp_path, SIZES, cohort={"round_deadline": 900.0}, **changes)
     with Federation(file) as federation:
         federation.wait_event("round_finished", round=1)
-        kill(federation.bench("site-b"))  # so that no further round ends while the others notice
+        kill(federation.worker_process("site-b"))  # so that no further round ends while the others notice
         federation.process.kill()
     wait_for(lambda: not survivors(file), SECONDS)
     run = in_one_process(file, "tiny", resume=True)

@@ -77,8 +77,8 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
     with Federation(file, "tiny", "--metrics-port", str(port), env={"FEDSPAN_LOG": "json"}) as federation:
         run = federation.run
         federation.wait_event("round_finished", round=1)
-        (bench,) = federation.bench("site-b")
-        bench.send_signal(signal.SIGSTOP)  # so that it does not end while it is looked at
+        (worker,) = federation.worker_process("site-b")
+        worker.send_signal(signal.SIGSTOP)  # so that it does not end while it is looked at
         code, seen = fedspan("status", "tiny", "--runs", run.parent, "--json")
         assert code == 0, seen
         found["seen"] = json.loads(seen)

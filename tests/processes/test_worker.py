@@ -121,12 +121,12 @@ def test_worker_runs_only_what_its_site_trusts_and_takes_its_process_along(
         assert [list(folder.iterdir()) for folder in scratch.glob("fedspan-bundle-*")] == [[]]
         doubting.terminate()
         doubting.wait(60)
-        keeper = flower.start_worker("site", "--site", str(tmp_path / "reviewer.yaml"))
+        worker = flower.start_worker("site", "--site", str(tmp_path / "reviewer.yaml"))
         go.touch()
         flower.wait(SECONDS)
         refused, answered = answers(out)
         assert psutil.pid_exists(answered["pid"])
-        keeper.kill()
+        worker.kill()
         wait_for(lambda: not psutil.pid_exists(answered["pid"]), SECONDS)
     reason = f"site-a: the app bundle {digest} is not signed by a key in its trust list and not pinned"
     assert refused["error"] == f"{reason}; nothing of it was run"

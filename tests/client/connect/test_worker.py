@@ -1,4 +1,4 @@
-"""The worker's keeper, without processes."""
+"""The worker's supervisor, without processes."""
 
 import json
 import shutil
@@ -9,21 +9,23 @@ import pytest
 from client import app, received
 from client.connect import verify, worker_process
 from client.connect.worker_process import RuntimeApi
-from client.connect.worker_supervisor import Keeper, Options
+from client.connect.worker_supervisor import Options, WorkerSupervisor
 from client.privacy import guard
 from common.protocol.messages import SIGNATURES
 from deploy.cli import main
 
 
-def test_keeper_outlives_a_status_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_supervisor_outlives_a_status_file_that_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "logs" / "worker.json"
     options = Options(RuntimeApi("127.0.0.1:1"), idle=1.0, poll=1.0, status=file)
-    keeper = Keeper(options)
+    supervisor = WorkerSupervisor(options)
     for _ in range(2):  # it fails, comes back, and fails again
         for state in ("working", "idle", "working"):
-            keeper._show(state)
+            supervisor._show(state)
         file.parent.mkdir()
-        keeper._show("idle")
+        supervisor._show("idle")
         assert json.loads(file.read_text())["state"] == "idle"
         shutil.rmtree(file.parent)
     warnings = [record.getMessage() for record in caplog.records if record.name == "worker"]

@@ -1,4 +1,4 @@
-"""The bench: the worker's child process that does the work, as its parent, the keeper, handles it (decision 007)."""
+"""Start and end the process that does a site's work (``worker_process.py``); used by the supervisor (decision 007)."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ HEARTBEAT_SECONDS = 10.0
 log = logging.getLogger("worker")
 
 
-class Bench:
+class WorkerProcess:
     """A child process that answers messages with one app bundle.
 
     Args:
@@ -80,8 +80,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
-    """Send the SuperNode heartbeats for a message; end the bench when the answer is no longer wanted."""
+def heartbeats(client: RuntimeHttpClient, worker: WorkerProcess) -> Iterator[None]:
+    """Send the SuperNode heartbeats for a message; end the worker process when the answer is no longer wanted."""
     over = threading.Event()
 
     def beat() -> None:
@@ -89,12 +89,12 @@ def heartbeats(client: RuntimeHttpClient, bench: Bench) -> Iterator[None]:
             try:
                 wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
             except httpx.TransportError:
-                continue  # the bench finds out by itself when it wants to answer
+                continue  # the worker process finds out by itself when it sends its answer
             except httpx.HTTPStatusError:
                 wanted = False
             if not wanted and not over.is_set():
                 log.warning("the SuperNode does not want the answer any more; the work is stopped")
-                bench.process.terminate()
+                worker.process.terminate()
                 return
 
     thread = threading.Thread(target=beat, daemon=True)
