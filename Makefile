@@ -11,7 +11,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint faults compose-test docs bench clean
+.PHONY: help setup demo test test-long lint faults compose-test docs bench lock dist sbom clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -54,6 +54,18 @@ docs: $(READY) ## Build the documents as pages in build/docs; stops at a link th
 bench: $(READY) ## Measure against the named peers; tables on screen, JSON in benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+lock: $(READY) ## Write deploy/lock anew, what the images install, after a change of constraints.txt
+	$(BIN)/python -m deploy.lock
+
+dist: sbom ## Build the wheel and the source distribution in dist/, beside the lists of what the images hold
+	$(BIN)/python -m build --no-isolation
+
+sbom: $(READY) ## List what the images hold of other people's code, as CycloneDX JSON in dist/
+	mkdir -p dist
+	for torch in cpu cuda; do cat deploy/lock/build.txt deploy/lock/packages.txt deploy/lock/torch-$$torch.txt \
+	  | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o dist/fedspan-$$torch.cdx.json - \
+	  || exit 1; done
+
 clean: ## Remove .venv, caches and prepared demo data (not runs/)
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

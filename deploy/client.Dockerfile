@@ -2,32 +2,36 @@
 #
 #   docker build -f deploy/client.Dockerfile -t fedspan-client .
 #
-# Build arguments: see server.Dockerfile; without any, PyTorch is the build for CUDA (on Linux x86-64). EXTRAS=8bit brings
-# bitsandbytes, for federations with `moments: 8bit`.
+# Build arguments: see server.Dockerfile; without any, PyTorch is the build for CUDA.
 #
 # It runs as any user id with a read-only root, opens outbound connections only and listens on its own loopback alone.
 # Places: /etc/fedspan the site file, /certs ca.crt and the site's key, /model the base model, /data the rows (all
 # read-only); /var/lib/fedspan, where status.json tells what it does, and /tmp are written to.
-ARG BASE=python:3.11-slim-bookworm
+ARG BASE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 
-# Everything that constraints.txt pins, in /opt/venv. This stage is the same in both Dockerfiles, so it is built once.
+# Everything that deploy/lock names, each file held against its hash, in /opt/venv. This stage is the same in both
+# Dockerfiles, so it is built once.
 FROM ${BASE} AS build
-ARG TORCH_INDEX=""
-ARG EXTRAS=""
+ARG TORCH=cuda
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml ./
+COPY deploy/lock lock
 RUN python -m venv /opt/venv \
- && python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = os.environ['EXTRAS'].split(); \
-      print(*project['dependencies'], *sum([project['optional-dependencies'][extra] for extra in extras], []), sep='\n')" > requirements.txt \
- && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
-      ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
+ && install() { /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --no-deps \
+      --no-build-isolation --use-pep517 "$@"; } \
+ && install -r lock/build.txt \
+ && install -r lock/packages.txt \
+ && if [ "$TORCH" = cpu ] && [ -n "$TORCH_INDEX" ]; then install -r lock/torch-cpu.txt --index-url "$TORCH_INDEX"; \
+    else install -r "lock/torch-$TORCH.txt"; fi \
+ && /opt/venv/bin/pip check
 
 # What tells the installed version: metadata alone, the code is copied as it is.
 FROM build AS metadata
-COPY LICENSE ./
+COPY LICENSE fedspan.py ./
 RUN touch README.md \
  && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation \
-      -c constraints.txt --target /metadata .
+      --target /metadata .
 
 # The same without PyTorch's headers and tests, and without pip: nothing can be installed in a container that runs.
 FROM build AS lean
@@ -45,7 +49,7 @@ ENV PATH=/metadata/bin:/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp U
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_HOME=/var/lib/fedspan
 WORKDIR /app
 COPY --from=metadata /metadata /metadata
-COPY LICENSE pyproject.toml ./
+COPY LICENSE pyproject.toml fedspan.py ./
 COPY common common
 COPY strategies strategies
 COPY client client

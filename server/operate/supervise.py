@@ -32,10 +32,9 @@ from server.operate.prometheus import exposed
 from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run, write_federation
 from server.run.supervisor_lock import Interrupted, supervising
 from server.superlink import control, nodes
-from server.superlink.bundle import make_bundle
+from server.superlink.bundle import ROOT, make_bundle
 from server.superlink.process import OwnSuperLink, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]  # holds pyproject.toml, from which Flower bundles the app
 POLL_SECONDS = 0.5
 log = logging.getLogger(__name__)
 _LEAST_SPACE = 2**20  # bytes

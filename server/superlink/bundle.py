@@ -1,6 +1,12 @@
-"""The app bundle that the server ships and a reviewer signs. pyproject.toml says which files it holds."""
+"""The app bundle that the server ships and a reviewer signs. pyproject.toml says which files it holds.
 
+FedSpan's own is made of a checkout, or of what pip installed: there the two files at a checkout's root lie in ``app``
+beside this file (setup.py), and what else is in site-packages does not belong to it. Both give the same bytes.
+"""
+
+import base64
 import hashlib
+import importlib.metadata
 import os
 import re
 import tomllib
@@ -8,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or site-packages
+_INSTALLED = Path(__file__).resolve().with_name("app")
 
 
 def make_bundle(app: Path) -> bytes:
@@ -23,6 +32,8 @@ def make_bundle(app: Path) -> bytes:
     from flwr.cli.build import build_fab_from_files, get_user_fab_patterns
 
     try:
+        if app == ROOT and _INSTALLED.is_dir():
+            return build_fab_from_files(_installed())[0]
         config = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
         include, exclude = get_user_fab_patterns(config)
         starts = _starts([*include, *(exclude or [])]) if include else [""]  # Flower refuses a pattern without a file
@@ -38,6 +49,30 @@ def bundle_digest(app: Path) -> str:
         ConfigError: the folder holds no app that could be bundled.
     """
     return hashlib.sha256(make_bundle(app)).hexdigest()
+
+
+def _installed() -> dict[str, bytes | Path]:
+    """FedSpan's files by their paths, as pip wrote them down: another package may have files in these folders, too.
+
+    Raises:
+        ConfigError: pip has no record of them, or one of them is another file by now.
+    """
+    for installed in importlib.metadata.distributions(name="fedspan"):
+        paths = installed.files or []
+        if Path(str(installed.locate_file("server"))).resolve() == ROOT / "server" and paths:
+            files: dict[str, bytes | Path] = {p.as_posix(): _as_recorded(p) for p in paths if p.suffix == ".py"}
+            return files | {file.name: file for file in _INSTALLED.iterdir() if file.is_file()}
+    raise ConfigError(f"{ROOT}: pip has no record of FedSpan's files here; install FedSpan again")
+
+
+def _as_recorded(path: importlib.metadata.PackagePath) -> Path:
+    file = ROOT / path
+    digest = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
+    if path.hash is not None and path.hash.value != digest:
+        raise ConfigError(
+            f"{file}: not the file that was installed; another package wrote over it: install FedSpan again"
+        )
+    return file
 
 
 def _starts(patterns: Sequence[str]) -> list[str]:

@@ -70,6 +70,13 @@ def test_pod_keeps_the_restricted_profile(pod: dict[str, Any], folder: str) -> N
     }
 
 
+@pytest.mark.parametrize(("pod", "folder"), [*PODS, pytest.param(FILL["spec"], "fill", id="fill")])
+def test_pod_has_limits_of_memory_and_of_the_nodes_disk(pod: dict[str, Any], folder: str) -> None:
+    (container,) = pod["containers"]
+    assert {"memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
+    assert all(volume["emptyDir"].get("sizeLimit") for volume in pod["volumes"] if "emptyDir" in volume)
+
+
 @pytest.mark.parametrize(("pod", "folder"), PODS)
 def test_what_the_container_names_is_mounted_and_its_commands_are_understood(pod: dict[str, Any], folder: str) -> None:
     (container,) = pod["containers"]
