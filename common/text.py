@@ -1,19 +1,21 @@
-"""Texts as a person reads them: what somebody else has written, quantities, versions of packages."""
+"""Texts for people: text from the other side, quantities, versions of packages."""
 
 import importlib.metadata
 
-SENTENCE = 1024  # bytes (UTF-8) of a sentence that the other side has written; a longer one is cut
+SENTENCE = 1024  # bytes (UTF-8): longer sentences from the other side are cut
 _CUT = " ..."
 
 
 def one_line(text: str, longest: int | None = None) -> str:
-    """What somebody else has written, on one line; a control character is shown, not sent to a terminal or page.
+    """Text from the other side on one line; control characters are escaped, so that they cannot command a terminal.
 
     Args:
-        text: of any length.
-        longest: bytes (UTF-8) after which it is cut; None: it is not cut.
+        text: the text, of any length.
+        longest: most bytes (UTF-8) of the result; a longer one is cut. None: no limit.
     """
-    some = " ".join((text if longest is None else text[: longest + 1]).split())  # of megabytes only what is shown
+    some = " ".join(
+        (text if longest is None else text[: longest + 1]).split()
+    )  # cut first: the text may have megabytes
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in some)
     if longest is None or (len(text) <= longest and len(shown.encode()) <= longest):
         return shown

@@ -1,12 +1,13 @@
-"""A site's record of all that left it: append-only, chained by hashes, written before anything leaves.
+"""A site's record of all data that left it: append-only, chained by hashes, written before the data leaves.
 
-One JSON object per line. Each holds its number, the hash of the line before it, and last its own hash, the SHA-256 of
-all that stands before; so no line can be edited, inserted, removed or moved without a trace. ``FILE.head`` holds the
-number and hash of the last line, by which a cut at the end is seen. Whoever can write both files can make both anew:
-against that somebody else notes a hash now and then, and ``--head`` finds it in the chain or does not.
+One JSON object per line. A line holds its number, the hash of the previous line, and at its end its own hash, the
+SHA-256 of the line's text before it; so no line can be edited, inserted, removed or moved without a trace.
+``FILE.head`` holds the number and hash of the last line, which reveals missing lines. An attacker who can write both
+files can rewrite both; to detect that, another person notes a hash now and then, and ``--head`` looks for it in the
+chain (decision 014).
 
-An entry is on the disk before what it tells of leaves. A crash may leave a line without an end; nothing of that left,
-and the next entry replaces it and says so.
+An entry is on the disk before the data that it describes leaves. A crash may leave an incomplete line: that data did
+not leave, and the next entry replaces the line and says so.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from common.errors import LedgerError
 from common.system.files import flush, take, write_beside
 
 Entry = dict[str, Any]
-FIRST = "0" * 64  # what the first line follows
+FIRST = "0" * 64  # previous hash in the first line
 _END = re.compile(rb'\A(\{.*),"hash":"([0-9a-f]{64})"\}\n\Z', re.DOTALL)
 _LOCK_SECONDS = 10.0  # another process holds the ledger for milliseconds
 
@@ -32,13 +33,13 @@ class Ledger:
     """The ledger of one site.
 
     Args:
-        path: of the file; it is made when there is none, readable by its owner alone.
-        each: is told every entry, in order, those of earlier processes too.
+        path: the file; made if needed, readable by its owner alone.
+        each: called with every entry in order, also with those of earlier processes.
         site: whose ledger it is to be; None: anybody's.
 
     Attributes:
-        lines: how many there are.
-        head: hash of the last.
+        lines: number of lines.
+        head: hash of the last line.
         begun_by: the site that wrote the first; None while there is none.
     """
 
@@ -46,15 +47,15 @@ class Ledger:
         self.path, self.lines, self.head = path, 0, FIRST
         self.begun_by: str | None = None
         self._each, self._site = each, site
-        self._before = FIRST  # what the last line follows
-        self._read = 0  # bytes of whole lines
+        self._before = FIRST  # hash of the line before the last
+        self._read = 0  # bytes of complete lines that were read
         self._file: IO[bytes] | None = None
 
     @contextlib.contextmanager
     def opened(self, *, write: bool = True) -> Iterator["Ledger"]:
-        """Keep other processes out, read what is new, and mend a torn end.
+        """Lock the ledger, read its new lines, and repair an incomplete last line.
 
-        What was read before is not read again; a new process, and ``verify``, read everything.
+        Lines that this process has read before are not read again; a new process, and ``verify``, read everything.
 
         Raises:
             LedgerError: it is damaged, it is another site's, or it cannot be read or written.
@@ -64,7 +65,7 @@ class Ledger:
                 torn = self._catch_up()
                 self._compare_head()
                 if self._site is not None and self.begun_by not in (None, self._site):
-                    # What both may do would be counted together, and neither could tell.
+                    # The limits of both sites would be charged in one ledger, and neither site could tell.
                     raise LedgerError(
                         f"{self.path}: it is the ledger of {self.begun_by}; {self._site} needs one of its own, another "
                         "`ledger` in its site file"
@@ -85,10 +86,10 @@ class Ledger:
             self._file = None
 
     def append(self, facts: Mapping[str, object]) -> None:
-        """Write an entry to the disk; when that fails the ledger is as it was. Only while it is opened.
+        """Write an entry to the disk; on failure the ledger is unchanged. Call within ``opened`` only.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the entry cannot be written.
         """
         assert self._file is not None  # noqa: S101 - see above
         descriptor, head = self._file.fileno(), _head_of(self.path)
@@ -106,7 +107,7 @@ class Ledger:
                 os.fsync(descriptor)
                 new.replace(head)
             except OSError:
-                os.truncate(descriptor, self._read)  # what a full disk took of it is no torn line
+                os.truncate(descriptor, self._read)  # on a full disk: remove the part of the line that was written
                 raise
         finally:
             new.unlink(missing_ok=True)
@@ -121,7 +122,7 @@ class Ledger:
         self._each(entry)
 
     def _catch_up(self) -> bytes:
-        """Check and take the lines that are new; what follows the last whole one."""
+        """Check and read the new lines; returns the bytes after the last complete line."""
         assert self._file is not None  # noqa: S101 - the caller has opened it
         if os.fstat(self._file.fileno()).st_size < self._read:
             raise LedgerError(f"{self.path}: it was cut off after this process had read {self.lines} lines of it")
@@ -160,20 +161,20 @@ def owner(path: Path) -> str | None:
 
 
 def verify(path: Path, head: str | None = None) -> Ledger:
-    """Read a whole ledger and check every line of it.
+    """Read a complete ledger and check every line.
 
     Args:
-        path: of the file.
-        head: the hash of a line, noted elsewhere.
+        path: the ledger's file.
+        head: hash of a line, noted elsewhere, that must be in the ledger.
 
     Raises:
-        LedgerError: names the first line that is wrong, and what is wrong with it.
+        LedgerError: a line is wrong; the text names the first wrong line and the mistake.
     """
     return read(path, lambda entry: None, head)
 
 
 def read(path: Path, each: Callable[[Entry], None], head: str | None = None) -> Ledger:
-    """As ``verify``; ``each`` is told every entry."""
+    """Read and check like ``verify``; calls ``each`` with every entry."""
     hashes = {FIRST}
 
     def take(entry: Entry) -> None:

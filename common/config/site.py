@@ -174,11 +174,11 @@ class SiteConfig(Section):
 
     @property
     def ledger_name(self) -> str:
-        """What a ledger of this site is called."""
+        """Default name of the site's ledger file."""
         return f"{self.name}-ledger.jsonl"
 
     def ledger_file(self, site_file: Path) -> Path:
-        """Where the ledger lies."""
+        """Path of the site's ledger; ``site_file`` is the file that relative paths refer to."""
         return resolve(self.ledger or self.ledger_name, site_file)
 
     @property

@@ -19,7 +19,7 @@ class Kind:
     Attributes:
         allowed: the allowed values, in words.
         holds: test whether a value is allowed.
-        taken: what is read of an allowed value.
+        taken: makes the value to use from an allowed value.
     """
 
     allowed: str
@@ -90,7 +90,7 @@ _MOST, _DIVERGED, _ROUNDING = 1e15, 1e9, 1e-6
 FLAG = Kind("true or false", lambda v: type(v) is bool)
 AMOUNT = Kind(f"a number from 0 to {_MOST:g}", lambda v: _number(v, 0.0, _MOST))
 POSITIVE = Kind(f"a positive number up to {_MOST:g}", lambda v: _number(v, math.ulp(0.0), _MOST))
-#: Of a model that has diverged it overflows, and then says no more than that.
+#: A loss. The loss of a diverged model overflows; all such losses are read as infinite.
 LOSS = Kind(
     f"a number from 0; above {_DIVERGED:g}, and nan, as infinite: the model has diverged",
     lambda v: type(v) in (int, float) and not v < 0,  # type: ignore[operator]

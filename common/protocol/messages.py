@@ -1,15 +1,15 @@
-"""The page of all that crosses the line between server and site, and nothing else does.
+"""All messages between server and site; nothing else is sent.
 
 A message holds records, as in Flower's own apps: "arrays" and "step-NNNNNN" hold tensors, "config" and "privacy"
-settings, "metrics" numbers. Every message is a class here, each of its fields with its key, its kind, and when it stays
-at the site; who sends a message makes one and calls ``to_record``, who receives one calls ``read``, which refuses
-whatever is not declared. ``docs/what-leaves.md`` is made from this page.
+settings, "metrics" numbers. Every message is a class here; each field declares its key, its kind, and when its value
+stays at the site. The sender makes an instance and calls ``to_record``; the receiver calls ``read``, which rejects
+everything that is not declared. ``docs/what-leaves.md`` is made from these declarations.
 
-The server asks (``HelloRequest``, ``TrainRequest``, ``EvaluateRequest``), the site answers (``Hello``, ``TrainReply``,
-``EvaluateReply``, or a ``Failure``). How a site is brought to the state of a round is a ``State``: a round's work names
-the tensors to train and return (``active``); tensors that stay frozen in it are named by a digest of all of them when
-the site has kept them. Where a strategy makes each state of the last one by a step, ``arrays`` is empty and ``steps``
-lead from the version that the site holds to the one that is meant.
+The server sends requests (``HelloRequest``, ``TrainRequest``, ``EvaluateRequest``), the site sends replies (``Hello``,
+``TrainReply``, ``EvaluateReply``, or a ``Failure``). A ``State`` brings a site to the state of a round: ``active``
+names the tensors to train and return; for frozen tensors that the site has kept, ``frozen_digest`` is the digest of all
+of them (decision 003). Where a strategy makes each state from the last one by a step, ``arrays`` is empty, and
+``steps`` lead from the version that the site holds to the state's version (decision 005).
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ _CLOCK = {
 
 @dataclass(frozen=True, kw_only=True)
 class HelloRequest(Content):
-    """Who are you? Its fields are in every request."""
+    """Ask a site for its hello, the handshake before a site takes part. All requests have these fields, too."""
 
     federation: Annotated[
         str, Entry("federation", _JSON, "the federation file, but for what concerns the server alone")
@@ -96,7 +96,7 @@ class HelloRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class State(Content):
-    """How a site is brought to the state of a round."""
+    """The state of a round, or the tensors or steps that a site lacks to make it."""
 
     server_round: Annotated[int, Entry("server-round", whole(0), "number of the round")]
     active: Annotated[list[str], Entry("active", _NAMES, "names of the tensors to train and return")]
@@ -122,13 +122,13 @@ class State(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(HelloRequest, State):
-    """A round's work."""
+    """A round's work: train from a state."""
 
     evaluate: Annotated[bool, Entry("evaluate", FLAG, "whether to evaluate the state first")]
 
     @classmethod
     def of(cls, settings: HelloRequest, state: State, *, evaluate: bool) -> "TrainRequest":
-        """The work on a state, with what is in every request."""
+        """Make the request to train from a state; ``settings`` gives the fields of every request."""
         return cls(**vars(settings), **vars(state), evaluate=evaluate)
 
 
@@ -138,13 +138,13 @@ class EvaluateRequest(HelloRequest, State):
 
     @classmethod
     def of(cls, settings: HelloRequest, state: State) -> "EvaluateRequest":
-        """The evaluation of a state, with what is in every request."""
+        """Make the request to evaluate a state; ``settings`` gives the fields of every request."""
         return cls(**vars(settings), **vars(state))
 
 
 @dataclass(frozen=True)
 class Declared(Content):
-    """A site's differential privacy, as the server knows it."""
+    """The noise and limits of a site's differential privacy, as the site declares them to the server."""
 
     clip: Annotated[float, Entry("clip", POSITIVE, "L2 norm to which an update is clipped", PRIVACY)]
     noise: Annotated[float, Entry("noise", POSITIVE, "standard deviation of the noise on every number", PRIVACY)]
@@ -153,13 +153,13 @@ class Declared(Content):
 
     @classmethod
     def of(cls, config: PrivacyConfig) -> "Declared":
-        """Of a site file's section."""
+        """Make the declaration from a site file's section ``privacy``."""
         return cls(config.clip, config.noise_multiplier * config.clip, config.delta, config.max_epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply(Content):
-    """What every reply holds."""
+    """The fields of every reply."""
 
     seconds: Annotated[Mapping[str, float], Numbers("seconds.", _SECONDS, "by what they were spent on")] = field(
         default_factory=dict
@@ -171,7 +171,7 @@ class Reply(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class Hello(Reply):
-    """What a site tells about itself before it takes part."""
+    """A site's answer to the hello request, before it takes part."""
 
     site: Annotated[str, Entry("site", _SITE, "the site's name")]
     train_rows: Annotated[int, Entry("train_rows", whole(1), "number of training rows")]
@@ -185,14 +185,14 @@ class Hello(Reply):
 
     @classmethod
     def site_in(cls, content: "RecordDict") -> str | None:
-        """Who speaks, if that much can be read: for the refusal of a hello."""
+        """The site's name in a hello that is otherwise unreadable, for the error; None: the name is unreadable, too."""
         site = dict(content.get(CONFIG, {})).get("site")
         return str(site) if _SITE.holds(site) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateReply(Reply):
-    """What a site measured of a state."""
+    """A site's scores of a state."""
 
     scores: Annotated[Mapping[str, float], Numbers("evaluate.", EVALUATED, "on held-out rows")] = field(
         default_factory=dict
@@ -201,7 +201,7 @@ class EvaluateReply(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply(EvaluateReply):
-    """What a site made of a round's state, and, when it was asked to, measured of it before."""
+    """A site's update in a round, and its scores of the round's state if the server asked for an evaluation."""
 
     server_round: Annotated[int, Entry("server-round", whole(1), "number of the round")]
     arrays: Annotated["ArrayRecord", Arrays(ARRAYS, "the tensors that were asked for, as trained")]
@@ -219,17 +219,17 @@ class TrainReply(EvaluateReply):
     def of_any_client(
         cls, content: "RecordDict", server_round: int, arrays_key: str, config_key: str, weight_key: str
     ) -> "TrainReply":
-        """The same of a client of any Flower app: what we do not know is passed over, and little has to be there.
+        """Read a training reply of any Flower app's client: unknown keys are ignored, few keys are required.
 
         Args:
-            content: of the reply.
-            server_round: that it is about, when it says nothing else.
-            arrays_key: of the record of tensors.
-            config_key: of the record of settings.
-            weight_key: of the number of examples.
+            content: the reply's content.
+            server_round: the round to assume when the reply names none.
+            arrays_key: key of the record of tensors.
+            config_key: key of the record of settings.
+            weight_key: key of the number of examples.
 
         Raises:
-            WireError: no tensors or no number of examples, or something is not what is allowed.
+            WireError: the reply has no tensors or no number of examples, or a value is not allowed.
         """
         records = plain(content)
         arrays, config, metrics = (records.get(key) for key in (arrays_key, config_key, METRICS))
@@ -251,7 +251,7 @@ class Failure:
     """A reply that is an error.
 
     Attributes:
-        code: of the error's class, or one of Flower's.
+        code: code of the error's class, or one of Flower's own codes.
         reason: the sentence for the operator, on one line and cut; empty when there is none.
     """
 
@@ -268,7 +268,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: FedSpanError) -> "Failure":
-        """The failure that tells of an error as it is."""
+        """Make the failure for an error, with the error's own text."""
         return cls(next(kind.code for kind in type(error).__mro__ if kind in AT_A_SITE), str(error))
 
     def to_error(self) -> "Error":
@@ -279,7 +279,7 @@ class Failure:
 
     @classmethod
     def read(cls, error: "Error") -> "Failure":
-        """From a reply.
+        """Read the failure in an error reply.
 
         Raises:
             WireError: nothing has this code.
@@ -291,7 +291,7 @@ class Failure:
 
 @cache
 def failures() -> dict[int, str]:
-    """Name of every error that a reply may be, by its code: FedSpan's classes, and Flower's own codes."""
+    """Names of all errors that a reply may hold, by code: FedSpan's classes, and Flower's own codes."""
     from flwr.common.constant import ErrorCode
 
     flowers = {code: name for name, code in vars(ErrorCode).items() if name.isupper()}

@@ -125,5 +125,5 @@ def _transport(sent: Sent, reply: TrainReply) -> dict[str, float]:
 
 
 def _possible(seconds: Mapping[str, float], spent: float) -> dict[str, float]:
-    """What a site says of its time, none of it longer than the server has waited for the answer."""
+    """A site's reported seconds, each limited to the seconds that the server has waited for the reply."""
     return {name: min(max(0.0, value), spent) for name, value in seconds.items()}

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 #: Error codes after which the server resends the round's work to the client, once: stale state, or a process that
 #: crashed (decisions 003, 011).
 _ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
-_MOST_TIMES = 10  # so often a site is given the work of one round, however often it is gone and back
+_MOST_TIMES = 10  # a round's work is sent to a site at most so many times, however often the site reconnects
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Round:
         self._lost: dict[str, Failure] = {}  # sites whose connection or worker died, with the round's work
         self._again: set[str] = set()
         self._given = Counter[str]()  # how often each site was given the work
-        self._heaviest = math.inf  # rows that a site counts for at most
+        self._heaviest = math.inf  # largest weight of a site in the mean, in rows
 
     def begin(self, cohort: list[int]) -> None:
         """Send the round's work to the nodes of its cohort."""
@@ -84,7 +84,7 @@ class Round:
         self._ask(cohort)
 
     def _rows(self, node_id: int) -> int:
-        """What the node's site has declared."""
+        """Number of training rows that the node's site has declared."""
         return self._parts.clients.hellos[node_id].train_rows
 
     def _ask(self, nodes: list[int]) -> None:

@@ -25,8 +25,8 @@ DASHES = ("--", "-.", ":", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "s^Dv<>PX"
 _HATCHES = dict(zip(PHASES, ("////", "..", "", "\\\\\\\\", "xxxx", "", "||||"), strict=True))
 _MOST_LINES = 8  # more sites than that are drawn alike
-_DWARFS = 10  # so many times as high as the median line a line is not shown whole
-_ABOVE = 1.1  # share of the axis that the others' lines take
+_DWARFS = 10  # a line more than this many times as high as the median line is cut off at the axis's end
+_ABOVE = 1.1  # end of the axis, as a multiple of the highest of the other lines
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud
     "text.parse_math": False,  # a $ in a site's name is a $
@@ -83,7 +83,7 @@ def curves(lines: Mapping[str, Mapping[int, float]], *, name: str, axis: str, la
 
 
 def dwarfing(lines: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Whose values would flatten all others' lines: those far above the median line."""
+    """Names of the lines far above the median line, which would flatten all other lines."""
     tops = {who: max(values.values()) for who, values in lines.items()}
     usual = statistics.median_low(tops.values())
     return [who for who, top in tops.items() if top > _DWARFS * usual > 0]

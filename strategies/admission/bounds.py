@@ -73,9 +73,9 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
 
 
 def largest_entry(base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
-    """The same for every entry of a tensor that is bounded ``by_entry``.
+    """Largest change that one round's training can make to an entry of a tensor that is bounded ``by_entry``.
 
-    Any way of combining updates entry by entry keeps to it, so that it holds for the next state, too.
+    Aggregation entry by entry cannot exceed this bound, so the bound holds for the next state, too.
     """
     steps = training.steps(rows)
     path = adam_path(steps, strategy) + steps * _shrinking(base, math.inf, training)
@@ -83,35 +83,35 @@ def largest_entry(base: Tensor, rows: int, training: TrainingConfig, strategy: S
 
 
 def by_entry(name: str, training: TrainingConfig, strategy: StrategyConfig) -> bool:
-    """Whether every entry of a tensor is bounded by itself: Adam trains it as it is, not in a projection."""
+    """Whether each entry of a tensor has its own bound: Adam trains the tensor directly, not in a projection."""
     direct = strategy.trains == "lora" or in_head(name)
     return direct and training.optimizer == "adamw" and not is_second_moment(name)
 
 
 def adam_path(steps: int, strategy: StrategyConfig) -> float:
-    """What so many steps of Adam move an entry by at most, with a learning rate of 1 and without weight decay."""
+    """Largest change of an entry in ``steps`` steps of Adam, for learning rate 1 and without weight decay."""
     if strategy.optimizer_state == "averaged":
         return steps * _ANY_STEP
     if strategy.optimizer_state == "keep" or (strategy.trains == "weights" and strategy.moments == "8bit"):
-        return steps * ADAM_STEP  # moments go on, or are not quite those of the gradients
+        return steps * ADAM_STEP  # moments are kept between rounds, or are rounded
     return _path_from_zero(min(steps, _LONG)) + max(0, steps - _LONG) * ADAM_STEP
 
 
 @cache
 def _path_from_zero(steps: int) -> float:
-    """The same from moments that are zero: step t is at most what makes ``ADAM_STEP``, with sums over t terms."""
+    """Largest change of an entry from zero moments: step t has the bound ``ADAM_STEP`` with sums over t terms."""
     ratio = _BETA1**2 / _BETA2
     first = (1 - _BETA1) / math.sqrt(1 - ratio) / math.sqrt(1 - _BETA2)
     return sum(first * math.sqrt((1 - ratio**t) * (1 - _BETA2**t)) / (1 - _BETA1**t) for t in range(1, steps + 1))
 
 
 def _shrinking(base: Tensor, order: float, training: TrainingConfig) -> float:
-    """Norm of this order of what a step of weight decay takes of a tensor, with a learning rate of 1."""
+    """Norm of the given order of the change by one step of weight decay, for learning rate 1."""
     return training.weight_decay * size(base, order) if training.weight_decay else 0.0
 
 
 def size(tensor: Tensor, order: float) -> float:
-    """A tensor's norm of this order, in float32."""
+    """A tensor's vector norm of the given order, in float32."""
     return float(torch.linalg.vector_norm(tensor.float(), order)) if tensor.numel() else 0.0
 
 
@@ -237,16 +237,16 @@ def cohort_bound(norms: Mapping[str, float], ratio: float) -> float:
 
 
 def heaviest(rows: Collection[int], ratio: float) -> float:
-    """The largest weight of a client in the mean: ``ratio`` times the median of the rows that its cohort declared.
+    """The largest weight of a client in the mean: ``ratio`` times the median number of rows in the cohort.
 
-    Whoever declares more weighs as much as that: with the others at the median and above, K clients in all, at most
-    ``ratio`` / (``ratio`` + (K - 1) / 2) of the mean. Infinite for one client.
+    A client that declares more rows gets this weight: among K clients, if half of the others are at the median or
+    above, its share of the mean is at most ``ratio`` / (``ratio`` + (K - 1) / 2). Infinite for one client.
 
     Args:
-        rows: that each client of the cohort declared.
-        ratio: how many times as many as the median client one may count for, from 1.
+        rows: numbers of rows that the clients of the cohort declared.
+        ratio: largest weight as a multiple of the median, from 1.
     """
-    # The lower of two middle numbers: of two clients the one that declares more is held against the other.
+    # The lower of two middle numbers: with two clients, the one that declares more is limited by the other.
     return math.floor(ratio * statistics.median_low(rows)) if len(rows) > 1 else math.inf
 
 
