@@ -65,7 +65,8 @@ def test_archive_is_the_same_each_time_and_names_nothing_of_the_operators_machin
     assert not [name for name, content in files.items() if str(operator).encode() in content]
     assert not [name for name, content in files.items() if b"PRIVATE" in content]
     config = yaml.safe_load(files["federation.yaml"])
-    assert not {"local", "checkpoint", "admission", "path"} & {*config, *config["model"], *config["evaluation"]}
+    assert not {"local", "checkpoint", "path"} & {*config, *config["model"], *config["evaluation"]}
+    assert config["admission"].keys() == {"max_noise", "max_rows"}
 
 
 def test_private_key_beside_the_certificate_is_not_packed(operator: Path, sent: Path, tmp_path: Path) -> None:
