@@ -171,7 +171,7 @@ def test_what_is_sent_and_believed_where_base_weights_change(rule: FedExLoRARule
     larger = {n: torch.cat([t, t], int(n.endswith(LORA_B))) for n, t in good.items()}
     for tensors, says in (
         (good | changed, r"base_layer.weight is frozen in this round but came back changed"),
-        (in_factors, r"1 missing tensor\(s\): model.layers.0.up_proj.lora_A.weight"),
+        (in_factors, r"lora_A.weight/left' was not to come; allowed: 6 others"),
         (
             larger,
             r"rank 8; allowed: 1 to 4" if any_rank else r"has shape \(8, 60\), expected \(4, 60\)",
