@@ -238,7 +238,7 @@ def run(
         "model": {"path": "m"},
         "strategy": {"name": "fedftg", "rank": 2},
         "rounds": rounds,
-        "training": {"learning_rate": 200.0, "local_steps": 1},  # so that random changes are possible
+        "training": {"learning_rate": 70.0, "local_steps": 1},  # so that random changes are possible
         "cohort": {"min_clients": len(sites)},
         **changes,
     }

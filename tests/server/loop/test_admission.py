@@ -80,7 +80,7 @@ def test_bad_update_is_refused_by_name_and_the_round_goes_on_without_it(tmp_path
     settings = {
         "cohort": cohort(3),
         "admission": {"norm_ratio": 5.0},
-        "training": {"learning_rate": 100.0, "local_steps": 1},
+        "training": {"learning_rate": 700.0, "local_steps": 1},
     }
     final = run(tmp_path, sites, 1, **settings)
     (refused,) = events(tmp_path, "update_refused", "client_failed")
