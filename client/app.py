@@ -1,13 +1,12 @@
 """The Flower ClientApp of a site: takes a message, lets the session work, answers.
 
-Heavy modules are imported only when a message is there. A ``FedSpanError`` is answered with its text; of any other
-exception only type and place leave the site, because its text might quote a row.
+Heavy modules are imported only when a message is there. What leaves of an error is in ``common.errors``: of one that
+may come from the rows never its text.
 """
 
 import logging
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -20,7 +19,7 @@ from flwr.common.constant import ErrorCode
 
 from common.config.load import load
 from common.config.site import SiteConfig
-from common.errors import ConfigError, FedSpanError
+from common.errors import ConfigError, FedSpanError, place_of
 from common.protocol.messages import (
     ARRAYS,
     EvaluateReply,
@@ -89,7 +88,8 @@ def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -
             reply = handler(site, request)
             clock = {"started": started, "finished": time.time()}
             content = gate.shared(replace(reply, seconds=site.session.seconds(), clock=clock)).to_record()
-            gate.admit(_each(content), _told(content), site.session.train_rows, site.session.update_norm)
+            own = site.session
+            gate.admit(_each(content), _told(content), own.train_rows, own.update_norm, own.aside)
             log.info("%s done in %.1f s", handler.__name__, time.time() - started, extra=known)
         except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
             return Message(_failure(error, gate, known).to_error(), reply_to=message)
@@ -106,10 +106,7 @@ def _failure(error: Exception, gate: "Gate | None", known: dict[str, object]) ->
             log.error("%s", error, extra=known)
     else:
         log.error("unexpected error", exc_info=error, extra=known)
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno}"
-        reason = f"{type(error).__name__} at {where}; the site's log says more"
-        failure = Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        failure = Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{place_of(error)}; the site's log says more")
     return failure if gate is None else gate.refuse(error, failure)
 
 
@@ -120,12 +117,18 @@ def hello(site: Site, request: HelloRequest) -> Hello:
 
 
 def train(site: Site, request: TrainRequest) -> TrainReply:
-    """Evaluate the state that came in, when asked to; train; send back the active tensors."""
+    """Evaluate the state that came in, when asked to; train; send back the active tensors.
+
+    All that can be wrong with the request is found before it is charged. From then on a site with `privacy` answers
+    with an update, whatever its rows do.
+    """
     from client.received import keep, receive
     from common.protocol import wire
 
     held = receive(request, request.active, site.session, site.gate, site.context)
-    scores = site.session.evaluate() if request.evaluate else {}
+    most = site.session.work(request.server_round, request.active).most_bytes()
+    scored = site.gate.charge(most, site.session.scored_rows if request.evaluate else 0)
+    scores = site.session.evaluate() if scored else {}
     tensors, numbers = site.session.train(request.server_round, request.active)
     keep(site.session.kept, site.context)
     return TrainReply(
@@ -141,11 +144,12 @@ def train(site: Site, request: TrainRequest) -> TrainReply:
 
 
 def evaluate(site: Site, request: EvaluateRequest) -> EvaluateReply:
-    """Evaluate the state that came in."""
+    """Evaluate the state that came in, as often as was agreed and on rows enough."""
     from client.received import receive
 
     receive(request, [], site.session, site.gate, site.context)
-    return EvaluateReply(scores=site.session.evaluate())
+    scored = site.gate.charge(0, site.session.scored_rows)
+    return EvaluateReply(scores=site.session.evaluate() if scored else {})
 
 
 app.query()(_answering(HelloRequest, hello))

@@ -4,7 +4,7 @@ A session holds everything that is expensive to make (model, tokenizer, encoded 
 than one message makes it once.
 """
 
-import random
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,20 +17,17 @@ import torch
 from client.held_weights import Weights
 from client.reach import Reach
 from client.site_model import Bases, SiteModel
-from client.training.galore import GaLore
-from client.training.inner import SecondMoments
 from client.training.moments import capture, restore
-from client.training.settings import describe, make_optimizer, pick_autocast
+from client.training.settings import describe, pick_autocast
 from client.training.trainer import train
-from client.update import changed_weights, trained_tensors
+from client.update import Outgoing, Work
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.data.evaluation import EvalSettings
 from common.data.rows import Row, split_held_out
 from common.data.tasks import make_task
-from common.errors import StaleStateError
+from common.errors import FedSpanError, StaleStateError, place_of
 from common.metrics import COUNTS
-from common.model import second_moments
 from common.model.adapters import cut
 from common.model.base_model import check_length
 from common.model.tuning import Tuned
@@ -38,7 +35,10 @@ from common.protocol.digest import tensors_digest
 from common.protocol.messages import Declared, Hello
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
+from common.system.machine import release
 from common.text import installed
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -54,6 +54,7 @@ class Session:
         kept: what the site keeps for its next round besides the federation's tensors: a local head, optimizer moments.
             A caller that makes a new session for every round carries it over.
         update_norm: L2 norm of the last update, as it is to leave.
+        aside: what went wrong in the last training that the operator is not told; None: nothing.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Session:
         self._left_out = 0  # rows
         self.kept: Tensors = {}
         self.update_norm: float | None = None
+        self.aside: str | None = None
 
     def hello(self) -> Hello:
         """Load everything once and tell what is there.
@@ -159,33 +161,55 @@ class Session:
                 if name in self.kept:
                     parameter.copy_(self.kept[name])
 
+    def work(self, server_round: int, active: list[str]) -> Work:
+        """What a round would be, from the state set before."""
+        return Work(self._model, self.federation, self.site.privacy, server_round, active, self.train_rows)
+
     def train(self, server_round: int, active: list[str]) -> tuple[Tensors, dict[str, float]]:
         """Train the active tensors for one round, from the state set before.
 
         Returns:
             What is to be sent: the active tensors after training, with FedFTG in factors where these are smaller (see
-            ``common.protocol.factors``), clipped and noised as the site file says; and numbers by name, those of
+            ``common.protocol.factors``), clipped and noised with `privacy`; and numbers by name, those of
             ``common.protocol.messages.TRAINING``.
 
         Raises:
-            TrainingError: training cannot start or go on.
+            TrainingError: training cannot start or go on; with `privacy` noise alone is to be sent then.
         """
-        started = time.monotonic()
+        started, self.aside = time.monotonic(), None
+        work = self.work(server_round, active)
+        start = work.start()
+        done = self._trained(work, start)
+        if done is None:
+            release()
+            done = work.nothing(start)
+        update, numbers = done
+        self.update_norm = update.norm
+        if update.wire_error is not None:
+            numbers["wire_error"] = update.wire_error
+        if self._left_out:
+            numbers["rows_left_out"] = self._left_out
+        self._seconds["train"] = time.monotonic() - started
+        return update.tensors, numbers
+
+    def _trained(self, work: Work, start: Tensors) -> tuple[Outgoing, dict[str, float]] | None:
+        """An honest update and its numbers; None with `privacy` when anything fails, as ``aside`` says."""
+        try:
+            return self._train(work, start)
+        except Exception as error:  # whatever a row brings about, the answer is of one form
+            if self.site.privacy is None:
+                raise
+            what = str(error) if isinstance(error, FedSpanError) else place_of(error)
+            self.aside = f"noise alone leaves, training failed: {what}"
+            log.error("not told to the operator: %s", self.aside, exc_info=error)
+        return None
+
+    def _train(self, work: Work, start: Tensors) -> tuple[Outgoing, dict[str, float]]:
         federation, training = self.federation, self.federation.training
-        parameters = {name: self._tuned.parameters[name] for name in second_moments.without(active)}
-        for name, parameter in self._tuned.parameters.items():
-            parameter.requires_grad_(name in parameters)
-        if training.gradient_checkpointing:
-            self._tuned.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        encoded = self._encoded
-        seed = f"{training.seed}/{self.site.name}/{server_round}"
-        torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311 - dropout
-        mine = parameters | self._tuned.local
-        optimizer = self._optimizer(mine, server_round)
-        received = {} if isinstance(optimizer, GaLore) else _copy(parameters)  # GaLore notes the changes itself
+        encoded, seed, optimizer = self._encoded, work.begin(self.site.name), work.optimizer()
         keep = federation.strategy.optimizer_state == "keep"
         if keep:
-            restore(optimizer, mine, self.kept)
+            restore(optimizer, work.mine, self.kept)
         result = train(
             self._tuned.model,
             optimizer,
@@ -193,56 +217,46 @@ class Session:
             self._task.collater(self._model.base.tokenizer),
             self._task.loss_sum,
             training,
-            server_round=server_round,
+            server_round=work.server_round,
             rounds=federation.rounds,
             max_batch_size=self._max_batch_size,
             device=self._model.device,
             autocast=pick_autocast(self.site.precision, self._model.device),
             seed=seed,
+            go_on=self.site.privacy is not None,
         )
         self._max_batch_size = result.micro_batch
         numbers: dict[str, float] = asdict(result)
-        privacy = self.site.privacy
-        if isinstance(optimizer, GaLore):
-            start, exchange = self._model.weights.tensors, self._model.exchange(server_round)
-            moments = federation.strategy.optimizer_state == "averaged"
-            update = changed_weights(optimizer, list(parameters), start, exchange, privacy, moments=moments)
-        else:  # beside base weights, which are federated in float32, factors are, too
-            update = trained_tensors(parameters, received, privacy, in_float32=federation.strategy.changes_base)
-        self.update_norm = update.norm
-        if update.wire_error is not None:
-            numbers["wire_error"] = update.wire_error
-        self.kept = _copy(self._tuned.local)
+        if not_finite := numbers.pop("not_finite"):
+            self.aside = f"{not_finite} losses or gradients were not finite and count as zero"
+            log.warning("not told to the operator: %s", self.aside)
+        update = work.update(optimizer, start)
+        self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}
         if keep:
-            self.kept |= capture(optimizer, mine)
-        if self._left_out:
-            numbers["rows_left_out"] = self._left_out
-        self._seconds["train"] = time.monotonic() - started
-        return update.tensors, numbers
+            self.kept |= capture(optimizer, work.mine)
+        return update, numbers
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself.
 
         Counts by label stay here: they tell how many patients of a site have what.
         """
-        held_out = self._rows[1]
-        if not held_out or not self.site.shares_metrics:
+        if not self.scored_rows:
             return {}
-        started = time.monotonic()
-        metrics = self._task.evaluate(
-            self._tuned.model,
-            self._model.base.tokenizer,
-            held_out,
-            EvalSettings(
-                self.federation.evaluation,
-                self.federation.training.max_length,
-                self._model.device,
-                self.site.data.system,
-                pick_autocast(self.site.precision, self._model.device),
-            ),
-        )
+        started, held_out, config = time.monotonic(), self._rows[1], self.federation.evaluation
+        if min(config.generate, len(held_out)) < self.site.policy.min_held_out:
+            config = config.model_copy(update={"generate": 0})
+        device, length = self._model.device, self.federation.training.max_length
+        autocast = pick_autocast(self.site.precision, device)
+        settings = EvalSettings(config, length, device, self.site.data.system, autocast)
+        metrics = self._task.evaluate(self._tuned.model, self._model.base.tokenizer, held_out, settings)
         self._seconds["evaluate"] = time.monotonic() - started
         return {key: value for key, value in metrics.items() if not key.startswith(COUNTS)}
+
+    @property
+    def scored_rows(self) -> int:
+        """Held-out rows that an evaluation scores; 0 when the site holds nothing out, or keeps scores to itself."""
+        return min(len(self._rows[1]), self.federation.evaluation.max_examples) if self.site.shares_metrics else 0
 
     @property
     def train_rows(self) -> int:
@@ -278,19 +292,3 @@ class Session:
     def _encoded(self) -> list[Any]:
         system, length = self.site.data.system, self.federation.training.max_length
         return self._task.examples(self._model.base.tokenizer, self._rows[0], system, length)
-
-    def _optimizer(self, parameters: dict[str, torch.nn.Parameter], server_round: int) -> torch.optim.Optimizer:
-        basis, moments = self._model.exchange(server_round).basis, self._second_moments(server_round)
-        training, strategy = self.federation.training, self.federation.strategy
-        return make_optimizer(parameters, training, strategy, server_round, basis, moments)
-
-    def _second_moments(self, server_round: int) -> SecondMoments | None:
-        """What the round begins with."""
-        if self.federation.strategy.optimizer_state != "averaged":
-            return None
-        steps = self.federation.training.steps(self.train_rows)
-        return SecondMoments(self._model.weights.tensors, (server_round - 1) * steps)
-
-
-def _copy(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
-    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}

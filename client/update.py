@@ -1,6 +1,7 @@
-"""What leaves of a round's training: the update in the form in which it travels, clipped and noised where asked."""
+"""A round's work at a site, and its update in the form in which it travels, clipped and noised where asked."""
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,12 +9,17 @@ import torch
 from torch import Tensor
 
 from client.privacy.noise import norm_of, private
+from client.site_model import SiteModel
 from client.training.galore import GaLore
+from client.training.inner import SecondMoments
+from client.training.settings import make_optimizer
+from client.training.trainer import schedule
+from common.config.federation import FederationConfig
 from common.config.site import PrivacyConfig
 from common.linalg.subspace import projects_right
 from common.model import second_moments
 from common.model.families import in_head
-from common.protocol.factors import Exchange, Factors, pack, rounding_error
+from common.protocol.factors import Exchange, Factors, pack, packed_bytes, rounding_error
 from common.protocol.tensors import Tensors
 
 
@@ -149,3 +155,123 @@ def _noised_in_basis(
         pair = (noised[name], bases[name]) if projects_right(start[name].shape) else (bases[name], noised[name])
         result[name] = Factors(change.decay, [pair], common=True)
     return result, {name: noised[name] for name in moved}
+
+
+class Work:
+    """One round. It is looked at as a whole before a row is touched.
+
+    Args:
+        model: the site's, in the state that the round begins with.
+        federation: the federation's settings.
+        privacy: the site's.
+        server_round: from 1.
+        active: names of the tensors that are trained and sent.
+        rows: of the shard that are trained on.
+
+    Attributes:
+        server_round: as given.
+        parameters: what is trained and sent, by name.
+        mine: the same, and what is trained and stays.
+        steps: optimizer steps.
+    """
+
+    def __init__(
+        self,
+        model: SiteModel,
+        federation: FederationConfig,
+        privacy: PrivacyConfig | None,
+        server_round: int,
+        active: list[str],
+        rows: int,
+    ) -> None:
+        self._model, self._federation, self._privacy = model, federation, privacy
+        self.server_round, self._active = server_round, active
+        self.parameters = {name: model.tuned.parameters[name] for name in second_moments.without(active)}
+        self.mine = self.parameters | model.tuned.local
+        self.steps = federation.training.steps(rows)
+
+    def begin(self, site: str) -> str:
+        """Make the model ready for training; the seed of the order of rows, and already of dropout."""
+        training = self._federation.training
+        if training.gradient_checkpointing:
+            self._model.tuned.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        seed = f"{training.seed}/{site}/{self.server_round}"
+        torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311 - dropout
+        return seed
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new one; of the tensors that are exchanged nothing else is trained.
+
+        Raises:
+            TrainingError: the settings do not fit the weights.
+        """
+        for name, parameter in self._model.tuned.parameters.items():
+            parameter.requires_grad_(name in self.parameters)
+        training, strategy, moments = self._federation.training, self._federation.strategy, self.second_moments()
+        basis = self._model.exchange(self.server_round).basis if strategy.trains == "weights" else None
+        return make_optimizer(self.mine, training, strategy, self.server_round, basis, moments)
+
+    def second_moments(self) -> SecondMoments | None:
+        """What the round begins with."""
+        if self._federation.strategy.optimizer_state != "averaged":
+            return None
+        return SecondMoments(self._model.weights.tensors, (self.server_round - 1) * self.steps)
+
+    def most_bytes(self) -> int:
+        """Most bytes of the update's tensors; it depends on shapes and settings alone.
+
+        Raises:
+            TrainingError: see ``optimizer``.
+        """
+        self.optimizer()  # what is wrong with the settings is told before anything is charged
+        strategy = self._federation.strategy
+        if strategy.trains != "weights":
+            return sum(p.numel() * (4 if strategy.changes_base else p.element_size()) for p in self.parameters.values())
+        weights, exchange = self._model.weights.tensors, self._model.exchange(self.server_round)
+        whole = {name: 4 * weights[name].numel() for name in self._active}
+        if self._privacy is not None and exchange.basis is None:
+            return sum(whole.values())
+        directions = strategy.rank * strategy.bases(self.steps)
+        factored = [name for name in self.parameters if not in_head(name)]
+        return sum({**whole, **{n: packed_bytes(weights[n].shape, directions, exchange) for n in factored}}.values())
+
+    def start(self) -> Tensors:
+        """What the update will be relative to; GaLore notes the changes itself."""
+        if self._federation.strategy.trains == "weights":
+            return {}
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def update(self, optimizer: torch.optim.Optimizer, start: Mapping[str, Tensor]) -> Outgoing:
+        """What leaves after training."""
+        if isinstance(optimizer, GaLore):
+            weights, exchange = self._model.weights.tensors, self._model.exchange(self.server_round)
+            moments = self._federation.strategy.optimizer_state == "averaged"
+            return changed_weights(optimizer, list(self.parameters), weights, exchange, self._privacy, moments=moments)
+        # Beside base weights, which are federated in float32, factors are, too.
+        in_float32 = self._federation.strategy.changes_base
+        return trained_tensors(self.parameters, start, self._privacy, in_float32=in_float32)
+
+    def nothing(self, start: Mapping[str, Tensor]) -> tuple[Outgoing, dict[str, float]]:
+        """What leaves instead when training with `privacy` has failed: noise alone, in the form of an honest update.
+
+        Names, shapes, types and factors are the same, and so are the decay of the weights and the numbers beside it:
+        nobody can tell from what leaves that anything went wrong, and so not what rows would make it go wrong.
+        """
+        training, strategy = self._federation.training, self._federation.strategy
+        factors = schedule(training, self.server_round, self._federation.rounds, self.steps)
+        rates = [training.learning_rate * factor for factor in factors]
+        numbers = {"steps": float(self.steps), "learning_rate": rates[-1]}
+        for parameter in self.mine.values():
+            parameter.grad = None
+        if strategy.trains != "weights":
+            return trained_tensors(start, start, self._privacy, in_float32=strategy.changes_base), numbers
+        weights, decay = self._model.weights.tensors, 1.0
+        for rate in rates:
+            decay *= 1.0 - rate * training.weight_decay
+        changes = {name: Factors(decay, [], common=True) for name in self.parameters if not in_head(name)}
+        whole = {name: weights[name] for name in self.parameters if in_head(name)}
+        return factored_weights(
+            changes, whole, weights, self._model.exchange(self.server_round), self._privacy
+        ), numbers

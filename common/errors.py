@@ -24,13 +24,16 @@
         └── UnreachableError   nobody answers at the SuperLink's address; it may come up later
 
 The text of an error names the mistake, its place, and the allowed values. It never holds a row of a private shard: a
-site sends the text of a ``FedSpanError`` to the operator, and for any other exception only type and place.
+site sends the text of a ``FedSpanError`` to the operator, and for any other exception only type and place. Once rows
+are touched for a message, errors that may come from them (all but ``PUBLIC``) are answered with a sentence of ``SAID``.
 
 Programs read two numbers, never the text. ``code`` names the class in a site's reply (``common.protocol.messages``);
 Flower's own codes are below 1000. ``exit_code`` is a command's: 2 when a file or an argument is wrong, 1 otherwise.
 """
 
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -183,10 +186,24 @@ def kind_of(error: BaseException) -> str:
     return type(error).__name__
 
 
+def place_of(error: BaseException) -> str:
+    """Type and place of an error whose text may quote a row."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{kind_of(error)} at {Path(place.filename).name}:{place.lineno}"
+
+
 #: Errors that a site may answer with; any other ``FedSpanError`` becomes its nearest base class among these.
 AT_A_SITE: tuple[type[FedSpanError], ...] = (FedSpanError, ConfigError, DataError, ModelError, SelectionError)
 AT_A_SITE += (TrainingError, DivergedError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
 #: Errors that do not depend on rows, so that their code and text may leave a site with `privacy`, too.
 PUBLIC = (ConfigError, ModelError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
+#: What a site says of all other errors, beside the code, once a round or an evaluation is charged. With `privacy` it
+#: always says the last, with its code.
+SAID: dict[type, str] = {
+    DataError: "its shard cannot be used",
+    DivergedError: "the numbers of its training overflowed; lower training.learning_rate",
+    TrainingError: "its training could not start or go on, as when memory runs out",
+    FedSpanError: "this site could not do its part",
+}
 #: Kinds of errors for numbers that overflowed, or soon would: the learning rate is too large.
 DIVERGED = frozenset(error.__name__ for error in (DivergedError, DivergedUpdate, DivergedAverage))

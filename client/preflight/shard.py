@@ -34,10 +34,21 @@ def duplicates(subject: Subject) -> Finding:
 def held_out(subject: Subject) -> Finding:
     """Number of rows for training, and of rows held out for evaluation."""
     train, kept = subject.split
+    policy, federation = subject.site.policy, subject.federation
     found = f"{len(train):,} rows to train on, {len(kept):,} held out"
     if subject.site.data.held_out > 0 and not kept:
         mend = "raise `data.held_out`, or set it to 0 if this site shall not evaluate"
         return Finding("warning", f"{found}: this site will not evaluate", mend)
+    touched = len(train) if federation is None else federation.training.rows_touched(len(train))
+    if touched < policy.min_rows_per_update:
+        mend = "ask the operator for more `training.local_steps` or a larger `training.batch_size`"
+        few = f"a round trains on {touched:,}, fewer than `policy.min_rows_per_update` {policy.min_rows_per_update:,}"
+        return Finding("FAIL", f"{found}; {few}: the site will refuse it", mend)
+    scored = len(kept) if federation is None else min(len(kept), federation.evaluation.max_examples)
+    if 0 < scored < policy.min_held_out:
+        mend = "raise `data.held_out`, or ask the operator for a larger `evaluation.max_examples`"
+        few = f"{scored:,} would be scored, fewer than `policy.min_held_out` {policy.min_held_out:,}"
+        return Finding("warning", f"{found}; {few}: no scores leave", mend)
     return Finding("ok", found)
 
 

@@ -1,15 +1,16 @@
 """The gate through which every message comes into a site and every answer leaves it.
 
 It refuses what the site file does not allow, keeps back what is not to be shared, and has everything in the ledger
-before it leaves. What was done before is counted from the ledger alone, so a restart forgets nothing.
+before it leaves. What an answer costs is charged there before a row is touched, and stays charged, whatever comes of
+it. What was done before is counted from the ledger alone, so a restart forgets nothing.
 """
 
 import logging
 import math
 import os
-from collections import Counter
+import sys
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,48 +19,21 @@ import torch
 from torch import Tensor
 
 from client.privacy.agreement import Agreement, agreements_of, find, read_agreements
-from client.privacy.ledger import Entry, Ledger
-from client.privacy.noise import cost, epsilon, norm_of
+from client.privacy.budget import Totals, most_evaluations, rounded
+from client.privacy.ledger import Ledger
+from client.privacy.noise import norm_of
 from common.config.federation import FederationConfig
-from common.config.site import PrivacyConfig, SiteConfig
+from common.config.site import SiteConfig
 from common.config.strategy import names
-from common.errors import PUBLIC, DivergedError, FedSpanError, LedgerError, PolicyError
+from common.errors import PUBLIC, SAID, DivergedError, FedSpanError, LedgerError, PolicyError
 from common.protocol.digest import tensor_digest
 from common.protocol.fields import Content
-from common.protocol.messages import Failure, HelloRequest, State
+from common.protocol.messages import EvaluateReply, Failure, HelloRequest, State
 
 BUNDLE = "FEDSPAN_BUNDLE"  # environment variable: digest of the bundle whose code this process runs
 _PEFT = "base_model.model."  # what stands before the model's own names under LoRA
 Reply = TypeVar("Reply", bound=Content)
 log = logging.getLogger(__name__)
-
-
-class Totals:
-    """What has left the site so far, by its ledger.
-
-    A round is an update that left: numbers of rounds and runs are the server's to choose.
-
-    Attributes:
-        rounds: by federation.
-        day_rounds: by day (UTC).
-        day_bytes: bytes of tensors, by day.
-        mu_squared: cost of all noised updates (``client.privacy.noise``).
-    """
-
-    def __init__(self) -> None:
-        self.rounds, self.day_rounds, self.day_bytes = Counter[str](), Counter[str](), Counter[str]()
-        self.mu_squared = 0.0
-
-    def add(self, entry: Entry) -> None:
-        """Count an entry."""
-        if entry["event"] != "sent" or entry["message"] != "train":
-            return
-        day = entry["time"][:10]
-        self.rounds[entry["federation"]] += 1
-        self.day_rounds[day] += 1
-        self.day_bytes[day] += entry["out"]["bytes"]
-        if entry["privacy"] is not None:
-            self.mu_squared += cost(entry["privacy"]["noise_multiplier"])
 
 
 def ledger_of(site: SiteConfig, site_file: Path, folder: Path | None = None) -> Path:
@@ -102,6 +76,8 @@ class Gate:
         self._received = _facts([])
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}
         self._about |= {"round": None, "bundle": os.environ.get(BUNDLE, "not known")}
+        self._federation: FederationConfig | None = None
+        self._charged: dict[str, Any] | None = None  # what was charged for this message
 
     def agreed(self, request: HelloRequest) -> Agreement:
         """What the site has agreed to, if that is what a request asks for.
@@ -125,7 +101,7 @@ class Gate:
         """
         number, active = (request.server_round, request.active) if isinstance(request, State) else (None, [])
         self._about |= {"federation": federation.name, "strategy": federation.strategy.name, "round": number}
-        self._active = frozenset(active)
+        self._active, self._federation = frozenset(active), federation
         policy, strategy = self.site.policy, federation.strategy.name
         for key, value, allowed in (
             ("federations", federation.name, policy.federations),
@@ -138,22 +114,58 @@ class Gate:
             raise PolicyError("this site's policy: `privacy` allows `optimizer_state` reset; averaged has no noise")
         for name in active:
             self._check_name(name)
+        self._check_touched(federation.training.rows_touched(sys.maxsize))
         with self._ledger.opened():
-            self._check_totals(0)
+            self._totals.check(self.site, federation, self._about["message"])
 
     def check_rows(self, rows: int) -> None:
-        """Raise a PolicyError when the shard has fewer training rows than the policy asks for."""
+        """Raise a PolicyError when the shard, or a round, has fewer training rows than the policy asks for."""
+        assert self._federation is not None  # noqa: S101 - ``check`` comes first
         least = self.site.policy.min_examples
         if least is not None and rows < least:
             raise PolicyError(f"this site's policy: `min_examples` is {least}; it has fewer training rows")
+        self._check_touched(self._federation.training.rows_touched(rows))
 
     def receive(self, tensors: Mapping[str, Tensor]) -> None:
         """Take note of the tensors that came with the message."""
         self._received = _facts(tensors.items())
 
+    def charge(self, most_bytes: int, scored_rows: int) -> bool:
+        """Write down what a message costs, before a row is touched for it; from then on it has cost that.
+
+        Args:
+            most_bytes: of tensors that may leave.
+            scored_rows: held-out rows that are to be scored; 0: none.
+
+        Returns:
+            Whether they may be.
+
+        Raises:
+            PolicyError: a limit does not allow it.
+            LedgerError: the ledger is damaged or cannot be written.
+        """
+        assert self._federation is not None  # noqa: S101 - ``check`` comes first
+        policy, message, federation = self.site.policy, self._about["message"], self._federation
+        with self._ledger.opened():
+            self._totals.check(self.site, federation, message, most_bytes)
+            scores = self._may_score(scored_rows)
+            if message == "train" or scores:
+                privacy = self.site.privacy if message == "train" else None
+                spent = None if privacy is None else self._totals.spent(privacy)
+                facts = {"bytes": most_bytes, "evaluation": scores, "privacy": spent}
+                self._append({"event": "charged", **self._about, **facts})
+                self._charged = {**facts, "line": self._ledger.lines}
+        if scores:
+            most = self._totals.evaluations[federation.name], most_evaluations(policy, federation)
+            log.info("scores of %d held-out rows leave, time %d of at most %d", scored_rows, *most)
+        return scores
+
     def shared(self, reply: Reply) -> Reply:
-        """A reply without what stays here, as ``common.protocol.messages`` declares it."""
-        return reply.shared(scores=self.site.shares_metrics, private=self.site.privacy is not None)
+        """A reply without what stays here, as ``common.protocol.messages`` declares it; its scores rounded."""
+        shared = reply.shared(scores=self.site.shares_metrics, private=self.site.privacy is not None)
+        if isinstance(shared, EvaluateReply):
+            shared = replace(shared, scores=rounded(shared.scores, self.site.policy.score_step))
+        return shared
 
     def admit(
         self,
@@ -161,6 +173,7 @@ class Gate:
         told: list[str],
         rows: int,
         norm: float | None,
+        aside: str | None = None,
     ) -> None:
         """Check a reply and have it in the ledger; only then may it leave.
 
@@ -169,6 +182,7 @@ class Gate:
             told: names of all else that the reply holds.
             rows: training rows.
             norm: of the last update, as it is to leave; None when there is none.
+            aside: what went wrong that the operator is not told; it is for the ledger.
 
         Raises:
             PolicyError: it may not leave.
@@ -188,10 +202,13 @@ class Gate:
             raise PolicyError(
                 f"this site's policy: `max_update_norm` is {policy.max_update_norm:g}; the update's norm is above it"
             )
-        facts = {"event": "sent", **self._about, "rows": rows, "in": self._received, "out": out}
+        charged = self._charged or {"line": None, "bytes": 0, "privacy": None}
+        if out["bytes"] > charged["bytes"]:
+            raise PolicyError(f"{out['bytes']} bytes of tensors do not leave: {charged['bytes']} were charged")
+        facts = {"event": "sent", **self._about, "charged": charged["line"], "rows": rows, "in": self._received}
+        facts |= {"out": out, "told": told, "update_norm": norm, "privacy": charged["privacy"], "aside": aside}
         with self._ledger.opened():
-            self._check_totals(out["bytes"])
-            self._append({**facts, "told": told, "update_norm": norm, "privacy": self._spent()})
+            self._append(facts)
 
     def refuse(self, error: Exception, failure: Failure) -> Failure:
         """Note that a message is answered with an error; the answer that leaves.
@@ -201,25 +218,47 @@ class Gate:
             failure: the answer for the operator.
         """
         reason, code = failure.reason, failure.code
-        if self.site.privacy is not None and not isinstance(error, PUBLIC):
+        private = self.site.privacy is not None
+        if not isinstance(error, PUBLIC) and (private or (self._charged and isinstance(error, FedSpanError))):
             log.warning("not told to the operator: %s", reason)
-            reason, code = "this site could not do its part; its own log says why", FedSpanError.code
+            kind = FedSpanError if private else next(kind for kind in type(error).__mro__ if kind in SAID)
+            code = FedSpanError.code if private else code
+            reason = f"{SAID[kind]}; the site's own log says more"
         if self._about["message"] == "hello" and isinstance(error, FedSpanError):
             reason = f"{self.site.name}: {reason}"  # the server does not know yet who speaks
-        kind = "refused" if isinstance(error, PolicyError) else "failed"
-        log.warning("%s of federation %s %s: %s", self._about["message"], self._about["federation"], kind, reason)
+        event = "refused" if isinstance(error, PolicyError) else "failed"
+        log.warning("%s of federation %s %s: %s", self._about["message"], self._about["federation"], event, reason)
         if not isinstance(error, LedgerError):
             try:
                 with self._ledger.opened():
-                    self._append({"event": kind, **self._about, "reason": reason})
+                    self._append({"event": event, **self._about, "reason": reason})
             except LedgerError as damage:
                 log.warning("%s", damage)
                 return Failure.of(damage)
         return Failure(code, reason)
 
+    def _check_touched(self, rows: int) -> None:
+        least = self.site.policy.min_rows_per_update
+        if rows < least:
+            raise PolicyError(
+                f"this site's policy: `min_rows_per_update` is {least}; a round here trains on fewer rows"
+            )
+
+    def _may_score(self, rows: int) -> bool:
+        """Whether scores of so many held-out rows may leave; the log says why not."""
+        assert self._federation is not None  # noqa: S101 - the caller has looked
+        policy = self.site.policy
+        if 0 < rows < policy.min_held_out:
+            log.warning("no scores leave: of %d held-out rows, `policy.min_held_out` is %d", rows, policy.min_held_out)
+        elif rows > 0 and self._totals.evaluations_left(policy, self._federation) <= 0:
+            log.warning("no scores leave: all evaluations that `policy.max_evaluations` allows are made")
+        else:
+            return rows > 0
+        return False
+
     def _append(self, facts: dict[str, Any]) -> None:
         if self._ledger.lines == 0:
-            self._ledger.append({"event": "begun", "site": self.site.name, "format": 1})
+            self._ledger.append({"event": "begun", "site": self.site.name, "format": 2})
         self._ledger.append(facts)
 
     def _check_name(self, name: str) -> None:
@@ -228,42 +267,6 @@ class Gate:
             return
         if not any(fnmatchcase(own, p) for p in patterns for own in (name, name.removeprefix(_PEFT))):
             raise PolicyError(f"this site's policy: `tensors` allows {', '.join(patterns)}; asked was {name}")
-
-    def _check_totals(self, more_bytes: int) -> None:
-        """Whether one more update may leave, of so many bytes; nothing counts but training."""
-        policy, totals, message, day = self.site.policy, self._totals, self._about["message"], _today()
-        if message == "evaluate":
-            return
-        if policy.max_rounds is not None and totals.rounds[self._about["federation"]] >= policy.max_rounds:
-            raise PolicyError(f"this site's policy: `max_rounds` is {policy.max_rounds}; all of them are trained")
-        if self.site.privacy is not None:
-            self._check_budget(self.site.privacy)
-        if message == "hello":  # a day's limits are another tomorrow
-            return
-        most = policy.max_rounds_per_day
-        if most is not None and totals.day_rounds[day] >= most:
-            raise PolicyError(f"this site's policy: `max_rounds_per_day` is {most}; all of them are trained today")
-        most, spent = policy.max_upload_bytes_per_day, totals.day_bytes[day]
-        if most is not None and (spent >= most or spent + more_bytes > most):
-            raise PolicyError(f"this site's policy: `max_upload_bytes_per_day` is {most}; {spent} have left today")
-
-    def _check_budget(self, privacy: PrivacyConfig) -> None:
-        after = epsilon(self._totals.mu_squared + cost(privacy.noise_multiplier), privacy.delta)
-        if after > privacy.max_epsilon:
-            so_far = epsilon(self._totals.mu_squared, privacy.delta)
-            raise PolicyError(
-                f"this site's privacy: `max_epsilon` is {privacy.max_epsilon:g}; {so_far:.4g} are spent, one more "
-                f"round would make it {after:.4g} (delta {privacy.delta:g})"
-            )
-
-    def _spent(self) -> dict[str, float] | None:
-        """What this update costs, and all with it."""
-        privacy = self.site.privacy
-        if privacy is None or self._about["message"] != "train":
-            return None
-        one, total = cost(privacy.noise_multiplier), self._totals.mu_squared + cost(privacy.noise_multiplier)
-        spent = {"epsilon_round": epsilon(one, privacy.delta), "epsilon_total": epsilon(total, privacy.delta)}
-        return {**privacy.model_dump(), **spent}
 
 
 def _facts(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
@@ -277,7 +280,3 @@ def _facts(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         found[name] = [dtype, shape, number, tensor_digest(tensor), norm if math.isfinite(norm) else None]
         size += number
     return {"bytes": size, "tensors": found}
-
-
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()

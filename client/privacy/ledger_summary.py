@@ -20,6 +20,8 @@ class _Run:
     begun: str
     ended: str = ""
     rounds: set[int] = field(default_factory=set)
+    charged: int = 0
+    evaluations: int = 0
     updates: int = 0
     bytes: int = 0
     rows: set[int] = field(default_factory=set)
@@ -38,6 +40,7 @@ class _Story:
         self.refused: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.mended: list[str] = []
+        self.aside: Counter[str] = Counter()
         self.privacy: dict[str, float] = {}
 
     def add(self, entry: Entry) -> None:
@@ -47,15 +50,24 @@ class _Story:
             self.site = entry["site"]
         elif event == "mended":
             self.mended.append(f"line {entry['line']}, {_minute(entry['time'])}: {entry['bytes']} bytes")
+        elif event == "charged":
+            run = self._run(entry)
+            run.charged += entry["message"] == "train"
+            run.evaluations += entry["evaluation"]
+            self.privacy = entry["privacy"] or self.privacy
         elif event == "sent":
             self._sent(entry)
         else:
             (self.refused if event == "refused" else self.failed)[entry["reason"]] += 1
 
-    def _sent(self, entry: Entry) -> None:
+    def _run(self, entry: Entry) -> _Run:
         key = (entry["federation"], entry["run"])
         run = self.runs.setdefault(key, _Run(entry["strategy"], entry["time"]))
         run.ended = entry["time"]
+        return run
+
+    def _sent(self, entry: Entry) -> None:
+        run = self._run(entry)
         run.rows.add(entry["rows"])
         run.told |= set(entry["told"])
         run.bundles.add(entry["bundle"])
@@ -66,6 +78,9 @@ class _Story:
             run.updates += 1
             run.noised += entry["privacy"] is not None
             self.privacy = entry["privacy"] or self.privacy
+            run.charged += "charged" not in entry  # by a version that counted what had left
+        if entry.get("aside"):
+            self.aside[entry["aside"]] += 1
 
 
 def summary(path: Path, head: str | None = None) -> str:
@@ -86,6 +101,7 @@ def summary(path: Path, head: str | None = None) -> str:
     lines += _privacy(story)
     lines += _counted("Refused by this site's policy", story.refused)
     lines += _counted("Answered with an error, whose text left", story.failed)
+    lines += _counted("Went wrong here, and was not told", story.aside)
     if story.mended:
         lines += ["Lines without an end, left by a crash, of which nothing had left the site:"]
         lines += [f"  {text}" for text in story.mended] + [""]
@@ -95,12 +111,13 @@ def summary(path: Path, head: str | None = None) -> str:
 
 
 def _run(federation: str, number: str, run: _Run) -> list[str]:
-    rows = " to ".join(f"{n:,}" for n in sorted({min(run.rows), max(run.rows)}))
+    rows = " to ".join(f"{n:,}" for n in sorted({min(run.rows), max(run.rows)})) if run.rows else "none"
     rounds = f"{len(run.rounds)}" + (f" ({min(run.rounds)} to {max(run.rounds)})" if run.rounds else "")
     return [
         one_line(f"Federation {federation}, strategy {run.strategy}, run {number}", SENTENCE),
         f"  from, to         {_minute(run.begun)}, {_minute(run.ended)} UTC",
-        f"  rounds trained   {rounds}; {run.updates} updates sent, {run.noised} of them noised",
+        f"  rounds trained   {rounds}; {run.charged} charged, {run.updates} updates sent, {run.noised} of them noised",
+        f"  evaluations      {run.evaluations} of held-out rows",
         f"  bytes of tensors {run.bytes:,}",
         f"  training rows    {rows} (the number leaves, the rows do not)",
         f"  tensors          {_some(run.tensors)}",
@@ -112,11 +129,11 @@ def _run(federation: str, number: str, run: _Run) -> list[str]:
 
 def _privacy(story: _Story) -> list[str]:
     updates, noised = sum(r.updates for r in story.runs.values()), sum(r.noised for r in story.runs.values())
-    if not noised:
-        return ["Differential privacy: none; no noise was added to what left.", ""] if updates else []
     spent = story.privacy
+    if not spent:
+        return ["Differential privacy: none; no noise was added to what left.", ""] if updates else []
     lines = [
-        f"Differential privacy: {noised} updates were clipped to {spent['clip']:g} and noised; together they spent",
+        f"Differential privacy: {noised} updates were clipped to {spent['clip']:g} and noised; what was charged spent",
         f"  epsilon {spent['epsilon_total']:.4g} at delta {spent['delta']:g}, of at most {spent['max_epsilon']:g}.",
     ]
     if noised < updates:

@@ -36,6 +36,7 @@ class TrainResult:
         learning_rate: learning rate of the last step.
         peak_memory_bytes: peak memory on the CUDA device; 0 on a CPU.
         micro_batch: rows per forward pass at the end; fewer than at the start when memory ran out.
+        not_finite: losses and gradients that were not finite and counted as zero.
     """
 
     loss: float
@@ -47,6 +48,7 @@ class TrainResult:
     learning_rate: float
     peak_memory_bytes: int
     micro_batch: int
+    not_finite: int = 0
 
 
 def train(
@@ -63,6 +65,7 @@ def train(
     device: torch.device,
     autocast: torch.dtype | None,
     seed: str,
+    go_on: bool = False,
 ) -> TrainResult:
     """Train for one round.
 
@@ -82,6 +85,8 @@ def train(
         device: the model's device.
         autocast: dtype of forward and backward; None: the weights' own.
         seed: seed for the order of rows.
+        go_on: count a loss or gradient that is not finite as zero, and let every parameter take part in every step; so
+            neither an error nor a weight's decay tells of a row.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -99,32 +104,35 @@ def train(
             "`precision` float16 scales gradients, which float16 weights do not allow; allowed with `model.dtype` "
             "float16: `precision` float32 or bfloat16; with `precision` float16: `model.dtype` float32"
         )
-    passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer)
+    watch = _Watch(optimizer, parameters) if go_on else None
+    passes = _Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer, watch)
     for_bases = _shuffled(len(examples), config.rows_per_step, f"{seed}/bases", carry_over=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
     losses: list[float] = []
     started = time.monotonic()
-    for step in range(steps):
-        factor = schedule_factor(config, (server_round - 1 + step / steps) / rounds)
-        for group, rate in zip(optimizer.param_groups, peak, strict=True):
-            group["lr"] = rate * factor
-        place = f"round {server_round}, step {step + 1}"
-        optimizer.zero_grad(set_to_none=True)
-        if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
-            batches = [[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)]
-            _refresh(galore, passes, batches, place)
-        rows = [examples[i] for i in next(order)]
-        # A gradient scaler must see the gradients before they are projected, so nothing is projected in backward.
-        with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
-            loss = passes.backward([rows], place)
-        scaler.unscale_(optimizer)
-        if config.max_grad_norm is not None and galore is None:  # GaLore clips the projected gradients itself
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss)
+    with nullcontext() if watch is None else watch:
+        for step, factor in enumerate(schedule(config, server_round, rounds, steps)):
+            for group, rate in zip(optimizer.param_groups, peak, strict=True):
+                group["lr"] = rate * factor
+            place = f"round {server_round}, step {step + 1}"
+            optimizer.zero_grad(set_to_none=True)
+            if galore is not None and galore.refresh_batches > 1 and galore.refresh_due():
+                batches = [[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)]
+                _refresh(galore, passes, batches, place)
+            rows = [examples[i] for i in next(order)]
+            # A gradient scaler must see the gradients before they are projected, so nothing is projected in backward.
+            with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
+                loss = passes.backward([rows], place)
+            if watch is not None:
+                watch.fill()
+            scaler.unscale_(optimizer)
+            if config.max_grad_norm is not None and galore is None:  # GaLore clips the projected gradients itself
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss)
     optimizer.zero_grad(set_to_none=True)
     model.train(False)
     return TrainResult(
@@ -137,7 +145,33 @@ def train(
         learning_rate=float(optimizer.param_groups[0]["lr"]),
         peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         micro_batch=passes.micro,
+        not_finite=0 if watch is None else watch.found,
     )
+
+
+class _Watch:
+    """Sees that a step has every gradient, and none that is not finite; ``found``: losses and gradients that were."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        self.found, self._optimizer, self._parameters = 0, optimizer, parameters
+
+    def __enter__(self) -> None:
+        self._hooks = [p.register_post_accumulate_grad_hook(self._look) for p in self._parameters]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look(self, parameter: Tensor) -> None:  # as soon as a gradient is there, before GaLore projects it
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            parameter.grad.zero_()
+            self.found += 1
+
+    def fill(self) -> None:
+        """Give a zero to parameters that got no gradient, because a loss was left out or no row reached them."""
+        for parameter in self._parameters:
+            if parameter.grad is None and "low" not in self._optimizer.state.get(parameter, {}):
+                parameter.grad = torch.zeros_like(parameter)
 
 
 class _Passes(Generic[E]):
@@ -154,7 +188,9 @@ class _Passes(Generic[E]):
         micro: int,
         max_length: int,
         optimizer: torch.optim.Optimizer,
+        watch: _Watch | None,
     ) -> None:
+        self._watch = watch
         self.tokens, self.micro, self.scaler = 0, micro, scaler
         self._model, self._collate, self._loss_sum = model, collate, loss_sum
         self._device, self._autocast, self._max_length, self._optimizer = device, autocast, max_length, optimizer
@@ -196,10 +232,14 @@ class _Passes(Generic[E]):
                 on_device = {key: value.to(self._device) for key, value in part.items()}
                 with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
                     summed, _ = self._loss_sum(self._model, on_device)
-                loss += float(summed.detach()) / counted
-                if not math.isfinite(loss):
-                    raise DivergedError(f"loss is {loss} in {place}; lower training.learning_rate")
-                self.scaler.scale(summed / counted).backward()
+                so_far = loss + float(summed.detach()) / counted
+                if math.isfinite(so_far):
+                    loss = so_far
+                    self.scaler.scale(summed / counted).backward()
+                elif self._watch is not None:
+                    self._watch.found += 1
+                else:
+                    raise DivergedError(f"loss is {so_far} in {place}; lower training.learning_rate")
                 tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
         return loss, tokens
 
@@ -221,6 +261,11 @@ def _refresh(galore: GaLore, passes: _Passes[E], batches: list[list[E]], place: 
             break
         galore.zero_grad()
     galore.refresh()
+
+
+def schedule(config: TrainingConfig, server_round: int, rounds: int, steps: int) -> list[float]:
+    """Share of the peak learning rate in every step of a round."""
+    return [schedule_factor(config, (server_round - 1 + step / steps) / rounds) for step in range(steps)]
 
 
 def schedule_factor(config: TrainingConfig, progress: float) -> float:

@@ -23,7 +23,7 @@ _Model = Annotated[
 
 
 class PolicyConfig(Section):
-    """Limits on the federations the site takes part in, and on what may leave it. An absent key limits nothing."""
+    """Limits on the site's federations, and on what may leave it. An absent key without a default limits nothing."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -37,17 +37,32 @@ class PolicyConfig(Section):
     max_rounds: int | None = Field(
         None,
         ge=1,
-        description="Most updates that the site sends to one federation, over all runs; an update that is sent again "
-        "counts again.",
+        description="Most rounds that the site trains for one federation, over all runs; a round that is asked for "
+        "again counts again.",
     )
     max_rounds_per_day: int | None = Field(
-        None, ge=1, description="Most updates that the site sends in a day (UTC), to all federations together."
+        None, ge=1, description="Most rounds that the site trains in a day (UTC), for all federations together."
     )
     max_upload_bytes_per_day: int | None = Field(
-        None, ge=1, description="Most bytes of tensors that leave in a day (UTC)."
+        None, ge=1, description="Most bytes of tensors in a day (UTC); a round counts with the most that it can send."
     )
     min_examples: int | None = Field(
         None, ge=1, description="Fewest training rows with which the site takes part; with fewer it refuses."
+    )
+    min_rows_per_update: int = Field(8, ge=1, description="Fewest distinct training rows of a round.")
+    min_held_out: int = Field(10, ge=1, description="Fewest held-out rows whose scores leave; with fewer none do.")
+    max_evaluations: int | None = Field(
+        None,
+        ge=1,
+        description="Most evaluations on held-out rows for one federation, over all runs; null: three times as many as "
+        "its file plans.",
+    )
+    score_step: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Held-out scores leave as multiples of this number; null: 1 / rows, rounded up to 1, 2 or 5 times "
+        "a power of ten.",
     )
     max_update_norm: float | None = Field(
         None, gt=0, description="L2 norm over all tensors of an update; the site does not send an update above it."

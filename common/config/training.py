@@ -48,3 +48,7 @@ class TrainingConfig(Section):
     def steps(self, rows: int) -> int:
         """Optimizer steps per round at a client with ``rows`` training rows."""
         return self.local_steps or math.ceil(rows / self.rows_per_step) * (self.local_epochs or 1)
+
+    def rows_touched(self, rows: int) -> int:
+        """Distinct rows that a round trains on, at a client that has so many."""
+        return rows if self.local_steps is None else min(rows, self.local_steps * self.rows_per_step)

@@ -180,6 +180,14 @@ def rounding_error(factors: Mapping[str, Factors], shapes: Mapping[str, Shape], 
     return math.sqrt(lost / total) if total > 0 else 0.0
 
 
+def packed_bytes(shape: Shape, directions: int, exchange: Exchange) -> int:
+    """Most bytes that ``pack`` makes of the change of such a weight, in so many directions, of all terms together."""
+    directions = min(directions, min(shape) + 1)
+    pair = (torch.zeros(shape[0], directions), torch.zeros(directions, shape[1]))
+    sent = _stored(Factors(1.0, [pair], common=exchange.basis is not None), tuple(shape), exchange)
+    return 4 * math.prod(shape) if sent is None else num_bytes(sent.values()) + _DECAY_BYTES
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Sum of the tensors' sizes, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

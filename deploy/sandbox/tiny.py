@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 TERMS = [
     f"{a} {b} of the {c}" for a in ("acute", "chronic") for b in ("pain", "swelling") for c in ("hand", "foot", "ear")
 ]
+#: Limits of sites whose few rows are nobody's.
+OF_FEW_ROWS = {"min_rows_per_update": 1, "min_held_out": 1, "score_step": 1e-6, "max_evaluations": 1000}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -83,7 +85,7 @@ def make_federation(folder: Path, sizes: dict[str, int], **changes: Any) -> Path
         make_shard(folder / f"{site}.jsonl", rows, offset)
         offset += rows
         data = {"path": f"{site}.jsonl", "prompt": "term", "answer": "title", "held_out": 0.25}
-        (folder / f"{site}.yaml").write_text(yaml.safe_dump({"name": site, "data": data}))
+        (folder / f"{site}.yaml").write_text(yaml.safe_dump({"name": site, "data": data, "policy": OF_FEW_ROWS}))
     make_shard(folder / "server.jsonl", 6, offset)
     config: dict[str, Any] = {
         "name": "tiny",

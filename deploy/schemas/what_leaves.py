@@ -35,7 +35,9 @@ _ERRORS = """
 ### When it cannot do its part
 
 A code, and a sentence of up to 1024 bytes, on one line, that says why: with counts, names of files, columns and
-tensors, and values of the site file, never with a row.
+tensors, and values of the site file, never with a row. Once a round or an evaluation is charged, what may come from the
+rows gets a fixed sentence for its code; and a site with `privacy` then answers with an update, of noise alone if need
+be.
 
 """
 _FIXED = "a fixed sentence, as code 1000"

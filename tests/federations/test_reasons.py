@@ -28,7 +28,7 @@ def test_site_with_another_base_model_is_refused_by_name_with_both_digests(tmp_p
 def test_site_that_raises_in_training_is_named(tmp_path: Path) -> None:
     file = make_federation(tmp_path, SIZES, training={"learning_rate": 1.0e30})
     reason = outcome(in_one_process(file, ends="failed"))["reason"]
-    assert "site-a: loss is nan in round 1, step" in reason
+    assert "site-a: the numbers of its training overflowed; lower training.learning_rate" in reason
     assert "0 valid updates" in reason or "no update" in reason
 
 

@@ -9,6 +9,8 @@ import yaml
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel, ViTConfig, ViTImageProcessor, ViTModel
 
+from deploy.sandbox.tiny import OF_FEW_ROWS
+
 COLORS = {"blue": (30, 40, 200), "green": (30, 190, 60), "red": (210, 40, 30)}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 
@@ -49,7 +51,7 @@ def make_image_federation(folder: Path, sizes: dict[str, int], family: str = "vi
     for seed, (site, each) in enumerate(sizes.items()):
         make_images(folder / site, each, seed)
         data = {"path": site, "prompt": "image", "answer": "label", "held_out": 0.25}
-        (folder / f"{site}.yaml").write_text(yaml.safe_dump({"name": site, "data": data}))
+        (folder / f"{site}.yaml").write_text(yaml.safe_dump({"name": site, "data": data, "policy": OF_FEW_ROWS}))
     make_images(folder / "server", 4, 99)
     config: dict[str, Any] = {
         "name": "tiny",

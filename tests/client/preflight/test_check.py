@@ -282,6 +282,13 @@ def test_held_out_rows_are_counted_and_must_leave_some(files: Files) -> None:
     assert look("held out", files.subject()).found == f"{len(train)} rows to train on, {len(kept)} held out"
     files.change("site", data={"held_out": 0.000001})
     assert "will not evaluate" in look("held out", files.subject()).found
+    files.change("site", data={"held_out": 0.25}, policy={"min_held_out": len(kept) + 1})
+    assert (
+        f"fewer than `policy.min_held_out` {len(kept) + 1}: no scores leave" in look("held out", files.subject()).found
+    )
+    files.change("site", policy={"min_rows_per_update": 13})
+    finding = look("held out", files.subject())
+    assert (finding.level, "a round trains on 12, fewer than" in finding.found) == ("FAIL", True)
     files.change("site", data={"held_out": 0.999999})
     finding = look("held out", files.subject())
     assert (finding.level, "leaves none" in finding.found) == ("FAIL", True)

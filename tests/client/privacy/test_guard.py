@@ -1,6 +1,7 @@
 """What the gate lets in and out, and what it counts from the ledger alone."""
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.common.constant import ErrorCode
 
-from client.privacy import guard as policy
+from client.privacy import budget, guard as policy
+from client.privacy.budget import CEILING, rounded, step_of
 from client.privacy.guard import Gate
 from client.privacy.ledger import Entry, verify
 from client.privacy.noise import cost, epsilon
 from common.config.federation import FederationConfig
 from common.config.load import parse
 from common.config.site import SiteConfig
-from common.errors import ConfigError, DivergedError, FedSpanError, LedgerError, PolicyError, TrainingError
+from common.errors import ConfigError, DataError, DivergedError, FedSpanError, LedgerError, PolicyError, TrainingError
 from common.protocol.messages import TRAINING, Failure, Hello, HelloRequest, TrainReply, TrainRequest
 from deploy.cli import main
 
@@ -65,12 +67,14 @@ class Site:
         name: str = "ours",
         tensor: torch.Tensor = TENSOR,
         strategy: str = "fedftg",
+        aside: str | None = None,
     ) -> None:
         gate = self.gate(run=run)
         gate.check(federation(name, strategy), asked(number))
         gate.check_rows(12)
         gate.receive({NAME: tensor})
-        gate.admit([(NAME, tensor)], ["num-examples"], 12, float(tensor.norm()))
+        gate.charge(tensor.nbytes, 0)
+        gate.admit([(NAME, tensor)], ["num-examples"], 12, float(tensor.norm()), aside)
 
     def entries(self) -> list[Entry]:
         return [json.loads(line) for line in self.ledger.read_text().splitlines()]
@@ -85,8 +89,15 @@ def test_request_within_the_policy_passes_and_is_on_record_before_it_leaves(tmp_
     }
     own = Site(tmp_path, policy={**limits, "max_update_norm": 100.0})
     own.train()
-    begun, sent = own.entries()
+    begun, charged, sent = own.entries()
     assert begun["site"] == "site-a"
+    assert (charged["event"], charged["bytes"], charged["evaluation"], charged["privacy"]) == (
+        "charged",
+        24,
+        False,
+        None,
+    )
+    assert (sent["event"], sent["charged"], sent["aside"]) == ("sent", charged["line"], None)
     assert (sent["federation"], sent["strategy"], sent["run"], sent["round"]) == ("ours", "fedftg", "1", 1)
     assert (sent["rows"], sent["told"], sent["privacy"], sent["bundle"]) == (12, ["num-examples"], None, "not known")
     dtype, shape, size, digest, norm = sent["out"]["tensors"][NAME]
@@ -104,6 +115,7 @@ def test_cell_of_an_experiment_counts_in_a_ledger_of_its_own(tmp_path: Path) -> 
             gate = Gate(own.config, own.file, "train", 1, ledgers=tmp_path / cell)
             with nullcontext() if reason is None else pytest.raises(PolicyError, match=reason):
                 gate.check(federation(), asked(1))
+                gate.charge(24, 0)
                 gate.admit([(NAME, TENSOR)], [], 12, 1.0)
     assert [file.parent.name for file in sorted(tmp_path.rglob("*.jsonl"))] == ["first", "second"]
 
@@ -115,8 +127,11 @@ def test_cell_of_an_experiment_counts_in_a_ledger_of_its_own(tmp_path: Path) -> 
         ({"strategies": ["rolora", "fedit"]}, "`strategies` allows rolora, fedit; this is fedftg"),
         ({"tensors": ["*.self_attn.*"]}, rf"`tensors` allows \*.self_attn.\*; asked was {NAME}"),
         ({"min_examples": 13}, "`min_examples` is 13; it has fewer"),
-        ({"max_update_norm": 7.4}, "`max_update_norm` is 7.4; the update's norm is above it"),
-        ({"max_upload_bytes_per_day": 23}, "`max_upload_bytes_per_day` is 23; 0 have left today"),
+        ({"min_rows_per_update": 9}, "`min_rows_per_update` is 9; a round here trains on fewer rows"),
+        (
+            {"max_upload_bytes_per_day": 23},
+            "`max_upload_bytes_per_day` is 23; 0 are spent today, a round takes up to 24",
+        ),
     ],
 )
 def test_what_the_policy_does_not_allow_is_refused(tmp_path: Path, limits: dict[str, object], reason: str) -> None:
@@ -124,6 +139,86 @@ def test_what_the_policy_does_not_allow_is_refused(tmp_path: Path, limits: dict[
     with pytest.raises(PolicyError, match=reason):
         own.train()
     assert not own.ledger.exists() or own.entries() == []
+
+
+def test_what_was_charged_stays_charged_whatever_comes_of_it(tmp_path: Path) -> None:
+    own = Site(tmp_path, policy={"max_update_norm": 7.4, "max_rounds": 2}, privacy=None)
+    with pytest.raises(PolicyError, match=r"`max_update_norm` is 7\.4; the update's norm is above it"):
+        own.train()
+    gate = own.gate()
+    gate.check(federation(), asked(2))
+    gate.charge(24, 0)  # and then the process dies
+    assert [entry["event"] for entry in own.entries()] == ["begun", "charged", "charged"]
+    with pytest.raises(PolicyError, match="`max_rounds` is 2; all of them are trained"):
+        own.train(3)
+
+
+def test_no_more_bytes_leave_than_were_charged(tmp_path: Path) -> None:
+    gate = Site(tmp_path).gate()
+    gate.check(federation(), asked(1))
+    gate.charge(23, 0)
+    with pytest.raises(PolicyError, match="24 bytes of tensors do not leave: 23 were charged"):
+        gate.admit([(NAME, TENSOR)], [], 12, 1.0)
+
+
+def test_ledger_of_a_version_that_charged_nothing_is_counted_by_what_left(tmp_path: Path) -> None:
+    own = Site(tmp_path, policy={"max_rounds": 1, "max_upload_bytes_per_day": 60})
+    gate = own.gate()
+    gate.check(federation(), asked(1))
+    old = {"event": "sent", **gate._about, "out": {"bytes": 40}, "privacy": None}
+    with gate._ledger.opened():
+        gate._append(old)
+    with pytest.raises(PolicyError, match="`max_rounds` is 1"):
+        own.train(2)
+    with pytest.raises(PolicyError, match="`max_upload_bytes_per_day` is 60; 40 are spent today"):
+        own.train(1, name="another")
+
+
+def test_evaluations_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
+    own = Site(tmp_path)
+    planned = 9 + 1
+    for number in range(3 * planned):
+        message = "train" if number % 2 else "evaluate"
+        gate = own.gate(message, run=number)
+        gate.check(federation(), asked(1))
+        assert gate.charge(24, 10)
+    gate = own.gate()
+    gate.check(federation(), asked(1))
+    assert not gate.charge(24, 10)  # it trains, and keeps its scores
+    with pytest.raises(PolicyError, match=f"`max_evaluations` is {3 * planned}; all of them are made"):
+        own.gate("evaluate").check(federation(), asked(1))
+    gate = own.gate("evaluate")
+    gate.check(federation("another"), asked(1))
+    assert gate.charge(0, 10)
+
+
+def test_few_held_out_rows_are_not_scored_and_cost_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = Site(tmp_path)
+    gate = own.gate("evaluate")
+    gate.check(federation(), asked(1))
+    assert not gate.charge(0, 9)
+    assert own.entries() == []
+    assert "no scores leave: of 9 held-out rows, `policy.min_held_out` is 10" in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "step"), [(1, 1.0), (3, 0.5), (10, 0.1), (64, 0.02), (100, 0.01), (176, 0.01)])
+def test_scores_leave_as_multiples_of_what_so_many_rows_can_tell(rows: int, step: float) -> None:
+    assert step_of(rows) == step >= 1 / rows
+    told = rounded({"loss": 2.3456, "perplexity": 10.4395, "examples": float(rows), "tokens": 7.0}, None)
+    assert told["loss"] / step == pytest.approx(round(told["loss"] / step))
+    assert abs(told["loss"] - 2.3456) <= step / 2 + 1e-9
+    assert math.log(told["perplexity"]) == pytest.approx(told["loss"])
+    assert (told["examples"], told["tokens"]) == (rows, 7.0)
+
+
+@pytest.mark.parametrize("loss", [1e30, math.inf, math.nan])
+def test_loss_that_one_row_lifts_leaves_as_the_ceiling(loss: float) -> None:
+    assert rounded({"loss": loss, "examples": 64.0}, None)["loss"] == CEILING
+
+
+def test_scores_of_answers_are_rounded_by_their_own_rows() -> None:
+    told = rounded({"loss": 2.3456, "rouge_l": 0.456, "accuracy": 0.984375, "examples": 64.0, "generated": 10.0}, None)
+    assert (told["loss"], told["rouge_l"], told["accuracy"]) == (2.34, 0.5, 0.98)
 
 
 def test_limits_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
@@ -139,7 +234,7 @@ def test_limits_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="`max_rounds_per_day` is 3"):
         own.train(2, name="another")
     own = Site(tmp_path, policy={"max_upload_bytes_per_day": 24 * 4 - 1})
-    with pytest.raises(PolicyError, match="`max_upload_bytes_per_day` is 95; 72 have left today"):
+    with pytest.raises(PolicyError, match="`max_upload_bytes_per_day` is 95; 72 are spent today"):
         own.train(1)
 
 
@@ -148,7 +243,7 @@ def test_a_new_day_brings_new_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     own.train(1)
     with pytest.raises(PolicyError):
         own.train(2)
-    monkeypatch.setattr(policy, "_today", lambda: "2999-01-01")
+    monkeypatch.setattr(budget, "_today", lambda: "2999-01-01")
     own.train(2)
 
 
@@ -164,6 +259,7 @@ def test_patterns_speak_of_the_models_own_names_under_lora_too(tmp_path: Path) -
 def test_tensor_that_was_not_asked_for_does_not_leave(tmp_path: Path) -> None:
     gate = Site(tmp_path).gate()
     gate.check(federation(), asked(1))
+    gate.charge(48, 0)
     with pytest.raises(PolicyError, match=r"score\.weight was not asked for"):
         gate.admit([(f"{NAME}/left", TENSOR), ("score.weight", TENSOR)], [], 12, 1.0)
     with pytest.raises(DivergedError, match="not finite"):
@@ -177,7 +273,7 @@ REPLY = TrainReply(
     num_examples=9,
     lora_alpha=16.0,
     training=dict.fromkeys(TRAINING, 1.0),
-    scores={"loss": 1.0, "rouge_l": 1.0, "examples": 1.0},
+    scores={"loss": 1.0, "rouge_l": 1.0, "examples": 1.0, "generated": 1.0},
     seconds={"train": 1.0},
     clock={"started": 1.0, "finished": 2.0},
     version="v",
@@ -242,13 +338,28 @@ def test_nothing_leaves_when_the_ledger_is_damaged_or_cannot_be_written(tmp_path
 def test_errors_are_on_record_and_say_nothing_of_the_rows_with_privacy(tmp_path: Path) -> None:
     error = DivergedError("loss is nan in round 2, step 3")
     assert Site(tmp_path).gate().refuse(error, Failure.of(error)) == Failure(DivergedError.code, str(error))
+
+    def charged(error: FedSpanError) -> Failure:
+        gate = Site(tmp_path).gate()
+        gate.check(federation(), asked(1))
+        gate.charge(24, 0)
+        return gate.refuse(error, Failure.of(error))
+
+    overflowed = "the numbers of its training overflowed; lower training.learning_rate; the site's own log says more"
+    assert charged(error) == Failure(DivergedError.code, overflowed)
+    said = "its shard cannot be used; the site's own log says more"
+    assert charged(DataError("rows.jsonl, row 7: column 'term' is empty")) == Failure(DataError.code, said)
+    assert charged(PolicyError("no")) == Failure(PolicyError.code, "no")
     own = Site(tmp_path, privacy=PRIVATE)
     told = own.gate().refuse(error, Failure.of(error))
-    assert told == Failure(FedSpanError.code, "this site could not do its part; its own log says why")
+    assert told == Failure(FedSpanError.code, "this site could not do its part; the site's own log says more")
     assert told == own.gate().refuse(ValueError(), Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "at a line"))
     assert own.gate("hello").refuse(PolicyError("no"), Failure(7, "no")) == Failure(7, "site-a: no")
-    assert [e["event"] for e in own.entries()] == ["begun", "failed", "failed", "failed", "refused"]
-    assert own.entries()[2]["reason"] == told.reason
+    assert [e["event"] for e in own.entries()] == [
+        *("begun", "failed", "charged", "failed", "charged", "failed", "charged", "refused"),
+        *("failed", "failed", "refused"),
+    ]
+    assert own.entries()[8]["reason"] == told.reason
 
 
 @pytest.mark.parametrize(
@@ -291,14 +402,19 @@ def test_summary_says_what_left_in_words(tmp_path: Path, capsys: pytest.CaptureF
     own.gate().refuse(refusal, Failure.of(refusal))
     own = Site(tmp_path, privacy=PRIVATE)
     own.train(2)
-    own.train(3)
+    gate = own.gate()
+    gate.check(federation(), asked(3))
+    gate.charge(24, 10)  # a crash
+    own.train(3, aside="noise alone leaves, training failed: ValueError at a.py:1")
     assert main(["ledger", "summary", str(own.ledger)]) == 0
     told = capsys.readouterr().out
-    total = epsilon(2 * cost(4.0), 1e-5)
+    total = epsilon(3 * cost(4.0), 1e-5)
     for part in (
         "What left site site-a",
         "Federation ours, strategy fedftg, run 1",
-        "3 (1 to 3); 3 updates sent, 2 of them noised",
+        "3 (1 to 3); 4 charged, 3 updates sent, 2 of them noised",
+        "evaluations      1 of held-out rows",
+        "1 x noise alone leaves, training failed: ValueError at a.py:1",
         f"bytes of tensors {3 * 24}",
         "training rows    12 ",
         NAME,

@@ -128,7 +128,7 @@ def test_server_averages_what_sites_send_and_the_next_round_begins_with_it(tmp_p
     assert own.weights is not None
     assert outcome.step is not None
     own.follow([outcome.step], own.weights.version, outcome.step.next(own.weights.version))
-    begun = own._second_moments(2)
+    begun = own.work(2, []).second_moments()
     assert begun is not None
     steps = own.federation.training.local_steps or math.nan
     assert begun.steps == steps
