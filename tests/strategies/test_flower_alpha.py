@@ -33,6 +33,7 @@ def test_alpha_other_than_the_federations_is_refused_where_it_must_be_common() -
     ("alpha", "larger", "says"),
     [
         (5e-324, 1.0, r"lora-alpha is 5e-324; allowed: 1e-06 to 1e\+06"),
+        (1e14, 1.0, r"lora-alpha is 100000000000000.0; allowed: 1e-06 to 1e\+06"),
         (1e300, 1.0, r"lora-alpha is 1e\+300; allowed: a positive number up to 1e\+15"),
         (1e6, 1e20, r"lora_A.weight: a norm of .*; allowed: up to 1e\+12"),
         (1e-6, 1.0, None),
