@@ -18,7 +18,7 @@ from common.metrics import ANSWERS, SCORES
 
 CEILING = 20.0  # nats
 _LOSS, _PERPLEXITY = "loss", "perplexity"
-_AGAIN = 3  # evaluations for every one that the federation's file plans, if the site's file does not say how many
+_AGAIN = 3  # rounds and evaluations for every one of an agreement: work that a crash has taken is asked for again
 
 
 class Totals:
@@ -29,6 +29,7 @@ class Totals:
     Attributes:
         rounds: by federation.
         evaluations: of held-out rows, by federation.
+        under: rounds and evaluations by agreement, and by which of the two.
         day_rounds: by day (UTC).
         day_bytes: most bytes of tensors that may have left, by day.
         mu_squared: cost of all noised updates (``client.privacy.noise``).
@@ -36,6 +37,7 @@ class Totals:
 
     def __init__(self) -> None:
         self.rounds, self.evaluations = Counter[str](), Counter[str]()
+        self.under = Counter[tuple[str | None, str]]()
         self.day_rounds, self.day_bytes = Counter[str](), Counter[str]()
         self.mu_squared = 0.0
 
@@ -43,6 +45,8 @@ class Totals:
         """Count an entry."""
         if entry["event"] == "charged":
             self.evaluations[entry["federation"]] += entry["evaluation"]
+            self.under[entry.get("agreement"), "evaluations"] += entry["evaluation"]
+            self.under[entry.get("agreement"), "rounds"] += entry["message"] == "train"
             bytes_ = entry["bytes"]
         elif entry["event"] == "sent" and "charged" not in entry:  # by a version that counted what had left
             bytes_ = entry["out"]["bytes"]
@@ -57,7 +61,9 @@ class Totals:
         if entry["privacy"] is not None:
             self.mu_squared += cost(entry["privacy"]["noise_multiplier"])
 
-    def check(self, site: SiteConfig, federation: FederationConfig, message: str, more_bytes: int = 0) -> None:
+    def check(
+        self, site: SiteConfig, federation: FederationConfig, agreement: str | None, message: str, more_bytes: int = 0
+    ) -> None:
         """Whether one more message may be answered, with so many bytes of tensors.
 
         Raises:
@@ -65,10 +71,15 @@ class Totals:
         """
         policy, name, day = site.policy, federation.name, _today()
         if message == "evaluate":
-            if self.evaluations_left(policy, federation) <= 0:
+            if self.evaluations_left(policy, federation, agreement) <= 0:
                 most = most_evaluations(policy, federation)
                 raise PolicyError(f"this site's policy: `max_evaluations` is {most}; all of them are made")
             return
+        if self.under[agreement, "rounds"] >= _AGAIN * federation.rounds:
+            raise PolicyError(
+                f"this site agreed to {federation.rounds} rounds and has trained {_AGAIN} times as many; for more its "
+                "people agree anew"
+            )
         if policy.max_rounds is not None and self.rounds[name] >= policy.max_rounds:
             raise PolicyError(f"this site's policy: `max_rounds` is {policy.max_rounds}; all of them are trained")
         if site.privacy is not None:
@@ -85,9 +96,12 @@ class Totals:
                 f"to {more_bytes}"
             )
 
-    def evaluations_left(self, policy: PolicyConfig, federation: FederationConfig) -> int:
+    def evaluations_left(self, policy: PolicyConfig, federation: FederationConfig, agreement: str | None) -> int:
         """How often held-out rows may still be scored for a federation."""
-        return most_evaluations(policy, federation) - self.evaluations[federation.name]
+        counted = self.under[agreement, "evaluations"]
+        if policy.max_evaluations is not None:
+            counted = self.evaluations[federation.name]
+        return most_evaluations(policy, federation) - counted
 
     def spent(self, privacy: PrivacyConfig) -> dict[str, float]:
         """What one more update costs, and all with it."""
@@ -106,10 +120,10 @@ class Totals:
 
 
 def most_evaluations(policy: PolicyConfig, federation: FederationConfig) -> int:
-    """How often held-out rows are scored for a federation, in all its runs.
+    """How often held-out rows are scored for a federation: under one agreement, or as the site's policy has it, at all.
 
     Planned is one before every ``evaluation.every`` rounds and one after the last. A server that goes on after a crash
-    asks for some of them again, and so does a run that is started anew.
+    asks for some of them again.
     """
     planned = math.ceil(federation.rounds / federation.evaluation.every) + 1
     return _AGAIN * planned if policy.max_evaluations is None else policy.max_evaluations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from client.privacy.agreement import Agreement, agreements_of, find, read_agreements
-from client.privacy.budget import Totals, most_evaluations, rounded
+from client.privacy.budget import Totals, rounded
 from client.privacy.ledger import Ledger
 from client.privacy.noise import norm_of
 from common.config.federation import FederationConfig
@@ -75,7 +75,7 @@ class Gate:
         self._active: frozenset[str] = frozenset()
         self._received = _facts([])
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}
-        self._about |= {"round": None, "bundle": os.environ.get(BUNDLE, "not known")}
+        self._about |= {"round": None, "agreement": None, "bundle": os.environ.get(BUNDLE, "not known")}
         self._federation: FederationConfig | None = None
         self._charged: dict[str, Any] | None = None  # what was charged for this message
 
@@ -86,7 +86,9 @@ class Gate:
             PolicyError: it is something else.
             ConfigError: the site's file of agreements is damaged.
         """
-        return find(read_agreements(self._agreements), request.federation)
+        found = find(read_agreements(self._agreements), request.federation)
+        self._about["agreement"] = f"{found.digest[:16]} {found.agreed}"
+        return found
 
     def check(self, federation: FederationConfig, request: HelloRequest) -> None:
         """Look at a request before anything is done for it.
@@ -116,7 +118,7 @@ class Gate:
             self._check_name(name)
         self._check_touched(federation.training.rows_touched(sys.maxsize))
         with self._ledger.opened():
-            self._totals.check(self.site, federation, self._about["message"])
+            self._totals.check(self.site, federation, self._about["agreement"], self._about["message"])
 
     def check_rows(self, rows: int) -> None:
         """Raise a PolicyError when the shard, or a round, has fewer training rows than the policy asks for."""
@@ -147,7 +149,7 @@ class Gate:
         assert self._federation is not None  # noqa: S101 - ``check`` comes first
         policy, message, federation = self.site.policy, self._about["message"], self._federation
         with self._ledger.opened():
-            self._totals.check(self.site, federation, message, most_bytes)
+            self._totals.check(self.site, federation, self._about["agreement"], message, most_bytes)
             scores = self._may_score(scored_rows)
             if message == "train" or scores:
                 privacy = self.site.privacy if message == "train" else None
@@ -156,8 +158,8 @@ class Gate:
                 self._append({"event": "charged", **self._about, **facts})
                 self._charged = {**facts, "line": self._ledger.lines}
         if scores:
-            most = self._totals.evaluations[federation.name], most_evaluations(policy, federation)
-            log.info("scores of %d held-out rows leave, time %d of at most %d", scored_rows, *most)
+            left = self._totals.evaluations_left(policy, federation, self._about["agreement"])
+            log.info("scores of %d held-out rows leave; so may %d more evaluations", scored_rows, left)
         return scores
 
     def shared(self, reply: Reply) -> Reply:
@@ -250,7 +252,7 @@ class Gate:
         policy = self.site.policy
         if 0 < rows < policy.min_held_out:
             log.warning("no scores leave: of %d held-out rows, `policy.min_held_out` is %d", rows, policy.min_held_out)
-        elif rows > 0 and self._totals.evaluations_left(policy, self._federation) <= 0:
+        elif rows > 0 and self._totals.evaluations_left(policy, self._federation, self._about["agreement"]) <= 0:
             log.warning("no scores leave: all evaluations that `policy.max_evaluations` allows are made")
         else:
             return rows > 0

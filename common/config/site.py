@@ -54,8 +54,8 @@ class PolicyConfig(Section):
     max_evaluations: int | None = Field(
         None,
         ge=1,
-        description="Most evaluations on held-out rows for one federation, over all runs; null: three times as many as "
-        "its file plans.",
+        description="Most evaluations on held-out rows for one federation, over all runs; null: for each agreement "
+        "three times as many as its file plans.",
     )
     score_step: float | None = Field(
         None,

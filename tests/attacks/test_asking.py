@@ -296,6 +296,19 @@ def test_evaluations_end_with_what_was_agreed(tmp_path: Path) -> None:
     assert sum(entry.get("evaluation", False) for entry in site.entries()) == 6
 
 
+def test_rounds_end_with_what_was_agreed(tmp_path: Path) -> None:
+    site = Site(tmp_path, own={"policy": {"min_rows_per_update": 1}}, strategy=LORA)
+    state, answered = site.state(), 0
+    while not (reply := site.train(state)).has_error():
+        answered += 1
+        assert answered < 10
+    assert answered == 6  # two rounds, three times
+    assert "agreed to 2 rounds and has trained 3 times as many" in reply.error.reason
+    file = tmp_path / "site-a-agreements.json"
+    file.write_text(file.read_text().replace('"agreed": "2', '"agreed": "3'))  # its people agree anew
+    assert not site.train(state).has_error()
+
+
 def test_scores_of_few_rows_stay_at_the_site(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number, evaluation in enumerate(({"max_examples": 9}, {"max_examples": 64, "generate": 9})):
         site = Site(tmp_path / str(number), own={"policy": {}}, held_out=0.5, strategy=LORA, evaluation=evaluation)

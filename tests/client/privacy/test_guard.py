@@ -188,6 +188,7 @@ def test_evaluations_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=f"`max_evaluations` is {3 * planned}; all of them are made"):
         own.gate("evaluate").check(federation(), asked(1))
     gate = own.gate("evaluate")
+    gate._about["agreement"] = "another"
     gate.check(federation("another"), asked(1))
     assert gate.charge(0, 10)
 
