@@ -91,10 +91,10 @@ def left_to_do(folder: Path, manifest: archive.Manifest, files: Mapping[str, byt
     lines = [f"cd {shlex.quote(str(folder.resolve()))}"]
     if FILL_IN.encode() in b"\n".join(line for line in files[archive.SITE].splitlines() if line[:1] != b"#"):
         lines += [f"${{EDITOR:-vi}} {archive.SITE}    # fill in what says {FILL_IN}"]
-    lines += [f"fedspan site check {archive.SITE} --federation {archive.FEDERATION} {link}"]
-    lines += [f"# send {site}.pub to the operator, who runs: fedspan sites add sites.json {site} {site}.pub"]
     signature = f" --signature {archive.SIGNATURE}" if archive.SIGNATURE in files else ""
     lines += [f"fedspan site agree {archive.FEDERATION} --site {archive.SITE}{signature}"]
+    lines += [f"fedspan site check {archive.SITE} --federation {archive.FEDERATION} {link}"]
+    lines += [f"# send {site}.pub to the operator, who runs: fedspan sites add sites.json {site} {site}.pub"]
     return [*lines, f"fedspan site join {archive.SITE} {link} --status status.json"]
 
 
@@ -133,6 +133,6 @@ ACCEPT = Command(
     _arguments,
     _run,
     example="coding-site-a.zip --data rows.jsonl --model models/smollm2",
-    then="the commands that it prints: site check, site agree, site join",
+    then="the commands that it prints: site agree, site check, site join",
     notes="Nothing is overwritten. The site's pair of keys is made in the folder, unless it is there.",
 )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from common.errors import ConfigError, LaunchError
 from common.system.command import Command, number, start_log
+from common.system.keys import may_be_in_git, refuse_git
 from server.operate.serve import add_link_options, tls_of
 from server.run.supervisor_lock import Interrupted
 
@@ -36,6 +37,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--home", type=Path, default=Path("server"), metavar="DIR", help="the server's folder (default: server)"
     )
     add_link_options(parser)
+    may_be_in_git(parser)
     parser.add_argument(
         "--tries",
         type=number(int, 0),
@@ -52,6 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     tls = tls_of(options)
     start_log("server")
     home: Path = options.home.resolve()
+    refuse_git(home, options)  # in a checkout the default would be the folder of this code
     keep_private()
     try:
         make_private(home)

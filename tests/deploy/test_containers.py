@@ -124,7 +124,12 @@ def test_client_image_has_the_verbs_of_a_site_and_says_so_of_others(tmp_path: Pa
         assert told.stdout.startswith(f"usage: fedspan {verb} "), told.stderr
     assert fedspan(tmp_path, copied, "keys", "site", str(tmp_path / "site-a")).returncode == 0
     assert (tmp_path / "site-a.key").stat().st_mode & 0o777 == 0o600
-    for verb, lacks in (("serve", "server"), ("code sign", "server"), ("run", "deploy.run")):
+    for verb, lacks in (
+        ("serve", "server"),
+        ("server start", "server"),
+        ("code sign", "server"),
+        ("run", "deploy.run"),
+    ):
         told = fedspan(tmp_path, copied, *verb.split(), "--help")
         assert told.returncode == 2
         assert told.stderr == f"error: fedspan {verb} is not part of this image, which has no {lacks}\n"

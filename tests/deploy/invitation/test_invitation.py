@@ -106,7 +106,7 @@ def test_commands_that_are_left_to_do_are_in_order_and_understood(operator: Path
     assert all(" ".join(line.split()) in said for line in lines)
     assert lines[0] == f"cd {folder}"
     commands = [shlex.split(line) for line in lines if line.startswith("fedspan ")]
-    assert [" ".join(words[1:3]) for words in commands] == ["site check", "site agree", "site join"]
+    assert [" ".join(words[1:3]) for words in commands] == ["site agree", "site check", "site join"]
     for words in commands:
         verb = " ".join(words[1:3])
         cli.parser(verb, cli.load(verb)).read(words[3:])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from common.system.processes import free_ports
 from deploy.sandbox.tiny import make_federation
 from tests.harness.command import fedspan
 from tests.harness.sample_run import completed
@@ -46,3 +47,14 @@ def test_service_manager_may_start_a_run_again_that_has_ended(file: Path) -> Non
     code, said = fedspan(*again)
     assert code == 2
     assert "already holds a run" in said
+
+
+def test_standing_server_makes_no_folder_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its default is the folder of this code."""
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "server").mkdir(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    code, said = fedspan("server", "start", "--insecure", "--fleet-api-address", f"127.0.0.1:{free_ports(1)[0]}")
+    assert code == 2
+    assert f"is in the git work tree {tmp_path}" in said
+    assert (tmp_path / "server").stat().st_mode & 0o777 == 0o755
