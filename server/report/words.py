@@ -1,5 +1,6 @@
 """The report's sentences about a run: headline, first facts, versions."""
 
+import math
 from pathlib import Path
 
 from common.metrics import SCORES
@@ -83,3 +84,25 @@ def digests(run: Run) -> list[tuple[str, str]]:
     """SHA-256 digests: pairs (name of the hashed thing, digest)."""
     keys = {"base_digest": "base model", "tokenizer_digest": "tokenizer", "federation_digest": "federation file"}
     return [(title, str(run.info[key])) for key, title in keys.items() if key in run.info]
+
+
+def noise(run: Run) -> str | None:
+    """How much of the newest mean is noise, where every site that trained for it adds noise; else None."""
+    rounds = [record["round"] for record in run.metrics if record["phase"] == "aggregate"]
+    told = next((d for d in records.diagnostics(run.metrics) if d.name == "client-norm"), None)
+    if not rounds or told is None:
+        return None
+    newest = max(rounds)
+    privacy = {event["client"]: event.get("privacy") for event in run.events if event["event"] == "client_joined"}
+    trained = [r["client"] for r in run.metrics if r["phase"] == "train" and r["round"] == newest]
+    declared = [privacy.get(client) for client in trained]
+    if not declared or not all(declared):
+        return None
+    norm = math.hypot(*(values.get(newest) or 0.0 for values in told.groups.values()))
+    clip = max(section["clip"] for section in declared if section)
+    mean = math.sqrt(max(norm**2 - clip**2, 0.0) / len(trained))
+    return (
+        f"Signal against noise: in round {newest} an update had an L2 norm of {norm:.3g} on average, of which training "
+        f"made at most {clip:.3g} (`clip`). The mean of {len(trained)} updates has noise of about {mean:.3g} against a "
+        f"signal of at most {clip:.3g}."
+    )

@@ -72,6 +72,7 @@ def render(run: Run) -> str:
         diagnostics=tables,
         rounds=records.rounds_begun(run.events),
         sites=records.sites(run.events, records.rounds_begun(run.events)),
+        noise=words.noise(run),
         problems=records.problems(run.events),
         versions=words.versions(run),
         digests=words.digests(run),

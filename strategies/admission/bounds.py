@@ -160,11 +160,15 @@ def noise_in(base: Mapping[str, Tensor], strategy: StrategyConfig, privacy: Decl
     """
     if privacy is None:
         return 0.0
-    numbers = (
+    return _WIRE * longest_noise(noised_numbers(base, strategy), privacy.noise)
+
+
+def noised_numbers(base: Mapping[str, Tensor], strategy: StrategyConfig) -> int:
+    """How many numbers of an update of these tensors get noise of their own; see ``noise_in``."""
+    return sum(
         strategy.rank * max(tensor.shape) if strategy.shares_basis and not in_head(name) else tensor.numel()
         for name, tensor in base.items()
     )
-    return _WIRE * longest_noise(sum(numbers), privacy.noise)
 
 
 def longest_noise(entries: int, std: float) -> float:
