@@ -1,9 +1,9 @@
-"""What the images install, by version and hash: ``python -m deploy.lock`` writes ``deploy/lock/*.txt``.
+"""Lock the packages of the images by version and hash: ``python -m deploy.lock`` writes ``deploy/lock/*.txt``.
 
-Versions are those of constraints.txt; files and hashes are the package index's, as uv finds them. Of each package one
-file is locked: the wheel that pip takes in the images (Python 3.11, Debian 12, x86-64), or the source where there is no
-wheel. A Dockerfile installs ``build.txt``, which builds that source, ``packages.txt``, and one of the two builds of
-PyTorch. Why, and what has no hash: docs/decisions/026-supply-chain.md.
+Versions are those of constraints.txt; uv finds the files and hashes in the package index. One file is locked for each
+package: the wheel that pip takes in the images (Python 3.11, Debian 12, x86-64), or the source where there is no wheel.
+A Dockerfile installs ``build.txt``, which is needed to build such sources, ``packages.txt``, and one of the two builds
+of PyTorch. Decision 026 has the reasons, and lists files without a hash.
 """
 
 import re
@@ -22,14 +22,14 @@ FOLDER = ROOT / "deploy" / "lock"
 CUDA = re.compile(r"torch|triton|(nvidia|cuda)-.+")  # PyPI's PyTorch, and what it needs besides the other one
 #: PyTorch's build for CPUs, by version; it lies in PyTorch's own index, which uv is not asked for.
 CPU = {"2.13.0": "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"}
-_PYTHON, _GLIBC = (3, 11), 36  # of the base image, Debian 12
+_PYTHON, _GLIBC = (3, 11), 36  # versions in the base image, Debian 12
 _OLD = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # other names, by the minor version of glibc
 _COMPILE = "pip compile pyproject.toml --constraints constraints.txt --python-version 3.11 --format pylock.toml"
 _COMPILE += " --python-platform x86_64-manylinux_2_28 --extra 8bit --extra demo"
 
 
 def main() -> None:
-    """Write all files anew."""
+    """Write all files again."""
     command = [str(Path(sys.executable).with_name("uv")), *_COMPILE.split()]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: S603 - our words
     packages = tomllib.loads(told)["packages"]
@@ -55,7 +55,7 @@ def _tags_of(url: str) -> frozenset[Tag]:
 
 
 def _tags() -> Iterator[Tag]:
-    """What runs in an image, the best first."""
+    """Tags of the wheels that run in an image, the best first."""
     names = [name for minor in range(_GLIBC, 4, -1) for name in (f"manylinux_2_{minor}", _OLD.get(minor)) if name]
     platforms = [f"{name}_x86_64" for name in (*names, "linux")]
     yield from cpython_tags(_PYTHON, platforms=platforms)

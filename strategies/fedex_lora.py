@@ -16,7 +16,7 @@ from common.protocol.factors import Factors
 from common.protocol.versions import Step
 from strategies.combine.weighted_mean import WeightedMean, change_square, layer_group
 from strategies.lora_names import layers
-from strategies.rule import Averaging, Outcome, Setup, Tensors, Update
+from strategies.rule import Averaging, RoundResult, Setup, Tensors, Update
 
 
 class FedExLoRARule(Averaging):
@@ -47,7 +47,7 @@ class FedExLoRARule(Averaging):
         del server_round
         return [name for name in names if not name.endswith(BASE_WEIGHT)]
 
-    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """See ``Rule.aggregate``."""
         found, mean = layers(state), WeightedMean(state)
 
@@ -76,7 +76,7 @@ class FedExLoRARule(Averaging):
         exchange = self.exchange(server_round)
         means: Tensors = {name: averaged.state[name] for name in self.active(server_round, state)}
         step = Step.of(server_round, {**means, **added}, state, exchange)
-        return Outcome(step.apply(state, exchange), {**averaged.diagnostics, **told}, step)
+        return RoundResult(step.apply(state, exchange), {**averaged.diagnostics, **told}, step)
 
     def _product(self, a: Tensor, b: Tensor) -> Factors:
         """The product s B A as a change of the base weight."""

@@ -15,7 +15,7 @@ from common.config.strategy import FedFTGConfig
 from common.protocol.factors import Exchange, Factors, Precision, rounding_error
 from common.protocol.versions import Step
 from strategies.combine.weighted_mean import Means
-from strategies.rule import Averaging, Outcome, Setup
+from strategies.rule import Averaging, RoundResult, Setup
 
 
 class FedFTGRule(Averaging):
@@ -52,16 +52,16 @@ class FedFTGRule(Averaging):
         """See ``Rule.exchange``."""
         return Exchange.of_round(server_round, self._precision, self._shared)
 
-    def settle(
+    def finalize(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
-    ) -> Outcome:
+    ) -> RoundResult:
         """The next state, computed from the rounded step, so that clients that apply the step get the same state."""
         if self._whole:
-            return super().settle(server_round, state, means, diagnostics)
+            return super().finalize(server_round, state, means, diagnostics)
         exchange = self.exchange(server_round)
         factored = {name: value for name, value in means.items() if isinstance(value, Factors)}
         if exchange.precision != "float32" and factored:
             shapes = {name: tuple(state[name].shape) for name in factored}
             diagnostics = {**diagnostics, "wire-error/mean": rounding_error(factored, shapes, exchange)}
         step = Step.of(server_round, means, state, exchange)
-        return Outcome(step.apply(state, exchange), diagnostics, step)
+        return RoundResult(step.apply(state, exchange), diagnostics, step)

@@ -15,7 +15,7 @@ from common.config.strategy import FedITConfig
 from common.linalg.lowrank import Term, inner_products
 from strategies.combine.weighted_mean import layer_group
 from strategies.lora_names import pairs
-from strategies.rule import Averaging, Outcome, Tensors, Update
+from strategies.rule import Averaging, RoundResult, Tensors, Update
 
 
 class FedITRule(Averaging):
@@ -27,7 +27,7 @@ class FedITRule(Averaging):
 
     section: ClassVar = FedITConfig
 
-    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """See ``Rule.aggregate``."""
         if self.aggregation != MeanConfig():
             return super().aggregate(server_round, state, updates)
@@ -47,7 +47,7 @@ class FedITRule(Averaging):
             errors[group] = errors.get(group, 0.0) + _square(kept, a, b, outcome.state)
             exact[group] = exact.get(group, 0.0) + _square(kept, a, b, None)
         lost = {f"aggregation-error/{g}": (errors[g] / exact[g]) ** 0.5 for g in errors if exact[g] > 0}
-        return Outcome(outcome.state, {**outcome.diagnostics, **lost})
+        return RoundResult(outcome.state, {**outcome.diagnostics, **lost})
 
 
 def _square(updates: list[Update], a: str, b: str, centre: Tensors | None) -> float:

@@ -17,7 +17,7 @@ from common.linalg.lowrank import Term, TruncatedSVD, truncated_svd
 from common.model.adapters import scaling
 from strategies.combine.weighted_mean import Drift, WeightedMean, applied, layer_group
 from strategies.lora_names import LORA_A, LORA_B, pairs
-from strategies.rule import Outcome, Rule, Setup, Tensors, Update
+from strategies.rule import RoundResult, Rule, Setup, Tensors, Update
 
 ROUNDING = 1e-9  # a change whose squared norm is below this share of the products' squared norms counts as zero
 
@@ -71,7 +71,7 @@ class FlexLoRARule(Rule):
             fitted[a], fitted[b] = right.clone(), (left.float() * ratio).to(left.dtype)
         return fitted
 
-    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """See ``Rule.aggregate``."""
         del server_round
         layers = pairs(state)
@@ -93,7 +93,7 @@ class FlexLoRARule(Rule):
         found = drift.diagnostics()
         for name, group in groups.items():
             found |= {f"{key}/{name}": value for key, value in group.diagnostics().items()}
-        return Outcome(result, found)
+        return RoundResult(result, found)
 
     def _terms(self, updates: list[Update], state: Mapping[str, Tensor], a: str, b: str) -> list[Term]:
         """One term per client; the last term is the state, with weight 0. The scaling is multiplied into B."""

@@ -20,7 +20,7 @@ from common.protocol.factors import Factors
 from common.protocol.versions import Step
 from strategies.combine.weighted_mean import Means
 from strategies.lora_names import layers
-from strategies.rule import Averaging, Outcome, Setup, Tensors, Update
+from strategies.rule import Averaging, RoundResult, Setup, Tensors, Update
 
 
 class FLoRARule(Averaging):
@@ -74,14 +74,14 @@ class FLoRARule(Averaging):
         del lora_alpha
         return dict(state) if rank is None else cut(state, rank)
 
-    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """See ``Rule.aggregate``."""
         found = layers(state)
         return super().aggregate(server_round, state, (self._merged(update, found) for update in updates))
 
-    def settle(
+    def finalize(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
-    ) -> Outcome:
+    ) -> RoundResult:
         """The next state, with a fresh A and B = 0."""
         exchange, fresh = self.exchange(server_round), {}
         for a, b, _ in layers(state):
@@ -89,7 +89,7 @@ class FLoRARule(Averaging):
             if state[b].any():
                 fresh[b] = torch.zeros_like(state[b])
         step = Step.of(server_round, {**means, **fresh}, state, exchange)
-        return Outcome(step.apply(state, exchange), diagnostics, step)
+        return RoundResult(step.apply(state, exchange), diagnostics, step)
 
     def _merged(self, update: Update, found: list[tuple[str, str, str]]) -> Update:
         """The update with A_k and B_k replaced by their products s_k B_k A_k, as changes of the base weights."""

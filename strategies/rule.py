@@ -43,7 +43,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundResult:
     """The result of one round.
 
     Attributes:
@@ -118,7 +118,7 @@ class Rule(ABC):
         return Exchange()
 
     @abstractmethod
-    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """Aggregate the updates of a round, each as it arrives.
 
         Args:
@@ -154,7 +154,7 @@ class Averaging(Rule):
         """See ``Rule.from_section``. Default: a LoRA strategy without further options."""
         return cls(config.lora_alpha, setup.aggregation)
 
-    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> Outcome:
+    def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """See ``Rule.aggregate``."""
         averaged, drift = self.averaged(server_round, state), Drift(state)
 
@@ -174,15 +174,15 @@ class Averaging(Rule):
                 del update, tensors
 
         means, told = combine(self.aggregation, state, contributions())
-        return self.settle(server_round, state, means, {**drift.diagnostics(), **told})
+        return self.finalize(server_round, state, means, {**drift.diagnostics(), **told})
 
     def averaged(self, server_round: int, names: Iterable[str]) -> list[str]:
         """The tensors, among the state's ``names``, that are averaged. Default: those that the round trains."""
         return self.active(server_round, names)
 
-    def settle(
+    def finalize(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]
-    ) -> Outcome:
+    ) -> RoundResult:
         """Make the next state of the aggregated ``means``."""
         del server_round
-        return Outcome({**state, **applied(means, state)}, diagnostics)
+        return RoundResult({**state, **applied(means, state)}, diagnostics)

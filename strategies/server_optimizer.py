@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.config.aggregation import FedAvgMConfig, ServerOptimizerConfig
-from strategies.rule import Outcome, Tensors
+from strategies.rule import RoundResult, Tensors
 
 
 class ServerOptimizer:
@@ -34,7 +34,7 @@ class ServerOptimizer:
         self._config = config
         self.moments: dict[str, Tensors] = {}
 
-    def step(self, active: Iterable[str], state: Mapping[str, Tensor], outcome: Outcome) -> Outcome:
+    def step(self, active: Iterable[str], state: Mapping[str, Tensor], outcome: RoundResult) -> RoundResult:
         """Apply one optimizer step to the averaged change.
 
         Args:
@@ -50,7 +50,7 @@ class ServerOptimizer:
             start = state[name].to(torch.float32)
             moved = self._moved(name, outcome.state[name].to(torch.float32) - start)
             after[name] = (start + moved).to(state[name].dtype)
-        return Outcome(after, outcome.diagnostics)
+        return RoundResult(after, outcome.diagnostics)
 
     def _moved(self, name: str, change: Tensor) -> Tensor:
         config = self._config

@@ -21,9 +21,9 @@ from server.loop.pending_updates import PendingUpdates
 from server.loop.recorder import RoundRecorder, record_evaluation
 from server.run.folder import RunFolder
 from server.run.quarantine import Quarantine
-from strategies.admission.bounds import Moved, change_norms, check_possible, cohort_bound, heaviest, moved
+from strategies.admission.bounds import UpdateSize, change_norms, check_possible, cohort_bound, heaviest, update_size
 from strategies.flower.messages import RuleMessages
-from strategies.rule import Outcome, Tensors, Update
+from strategies.rule import RoundResult, Tensors, Update
 
 log = logging.getLogger(__name__)
 #: Error codes after which the server resends the round's work to the client, once: stale state, or a process that
@@ -97,7 +97,7 @@ class Round:
             self.recorder.asked(node_id, request.num_bytes)
         parts.in_flight.push(messages, self._group)
 
-    def combine(self) -> Outcome:
+    def combine(self) -> RoundResult:
         """Wait for the replies and aggregate the admitted updates.
 
         Raises:
@@ -124,7 +124,7 @@ class Round:
                 yield self._weighed(update)
                 del update
             return
-        moves: dict[str, Moved] = {}
+        moves: dict[str, UpdateSize] = {}
         with PendingUpdates(self._parts.folder.path / "incoming") as pending:
             for update, how_far in self._updates():
                 moves[update.client] = how_far
@@ -155,7 +155,7 @@ class Round:
             self._parts.folder.event("weight_capped", client=site, reason=reason)
         return replace(update, num_examples=int(self._heaviest))
 
-    def _updates(self) -> Iterator[tuple[Update, Moved]]:
+    def _updates(self) -> Iterator[tuple[Update, UpdateSize]]:
         """Well-formed updates with their sizes, as they arrive; rejected, failed and missing replies are noted."""
         in_flight, since = self._parts.in_flight, time.monotonic()
         for sent, reply in in_flight.replies(self._group, self._closes_at, self._look_after_lost):
@@ -174,7 +174,7 @@ class Round:
         for name, failure in self._lost.items():
             self._fail(name, failure)
 
-    def _take(self, sent: Sent, reply: Message) -> tuple[Update, Moved] | None:
+    def _take(self, sent: Sent, reply: Message) -> tuple[Update, UpdateSize] | None:
         """The update in a reply, and its size; None when the reply holds an error or is rejected."""
         client = self._parts.strategy.client(sent.node_id)
         name, failure = client.name, failure_in(reply)
@@ -208,7 +208,7 @@ class Round:
             record_evaluation(self._parts.folder, self._number - 1, name, told.scores)
         return update, how_far
 
-    def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, Moved]:
+    def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, UpdateSize]:
         """Check the update in a reply; return it with its size.
 
         Raises:
@@ -222,7 +222,7 @@ class Round:
         base = strategy.base_of(node_id)
         norms = change_norms(update, base)
         check_possible(update, norms, base, config.training, config.strategy, privacy)
-        return update, moved(norms, rows, base, config.training, config.strategy, privacy)
+        return update, update_size(norms, rows, base, config.training, config.strategy, privacy)
 
     def _look_after_lost(self) -> bool:
         """Resend lost work to sites that are back; returns whether to wait for the sites that are not."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or site-packages
+ROOT = Path(__file__).resolve().parents[2]  # a checkout's root, or site-packages
 _INSTALLED = Path(__file__).resolve().with_name("app")
 
 

@@ -181,7 +181,7 @@ def longest_noise(entries: int, std: float) -> float:
 
 
 @dataclass(frozen=True)
-class Moved:
+class UpdateSize:
     """L2 norm of a client's whole update, and the parts of the norm that training and noise can explain.
 
     Attributes:
@@ -196,14 +196,14 @@ class Moved:
     noise: float
 
 
-def moved(
+def update_size(
     norms: Mapping[str, float],
     rows: int,
     base: Mapping[str, Tensor],
     training: TrainingConfig,
     strategy: StrategyConfig,
     privacy: Declared | None = None,
-) -> Moved:
+) -> UpdateSize:
     """Size of a client's update, second moments left out.
 
     Args:
@@ -217,12 +217,12 @@ def moved(
     norms = {name: norms[name] for name in without(norms)}
     norm = total(norms)
     if privacy is None:
-        return Moved(norm, norm, 0.0)
+        return UpdateSize(norm, norm, 0.0)
     decay = 0.0
     if training.weight_decay and strategy.trains == "weights":  # sites clip the update without its decay
         start = total({name: float(base[name].float().norm()) for name in norms})
         decay = training.steps(rows) * training.learning_rate * training.weight_decay * start
-    return Moved(
+    return UpdateSize(
         norm, min(norm, privacy.clip + decay), noise_in({name: base[name] for name in norms}, strategy, privacy)
     )
 

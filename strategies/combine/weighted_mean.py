@@ -71,7 +71,7 @@ class _Sum:
 
     def add(self, value: Tensor | Factors, weight: float) -> None:
         if isinstance(value, Tensor):
-            self._whole = self._melted().add_(_change(value, self._base), alpha=weight)
+            self._whole = self._densified().add_(_change(value, self._base), alpha=weight)
             return
         terms = value.scaled(self._base.shape, weight).terms
         if value.common and self._factors.terms:  # all clients share one basis, so only the other factors are added
@@ -81,7 +81,7 @@ class _Sum:
             terms = self._factors.terms + terms
         self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, value.common)
         if self._whole is not None or sum(len(r) for _, r in terms) * sum(self._base.shape) >= self._base.numel():
-            self._whole = self._melted()
+            self._whole = self._densified()
 
     def mean(self, weight: float) -> Tensor | Factors:
         if self._whole is not None:
@@ -94,7 +94,7 @@ class _Sum:
             return self._factors.square(self._base)
         return float(self._whole.square().sum(dtype=torch.float64))
 
-    def _melted(self) -> Tensor:
+    def _densified(self) -> Tensor:
         """The sum as a dense tensor; empties ``_factors``."""
         factors, self._factors = self._factors, Factors(1.0, [])
         if not factors.terms and factors.decay == 1.0:

@@ -27,7 +27,7 @@ from common.protocol.versions import Step
 from strategies.admission.well_formed import admit, admit_factors, most_bytes
 from strategies.flower.versions import Versions
 from strategies.lora_names import rank_of
-from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.rule import RoundResult, Rule, Tensors, Update
 from strategies.server_optimizer import ServerOptimizer
 
 _ALPHAS = (1e-6, 1e6)  # allowed for an alpha that a client reports: products and rescaled states stay finite
@@ -95,7 +95,7 @@ class RuleMessages:
         if self.rule.section.changes_base:
             self.versions = versions or Versions(state)
 
-    def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> Outcome:
+    def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> RoundResult:
         """Aggregate a round's updates (``Rule.aggregate``) and apply the server optimizer."""
         outcome = self.rule.aggregate(server_round, state, updates)
         if self.server_optimizer is not None:

@@ -6,7 +6,7 @@ from common.protocol.digest import tensors_digest
 from common.protocol.factors import num_bytes
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
-from strategies.rule import Outcome
+from strategies.rule import RoundResult
 
 
 class Versions:
@@ -35,7 +35,7 @@ class Versions:
         self.latest = latest or self.first
         self.steps = list(steps)
 
-    def advance(self, outcome: Outcome) -> None:
+    def advance(self, outcome: RoundResult) -> None:
         """Make a round's result the latest version."""
         self.state = outcome.state
         if outcome.step is None:

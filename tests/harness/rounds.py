@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strategies.rule import Outcome, Rule, Tensors, Update
+from strategies.rule import RoundResult, Rule, Tensors, Update
 
 LAYERS = {"model.layers.0.q_proj": (6, 5), "model.layers.0.up_proj": (9, 5), "model.layers.1.q_proj": (6, 6)}  # out, in
 HEAD = "classifier.weight"
@@ -49,7 +49,7 @@ def trained(rule: Rule, server_round: int, state: Tensors, seed: int, size: floa
     return {name: state[name] + (size * normal(g, *state[name].shape)).to(state[name].dtype) for name in active}
 
 
-def aggregate(rule: Rule, server_round: int, state: Tensors, updates: Sequence[Update]) -> Outcome:
+def aggregate(rule: Rule, server_round: int, state: Tensors, updates: Sequence[Update]) -> RoundResult:
     return rule.aggregate(server_round, state, iter(updates))
 
 

@@ -19,8 +19,8 @@ from strategies.admission.bounds import (
     cohort_bound,
     largest_change,
     largest_entry,
-    moved,
     total,
+    update_size,
 )
 from strategies.rule import Update
 
@@ -199,12 +199,14 @@ def test_noised_updates_neither_fail_the_cohort_nor_hide_a_wild_one() -> None:
     noised = math.hypot(0.8, 0.5 * math.sqrt(500 * 100))
     norms = {"a": 0.9, "b": 1.1, "wild": 50.0, "n1": noised, "n2": noised}
     declared = {"n1": privacy, "n2": privacy}
-    moves = {k: moved({NAME: n}, 10, base, config.training, config.strategy, declared.get(k)) for k, n in norms.items()}
+    moves = {
+        k: update_size({NAME: n}, 10, base, config.training, config.strategy, declared.get(k)) for k, n in norms.items()
+    }
     bound = cohort_bound({k: m.signal for k, m in moves.items()}, 10.0)
     assert {k for k, m in moves.items() if m.norm > bound + m.noise} == {"wild"}
 
 
 def test_decay_is_not_clipped_so_it_counts_as_signal() -> None:
     config, base = federation(FEDFTG, weight_decay=0.5), {NAME: torch.ones(12, 9)}
-    how_far = moved({NAME: 100.0}, 10, base, config.training, config.strategy, PRIVACY)
+    how_far = update_size({NAME: 100.0}, 10, base, config.training, config.strategy, PRIVACY)
     assert how_far.signal == pytest.approx(0.5 + 7 * 0.1 * 0.5 * math.sqrt(108))

@@ -12,7 +12,7 @@ from common.protocol.factors import Exchange, Factors, num_bytes
 from common.protocol.versions import Step
 from strategies.fedftg import FedFTGRule
 from strategies.flower.versions import Versions
-from strategies.rule import Outcome, Tensors, Update
+from strategies.rule import RoundResult, Tensors, Update
 from tests.harness.rounds import aggregate, close, doubles
 
 SHAPES = {"model.layers.0.up.weight": (60, 40), "model.layers.0.down.weight": (40, 60)}
@@ -122,7 +122,7 @@ def test_rounded_average_is_what_its_receivers_have_too_and_its_error_is_reporte
     assert outcome.diagnostics["wire-error/mean"] == pytest.approx(np.sqrt(lost / moved), rel=0.02)
 
 
-def rounds(rule: FedFTGRule, versions: Versions, first: int, last: int) -> list[Outcome]:
+def rounds(rule: FedFTGRule, versions: Versions, first: int, last: int) -> list[RoundResult]:
     made = []
     for number in range(first, last + 1):
         updates = [Update(f"c{k}", 1 + k, {}, None, changes(rule, number, 10 * number + k)) for k in range(2)]

@@ -17,7 +17,7 @@ from common.linalg.subspace import SharedBasis, projects_right
 from common.model.second_moments import gathered, is_second_moment, name_of, spread
 from common.protocol.factors import unpack
 from server.loop.server_model import ServerModel
-from strategies.admission.bounds import change_norms, check_possible, moved
+from strategies.admission.bounds import change_norms, check_possible, update_size
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions
 from strategies.rule import Update
@@ -155,7 +155,7 @@ def test_second_moments_that_no_training_gives_are_refused(tmp_path: Path) -> No
     norms = change_norms(update, versions.state)
     check_possible(update, norms, versions.state, config.training, config.strategy)
     name = next(name for name in versions.state if is_second_moment(name))
-    how_far = moved(norms, 3, versions.state, config.training, config.strategy)
+    how_far = update_size(norms, 3, versions.state, config.training, config.strategy)
     assert config.training.max_grad_norm is not None
     for value, what in ((-1e-9, "has negative entries"), (config.training.max_grad_norm**2, "moved by")):
         tensors = {**update.tensors, name: torch.full_like(update.tensors[name], value)}
@@ -163,7 +163,7 @@ def test_second_moments_that_no_training_gives_are_refused(tmp_path: Path) -> No
         norms = change_norms(bad, versions.state)
         with pytest.raises(RefusedUpdate, match=rf"{name} {what}"):
             check_possible(bad, norms, versions.state, config.training, config.strategy)
-        assert moved(norms, 3, versions.state, config.training, config.strategy) == how_far
+        assert update_size(norms, 3, versions.state, config.training, config.strategy) == how_far
 
 
 def test_site_with_differential_privacy_refuses(tmp_path: Path) -> None:
