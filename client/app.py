@@ -1,7 +1,7 @@
-"""The Flower ClientApp of a site: takes a message, lets the session work, answers.
+"""The Flower ClientApp of a site: receives a message, lets the session work, replies.
 
-Heavy modules are imported only when a message is there. What leaves of an error is in ``common.errors``: of one that
-may come from the rows never its text.
+Heavy modules are imported only when a message has arrived. ``common.errors`` decides how much of an error leaves the
+site; the text of an error that may quote a row never does.
 """
 
 import logging
@@ -46,17 +46,17 @@ app = ClientApp()
 log = logging.getLogger("site")
 
 SITE_KEY = "site"  # node-config key: path of the site file
-AGREEMENTS_KEY = "agreements"  # node-config key of a site that its launcher agrees for: their file
-LEDGERS_KEY = "ledgers"  # node-config key of an experiment's cell: folder of its ledgers, instead of the site file's
+AGREEMENTS_KEY = "agreements"  # node-config key that a launcher sets for its own sites: file with their agreements
+LEDGERS_KEY = "ledgers"  # node-config key that an experiment's trial sets: folder for ledgers, not the site file's
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
-SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: how many sites this process holds at a time; without it, one
+SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: number of sites that this process may hold at a time; default 1
 _sessions: dict[tuple[int, str, str, str], "Session"] = {}  # by run, because files may change between runs
-_bases: dict[int, "Bases"] = {}  # by run; of the sites that this process holds, when they are several
+_bases: dict[int, "Bases"] = {}  # base models shared by the sites of this process, by run; empty for a single site
 
 
 @dataclass(frozen=True)
 class Site:
-    """What answers a message: the site's work on the federation, what may leave, and what Flower keeps for the next."""
+    """The parts that answer a message: the session does the work, the gate checks, Flower's context keeps state."""
 
     session: "Session"
     gate: "Gate"
@@ -68,7 +68,7 @@ Reply = TypeVar("Reply", Hello, TrainReply, EvaluateReply)
 
 
 def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -> Callable[[Message, Context], Message]:
-    """What Flower calls: reads a request, and makes a reply of what the handler returns or raises."""
+    """Make a function for Flower from a handler: reads the request, sends the handler's reply or its error."""
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
@@ -99,7 +99,7 @@ def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -
 
 
 def _failure(error: Exception, gate: "Gate | None", known: dict[str, object]) -> Failure:
-    """What the operator hears of an error; of one that is not FedSpan's own, type and place only."""
+    """The answer for the operator about an error; for errors that are not FedSpan's own, type and place only."""
     if isinstance(error, FedSpanError):
         failure = Failure.of(error)
         if gate is None:
@@ -111,16 +111,16 @@ def _failure(error: Exception, gate: "Gate | None", known: dict[str, object]) ->
 
 
 def hello(site: Site, request: HelloRequest) -> Hello:
-    """Tell who this is, which base model it holds and what noise it adds."""
+    """Answer a hello request: the site's name, digests of its base model, its noise."""
     del request
     return site.session.hello()
 
 
 def train(site: Site, request: TrainRequest) -> TrainReply:
-    """Evaluate the state that came in, when asked to; train; send back the active tensors.
+    """Evaluate the received state, if the request asks for that; train; reply with the active tensors.
 
-    All that can be wrong with the request is found before it is charged. From then on a site with `privacy` answers
-    with an update, whatever its rows do.
+    The request is checked completely before it is charged. After the charge, a site with `privacy` always replies with
+    an update, even if its rows make training fail.
     """
     from client.received import keep, receive
     from common.protocol import wire
@@ -144,7 +144,7 @@ def train(site: Site, request: TrainRequest) -> TrainReply:
 
 
 def evaluate(site: Site, request: EvaluateRequest) -> EvaluateReply:
-    """Evaluate the state that came in, as often as was agreed and on rows enough."""
+    """Evaluate the received state, within the limits on evaluations and held-out rows."""
     from client.received import receive
 
     receive(request, [], site.session, site.gate, site.context)
@@ -158,7 +158,7 @@ app.evaluate()(_answering(EvaluateRequest, evaluate))
 
 
 def _gate(kind: str, context: Context) -> "Gate":
-    """The gate for one message; the site file is read anew, so that a changed policy holds at once.
+    """Make the gate for one message; it reads the site file again, so that a changed policy holds at once.
 
     Raises:
         ConfigError: the site file is wrong.
@@ -180,10 +180,10 @@ def _site_file(context: Context) -> Path:
 
 
 def _session(site: SiteConfig, agreement: "Agreement", context: Context) -> "Session":
-    """The session of this site in this run; made once per process, and when a file has changed.
+    """The session of this site in this run; made once per process, and again when a file has changed.
 
     Raises:
-        ConfigError: nobody at the site has checked this code.
+        ConfigError: the site file has ``trust``, but no worker has verified this bundle.
     """
     from client.session import Session
     from client.site_model import Bases
@@ -206,7 +206,7 @@ def _session(site: SiteConfig, agreement: "Agreement", context: Context) -> "Ses
 
 
 def _each(content: RecordDict) -> "Iterator[tuple[str, Tensor]]":
-    """Every tensor that is to leave, one at a time."""
+    """The tensors in a reply, decoded one at a time."""
     from common.protocol import wire
 
     for key, record in get_records(content, ArrayRecord).items():
@@ -216,5 +216,5 @@ def _each(content: RecordDict) -> "Iterator[tuple[str, Tensor]]":
 
 
 def _told(content: RecordDict) -> list[str]:
-    """Names of all else that is to leave."""
+    """Names of all other values in a reply."""
     return sorted({name for part in content.values() if not isinstance(part, ArrayRecord) for name in part})

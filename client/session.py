@@ -1,7 +1,7 @@
-"""A site's work on one federation: its rows, its model, and what it answers. No Flower.
+"""A site's work on one federation: rows, model, training, evaluation. No Flower.
 
-A session holds everything that is expensive to make (model, tokenizer, encoded rows), so a process that lives longer
-than one message makes it once.
+A session holds everything that is expensive to make (model, tokenizer, encoded rows), so a process that answers several
+messages makes it once (decision 007).
 """
 
 import logging
@@ -20,7 +20,7 @@ from client.site_model import Bases, SiteModel
 from client.training.moments import capture, restore
 from client.training.settings import describe, pick_autocast
 from client.training.trainer import train
-from client.update import Outgoing, Work
+from client.update import PreparedUpdate, Work
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.data.evaluation import EvalSettings
@@ -44,17 +44,26 @@ log = logging.getLogger(__name__)
 class Session:
     """A site in one federation.
 
+    Example:
+        One round without Flower, from the state ``tensors``::
+
+            session = Session(load(site_file, SiteConfig), site_file, federation)
+            active = list(session.exchanged)
+            session.set_state(tensors, None, active)
+            scores = session.evaluate()
+            update, numbers = session.train(1, active)
+
     Args:
         site: the site file's content.
-        site_file: where it lies; its relative paths are relative to it.
-        federation: the federation file's content, as the server sent it.
-        bases: of the sites that share this process; None: this one is alone.
+        site_file: the site file's path, which relative paths refer to.
+        federation: the federation's settings, as the server sent them.
+        bases: base models that the sites of this process share; None: this process has one site.
 
     Attributes:
-        kept: what the site keeps for its next round besides the federation's tensors: a local head, optimizer moments.
-            A caller that makes a new session for every round carries it over.
-        update_norm: L2 norm of the last update, as it is to leave.
-        aside: what went wrong in the last training that the operator is not told; None: nothing.
+        kept: tensors that the site keeps for its next round and never sends: a local head, optimizer moments. A caller
+            that makes a new session for every round must carry ``kept`` over.
+        update_norm: L2 norm of the last update, in the form to send.
+        aside: error of the last training that is hidden from the operator (`privacy`); None: no error.
     """
 
     def __init__(
@@ -66,14 +75,14 @@ class Session:
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
         self._model = SiteModel(site, site_file, federation, self._task, bases, self._seconds)
-        self._max_batch_size = site.max_batch_size  # less once memory has run out
-        self._left_out = 0  # rows
+        self._max_batch_size = site.max_batch_size  # smaller after memory has run out
+        self._left_out = 0  # number of unreadable rows
         self.kept: Tensors = {}
         self.update_norm: float | None = None
         self.aside: str | None = None
 
     def hello(self) -> Hello:
-        """Load everything once and tell what is there.
+        """Load rows and model, and make the site's hello.
 
         Raises:
             DataError: the shard cannot be used.
@@ -95,11 +104,11 @@ class Session:
         )
 
     def follow(self, steps: list[Step], since: str, version: str) -> None:
-        """Take the weights of ``version`` by steps from ``since``.
+        """Bring the weights to ``version`` by steps from ``since``.
 
         Raises:
             StaleStateError: the site does not hold ``since``.
-            WireError: a step does not fit, or goes further than a round of training can.
+            WireError: a step does not match the weights, or is larger than a round's training can make.
         """
         if since == self._model.weights.first and self._model.weights.version not in (since, version):
             self._model.start_anew()
@@ -109,12 +118,12 @@ class Session:
 
     @property
     def weights(self) -> Weights | None:
-        """The federation's tensors, and which version they are; None where no base weight changes."""
+        """The federation's weights and their version; None for strategies that change no base weight."""
         return self._model.weights if self.federation.strategy.changes_base else None
 
     @property
     def exchanged(self) -> Mapping[str, torch.Tensor]:
-        """The federation's tensors, in this site's rank."""
+        """The federation's tensors in this site's rank, by name."""
         return self._model.exchanged
 
     def set_state(
@@ -123,19 +132,19 @@ class Session:
         """Write the federation's tensors into the model; return those that are frozen in this round.
 
         Args:
-            tensors: all of them, sent or kept.
-            frozen_digest: of the frozen ones; None when all were sent.
-            active: those that the round trains.
-            version: of trained base weights, when they came whole.
-            after: the number of rounds that they are the result of; 0: they are the first state.
+            tensors: all of the federation's tensors, sent or kept.
+            frozen_digest: digest of the frozen tensors; None when all tensors were sent.
+            active: names of the tensors that the round trains.
+            version: name of the version, for base weights that were sent dense.
+            after: number of rounds after which this is the state; 0: the first state.
 
         Raises:
             StaleStateError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
-            WireError: training cannot have led there.
+            WireError: training cannot have made this state (``client.reach``).
         """
         if self.weights is not None and after < self.weights.after:
             self._model.start_anew()
-        weights, exchanged = self.weights, self.exchanged  # of the base model, before that is overwritten
+        weights, exchanged = self.weights, self.exchanged  # made from the base model, so before it is overwritten
         missing = exchanged.keys() - tensors.keys()
         if missing:
             raise StaleStateError(
@@ -155,26 +164,27 @@ class Session:
         return frozen
 
     def _set_local(self) -> None:
-        """Write what the site keeps for itself into the model."""
+        """Write the site's kept parameters, such as a local head, into the model."""
         with torch.no_grad():
             for name, parameter in self._tuned.local.items():
                 if name in self.kept:
                     parameter.copy_(self.kept[name])
 
     def work(self, server_round: int, active: list[str]) -> Work:
-        """What a round would be, from the state set before."""
+        """Plan a round's work from the state set before; no row is read."""
         return Work(self._model, self.federation, self.site.privacy, server_round, active, self.train_rows)
 
     def train(self, server_round: int, active: list[str]) -> tuple[Tensors, dict[str, float]]:
         """Train the active tensors for one round, from the state set before.
 
         Returns:
-            What is to be sent: the active tensors after training, with FedFTG in factors where these are smaller (see
-            ``common.protocol.factors``), clipped and noised with `privacy`; and numbers by name, those of
-            ``common.protocol.messages.TRAINING``.
+            The tensors to send: the active tensors after training, under FedFTG in factors where these are smaller
+            (``common.protocol.factors``), clipped and noised with `privacy`. And the numbers of
+            ``common.protocol.messages.TRAINING``, by name.
 
         Raises:
-            TrainingError: training cannot start or go on; with `privacy` noise alone is to be sent then.
+            TrainingError: training cannot start or continue. With `privacy` no error is raised: the update is then
+                noise alone.
         """
         started, self.aside = time.monotonic(), None
         work = self.work(server_round, active)
@@ -192,11 +202,11 @@ class Session:
         self._seconds["train"] = time.monotonic() - started
         return update.tensors, numbers
 
-    def _trained(self, work: Work, start: Tensors) -> tuple[Outgoing, dict[str, float]] | None:
-        """An honest update and its numbers; None with `privacy` when anything fails, as ``aside`` says."""
+    def _trained(self, work: Work, start: Tensors) -> tuple[PreparedUpdate, dict[str, float]] | None:
+        """The update and its numbers; with `privacy` None when anything fails, and ``aside`` has the error."""
         try:
             return self._train(work, start)
-        except Exception as error:  # whatever a row brings about, the answer is of one form
+        except Exception as error:  # with `privacy` an error must not show: it may depend on a row
             if self.site.privacy is None:
                 raise
             what = str(error) if isinstance(error, FedSpanError) else place_of(error)
@@ -204,7 +214,7 @@ class Session:
             log.error("not told to the operator: %s", self.aside, exc_info=error)
         return None
 
-    def _train(self, work: Work, start: Tensors) -> tuple[Outgoing, dict[str, float]]:
+    def _train(self, work: Work, start: Tensors) -> tuple[PreparedUpdate, dict[str, float]]:
         federation, training = self.federation, self.federation.training
         encoded, seed, optimizer = self._encoded, work.begin(self.site.name), work.optimizer()
         keep = federation.strategy.optimizer_state == "keep"
@@ -237,9 +247,9 @@ class Session:
         return update, numbers
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the state set before; empty when the site holds nothing out, or keeps them to itself.
+        """Held-out metrics of the state set before; empty when the site has no held-out rows, or shares no metrics.
 
-        Counts by label stay here: they tell how many patients of a site have what.
+        Counts by label are left out: they reveal how many patients of a site have a diagnosis.
         """
         if not self.scored_rows:
             return {}
@@ -255,23 +265,23 @@ class Session:
 
     @property
     def scored_rows(self) -> int:
-        """Held-out rows that an evaluation scores; 0 when the site holds nothing out, or keeps scores to itself."""
+        """Number of held-out rows that an evaluation scores; 0 when there are none, or the site shares no metrics."""
         return min(len(self._rows[1]), self.federation.evaluation.max_examples) if self.site.shares_metrics else 0
 
     @property
     def train_rows(self) -> int:
-        """Rows of the shard that are trained on."""
+        """Number of the shard's training rows."""
         return len(self._rows[0])
 
     def seconds(self) -> dict[str, float]:
-        """Time spent since the last call, by what it was spent on."""
+        """Seconds spent since the last call, by phase."""
         taken = dict(self._seconds)
         self._seconds.clear()
         return taken
 
     @property
     def lora_alpha(self) -> float | None:
-        """The federation's, where it trains LoRA."""
+        """The federation's LoRA alpha; None when it trains no LoRA."""
         strategy = self.federation.strategy
         return strategy.lora_alpha if strategy.trains == "lora" else None
 

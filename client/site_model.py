@@ -1,6 +1,6 @@
-"""A site's model in one federation: the base model as it was read, what of it is trained, and the weights it holds.
+"""A site's model in one federation: the base model, its trained tensors, and the federation's weights.
 
-Sites that share a process read a base model from disk once, and what no site changes is in memory once.
+Sites that share a process read a base model from disk once, and share the memory of all weights that no site changes.
 """
 
 import copy
@@ -27,27 +27,27 @@ from common.model.base_model import Base
 from common.protocol.digest import base_digest, tokenizer_digest
 from common.protocol.factors import Exchange
 
-Digests = tuple[str, str]  # of a base model, and of its tokenizer
-Read = Callable[[], Base]  # from disk
+Digests = tuple[str, str]  # digests (hex) of a base model and of its tokenizer
+Read = Callable[[], Base]  # reads a base model from disk
 
 
 class Bases:
-    """The base models that were read, as they are on disk; the first who asks for one reads it."""
+    """Base models that the sites of a process share; each is read from disk at its first use."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Base, Digests]] = {}
 
     def view(self, key: str, read: Read) -> Base:
-        """The base model of ``key``: modules of the taker's own, weights that all takers share.
+        """The base model of ``key``, with new modules whose parameters share the memory of all views.
 
-        Before a weight is changed it must be taken apart with `own`.
+        A site must call `unshare` before it changes a parameter.
         """
         base, _ = self._get(key, read)
         shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.model.parameters()}
         return replace(base, model=copy.deepcopy(base.model, shared))
 
     def digests(self, key: str, read: Read) -> Digests:
-        """Of the base model of ``key``."""
+        """Digests of the base model of ``key``."""
         return self._get(key, read)[1]
 
     def _get(self, key: str, read: Read) -> tuple[Base, Digests]:
@@ -57,27 +57,27 @@ class Bases:
         return self._known[key]
 
 
-def own(parameters: Iterable[nn.Parameter]) -> None:
-    """Give parameters memory that nobody shares."""
+def unshare(parameters: Iterable[nn.Parameter]) -> None:
+    """Copy parameters, so that training one site does not change the model of another in this process."""
     for parameter in parameters:
         parameter.data = parameter.data.clone()
 
 
 def digests(base: Base) -> Digests:
-    """Of a base model that is as it was read."""
+    """Digests of a base model; call before training changes it."""
     return base_digest(base.model), tokenizer_digest(base.tokenizer)
 
 
 class SiteModel:
-    """Made when it is first asked for, and once.
+    """A site's model; each part is made once, at its first use.
 
     Args:
         site: the site file's content.
-        site_file: where it lies; its relative paths are relative to it.
-        federation: the federation file's content.
-        task: what is learned.
-        bases: of the sites that share this process; None: this one is alone.
-        seconds: where it notes how long it took to ``load``.
+        site_file: the site file's path, which relative paths refer to.
+        federation: the federation's settings.
+        task: the learning task.
+        bases: base models that the sites of this process share; None: this process has one site.
+        seconds: receives the duration of loading as ``load``.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class SiteModel:
         self._site, self._federation, self._task = site, federation, task
         self._source = model_source(site, site_file, federation.model)
         self._bases, self._seconds = bases, seconds
-        self._key = f"{self._source} {federation.model_dump_json()}"  # what the base model depends on
+        self._key = f"{self._source} {federation.model_dump_json()}"  # everything that the base model depends on
 
     @cached_property
     def device(self) -> torch.device:
-        """Where it is trained."""
+        """The device for training."""
         return pick_device(self._site.device)
 
     @property
     def rank(self) -> int:
-        """With which the site trains."""
+        """The LoRA rank that the site trains with."""
         return lora_rank(self._site, self._federation.strategy)
 
     @cached_property
@@ -114,12 +114,12 @@ class SiteModel:
 
     @cached_property
     def digests(self) -> Digests:
-        """Of the base model as it is on disk, and of its tokenizer.
+        """Digests of the base model on disk, and of its tokenizer.
 
         Raises:
-            ModelError: they are not those that the federation file names.
+            ModelError: the digests are not those in the federation file.
         """
-        if self._bases is None and "tuned" in self.__dict__:  # it is not any more what was loaded
+        if self._bases is None and "tuned" in self.__dict__:  # training has changed the loaded model (decision 011)
             self.start_anew()
         found = digests(self.base) if self._bases is None else self._bases.digests(self._key, self._read)
         if (wrong := self._federation.model.difference(*found)) is not None:
@@ -128,38 +128,38 @@ class SiteModel:
 
     @cached_property
     def tuned(self) -> tuning.Tuned:
-        """What of it is trained, on the device."""
+        """The model on the device, with its trained tensors."""
         seed = self._federation.training.seed
         tuned = tuning.tune(self.base.model, self._federation.strategy, self._task.peft_type, rank=self.rank, seed=seed)
         tuned.model.to(self.device)
         if self._bases is not None:
-            own((tuned.parameters | tuned.local).values())
+            unshare((tuned.parameters | tuned.local).values())
         return tuned
 
     @cached_property
     def weights(self) -> Weights:
-        """The federation's tensors, where base weights are among them, and which version they are."""
+        """The federation's weights and their version, for strategies that change base weights."""
         base = tuning.first_state(self.tuned, self._federation.strategy, self._federation.training.seed)
         return Weights(base, self.exchange)
 
     @cached_property
     def known(self) -> Known:
-        """The federation's tensors where no base weight is among them; asked for before any is written."""
+        """The known states, for strategies that change no base weight; use before a state is written."""
         return Known(self.tuned.get())
 
     @property
     def exchanged(self) -> Mapping[str, Tensor]:
-        """The federation's tensors, in this site's rank: as they are in the model, or as they are held beside it."""
+        """The federation's tensors in this site's rank: those of ``weights``, or the model's parameters."""
         if self._federation.strategy.changes_base:
             return cut(self.weights.tensors, self.rank)
         return self.tuned.parameters
 
     def exchange(self, server_round: int) -> Exchange:
-        """How changes of base weights travel in factors in a round."""
+        """The form in which a round's factors are sent."""
         return self._federation.strategy.exchange(self._federation.training.seed, server_round)
 
     def start_anew(self) -> None:
-        """Back to the base model."""
+        """Drop all trained tensors: the next use loads the base model again."""
         for made in ("base", "tuned", "weights", "known"):
             self.__dict__.pop(made, None)
 

@@ -1,4 +1,4 @@
-"""A round's work at a site, and its update in the form in which it travels, clipped and noised where asked."""
+"""A round's work at a site, and the site's update in the form to send, clipped and noised with `privacy`."""
 
 import math
 import random
@@ -24,13 +24,13 @@ from common.protocol.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """An update, ready to leave.
+class PreparedUpdate:
+    """An update, prepared for sending.
 
     Attributes:
-        tensors: what travels.
-        norm: L2 norm of the whole change, as it leaves.
-        wire_error: relative error of rounded factors; None where nothing is rounded.
+        tensors: the tensors to send, by name.
+        norm: L2 norm of the whole change, with clipping and noise.
+        wire_error: relative error of rounded factors; None: nothing is rounded.
     """
 
     tensors: Tensors
@@ -44,14 +44,14 @@ def trained_tensors(
     privacy: PrivacyConfig | None,
     *,
     in_float32: bool = False,
-) -> Outgoing:
-    """Tensors that travel whole.
+) -> PreparedUpdate:
+    """Prepare an update of dense tensors.
 
     Args:
-        trained: after training, by name.
-        received: the same before it.
-        privacy: None: they leave as they are.
-        in_float32: whatever type they were trained in.
+        trained: the tensors after training, by name.
+        received: the same tensors before training.
+        privacy: the site file's section ``privacy``; None: the exact tensors are sent.
+        in_float32: send float32, also where training used another dtype.
     """
     changes = {name: tensor.detach().cpu().float() - received[name].float() for name, tensor in trained.items()}
     if privacy is None:
@@ -61,7 +61,7 @@ def trained_tensors(
         tensors = {name: (received[name].float() + change).to(trained[name].dtype) for name, change in changes.items()}
     if in_float32:
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    return Outgoing(tensors, norm_of(changes.values()))
+    return PreparedUpdate(tensors, norm_of(changes.values()))
 
 
 def changed_weights(
@@ -72,16 +72,16 @@ def changed_weights(
     privacy: PrivacyConfig | None,
     *,
     moments: bool,
-) -> Outgoing:
-    """Base weights that GaLore trained: those that it projected as a change in factors, a head whole.
+) -> PreparedUpdate:
+    """Prepare an update of base weights that GaLore trained: projected weights in factors, a head dense.
 
     Args:
-        optimizer: after training.
-        names: of all that it trained and that is exchanged.
-        start: what they were before, by name.
-        exchange: how factors travel.
-        privacy: None: the exact change leaves.
-        moments: whether Adam's second moments leave, too.
+        optimizer: the optimizer after training.
+        names: names of the trained tensors that are sent.
+        start: the tensors before training, by name.
+        exchange: the form in which factors are sent.
+        privacy: the site file's section ``privacy``; None: the exact change is sent.
+        moments: whether to send Adam's second moments, too.
     """
     changes = {name: optimizer.factors(name) for name in names if not in_head(name)}
     whole = {name: optimizer.whole(name, start[name]) for name in names if in_head(name)}
@@ -98,19 +98,20 @@ def factored_weights(
     start: Mapping[str, Tensor],
     exchange: Exchange,
     privacy: PrivacyConfig | None,
-) -> Outgoing:
-    """Weights that travel as a change in factors, and others beside them that travel whole.
+) -> PreparedUpdate:
+    """Prepare an update of changes in factors and of dense tensors beside them.
 
-    With ``privacy`` all of it is clipped jointly and noised, but for the factors' decay, which follows from the
-    federation file and the number of rows. Under a shared basis it is the numbers R beside it that are noised and
-    leave. An own basis comes from the gradients, so it must not leave: the product is made, noised, and travels whole.
+    With ``privacy`` the whole update is clipped jointly and noised, except for the factors' decay, which depends only
+    on the federation file and the number of rows. With a shared basis the numbers R get the noise, and only they are
+    sent. An own basis comes from the gradients, so it must not leave: the product P R is formed, noised and sent dense
+    (decision 014).
 
     Args:
-        changes: of every weight that was projected.
-        whole: the others, after training, in float32 on the CPU.
-        start: the weights that both are relative to.
-        exchange: how factors travel.
-        privacy: None: the exact change leaves.
+        changes: the changes of projected weights, by name.
+        whole: the other tensors after training, in float32 on the CPU.
+        start: all tensors before training.
+        exchange: the form in which factors are sent.
+        privacy: the site file's section ``privacy``; None: the exact change is sent.
     """
     moved = {name: tensor - start[name] for name, tensor in whole.items()}
     if privacy is not None and exchange.basis is None:
@@ -118,7 +119,7 @@ def factored_weights(
         noised = private(terms | moved, privacy)
         decays = {name: change.decay for name, change in changes.items()}
         tensors = {name: term.add_(start[name], alpha=decays.get(name, 1.0)) for name, term in noised.items()}
-        return Outgoing(tensors, norm_of(tensor - start[name] for name, tensor in tensors.items()))
+        return PreparedUpdate(tensors, norm_of(tensor - start[name] for name, tensor in tensors.items()))
     if privacy is not None:
         changes, moved = _noised_in_basis(changes, moved, start, exchange, privacy)
         whole = {name: start[name] + change for name, change in moved.items()}
@@ -126,9 +127,9 @@ def factored_weights(
     tensors |= whole
     norm = math.hypot(norm_of(moved.values()), *(change.square(start[name]) ** 0.5 for name, change in changes.items()))
     if exchange.precision == "float32":
-        return Outgoing(tensors, norm)
+        return PreparedUpdate(tensors, norm)
     shapes = {name: tuple(start[name].shape) for name in changes}
-    return Outgoing(tensors, norm, rounding_error(changes, shapes, exchange))
+    return PreparedUpdate(tensors, norm, rounding_error(changes, shapes, exchange))
 
 
 def _noised_in_basis(
@@ -138,11 +139,12 @@ def _noised_in_basis(
     exchange: Exchange,
     privacy: PrivacyConfig,
 ) -> tuple[dict[str, Factors], Tensors]:
-    """The changes in the round's shared bases P, which every machine draws by itself, and those of whole tensors.
+    """Clip and noise changes in the round's shared bases P, and changes of dense tensors.
 
-    Only R is data. P's rows (columns) are orthonormal, so R has the norm of P R.
+    Only R depends on data: every machine draws P from the seed. P's rows (columns) are orthonormal, so R has the norm
+    of P R.
     """
-    assert exchange.basis is not None  # noqa: S101 - the caller has looked
+    assert exchange.basis is not None  # noqa: S101 - the caller has checked
     numbers, bases = {}, {}
     for name, change in changes.items():
         shape = tuple(start[name].shape)
@@ -158,21 +160,21 @@ def _noised_in_basis(
 
 
 class Work:
-    """One round. It is looked at as a whole before a row is touched.
+    """One round's work, planned and checked completely before a row is read.
 
     Args:
-        model: the site's, in the state that the round begins with.
+        model: the site's model, in the state that the round starts from.
         federation: the federation's settings.
-        privacy: the site's.
-        server_round: from 1.
+        privacy: the site file's section ``privacy``.
+        server_round: the round, from 1.
         active: names of the tensors that are trained and sent.
-        rows: of the shard that are trained on.
+        rows: number of the shard's training rows.
 
     Attributes:
-        server_round: as given.
-        parameters: what is trained and sent, by name.
-        mine: the same, and what is trained and stays.
-        steps: optimizer steps.
+        server_round: the round, from 1.
+        parameters: the parameters that are trained and sent, by name.
+        mine: all parameters that are trained, those that stay at the site included, by name.
+        steps: number of optimizer steps.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class Work:
         self.steps = federation.training.steps(rows)
 
     def begin(self, site: str) -> str:
-        """Make the model ready for training; the seed of the order of rows, and already of dropout."""
+        """Prepare the model for training and seed dropout; returns the seed for the order of rows."""
         training = self._federation.training
         if training.gradient_checkpointing:
             self._model.tuned.model.gradient_checkpointing_enable(
@@ -202,10 +204,10 @@ class Work:
         return seed
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A new one; of the tensors that are exchanged nothing else is trained.
+        """Make the round's optimizer; among the tensors that are sent, only ``parameters`` are trained.
 
         Raises:
-            TrainingError: the settings do not fit the weights.
+            TrainingError: the settings do not match the weights.
         """
         for name, parameter in self._model.tuned.parameters.items():
             parameter.requires_grad_(name in self.parameters)
@@ -214,18 +216,18 @@ class Work:
         return make_optimizer(self.mine, training, strategy, self.server_round, basis, moments)
 
     def second_moments(self) -> SecondMoments | None:
-        """What the round begins with."""
+        """The second moments that the round starts with; None without ``optimizer_state`` averaged."""
         if self._federation.strategy.optimizer_state != "averaged":
             return None
         return SecondMoments(self._model.weights.tensors, (self.server_round - 1) * self.steps)
 
     def most_bytes(self) -> int:
-        """Most bytes of the update's tensors; it depends on shapes and settings alone.
+        """Upper limit of the bytes of the update's tensors; depends on shapes and settings alone.
 
         Raises:
             TrainingError: see ``optimizer``.
         """
-        self.optimizer()  # what is wrong with the settings is told before anything is charged
+        self.optimizer()  # mistakes in the settings must show before anything is charged
         strategy = self._federation.strategy
         if strategy.trains != "weights":
             return sum(p.numel() * (4 if strategy.changes_base else p.element_size()) for p in self.parameters.values())
@@ -238,26 +240,26 @@ class Work:
         return sum({**whole, **{n: packed_bytes(weights[n].shape, directions, exchange) for n in factored}}.values())
 
     def start(self) -> Tensors:
-        """What the update will be relative to; GaLore notes the changes itself."""
+        """Copies of the tensors that the update will be relative to; empty for GaLore, which records changes itself."""
         if self._federation.strategy.trains == "weights":
             return {}
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
-    def update(self, optimizer: torch.optim.Optimizer, start: Mapping[str, Tensor]) -> Outgoing:
-        """What leaves after training."""
+    def update(self, optimizer: torch.optim.Optimizer, start: Mapping[str, Tensor]) -> PreparedUpdate:
+        """Prepare the update after training."""
         if isinstance(optimizer, GaLore):
             weights, exchange = self._model.weights.tensors, self._model.exchange(self.server_round)
             moments = self._federation.strategy.optimizer_state == "averaged"
             return changed_weights(optimizer, list(self.parameters), weights, exchange, self._privacy, moments=moments)
-        # Beside base weights, which are federated in float32, factors are, too.
+        # Strategies that change base weights keep the state in float32, factors included.
         in_float32 = self._federation.strategy.changes_base
         return trained_tensors(self.parameters, start, self._privacy, in_float32=in_float32)
 
-    def nothing(self, start: Mapping[str, Tensor]) -> tuple[Outgoing, dict[str, float]]:
-        """What leaves instead when training with `privacy` has failed: noise alone, in the form of an honest update.
+    def nothing(self, start: Mapping[str, Tensor]) -> tuple[PreparedUpdate, dict[str, float]]:
+        """The update to send when training with `privacy` has failed: noise alone, in the form of an honest update.
 
-        Names, shapes, types and factors are the same, and so are the decay of the weights and the numbers beside it:
-        nobody can tell from what leaves that anything went wrong, and so not what rows would make it go wrong.
+        Names, shapes, dtypes, factors, decay and the reported numbers are the same as after training. So the operator
+        cannot tell that training failed, and cannot learn which rows make it fail.
         """
         training, strategy = self._federation.training, self._federation.strategy
         factors = schedule(training, self.server_round, self._federation.rounds, self.steps)

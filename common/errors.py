@@ -197,8 +197,8 @@ AT_A_SITE: tuple[type[FedSpanError], ...] = (FedSpanError, ConfigError, DataErro
 AT_A_SITE += (TrainingError, DivergedError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
 #: Errors that do not depend on rows, so that their code and text may leave a site with `privacy`, too.
 PUBLIC = (ConfigError, ModelError, StaleStateError, WorkerDied, WireError, PolicyError, LedgerError)
-#: What a site says of all other errors, beside the code, once a round or an evaluation is charged. With `privacy` it
-#: always says the last, with its code.
+#: Texts, by class, that replace all other errors' texts once a round or an evaluation is charged. With `privacy` a site
+#: always sends the last one, with its code.
 SAID: dict[type, str] = {
     DataError: "its shard cannot be used",
     DivergedError: "the numbers of its training overflowed; lower training.learning_rate",

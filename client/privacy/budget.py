@@ -1,7 +1,7 @@
-"""What a site has spent, by its ledger, whether its limits allow more, and how finely scores leave.
+"""A site's budget: the use charged in its ledger, the limits, and the rounding of scores.
 
-What is spent is counted when it is charged, before a row is touched: what a crash or an error has made of a round, or
-of an evaluation, does not give it back.
+Use counts from the moment that it is charged, before a row is read. A crash or an error during the round or evaluation
+does not give it back.
 """
 
 import math
@@ -18,21 +18,22 @@ from common.metrics import ANSWERS, SCORES
 
 CEILING = 20.0  # nats
 _LOSS, _PERPLEXITY = "loss", "perplexity"
-_AGAIN = 3  # rounds and evaluations for every one of an agreement: work that a crash has taken is asked for again
+_AGAIN = 3  # limit, as a multiple of an agreement's rounds and evaluations: work lost in a crash is asked for again
 
 
 class Totals:
-    """What the site has spent so far.
+    """Totals of the use charged so far.
 
-    A round is one that was charged: numbers of rounds and runs are the server's to choose.
+    A round is one that was charged; numbers of rounds and runs in messages do not count, because the server chooses
+    them.
 
     Attributes:
-        rounds: by federation.
-        evaluations: of held-out rows, by federation.
-        under: rounds and evaluations by agreement, and by which of the two.
-        day_rounds: by day (UTC).
-        day_bytes: most bytes of tensors that may have left, by day.
-        mu_squared: cost of all noised updates (``client.privacy.noise``).
+        rounds: number of rounds, by federation.
+        evaluations: number of evaluations of held-out rows, by federation.
+        under: numbers of "rounds" and "evaluations", by pairs (agreement, one of these words).
+        day_rounds: number of rounds, by day (UTC).
+        day_bytes: upper limit of the bytes of tensors that have left, by day (UTC).
+        mu_squared: sum of mu^2 over all updates with noise (``client.privacy.noise``).
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class Totals:
             self.under[entry.get("agreement"), "evaluations"] += entry["evaluation"]
             self.under[entry.get("agreement"), "rounds"] += entry["message"] == "train"
             bytes_ = entry["bytes"]
-        elif entry["event"] == "sent" and "charged" not in entry:  # by a version that counted what had left
+        elif entry["event"] == "sent" and "charged" not in entry:  # an earlier version counted replies, not charges
             bytes_ = entry["out"]["bytes"]
         else:
             return
@@ -64,10 +65,10 @@ class Totals:
     def check(
         self, site: SiteConfig, federation: FederationConfig, agreement: str | None, message: str, more_bytes: int = 0
     ) -> None:
-        """Whether one more message may be answered, with so many bytes of tensors.
+        """Check the limits for one more message with ``more_bytes`` of tensors.
 
         Raises:
-            PolicyError: names the limit.
+            PolicyError: a limit does not allow the message; the text names the limit.
         """
         policy, name, day = site.policy, federation.name, _today()
         if message == "evaluate":
@@ -84,7 +85,7 @@ class Totals:
             raise PolicyError(f"this site's policy: `max_rounds` is {policy.max_rounds}; all of them are trained")
         if site.privacy is not None:
             self._check_budget(site.privacy)
-        if message == "hello":  # a day's limits are another tomorrow
+        if message == "hello":  # the limits of a day do not matter for joining
             return
         limit = policy.max_rounds_per_day
         if limit is not None and self.day_rounds[day] >= limit:
@@ -97,14 +98,14 @@ class Totals:
             )
 
     def evaluations_left(self, policy: PolicyConfig, federation: FederationConfig, agreement: str | None) -> int:
-        """How often held-out rows may still be scored for a federation."""
+        """Number of evaluations that are left for a federation."""
         counted = self.under[agreement, "evaluations"]
         if policy.max_evaluations is not None:
             counted = self.evaluations[federation.name]
         return most_evaluations(policy, federation) - counted
 
     def spent(self, privacy: PrivacyConfig) -> dict[str, float]:
-        """What one more update costs, and all with it."""
+        """Epsilon of one more update, and of all updates with it."""
         one = cost(privacy.noise_multiplier)
         told = {"epsilon_round": one, "epsilon_total": self.mu_squared + one}
         return {**privacy.model_dump(), **{key: epsilon(mu_squared, privacy.delta) for key, mu_squared in told.items()}}
@@ -120,41 +121,43 @@ class Totals:
 
 
 def most_evaluations(policy: PolicyConfig, federation: FederationConfig) -> int:
-    """How often held-out rows are scored for a federation: under one agreement, or as the site's policy has it, at all.
+    """Limit of the evaluations for a federation: under one agreement, or by ``policy.max_evaluations`` in total.
 
-    Planned is one before every ``evaluation.every`` rounds and one after the last. A server that goes on after a crash
-    asks for some of them again.
+    The settings plan one evaluation before every ``evaluation.every`` rounds and one after the last. A server that
+    resumes after a crash repeats some of them.
     """
     planned = math.ceil(federation.rounds / federation.evaluation.every) + 1
     return _AGAIN * planned if policy.max_evaluations is None else policy.max_evaluations
 
 
 def rounded(scores: Mapping[str, float], step: float | None) -> dict[str, float]:
-    """Scores as they leave; the perplexity is made of the rounded loss.
+    """Round scores before they leave; the perplexity is computed from the rounded loss.
 
-    Told exactly, for a state that was made for it, a mean over rows tells of single rows: two evaluations of states
-    that differ in one row's loss give that loss to seven digits. So fewer than ``policy.min_held_out`` rows are not
-    scored at all, and the others are rounded.
+    An exact mean over rows can reveal single rows, if the server crafts the state: two evaluations of states that
+    differ in one row's loss give that loss to seven digits. So a site does not score fewer than
+    ``policy.min_held_out`` rows, and rounds all scores.
 
-    - *Steps.* A score leaves as a multiple of 1 / rows, rounded up to 1, 2 or 5 times a power of ten. A row that counts
-      one nat or one answer more moves the mean by 1 / rows, so what a row does by nature hides in one step. Honest
-      curves lose nothing: the mean of n losses that spread by s has a standard error of s / sqrt(n), for s = 1 and 64
-      rows 0.125; rounding to 0.02 adds 0.006 to it. Accuracies are multiples of 1 / rows as they are.
-    - *A ceiling.* A loss above 20 nats, or one that is not finite, leaves as 20, else a state that makes one row's loss
-      huge would lift it out of the steps. A loss then has at most 20 rows + 1 values, of 64 rows 10 bits.
+    - *Steps.* A score is rounded to a multiple of 1 / rows, where 1 / rows is itself rounded up to 1, 2 or 5 times a
+      power of ten. A row with one nat or one right answer more moves the mean by 1 / rows, so the usual effect of one
+      row is hidden in a step. Honest curves lose nothing: the mean of n losses with standard deviation s has a standard
+      error of s / sqrt(n), which is 0.125 for s = 1 and 64 rows; rounding to 0.02 adds 0.006. Accuracies are multiples
+      of 1 / rows anyway.
+    - *A ceiling.* A loss above 20 nats, or one that is not finite, is sent as 20; else a state that makes one row's
+      loss huge could reveal that row in spite of the steps. So a loss has at most 20 rows + 1 values: for 64 rows, 10
+      bits.
 
-    Rounding does not say whom those bits are about: a state may be made so that one row decides them. Their sum is
-    bounded by the number of evaluations (``policy.max_evaluations``). No score leaves with `privacy` or
-    ``policy.share_metrics: false``. Losses of training are not rounded: the update beside them, without noise, tells
-    more of the same rows.
+    Rounding cannot decide which rows those bits are about: a crafted state may let one row decide. The number of
+    evaluations limits the sum of all bits (``policy.max_evaluations``). With `privacy` or
+    ``policy.share_metrics: false`` no score leaves. Training losses are not rounded: the update that is sent beside
+    them, without noise, reveals more about the same rows.
 
     Args:
-        scores: by name, with the numbers of rows that they are means of.
-        step: to multiples of which they are rounded; None: what that many rows can tell.
+        scores: scores by name, with the numbers of rows that they are means of.
+        step: scores are rounded to multiples of it; None: 1 / rows, see above.
     """
     found = {}
     for name, score in scores.items():
-        if name not in SCORES:  # a number of rows, or of their tokens
+        if name not in SCORES:  # a count of rows or tokens
             found[name] = score
             continue
         rows = scores["generated" if SCORES[name].of == ANSWERS else "examples"]
@@ -171,7 +174,7 @@ def step_of(rows: float) -> float:
 
 
 def _rounded(value: float, step: float) -> float:
-    """The nearest multiple of a step, as the nearest number to its decimals."""
+    """The nearest multiple of a step, without binary rounding errors in its decimals."""
     if not math.isfinite(value):
         return CEILING
     return float(f"{round(min(value, CEILING) / step) * step:.12g}")

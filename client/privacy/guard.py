@@ -1,8 +1,9 @@
-"""The gate through which every message comes into a site and every answer leaves it.
+"""The guard of a site's policy: checks every request before work starts, and every reply before it leaves.
 
-It refuses what the site file does not allow, keeps back what is not to be shared, and has everything in the ledger
-before it leaves. What an answer costs is charged there before a row is touched, and stays charged, whatever comes of
-it. What was done before is counted from the ledger alone, so a restart forgets nothing.
+It rejects requests and replies that the site file does not allow, removes values that stay at the site, and writes
+every reply into the ledger before the reply leaves. The cost of a message is charged in the ledger before a row is
+read, and stays charged even if the work fails. Past use is counted from the ledger alone, so a restart loses no count
+(decision 014).
 """
 
 import logging
@@ -31,13 +32,13 @@ from common.protocol.fields import Content
 from common.protocol.messages import EvaluateReply, Failure, HelloRequest, State
 
 BUNDLE = "FEDSPAN_BUNDLE"  # environment variable: digest of the bundle whose code this process runs
-_PEFT = "base_model.model."  # what stands before the model's own names under LoRA
+_PEFT = "base_model.model."  # PEFT's prefix of the model's own names
 Reply = TypeVar("Reply", bound=Content)
 log = logging.getLogger(__name__)
 
 
 def ledger_of(site: SiteConfig, site_file: Path, folder: Path | None = None) -> Path:
-    """Where a site's ledger lies; in ``folder`` those of an experiment's cell (``deploy.experiment.trial``)."""
+    """Path of a site's ledger; ``folder`` is given for an experiment's trials (``deploy.experiment.trial``)."""
     return site.ledger_file(site_file) if folder is None else folder / site.ledger_name
 
 
@@ -45,15 +46,15 @@ _books: dict[tuple[Path, str], tuple[Ledger, Totals]] = {}  # by file and site, 
 
 
 class Gate:
-    """What may come in and leave, for one message.
+    """Checks one message and the reply to it.
 
     Args:
         site: the site file's content.
-        site_file: where it lies.
+        site_file: the site file's path.
         message: "hello", "train" or "evaluate".
         run: Flower's number of the run.
-        agreements: file of what the site has agreed to; None: where the site file says.
-        ledgers: folder of the ledger; None: likewise.
+        agreements: file with the site's agreements; None: the path in the site file.
+        ledgers: folder for the ledger; None: the path in the site file.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class Gate:
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}
         self._about |= {"round": None, "agreement": None, "bundle": os.environ.get(BUNDLE, "not known")}
         self._federation: FederationConfig | None = None
-        self._charged: dict[str, Any] | None = None  # what was charged for this message
+        self._charged: dict[str, Any] | None = None  # the charge in the ledger for this message
 
     def agreed(self, request: HelloRequest) -> Agreement:
-        """What the site has agreed to, if that is what a request asks for.
+        """The site's agreement to the settings in a request.
 
         Raises:
-            PolicyError: it is something else.
+            PolicyError: the site has not agreed to these settings.
             ConfigError: the site's file of agreements is damaged.
         """
         found = find(read_agreements(self._agreements), request.federation)
@@ -91,14 +92,14 @@ class Gate:
         return found
 
     def check(self, federation: FederationConfig, request: HelloRequest) -> None:
-        """Look at a request before anything is done for it.
+        """Check a request before any work is done for it.
 
         Args:
-            federation: what the server sent of its federation file.
-            request: what else it sent.
+            federation: the federation's settings in the request.
+            request: the request.
 
         Raises:
-            PolicyError: the site file does not allow it.
+            PolicyError: the site file does not allow the request.
             LedgerError: the ledger is damaged or cannot be written.
         """
         number, active = (request.server_round, request.active) if isinstance(request, State) else (None, [])
@@ -129,21 +130,21 @@ class Gate:
         self._check_touched(self._federation.training.rows_touched(rows))
 
     def receive(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take note of the tensors that came with the message."""
+        """Record the tensors that came with the message."""
         self._received = _facts(tensors.items())
 
     def charge(self, most_bytes: int, scored_rows: int) -> bool:
-        """Write down what a message costs, before a row is touched for it; from then on it has cost that.
+        """Charge the cost of a message in the ledger, before a row is read for it; charges are never taken back.
 
         Args:
-            most_bytes: of tensors that may leave.
-            scored_rows: held-out rows that are to be scored; 0: none.
+            most_bytes: upper limit of the bytes of tensors that the reply will have.
+            scored_rows: number of held-out rows to score; 0: none.
 
         Returns:
-            Whether they may be.
+            Whether the held-out rows may be scored.
 
         Raises:
-            PolicyError: a limit does not allow it.
+            PolicyError: a limit does not allow the message.
             LedgerError: the ledger is damaged or cannot be written.
         """
         assert self._federation is not None  # noqa: S101 - ``check`` comes first
@@ -163,7 +164,7 @@ class Gate:
         return scores
 
     def shared(self, reply: Reply) -> Reply:
-        """A reply without what stays here, as ``common.protocol.messages`` declares it; its scores rounded."""
+        """A reply without the values that stay at the site (``common.protocol.messages``), and with rounded scores."""
         shared = reply.shared(scores=self.site.shares_metrics, private=self.site.privacy is not None)
         if isinstance(shared, EvaluateReply):
             shared = replace(shared, scores=rounded(shared.scores, self.site.policy.score_step))
@@ -177,24 +178,24 @@ class Gate:
         norm: float | None,
         aside: str | None = None,
     ) -> None:
-        """Check a reply and have it in the ledger; only then may it leave.
+        """Check a reply and write it into the ledger; only then may it leave.
 
         Args:
             sent: tensors of the reply, by name.
-            told: names of all else that the reply holds.
-            rows: training rows.
-            norm: of the last update, as it is to leave; None when there is none.
-            aside: what went wrong that the operator is not told; it is for the ledger.
+            told: names of all other values in the reply.
+            rows: number of training rows.
+            norm: L2 norm of the update in the form to send; None: no update.
+            aside: error that is hidden from the operator and goes into the ledger only.
 
         Raises:
-            PolicyError: it may not leave.
+            PolicyError: the reply may not leave.
             DivergedError: the update is not finite.
             LedgerError: the ledger is damaged or cannot be written.
         """
         out, policy = _facts(sent), self.site.policy
         norm = norm if out["tensors"] else None
         for name in out["tensors"]:
-            weight = name.partition("/")[0]  # of a factor
+            weight = name.partition("/")[0]  # a factor's name begins with its weight's
             if weight not in self._active:
                 raise PolicyError(f"{weight} was not asked for, so it does not leave")
             self._check_name(weight)
@@ -213,10 +214,10 @@ class Gate:
             self._append(facts)
 
     def refuse(self, error: Exception, failure: Failure) -> Failure:
-        """Note that a message is answered with an error; the answer that leaves.
+        """Write into the ledger that a message is answered with an error; returns the answer to send.
 
         Args:
-            error: why.
+            error: the error.
             failure: the answer for the operator.
         """
         reason, code = failure.reason, failure.code
@@ -227,7 +228,7 @@ class Gate:
             code = FedSpanError.code if private else code
             reason = f"{SAID[kind]}; the site's own log says more"
         if self._about["message"] == "hello" and isinstance(error, FedSpanError):
-            reason = f"{self.site.name}: {reason}"  # the server does not know yet who speaks
+            reason = f"{self.site.name}: {reason}"  # the server does not know the site's name yet
         event = "refused" if isinstance(error, PolicyError) else "failed"
         log.warning("%s of federation %s %s: %s", self._about["message"], self._about["federation"], event, reason)
         if not isinstance(error, LedgerError):
@@ -247,8 +248,8 @@ class Gate:
             )
 
     def _may_score(self, rows: int) -> bool:
-        """Whether scores of so many held-out rows may leave; the log says why not."""
-        assert self._federation is not None  # noqa: S101 - the caller has looked
+        """Whether scores of ``rows`` held-out rows may leave; the log has the reason if not."""
+        assert self._federation is not None  # noqa: S101 - the caller has checked
         policy = self.site.policy
         if 0 < rows < policy.min_held_out:
             log.warning("no scores leave: of %d held-out rows, `policy.min_held_out` is %d", rows, policy.min_held_out)
@@ -272,7 +273,7 @@ class Gate:
 
 
 def _facts(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Names, types, shapes, bytes, digests and norms; never a value."""
+    """Names, dtypes, shapes, bytes, digests and norms of tensors; never a value."""
     found: dict[str, list[object]] = {}
     size = 0
     for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""A ledger in words: what left this site. ``fedspan ledger``."""
+"""Summary and verification of a ledger: ``fedspan ledger``."""
 
 import argparse
 from collections import Counter
@@ -14,7 +14,7 @@ _SHOWN = 12  # names of tensors, reasons
 
 @dataclass
 class _Run:
-    """What one run of a federation had of this site."""
+    """The ledger's entries about one run of a federation, added up."""
 
     strategy: str
     begun: str
@@ -32,7 +32,7 @@ class _Run:
 
 
 class _Story:
-    """All that is told of a ledger."""
+    """A ledger's entries, added up for the summary."""
 
     def __init__(self) -> None:
         self.site = "unknown"
@@ -44,7 +44,7 @@ class _Story:
         self.privacy: dict[str, float] = {}
 
     def add(self, entry: Entry) -> None:
-        """Take an entry."""
+        """Add an entry."""
         event = entry["event"]
         if event == "begun":
             self.site = entry["site"]
@@ -84,10 +84,10 @@ class _Story:
 
 
 def summary(path: Path, head: str | None = None) -> str:
-    """What left the site, for its data-protection officer.
+    """All data that left the site, in words, for the site's data-protection officer.
 
     Raises:
-        LedgerError: the ledger is not whole.
+        LedgerError: the ledger is damaged.
     """
     story = _Story()
     ledger = read(path, story.add, head)
