@@ -295,7 +295,7 @@ class Session:
 
     @cached_property
     def _rows(self) -> tuple[list[Row], list[Row]]:
-        rows, self._left_out = self._task.rows(self.site.data, self._site_file)
+        rows, self._left_out, _ = self._task.rows(self.site.data, self._site_file)
         return split_held_out(rows, self.site.data.held_out)
 
     @cached_property

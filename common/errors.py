@@ -3,7 +3,7 @@
     FedSpanError               an error that a user can fix
     ├── ConfigError            a federation or site file, or an argument, is wrong (names key and what is allowed)
     ├── DataError              a shard is missing, empty or malformed (names file, column, row number; never content)
-    ├── ModelError             a model folder is absent, unreadable or of an unknown family
+    ├── ModelError             a model folder is absent, unreadable, incomplete or not to be trained
     │   └── SelectionError     `modules` / `blocks` match no tensor of the model
     ├── TrainingError          local training cannot start or cannot go on
     │   ├── DivergedError      its numbers overflowed: the learning rate is too large
@@ -57,7 +57,7 @@ class DataError(FedSpanError):
 
 
 class ModelError(FedSpanError):
-    """A model folder is absent, unreadable or of an unknown family."""
+    """A model folder is absent, unreadable, incomplete or not to be trained."""
 
     code, exit_code = 1030, 2
 

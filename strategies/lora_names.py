@@ -43,6 +43,32 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return found
 
 
+def check_state(state: Mapping[str, Tensor], stays_at_site: str | None) -> None:
+    """Refuse a first state that would be averaged by wrong rules, because a factor in it is not known as one.
+
+    Args:
+        state: by name.
+        stays_at_site: "B" where the strategy leaves B to the clients.
+
+    Raises:
+        AggregationError: a factor has another name or more dimensions than a linear layer's, or lacks its partner.
+    """
+    for name, tensor in state.items():
+        if any(part.startswith("lora_") for part in name.split(".")) and partner(name) is None:
+            raise AggregationError(
+                f"{name} is no factor that can be combined; allowed: names that end in {LORA_A}, {LORA_B}, as "
+                "peft.get_peft_model_state_dict gives them, of linear layers without DoRA"
+            )
+        if partner(name) is not None and tensor.dim() != 2:
+            raise AggregationError(f"{name} has shape {tuple(tensor.shape)}; allowed: factors of linear layers, 2-D")
+    if stays_at_site is None:
+        for a, b in pairs(state):
+            if state[a].shape[0] != state[b].shape[1]:
+                raise AggregationError(
+                    f"{a} {tuple(state[a].shape)} and {b} {tuple(state[b].shape)} are of different rank"
+                )
+
+
 def layers(names: Iterable[str]) -> list[tuple[str, str, str]]:
     """The names (A, B, base weight) of every adapted layer.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import Linear, ModuleDict, ModuleList, Sequential
 from transformers import LlamaModel, OPTConfig, OPTForCausalLM
 
 from client.preflight import shard
@@ -22,7 +23,7 @@ from common.data.tasks import TASKS, CausalLM, Task, make_task
 from common.errors import ConfigError, ModelError
 from common.metrics import SCORES, Score, scores
 from common.model.base_model import check_length
-from common.model.families import FAMILIES, Family, freeze_all_but, select
+from common.model.families import SPECIAL, blocks_of, freeze_all_but, select
 from deploy import cli
 from deploy.experiment.compare import write_comparison
 from deploy.sandbox.tiny import make_federation, make_model
@@ -220,14 +221,9 @@ def test_base_model_is_loaded_as_a_new_task_says(tmp_path: Path, monkeypatch: py
     assert type(task.load(str(make_model(tmp_path / "model")), None, "float32", 0).model) is LlamaModel
 
 
-def test_new_family_is_selected_from_and_bounds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_family_is_selected_from_and_bounds_its_rows() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
     model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=3, max_position_embeddings=40))
-    check_length(model, 41)  # nothing is known of it
-    with pytest.raises(ModelError, match="unknown model family 'opt'"):
-        select(model, "mlp", "all")
-    attention = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
-    monkeypatch.setitem(FAMILIES, "opt", Family("decoder.layers", ("fc1", "fc2"), attention, unused_positions=0))
     trained = freeze_all_but(model, select(model, "mlp", "lower 2"))
     assert [tuple(p.shape) for p in trained.values()] == [(48, 32), (32, 48)] * 2
     model(input_ids=torch.ones(1, 40, dtype=torch.long))
@@ -236,16 +232,21 @@ def test_new_family_is_selected_from_and_bounds_its_rows(monkeypatch: pytest.Mon
         check_length(model, 41)
 
 
-@pytest.mark.parametrize("classifies", [True, False])
-def test_preflight_asks_for_the_federation_where_a_new_family_only_classifies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifies: bool
-) -> None:
+def test_blocks_of_a_special_family_are_named_in_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = {"small": [Sequential(Linear(2, 2)) for _ in range(2)], "large": [Sequential(Linear(9, 9)) for _ in "abc"]}
+    model = ModuleDict({name: ModuleList(blocks) for name, blocks in lists.items()})
+    assert [path for path, _ in blocks_of(model)] == ["large.0", "large.1", "large.2"]
+    monkeypatch.setitem(SPECIAL, "ModuleDict", "small")
+    assert [path for path, _ in blocks_of(model)] == ["small.0", "small.1"]
+
+
+@pytest.mark.parametrize("made_as", ["ElectraForMaskedLM", "ElectraForCausalLM"])
+def test_preflight_asks_for_the_federation_where_a_model_does_not_write(tmp_path: Path, made_as: str) -> None:
     make_federation(tmp_path, {"site-a": 8})
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "electra"}')
-    monkeypatch.setitem(FAMILIES, "electra", Family("encoder.layer", (), (), classifies=classifies))
+    (tmp_path / "model" / "config.json").write_text(f'{{"model_type": "electra", "architectures": ["{made_as}"]}}')
     site = tmp_path / "site-a.yaml"
     subject = Subject(load(site, SiteConfig).model_copy(update={"model": ModelSource(path="model")}), site)
-    if classifies:
+    if made_as == "ElectraForMaskedLM":
         with pytest.raises(Skip, match="needs --federation: what a electra model learns"):
             _ = subject.task
     else:

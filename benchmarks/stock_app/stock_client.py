@@ -35,7 +35,7 @@ def train(message: Message, context: Context) -> Message:
     received = message.content["arrays"]
     assert isinstance(received, ArrayRecord)
     tuned.set({name: torch.from_numpy(array.numpy().copy()) for name, array in received.items()})
-    rows, _ = split_held_out(load_rows(site.data, site_file), site.data.held_out)
+    rows, _ = split_held_out(load_rows(site.data, site_file).rows, site.data.held_out)
     encoded = task.examples(base.tokenizer, rows, site.data.system, training.max_length)
     started = time.monotonic()
     group = {

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from client.connect.probe import LinkReport, probe
 from client.preflight.finding import Skip
@@ -17,14 +17,31 @@ from common.config.federation import FederationConfig, ModelConfig
 from common.config.section import resolve
 from common.config.site import SiteConfig
 from common.config.task import TaskConfig
-from common.data.rows import Row, split_held_out
+from common.data.rows import Loaded, Row, split_held_out
 from common.data.tasks import Task, make_task
+from common.errors import FedSpanError
 from common.model import tuning
 from common.model.base_model import Base
-from common.model.families import FAMILIES
 
 WHOLE = 10**9  # tokens: no row is longer
-MOST_ROWS = 20_000  # rows that are tokenized; a longer shard is sampled evenly
+T = TypeVar("T")
+MOST_ROWS = 20_000  # of a longer shard so many are tokenized
+
+
+class _Once(cached_property[T]):
+    """A cached property whose error is kept, too: what failed for one check is not tried again for the next."""
+
+    def __get__(self, instance: object, owner: type[Any] | None = None) -> Any:  # noqa: ANN401 - as the base has it
+        if instance is None:
+            return self
+        errors = instance.__dict__.setdefault("_errors", {})
+        if self.attrname in errors:
+            raise errors[self.attrname]
+        try:
+            return super().__get__(instance, owner)
+        except FedSpanError as error:
+            errors[self.attrname] = error
+            raise
 
 
 @dataclass
@@ -66,19 +83,16 @@ class Subject:
             raise Skip("needs --federation")
         return self.federation
 
-    @cached_property
-    def _shard(self) -> tuple[list[Row], int]:
+    @_Once
+    def shard(self) -> Loaded:
+        """What the shard holds."""
         return self.task.rows(self.site.data, self.site_file)
 
     @property
     def rows(self) -> list[Row]:
         """All usable rows of the shard."""
-        return self._shard[0]
-
-    @property
-    def left_out(self) -> int:
-        """Number of images left out as unreadable, where the site allows that."""
-        return self._shard[1]
+        loaded: Loaded = self.shard
+        return loaded.rows
 
     @cached_property
     def split(self) -> tuple[list[Row], list[Row]]:
@@ -94,8 +108,8 @@ class Subject:
         """
         folder = self.site.model.path if self.site.model is not None else None
         if self.federation is None and folder is not None:
-            kind = _model_type(resolve(folder, self.site_file) / "config.json")
-            if kind in FAMILIES and FAMILIES[kind].classifies:
+            kind, writes = _model_kind(resolve(folder, self.site_file) / "config.json")
+            if not writes:
                 raise Skip(f"needs --federation: what a {kind} model learns, and so how it is read, is said there")
         default: TaskConfig = FederationConfig.model_fields["task"].default
         return make_task(default if self.federation is None else self.federation.task)
@@ -108,7 +122,7 @@ class Subject:
         model = ModelConfig(path="") if self.federation is None else self.federation.model
         return model_source(self.site, self.site_file, model)
 
-    @cached_property
+    @_Once
     def base(self) -> Base:
         """The base model as the session would load it."""
         source, revision = self.source
@@ -170,7 +184,7 @@ class Subject:
         labels = collate(train)["labels"]
         return Batch(rows, min(limit, len(train[-1].input_ids)), float((labels != -100).float().mean()))
 
-    @cached_property
+    @_Once
     def link(self) -> LinkReport:
         """The report about the server's address; only this method calls ``client.connect.probe``.
 
@@ -199,9 +213,11 @@ class Subject:
         return self.superlink, self.root_certificates
 
 
-def _model_type(config: Path) -> str | None:
-    """The family in a model folder's configuration; None when unreadable: loading the model gives the better error."""
+def _model_kind(config: Path) -> tuple[str, bool]:
+    """What a model's folder says of its family, and whether it writes text; loading it tells more."""
     try:
-        return str(json.loads(config.read_bytes())["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        told = json.loads(config.read_bytes())
+        made_as = " ".join(told.get("architectures") or ["CausalLM"])
+        return str(told["model_type"]), any(word in made_as for word in ("CausalLM", "LMHead", "ConditionalGeneration"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "unknown", True

@@ -1,9 +1,13 @@
 """Checks of the link to the server: certificate, speed, clock."""
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from client.preflight.certificates import validity
 from client.preflight.context import Subject
-from client.preflight.finding import Finding
+from client.preflight.finding import Finding, Skip
 from client.preflight.superlink import stranger
+from common.errors import ConfigError
+from common.system.keys import fingerprint, read_private
 
 _AHEAD, _BEHIND = 5.0, 305.0  # seconds that a SuperNode's clock may be ahead of, or behind, the SuperLink's
 _SLOW = 1e6 / 8  # bytes per second
@@ -39,3 +43,22 @@ def clock(subject: Subject) -> Finding:
         allowed = f"a server accepts {_AHEAD:g} s ahead and {_BEHIND:g} s behind"
         return Finding("FAIL", f"{found}; {allowed}", mend)
     return Finding("warning" if not -_BEHIND / 2 < ahead < _AHEAD / 2 else "ok", found, mend if abs(ahead) > 2 else "")
+
+
+def registered(subject: Subject) -> Finding:
+    """The server knows the site's key."""
+    if subject.private_key is None:
+        raise Skip("needs --auth-supernode-private-key")
+    _ = subject.link
+    try:
+        key = read_private(subject.private_key)
+    except ConfigError:
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise Skip("the key cannot be used, see above")
+    with stranger(*subject.server, subject.deadline) as somebody:
+        known = somebody.knows(key)
+    found = f"public key {fingerprint(key.public_key())}"
+    if not known:
+        return Finding("FAIL", f"{found} is not in the server's register", "give the operator the .pub file")
+    return Finding("ok", f"{found} is in the server's register")

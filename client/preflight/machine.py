@@ -110,7 +110,7 @@ def disk(subject: Subject) -> Finding:
     }
     told, scarce = [], False
     for what, place in places.items():
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        there = next(folder for folder in (place, *place.parents) if folder.is_dir())  # the ledger may exist
         try:
             with tempfile.TemporaryFile(dir=there):
                 free = shutil.disk_usage(there).free

@@ -1,57 +1,30 @@
-"""Checks of the site's base model: complete files, known family, right digests, trained tensors."""
+"""The site's base model: complete, of a kind that can be trained, the federation's; and what of it is trained."""
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from client.preflight.context import Subject
 from client.preflight.finding import Finding
 from common.errors import ModelError
 from common.model.base_model import check_length
-from common.model.families import FAMILIES
+from common.model.families import blocks_of, kind_of, linear_layers
 
 
 def files(subject: Subject) -> Finding:
-    """All files of the model's weights exist and are complete."""
+    """The folder's weights are all there and whole, and the model's own."""
     source, revision = subject.source
+    base = subject.base
+    found = f"{source}, {_count(p.numel() for p in base.model.parameters())}"
     if revision is not None:
-        return Finding("ok", f"{source} at {revision}, from the hub's cache or the hub")
-    folder = Path(source)
-    indices = list(folder.glob("*.safetensors.index.json"))
-    wanted = {file.name: set[str]() for file in folder.glob("*.safetensors")}
-    if indices:
-        wanted = {}
-        for tensor, name in json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].items():
-            wanted.setdefault(name, set()).add(tensor)
-    for name, tensors in wanted.items():
-        missing = tensors - _tensors(folder / name)
-        if missing:
-            raise ModelError(f"{folder / name} lacks {len(missing)} tensor(s), e.g. {min(missing)}")
-    model = subject.base.model
-    return Finding("ok", f"{folder}, {len(wanted)} weight file(s), {_count(p.numel() for p in model.parameters())}")
-
-
-def _tensors(file: Path) -> set[str]:
-    """Names of the tensors in a safetensors file; a file that was cut off is an error."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return set(opened.keys())
-    except FileNotFoundError:
-        raise ModelError(f"{file} does not exist") from None
-    except SafetensorError:
-        raise ModelError(f"{file} is damaged or cut off") from None
+        found += f" at {revision}, from the hub's cache or the hub"
+    return Finding("ok", found + (f"; classifier's head: {base.head}" if subject.task.labels else ""))
 
 
 def family(subject: Subject) -> Finding:
-    """The model's family is one that the choice of trained tensors knows."""
-    kind = str(getattr(getattr(subject.base.model, "config", None), "model_type", "unknown"))
-    if kind not in FAMILIES:
-        return Finding(
-            "FAIL", f"family {kind!r} is not known", f"take a model of a known family: {', '.join(FAMILIES)}"
-        )
-    return Finding("ok", kind)
+    """The model has blocks with linear layers, of which some can be trained."""
+    model = subject.base.model
+    found = blocks_of(model)
+    layers = ", ".join(name for name, _ in linear_layers(found[0][1]))
+    return Finding("ok", f"{kind_of(model)}, {len(found)} blocks of {layers}")
 
 
 def digests(subject: Subject) -> Finding:

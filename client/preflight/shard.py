@@ -9,11 +9,15 @@ _CUT = 0.05  # a larger share of truncated rows is a warning
 
 
 def rows(subject: Subject) -> Finding:
-    """The columns exist, and every row has a prompt and an answer."""
-    data = subject.site.data
-    found = f"{len(subject.rows):,} rows with prompt ({data.prompt}) and answer ({data.answer})"
-    if subject.left_out:
-        return Finding("warning", f"{found}; {subject.left_out:,} images cannot be read and are left out", "mend them")
+    """Columns are there, every row has a prompt and an answer."""
+    data, loaded = subject.site.data, subject.shard
+    what = f"conversations ({data.messages})" if data.messages else f"prompt ({data.prompt}) and answer ({data.answer})"
+    found = f"{len(loaded.rows):,} rows with {what}; {loaded.how}"
+    if loaded.left_out:
+        files = "images that cannot be read" if data.skip_unreadable else "rows with an empty cell"
+        return Finding("warning", f"{found}; {loaded.left_out:,} {files} are left out", "mend them")
+    if loaded.how.endswith("cp1252"):
+        return Finding("warning", f"{found}, as the text is not UTF-8", "look at a few letters; see `data.encoding`")
     return Finding("ok", found)
 
 

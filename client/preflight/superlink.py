@@ -15,14 +15,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import grpc  # type: ignore[import-untyped]
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import MAX_TIMESTAMP_DIFF, MIN_TIMESTAMP_DIFF
 from flwr.supercore.date import now
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 
 from common.errors import LinkError
 
 _METHOD = "/flwr.proto.Fleet/SendNodeHeartbeat"
+_ACTIVATE = "/flwr.proto.Fleet/ActivateNode"
 _UNSIGNED, _LATE_OR_EARLY, _STRANGER = "Missing authentication metadata", "Invalid timestamp", "Invalid node ID"
 _SIZES = (1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes
 _LONG_ENOUGH = 0.5  # seconds: shorter transfers give no exact rate
@@ -39,7 +43,7 @@ class Stranger:
     """
 
     def __init__(self, channel: grpc.Channel, address: str, deadline: float) -> None:
-        self._call = channel.unary_unary(_METHOD)
+        self._call, self._activate = channel.unary_unary(_METHOD), channel.unary_unary(_ACTIVATE)
         self._address, self._seconds = address, deadline
         self._end = time.monotonic() + deadline
         self._key, public = generate_key_pairs()
@@ -68,6 +72,26 @@ class Stranger:
             low, high = (middle, high) if self._accepts(middle) else (low, middle)
         way = statistics.median(self._timed(b"") for _ in range(3)) / 2
         return -(low + MIN_TIMESTAMP_DIFF - way)
+
+    def knows(self, key: ec.EllipticCurvePrivateKey) -> bool:
+        """Whether a SuperNode of this key is registered.
+
+        It asks to be activated with a pause between heartbeats that no SuperLink allows, which is looked at after the
+        key: so nothing is activated.
+        """
+        public, text = public_key_to_bytes(key.public_key()), now().isoformat()
+        signature = sign_message(key, text.encode("ascii"))
+        signed = ((PUBLIC_KEY_HEADER, public), (TIMESTAMP_HEADER, text), (SIGNATURE_HEADER, signature))
+        request = ActivateNodeRequest(public_key=public, heartbeat_interval=-1.0).SerializeToString()
+        try:
+            self._activate(request, timeout=max(self._end - time.monotonic(), 0.0), metadata=signed)
+        except grpc.RpcError as error:
+            told = FlowerError.from_json(str(error.details() or ""))
+            code = None if told is None else told.code
+            if code in (ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL, ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED):
+                return bool(code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL)
+            raise self._unlike(str(error.details() or error.code().name)) from None
+        raise self._unlike("accepted")
 
     def _accepts(self, offset: float) -> bool:
         """Whether the server accepts a time ``offset`` seconds ahead of this machine's clock."""

@@ -1,15 +1,19 @@
-"""Checks of trust, agreement, ledger and noise: trusted code, agreed settings, an unchanged record, enough signal."""
+"""Checks of trust, agreement, ledger, noise and limits: what the site promises itself, and what may leave."""
 
 import math
+import tempfile
+from pathlib import Path
 
 from client.connect.trust import read_trust
 from client.preflight.context import Subject
 from client.preflight.finding import Finding, Skip
 from client.privacy.agreement import agreements_of, make_agreement, read_agreements
-from client.privacy.guard import ledger_of
+from client.privacy.guard import Gate, ledger_of
 from client.privacy.ledger import verify
 from client.privacy.noise import cost, epsilon
 from common.config.site import PrivacyConfig
+from common.protocol import wire
+from common.protocol.messages import Declared, TrainRequest
 from strategies.admission.bounds import noised_numbers
 from strategies.flower.named import make_rule
 
@@ -100,3 +104,32 @@ def affordable(privacy: PrivacyConfig, most: int) -> int:
 def _norm(privacy: PrivacyConfig, numbers: int, sites: int) -> float:
     """L2 norm that the noise on the mean of so many sites has on average."""
     return privacy.noise_multiplier * privacy.clip * math.sqrt(numbers / sites)
+
+
+def limits(subject: Subject) -> Finding:
+    """The site's own limits allow this federation, and the federation admits a site with these."""
+    settings, site = subject.settings, subject.site
+    with tempfile.TemporaryDirectory() as empty:  # so that a look begins no ledger
+        begun = ledger_of(site, subject.site_file).exists()
+        gate = Gate(site, subject.site_file, "hello", 0, ledgers=None if begun else Path(empty))
+        for number in (1, 2):  # strategies that alternate have done so then
+            active = make_rule(settings.strategy, seed=0).active(number, subject.tuned.parameters)
+            request = TrainRequest(
+                federation="",
+                signatures=None,
+                server_round=number,
+                active=active,
+                arrays=wire.encode({}),
+                evaluate=False,
+            )
+            gate.check(settings, request)
+    rows = len(subject.split[0])
+    gate.check_rows(rows)
+    most, admitted = settings.admission.max_rows, settings.admission.max_noise
+    if most is not None and rows > most:
+        return Finding("FAIL", f"{rows} training rows; the federation admits up to {most}", "ask the operator")
+    if site.privacy is not None and (own := Declared.of(site.privacy).noise) > admitted:
+        mend = f"ask the operator for `admission.max_noise: {own:g}`, or lower `privacy` in the site file"
+        return Finding("FAIL", f"noise of {own:g} is added to every number; the federation admits {admitted:g}", mend)
+    noisy = "" if site.privacy is None else f", with noise of {Declared.of(site.privacy).noise:g} on all that leaves"
+    return Finding("ok", f"federation {settings.name} is allowed{noisy}")

@@ -1,6 +1,7 @@
 """Read a YAML file into a typed section; every mistake in the file becomes one clear error."""
 
 import difflib
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, TypeVar, Union, get_args, get_origin
@@ -87,6 +88,8 @@ def _explain(detail: ErrorDetails, section: type[Section]) -> str:
     hint = ""
     if kind.startswith(("float_", "int_")) and isinstance(value, str):
         hint = " (YAML reads this as text; write 1.0e-2, not 1e-2, and use no quotes)"
+    if kind == "string_type" and isinstance(value, bool | int | float | date):
+        hint = " (YAML reads yes, no, on, off, numbers and dates as no text; put it in quotes)"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"`{key}` is {value!r}: {message}{hint}"
 

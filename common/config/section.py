@@ -1,9 +1,10 @@
 """Parts that the sections of several files share: base class, names, paths, model source, data source."""
 
+import codecs
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # a federation, run or site; also a valid file name
 SERVER = "server"  # the server's own name in records and pages; no site may have this name
@@ -36,28 +37,69 @@ class ModelSource(Section):
         return False
 
 
-class DataConfig(Section):
-    """Source of rows, and how a row becomes a prompt and an answer."""
+class TableConfig(Section):
+    """Where rows are, and how they are read."""
 
     path: str = Field(
-        description="JSONL, CSV or Parquet file, a folder saved by `datasets`, or a folder of images with one "
-        "sub-folder per label; relative to this file."
+        description="JSONL, CSV, Excel (.xlsx) or Parquet file, a folder of such, a folder saved by `datasets`, or one "
+        "of images with a sub-folder per label; relative to this file."
     )
-    format: Literal["auto", "jsonl", "csv", "parquet", "dataset", "image-folder"] = Field(
-        "auto", description="auto: by the file's ending, or by the folder's files."
+    format: Literal["auto", "jsonl", "csv", "xlsx", "parquet", "dataset", "image-folder"] = Field(
+        "auto", description="auto: by the ending, or by what a folder holds."
     )
+    split: str | None = Field(None, description="Of a folder with several: `train`, `test`, as its files name them.")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="Between cells of CSV; null: detected, and shown by `site check`."
+    )
+    encoding: str | None = Field(
+        None,
+        description="Of CSV and JSONL, as Python names it: utf-8, cp1252, latin-1; null: detected, and shown by "
+        "`site check`.",
+    )
+    sheet: str | None = Field(None, description="Of an Excel workbook; null: the one that has the columns.")
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, encoding: str | None) -> str | None:
+        try:
+            return None if encoding is None else codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError(f"{encoding!r} is no encoding; allowed: utf-8, cp1252, latin-1, mac-roman, ...") from None
+
+
+class DataConfig(TableConfig):
+    """Where rows are, and how a row becomes a prompt and an answer."""
+
     prompt: str = Field(
-        description="Column name, or a template with columns in braces: 'Term: {term}'. For images: the column with "
-        "the file's path, relative to the table; `image` in an image folder."
+        "",
+        description="Column name, or a template with columns in braces: 'Term: {term}'; `a.b` is b in a nested column "
+        "a. Of images: the column with the file's path, relative to the table; `image` in an image folder.",
     )
     answer: str = Field(
-        description="Column name or template of the answer, the only text the loss counts. For classification: the "
-        "label's column; `label` in an image folder."
+        "",
+        description="Column name or template of the answer, the only text the loss counts. Of a classification: the "
+        "label's column; `label` in an image folder.",
     )
-    system: str | None = Field(None, description="System message, where the chat template has one.")
+    messages: str | None = Field(
+        None,
+        description="In place of `prompt` and `answer`: the column with a conversation, a list of `role` and "
+        "`content`. The loss counts every assistant turn; turns of tools are left out.",
+    )
+    system: str | None = Field(
+        None, description="System message, where the chat template has one, and the row none of its own."
+    )
+    skip_empty: bool = Field(
+        False, description="Leave out, and count, rows in which a wanted cell is empty; false: refuse the shard."
+    )
     skip_unreadable: bool = Field(
         False, description="Images only. true: unreadable images are left out and counted; false: the shard is refused."
     )
+
+    @model_validator(mode="after")
+    def _prompt_or_messages(self) -> Self:
+        if bool(self.messages) == bool(self.prompt or self.answer) or bool(self.prompt) != bool(self.answer):
+            raise ValueError("give `prompt` and `answer`, or `messages` alone")
+        return self
 
 
 class SiteDataConfig(DataConfig):
@@ -67,5 +109,6 @@ class SiteDataConfig(DataConfig):
 
 
 def resolve(path: str, beside: Path) -> Path:
-    """``path`` as written in the file ``beside``: absolute, or relative to that file's folder."""
-    return (beside.parent / Path(path).expanduser()).resolve()
+    """``path`` as written in ``beside``: absolute, or relative to that file's folder; a link keeps its own name."""
+    full = beside.parent / Path(path).expanduser()
+    return full.resolve() if full.name in ("", "..") else full.parent.resolve() / full.name

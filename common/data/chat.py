@@ -1,6 +1,8 @@
-"""Rows as tokens: chat template where there is one, loss on the answer and its end token only."""
+"""Rows as tokens: chat template where there is one, loss on the answers and their end tokens only."""
 
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -10,32 +12,83 @@ from torch.nn import functional
 
 from common.data.rows import Row
 from common.errors import ModelError
+from common.protocol.digest import PINNED_DATE
 
 Batch = dict[str, Tensor]
+Turns = tuple[tuple[str, str], ...]  # roles and texts
+_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
+_DATE = datetime.fromisoformat(PINNED_DATE)
+_PARTS = "".join(f"|replace('%{part}', '{_DATE.strftime('%' + part)}')" for part in "AaBbdHIjMmpSYy")
+_PINNED = "{%- macro strftime_now(form) -%}{{ form" + _PARTS + " }}{%- endmacro -%}"  # in place of transformers' own
 IGNORED = -100  # label of a token that the loss does not count
 
 
 @dataclass(frozen=True, repr=False)
 class Example:
-    """A row as tokens: ``input_ids[answer_start:]`` is the answer with its end token."""
+    """A row as tokens: ``input_ids[answer_start:]`` is the answer with its end token.
+
+    ``earlier``: where the assistant's turns before that begin and end, with their end tokens.
+    """
 
     input_ids: list[int]
     answer_start: int
+    earlier: tuple[tuple[int, int], ...] = ()
 
 
-def prompt_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:  # noqa: ANN401
-    """The tokens after which the answer begins.
+def prompt_ids(tokenizer: Any, prompt: str, system: str | None, before: Turns = ()) -> list[int]:  # noqa: ANN401
+    """The tokens after which the answer begins; ``before``: the turns of the conversation before the prompt.
 
     Raises:
         ModelError: the chat template refuses such a conversation, e.g. a system message.
     """
+    return _prompt(tokenizer, prompt, system, before)[0]
+
+
+def _prompt(
+    tokenizer: Any,  # noqa: ANN401
+    prompt: str,
+    system: str | None,
+    before: Turns,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The same, and where in it the assistant's earlier turns are; each is tokenized by itself, as the last one is."""
+    first = [("system", system)] if system is not None and not (before and before[0][0] == "system") else []
+    turns = [{"role": role, "content": text} for role, text in (*first, *before, ("user", prompt))]
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    ids: list[int] = []
+    spans = []
+    for number, text in enumerate(_between(tokenizer, turns)):
+        start = len(ids)
+        if number:
+            ids += _tokens(tokenizer, answers[number - 1], special=False)
+            if not tokenizer.chat_template:
+                ids += _end(tokenizer)
+        told = _tokens(tokenizer, text, special=number == 0 and not tokenizer.chat_template)
+        if number:
+            ends = bool(tokenizer.chat_template) and told[:1] == _end(tokenizer)
+            spans.append((start, len(ids) + ends))
+        ids += told
+    ends_itself = not tokenizer.chat_template and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends_itself else ids, spans  # some tokenizers close every text they are given
+
+
+def _between(tokenizer: Any, turns: list[dict[str, str]]) -> list[str]:  # noqa: ANN401
+    """The text around the assistant's turns: before the first, between two, and up to where the next answer begins."""
+    marks = [f"fedspan answer {number}" for number in range(sum(turn["role"] == "assistant" for turn in turns))]
+    left = iter(marks)
+    marked = [{**turn, "content": next(left)} if turn["role"] == "assistant" else turn for turn in turns]
     if tokenizer.chat_template:
-        text = _render(tokenizer, _turns(prompt, system), add_generation_prompt=True)
-        return _tokens(tokenizer, text, special=False)
-    text = prompt if system is None else f"{system}\n{prompt}"
-    ids = _tokens(tokenizer, f"{text}\n", special=True)
-    ends_itself = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id  # some tokenizers close every text they are given
-    return ids[:-1] if ends_itself else ids
+        text = _render(tokenizer, marked, add_generation_prompt=True)
+        if thought := _THOUGHT.search(text):  # the template opens a block of thoughts; an answer comes after it
+            text = f"{text.rstrip()}\n\n</{thought[1]}>\n\n"
+    else:
+        text = "".join(turn["content"] + ("" if turn["role"] == "assistant" else "\n") for turn in marked)
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found:
+            raise ModelError("the tokenizer's chat template leaves out earlier turns; use rows of one turn with it")
+        pieces.append(piece)
+    return [*pieces, text]
 
 
 def last_tokens(tokenizer: Any, prompt: list[int], room: int) -> list[int]:  # noqa: ANN401
@@ -60,8 +113,11 @@ def encode(tokenizer: Any, row: Row, system: str | None, max_length: int) -> Exa
         ModelError: the tokenizer has no end-of-text token, or see ``prompt_ids``.
     """
     answer = [*_tokens(tokenizer, row.answer, special=False), *_end(tokenizer)]
-    prompt = last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, system), room=max(max_length - len(answer), 1))
-    return Example((prompt + answer)[:max_length], len(prompt))
+    whole, spans = _prompt(tokenizer, row.prompt, system, row.before)
+    prompt = last_tokens(tokenizer, whole, room=max(max_length - len(answer), 1))
+    lost = len(whole) - len(prompt)
+    earlier = tuple((max(start - lost, 0), end - lost) for start, end in spans if end > lost)
+    return Example((prompt + answer)[:max_length], len(prompt), earlier)
 
 
 def collate(examples: list[Example], padding: int) -> Batch:
@@ -78,7 +134,8 @@ def collate(examples: list[Example], padding: int) -> Batch:
         length = len(example.input_ids)
         ids[row, :length] = torch.tensor(example.input_ids)
         mask[row, :length] = 1
-        labels[row, example.answer_start : length] = ids[row, example.answer_start : length]
+        for start, end in (*example.earlier, (example.answer_start, length)):
+            labels[row, start:end] = ids[row, start:end]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -106,7 +163,7 @@ def _end(tokenizer: Any) -> list[int]:  # noqa: ANN401
         raise ModelError("the tokenizer has no end-of-text token")
     if tokenizer.chat_template:
         probe = "fedspan"
-        text = _render(tokenizer, [*_turns("question", None), {"role": "assistant", "content": probe}])
+        text = _render(tokenizer, [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}])
         tail = _tokens(tokenizer, text.rpartition(probe)[2], special=False)
         # The end of a turn (Phi's <|end|>) need not be one of the named special tokens.
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -117,18 +174,29 @@ def _end(tokenizer: Any) -> list[int]:  # noqa: ANN401
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:  # noqa: ANN401
+    """The turns as the template writes them: of several the one named default, without thoughts, on a pinned day."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ModelError(
+                f"the tokenizer's chat templates are named {', '.join(template)}; one must be named default"
+            )
+        template = template["default"]
+    if "strftime_now" in template:
+        template = _PINNED + template
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError:  # its text may quote the conversation
+        text = tokenizer.apply_chat_template(
+            turns,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+        )
+    except (TemplateError, TypeError, ValueError):  # its text may quote the conversation
         roles = ", ".join(turn["role"] for turn in turns)
         hint = "; leave out data.system" if turns[0]["role"] == "system" else ""
         raise ModelError(f"the tokenizer's chat template refuses a conversation of {roles}{hint}") from None
     return str(text)
-
-
-def _turns(prompt: str, system: str | None) -> list[dict[str, str]]:
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": prompt}]
 
 
 def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:  # noqa: ANN401

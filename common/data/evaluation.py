@@ -101,7 +101,8 @@ def generate_answers(
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=ends, pad_token_id=padding)
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length + new
     room = max(min(settings.max_length, positions - new), 1)
-    prompts = [last_tokens(tokenizer, prompt_ids(tokenizer, row.prompt, settings.system), room) for row in rows]
+    asked = [prompt_ids(tokenizer, row.prompt, settings.system, row.before) for row in rows]
+    prompts = [last_tokens(tokenizer, ids, room) for ids in asked]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
 
     def answers_to(some: list[int]) -> list[str]:

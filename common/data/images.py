@@ -8,18 +8,20 @@ import logging
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.config.section import DataConfig, resolve
-from common.data.rows import Row, load_rows
+from common.data.dicom import is_dicom, read_dicom
+from common.data.rows import Loaded, Row, load_rows
 from common.errors import DataError
+from common.system.files import is_lfs_pointer
 
 log = logging.getLogger(__name__)
 _LISTED = 10  # numbers of unreadable images in an error
 
 
-def load_images(config: DataConfig, beside: Path) -> tuple[list[Row], int]:
-    """All images of a shard in its order, and how many were left out. A row's prompt is its file's absolute path.
+def load_images(config: DataConfig, beside: Path) -> Loaded:
+    """All images of a shard in its order. A row's prompt is its file's absolute path.
 
     Args:
         config: where the shard is; its ``prompt`` gives a path, relative to the table, its ``answer`` a label.
@@ -29,7 +31,7 @@ def load_images(config: DataConfig, beside: Path) -> tuple[list[Row], int]:
         DataError: see ``load_rows``; or all images cannot be read, or some and ``config.skip_unreadable`` is false.
     """
     shard = resolve(config.path, beside)
-    found = load_rows(config, beside)
+    found, left_out, how = load_rows(config, beside)
     rows: list[Row] = []
     unreadable: list[int] = []
     for number, row in enumerate(found, start=1):
@@ -46,11 +48,13 @@ def load_images(config: DataConfig, beside: Path) -> tuple[list[Row], int]:
             f"shard {shard}: {len(unreadable)} of {len(found)} images cannot be read (numbers {some}; the log of this "
             f"machine names the files and the reasons){hint}"
         )
-    return rows, len(unreadable)
+    return Loaded(rows, left_out + len(unreadable), how)
 
 
 def read_image(file: str) -> Image.Image:
-    """The pixels of an image as RGB, 8 bits each; of several frames the first. 16-bit values are scaled to 0..255.
+    """The pixels of an image as RGB, 8 bits each, turned as its EXIF says; the first frame of several.
+
+    Of 16 bits, 0..65535 becomes 0..255; of DICOM see ``read_dicom``.
 
     Raises:
         DataError: the file has changed and cannot be read any more.
@@ -76,13 +80,21 @@ def _decode(file: Path) -> Image.Image:
         DataError: the text has the reason why the image cannot be read, but not the file's name.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # warnings quote the file
-            if image.mode in ("I", "F"):
-                raise DataError(f"pixels of mode {image.mode} have no fixed range; save it with 8 bits, or 16 unsigned")
-            if image.mode.startswith("I;16"):
-                return image.convert("I").point(lambda value: value / 257 + 0.5).convert("RGB")
-            return image.convert("RGB")
+        if is_lfs_pointer(file):
+            raise DataError("a Git-LFS pointer, not the image itself; run git lfs pull")
+        with warnings.catch_warnings(action="ignore"):  # warnings quote the file
+            return read_dicom(file) if is_dicom(file) else _ordinary(file)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything
         raise DataError(type(error).__name__) from None
+
+
+def _ordinary(file: Path) -> Image.Image:
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F"):
+            raise DataError(f"pixels of mode {image.mode} have no fixed range; save it with 8 bits, or 16 unsigned")
+        if image.mode.startswith("I;16"):
+            return image.convert("I").point(lambda value: value / 257 + 0.5).convert("RGB")
+        return image.convert("RGB")

@@ -1,14 +1,6 @@
-"""Shards: tables of private rows in any of five formats, as columns and cells. Errors never quote a row.
+"""Shards: tables of private rows in any of several formats, as columns and cells. Errors never quote a row."""
 
-Text formats are read by the standard library, because cells must stay the text they are: type inference, as in
-``datasets``, makes 7.0 of the code 007, a date of 2020-01-01, and nothing of NA.
-"""
-
-import csv
-import io
 import json
-import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config.section import TableConfig
+from common.data.folders import labelled_images, parts
+from common.data.text_tables import DELIMITERS, Cells as Cells, csv_rows, decoded, sheet_rows
 from common.errors import DataError
+from common.system.files import is_lfs_pointer
 
-log = logging.getLogger(__name__)
-csv.field_size_limit(2**31 - 1)  # characters in a cell; a long note is no mistake
-_ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+_ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
+_ENDINGS |= {".parquet": "parquet", ".xlsx": "xlsx", ".xlsm": "xlsx"}
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # in a folder written by `datasets`
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # beside the labels' folders
-_LITTER = {"thumbs.db", "desktop.ini"}  # files that file managers write, in lower case
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
-Cells = dict[str, Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,31 +25,33 @@ class Table:
     """A shard's content.
 
     Attributes:
-        columns: names of the columns; empty where there are no rows.
-        rows: pairs (the row's number for people, cells by column), read as they are used.
-        header: whether ``columns`` are known to be names: the first line of a CSV file may be a private row.
+        columns: their names; none where there are no rows.
+        rows: cells by column, with the number by which a person counts the row; read as they are used.
+        header: whether ``columns`` are surely names: the first line of a CSV file may be a private row.
+        how: what was detected of the format, in words.
     """
 
     columns: list[str]
     rows: Iterable[tuple[int, Cells]]
     header: bool = True
+    how: str = ""
 
 
 @contextmanager
-def shard(path: Path, kind: str, wanted: list[str] | None) -> Iterator[Table]:
-    """Open a shard for reading.
+def shard(path: Path, config: TableConfig, wanted: list[str] | None) -> Iterator[Table]:
+    """A shard to be read.
 
     Args:
-        path: the file or folder.
-        kind: the format; ``auto``: by the file's ending, or by the folder's files.
-        wanted: columns whose cells are needed; None: all.
+        path: of the file or folder.
+        config: how it is to be read; its own path does not count.
+        wanted: columns of which the cells are needed; None: all.
 
     Raises:
         DataError: the shard cannot be opened, or a row cannot be read.
     """
-    kind = _kind(path, kind)
+    kind, files = _files(path, config)
     try:
-        yield _READERS[kind](path, wanted)
+        yield _READERS[kind](path, config, wanted) if files is None else _together(path, kind, files, config, wanted)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers raise anything, and their text may quote a row
@@ -70,7 +64,7 @@ def load_cells(path: Path) -> tuple[list[str], list[Cells]]:
     Raises:
         DataError: see ``shard``; or a cell is no text that UTF-8 can hold.
     """
-    with shard(path, "auto", None) as table:
+    with shard(path, TableConfig(path=str(path)), None) as table:
         cells = [_writable(path, number, row) for number, row in table.rows]
     if not cells:
         raise DataError(f"shard {path} has no rows")
@@ -85,8 +79,8 @@ def _writable(path: Path, number: int, cells: Cells) -> Cells:
     return cells
 
 
-def _kind(path: Path, kind: str) -> str:
-    """The format of ``path``: ``kind``, or for ``auto`` the format found."""
+def _files(path: Path, config: TableConfig) -> tuple[str, list[Path] | None]:
+    """The format to read ``path`` with; and the files to read, where it is a folder of tables."""
     try:
         size = path.stat().st_size
         saved = path.is_dir() and any((path / name).exists() for name in _SAVED)
@@ -94,28 +88,59 @@ def _kind(path: Path, kind: str) -> str:
         raise DataError(f"shard {path} does not exist") from None
     except OSError as error:
         raise DataError(f"shard {path} cannot be read ({error.strerror})") from None
-    if kind == "auto":
-        found = ("dataset" if saved else "image-folder") if path.is_dir() else _ENDINGS.get(path.suffix.lower())
-        if found is None:
-            raise DataError(f"shard {path}: ending {path.suffix!r} is unknown; name it in data.format")
-        return found
-    if kind not in ("dataset", "image-folder") and size == 0:
+    kind: str = config.format
+    of_files = kind not in ("dataset", "image-folder")
+    if path.is_dir():
+        if saved and kind == "auto":
+            return "dataset", None
+        if of_files and (found := parts(path, _ENDINGS, kind, config.split)):
+            return found
+        if of_files and kind != "auto":
+            raise DataError(f"shard {path} holds no table of format {kind}")
+        kind = "image-folder" if kind == "auto" else kind
+    elif of_files:
+        kind = _file_kind(path, kind, size)
+    if config.split is not None and kind != "dataset":
+        raise DataError(f"data.split is {config.split!r}, but shard {path} has no splits; leave it out")
+    return kind, None
+
+
+def _file_kind(path: Path, kind: str, size: int) -> str:
+    """The format of one file."""
+    if is_lfs_pointer(path):
+        raise DataError(f"shard {path} is a Git-LFS pointer, not the data itself; run git lfs pull in its folder")
+    ending = path.suffix.lower()
+    if kind == "auto" and ending not in _ENDINGS:
+        hint = "save it as .xlsx or CSV" if ending in (".xls", ".ods") else "name it in data.format"
+        raise DataError(f"shard {path}: ending {path.suffix!r} is unknown; {hint}")
+    if size == 0:
         raise DataError(f"shard {path} is empty")
-    return kind
+    return _ENDINGS[ending] if kind == "auto" else kind
 
 
-def _utf8(path: Path) -> str:
-    """A file's text without a byte order mark, its line ends as they are."""
-    try:
-        return path.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(f"shard {path} is not UTF-8 (at byte offset {error.start}); save it as UTF-8") from None
+def _together(path: Path, kind: str, files: list[Path], config: TableConfig, wanted: list[str] | None) -> Table:
+    """The tables of several files as one, whose rows are numbered through."""
+    first = _READERS[kind](files[0], config, wanted)
+
+    def rows() -> Iterator[tuple[int, Cells]]:
+        number = 0
+        for file in files:
+            table = first if file is files[0] else _READERS[kind](file, config, wanted)
+            if table.columns and set(first.columns) - set(table.columns):
+                raise DataError(f"shard {path}: {file.name} has other columns than {files[0].name}")
+            for _, cells in table.rows:
+                number += 1
+                yield number, cells
+
+    how = f"{first.how}, {len(files)} file(s)" + (f" of split {config.split}" if config.split else "")
+    return Table(first.columns, rows(), first.header, how)
 
 
-def _jsonl(path: Path, wanted: list[str] | None) -> Table:
+def _jsonl(path: Path, config: TableConfig, wanted: list[str] | None) -> Table:
     """One object per line; or a file that is one array of objects."""
     del wanted
-    text = _utf8(path).replace("\r\n", "\n").replace("\r", "\n")
+    text, encoding = decoded(path, config.encoding)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.lstrip().startswith("["):
         rows = list(enumerate(_json(path, 1, text), start=1))
     else:
@@ -124,7 +149,7 @@ def _jsonl(path: Path, wanted: list[str] | None) -> Table:
     for number, cells in rows:
         if not isinstance(cells, dict):
             raise DataError(f"shard {path}, row {number}: must be a JSON object, is {type(cells).__name__}")
-    return Table(list(dict.fromkeys(column for _, cells in rows for column in cells)), rows)
+    return Table(list(dict.fromkeys(column for _, cells in rows for column in cells)), rows, how=f"JSONL, {encoding}")
 
 
 def _json(path: Path, line: int, text: str) -> Any:  # noqa: ANN401
@@ -134,89 +159,82 @@ def _json(path: Path, line: int, text: str) -> Any:  # noqa: ANN401
         raise DataError(f"shard {path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})") from None
 
 
-def _csv(path: Path, wanted: list[str] | None) -> Table:
-    """Comma-separated, with a header; a row's number counts from the line after it."""
-    rows: list[tuple[int, Cells]] = []
-    reader = csv.DictReader(io.StringIO(_utf8(path), newline=""), strict=True)
-    try:
-        columns = list(reader.fieldnames or [])
-        for column in columns if wanted is None else wanted:
-            if column and columns.count(column) > 1:
-                places = " and ".join(str(place) for place, name in enumerate(columns, start=1) if name == column)
-                what = "have one name" if wanted is None else f"are both named {column!r}"  # unasked, it may be a cell
-                raise DataError(f"shard {path}: columns {places} {what}; rename or delete one")
-        for number, cells in enumerate(reader, start=1):
-            if None in cells:
-                raise DataError(f"shard {path}, row {number}: has more cells than the first line")
-            rows.append((number, cells))
-    except csv.Error as error:
-        raise DataError(f"shard {path}, line {reader.reader.line_num}: not valid CSV ({error})") from None
-    return Table(columns, rows, header=False)
+def _csv(path: Path, config: TableConfig, wanted: list[str] | None) -> Table:
+    """With a header; a row's number counts from the line after it."""
+    text, encoding = decoded(path, config.encoding)
+    columns, rows, delimiter = csv_rows(path, text, config.delimiter, wanted)
+    how = f"CSV, {DELIMITERS.get(delimiter, repr(delimiter))} between cells, {encoding}"
+    return Table(columns, rows, header=False, how=how)
 
 
-def _parquet(path: Path, wanted: list[str] | None) -> Table:
+def _xlsx(path: Path, config: TableConfig, wanted: list[str] | None) -> Table:
+    columns, rows, sheet = sheet_rows(path, config.sheet, wanted)
+    return Table(columns, rows, header=False, how=f"Excel, sheet {sheet}")
+
+
+def _parquet(path: Path, config: TableConfig, wanted: list[str] | None) -> Table:
+    """Read in batches, so that no more than one is in memory twice; with what `datasets` noted of its columns."""
+    del config
     from pyarrow import parquet  # type: ignore[import-untyped]
 
-    columns = parquet.read_schema(path).names
-    table = parquet.read_table(path, columns=[column for column in columns if wanted is None or column in wanted])
-    return Table(columns, enumerate(table.to_pylist(), start=1))
+    with parquet.ParquetFile(path) as file:
+        columns = file.schema_arrow.names
+        noted = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    features = (noted.get("info") or {}).get("features") or {}
+    used = [column for column in columns if wanted is None or column in wanted]
+
+    def rows() -> Iterator[Cells]:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=used):
+                yield from batch.to_pylist()
+
+    return Table(columns, enumerate((_named(row, features) for row in rows()), start=1), how="Parquet")
 
 
-def _dataset(path: Path, wanted: list[str] | None) -> Table:
-    """A folder written by ``Dataset.save_to_disk``."""
+def _dataset(path: Path, config: TableConfig, wanted: list[str] | None) -> Table:
+    """A folder written by ``Dataset.save_to_disk``, or by ``DatasetDict``'s."""
     import datasets
 
     dataset = datasets.load_from_disk(str(path))
     if isinstance(dataset, datasets.DatasetDict):
-        raise DataError(f"shard {path} holds several splits ({', '.join(dataset)}); point data.path at one of them")
+        if (config.split is None and len(dataset) > 1) or config.split not in (None, *dataset):
+            raise DataError(f"shard {path} holds several splits; name one in data.split: {', '.join(dataset)}")
+        dataset = dataset[config.split or next(iter(dataset))]
+    elif config.split is not None:
+        raise DataError(f"data.split is {config.split!r}, but shard {path} has no splits; leave it out")
     used = dataset.select_columns([column for column in dataset.column_names if wanted is None or column in wanted])
-    return Table(dataset.column_names, enumerate(used, start=1))
+    features = used.features.to_dict()
+    rows = enumerate((_named(row, features) for row in used), start=1)
+    return Table(dataset.column_names, rows, how="saved by datasets")
 
 
-def _image_folder(path: Path, wanted: list[str] | None) -> Table:
-    """One sub-folder per label, with images in it or below it, by name; every file there counts as an image."""
-    del wanted
-    rows: list[Cells] = []
-    beside = 0
-    for entry in _entries(path, path):
-        if os.path.isfile(entry):  # noqa: PTH113 - of a link that leads nowhere, Path.is_file may raise
-            beside += Path(entry).suffix.lower() in _IMAGES
-        else:
-            label = path / entry.name
-            rows += [{"image": str(file), "label": entry.name} for file in _files(label, label)]
-    if beside:
-        raise DataError(
-            f"shard {path}: {beside} image(s) beside the labels' folders; move each into its label's folder"
-        )
-    return Table(["image", "label"] if rows else [], enumerate(rows, start=1))
+def _image_folder(path: Path, config: TableConfig, wanted: list[str] | None) -> Table:
+    del config, wanted
+    rows = labelled_images(path)
+    return Table(["image", "label"] if rows else [], enumerate(rows, start=1), how="a folder of images")
 
 
-def _files(folder: Path, label: Path) -> Iterator[Path]:
-    """Files in a folder and below it. A link to a folder is not followed but given, as an image that is unreadable."""
-    for entry in _entries(folder, label):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(folder / entry.name, label)
-        elif entry.is_file(follow_symlinks=False) or entry.is_symlink():
-            yield folder / entry.name
+def _named(value: Any, feature: Any) -> Any:  # noqa: ANN401
+    """A cell of a `datasets` column with the names of its classes in place of their numbers; -1 is no class."""
+    if isinstance(feature, list) and isinstance(value, list):
+        return [_named(item, feature[0]) for item in value]
+    if not isinstance(feature, dict):
+        return value
+    if feature.get("_type") == "ClassLabel":
+        names = feature.get("names") or []
+        known = isinstance(value, int) and 0 <= value < len(names)
+        return names[value] if known else None if value == -1 else value
+    if isinstance(value, list) and "feature" in feature:
+        return [_named(item, feature["feature"]) for item in value]
+    if isinstance(value, dict):
+        return {key: _named(cell, feature.get(key)) for key, cell in value.items()}
+    return value
 
 
-def _entries(folder: Path, label: Path) -> list[os.DirEntry[str]]:
-    """A folder's entries by name, without dot files and litter. Errors name no folder below ``label``; the log does."""
-    try:
-        with os.scandir(folder) as found:
-            kept = [entry for entry in found if not entry.name.startswith(".") and entry.name.lower() not in _LITTER]
-    except OSError as error:
-        log.error("folder %s cannot be listed", folder)  # the preflight shows no warnings of this module
-        where = (
-            f"folder {label}" if folder == label else f"a folder below {label}, which the log of this machine names,"
-        )
-        raise DataError(f"{where} cannot be listed ({error.strerror})") from None
-    return sorted(kept, key=lambda entry: entry.name)
-
-
-_READERS: dict[str, Callable[[Path, list[str] | None], Table]] = {
+_READERS: dict[str, Callable[[Path, TableConfig, list[str] | None], Table]] = {
     "jsonl": _jsonl,
     "csv": _csv,
+    "xlsx": _xlsx,
     "parquet": _parquet,
     "dataset": _dataset,
     "image-folder": _image_folder,

@@ -17,7 +17,7 @@ from common.config.task import ClassificationTask, TaskConfig
 from common.data import chat
 from common.data.evaluation import EvalSettings, evaluate_model, in_fixed_order
 from common.data.images import load_images, read_image
-from common.data.rows import Row, load_rows
+from common.data.rows import Loaded, Row, load_rows
 from common.errors import DataError
 from common.metrics import ANSWERS, LABELS, SCORES, Score, confusion, scores
 from common.model.base_model import Base, load_base, pad_id
@@ -64,15 +64,17 @@ class Task(ABC, Generic[E]):
         how = {"auto_class": self.auto_class, "processor": self.processor}
         return load_base(source, revision, dtype, **how, labels=self.labels, seed=seed)
 
-    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
-        """All usable rows of a shard, and the number of rows left out.
+    def rows(self, config: DataConfig, beside: Path) -> Loaded:
+        """All usable rows of a shard.
 
         Raises:
             DataError: see ``load_rows``.
         """
         if config.skip_unreadable:
             raise DataError("data.skip_unreadable is true; it is for images, and the federation's task has none")
-        return load_rows(config, beside), 0
+        if config.messages is not None and not self.generates:
+            raise DataError("data.messages is for conversations, and the federation's task has none; give data.prompt")
+        return load_rows(config, beside)
 
     @abstractmethod
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[E]:  # noqa: ANN401
@@ -142,16 +144,16 @@ class Classification(Task[E]):
         super().__init__(config)
         self._number = {label: number for number, label in enumerate(self.labels)}
 
-    def rows(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+    def rows(self, config: DataConfig, beside: Path) -> Loaded:
         """See ``Task.rows``; every row has a label that the task knows."""
-        rows, left_out = self._unlabelled(config, beside)
+        loaded = self._unlabelled(config, beside)
         try:
-            self._numbers(rows)
+            self._numbers(loaded.rows)
         except DataError as error:
             raise DataError(f"shard {resolve(config.path, beside)}: {error}") from None
-        return rows, left_out
+        return loaded
 
-    def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+    def _unlabelled(self, config: DataConfig, beside: Path) -> Loaded:
         return super().rows(config, beside)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -252,7 +254,7 @@ class ImageClassification(Classification[LabelledImage]):
     processor = "AutoImageProcessor"
     reads_files = True
 
-    def _unlabelled(self, config: DataConfig, beside: Path) -> tuple[list[Row], int]:
+    def _unlabelled(self, config: DataConfig, beside: Path) -> Loaded:
         return load_images(config, beside)
 
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[LabelledImage]:  # noqa: ANN401
@@ -264,8 +266,8 @@ class ImageClassification(Classification[LabelledImage]):
         """See ``Task.collater``; ``tokenizer`` is the model's image processor."""
 
         def collate(examples: list[LabelledImage]) -> Batch:
-            pixels = tokenizer([read_image(e.file) for e in examples], return_tensors="pt")["pixel_values"]
-            return {"pixel_values": pixels, "labels": torch.tensor([e.label for e in examples])}
+            inputs = tokenizer([read_image(e.file) for e in examples], return_tensors="pt")  # of some, masks as well
+            return {**inputs, "labels": torch.tensor([e.label for e in examples])}
 
         return collate
 

@@ -1,5 +1,6 @@
-"""Load the base model and its tokenizer from a folder or a pinned hub revision."""
+"""Load the base model and its tokenizer from a folder or a pinned hub revision, and believe what the loader reports."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from torch import nn
 
 from common.config.federation import Dtype
 from common.errors import ModelError
-from common.model.families import FAMILIES
+from common.model.families import kind_of
+from common.model.model_files import arrange, check_config, check_files, check_report, check_tokens
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # tables of learned positions
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -20,10 +24,14 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Base:
-    """A base model in memory, with its tokenizer; for a vision model ``tokenizer`` is the image processor."""
+    """A base model in memory, with its tokenizer; a vision model's ``tokenizer`` is its image processor.
+
+    ``head`` tells in words where a classifier's head is from.
+    """
 
     model: nn.Module
     tokenizer: Any
+    head: str
 
 
 def load_base(
@@ -49,45 +57,61 @@ def load_base(
         seed: seed for weights that ``source`` does not hold, such as a classifier's new head.
 
     Raises:
-        ModelError: the folder is absent, or holds no model that transformers can read.
+        ModelError: the folder is absent, or holds no model that transformers can read, or not all of one; the tokenizer
+            is another model's; or the rows of a finished head cannot be told apart.
     """
     import transformers as hf
     from transformers.utils import logging
 
-    if revision is None and not (Path(source) / "config.json").is_file():
-        what = "holds no config.json" if Path(source).is_dir() else "does not exist"
-        raise ModelError(f"model folder {source} {what}; it must be a folder written by save_pretrained")
+    if revision is None:
+        check_files(Path(source))
     logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True} if revision is None else {"revision": revision}
-    try:
-        images = processor == "AutoImageProcessor"  # always PIL: other backends give slightly different pixels
-        tokenizer = getattr(hf, processor).from_pretrained(source, **where, **({"backend": "pil"} if images else {}))
-        if labels:
-            names = dict(enumerate(labels))
-            where |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
-            where |= {"ignore_mismatched_sizes": True}
+    images = processor == "AutoImageProcessor"  # one library for the pixels, so that all sites see the same
+    names = dict(enumerate(labels))
+    own = {"id2label": names, "label2id": {label: i for i, label in names.items()}} if labels else {}
+
+    def read(**kwargs: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
+        how = {"dtype": TORCH_DTYPES[dtype], "ignore_mismatched_sizes": True, "output_loading_info": True}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(hf, auto_class).from_pretrained(source, dtype=TORCH_DTYPES[dtype], **where)
-        if labels and not images:  # a decoder that classifies finds a row's last token by pad_token_id
+            model, report = getattr(hf, auto_class).from_pretrained(source, **how, **where, **kwargs)
+        return model, report
+
+    try:
+        config = hf.AutoConfig.from_pretrained(source, **where)
+        check_config(source, config)
+        tokenizer = getattr(hf, processor).from_pretrained(source, **where, **({"backend": "pil"} if images else {}))
+        model, report = read(**own)
+        if labels and not images:  # a decoder finds a row's last token by it
             model.config.pad_token_id = pad_id(tokenizer)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001 - loaders raise anything, and their text is of the model alone
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"model {source} cannot be loaded: {what}") from None
+    finished = check_report(source, model, report, classifies=bool(labels))
+    if not images:
+        check_tokens(source, model, tokenizer)
+    head = arrange(model, config.id2label, labels, seed, lambda: read()[0]) if labels and finished else "new"
     model.train(False)
-    return Base(model, tokenizer)
+    return Base(model, tokenizer, head)
 
 
 def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401
     """Raise a ModelError when rows of ``max_length`` tokens are longer than the model's table of positions."""
-    kind = getattr(model.config, "model_type", "")
-    family = FAMILIES.get(kind)
-    if family is None or family.unused_positions is None:
+    if model.main_input_name != "input_ids":
         return
-    most = model.config.max_position_embeddings - family.unused_positions
-    if max_length > most:
-        raise ModelError(
-            f"`training.max_length` is {max_length}, but this {kind} model has {most} positions; allowed: up to {most}"
-        )
+    for name, table in model.named_modules():
+        if not isinstance(table, nn.Embedding) or not _POSITIONS.search(name):
+            continue
+        unused = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+        most = table.num_embeddings - unused
+        if max_length > most:
+            raise ModelError(
+                f"`training.max_length` is {max_length}, but this {kind_of(model)} model has {most} positions; "
+                f"allowed: up to {most}"
+            )
 
 
 def pad_id(tokenizer: Any) -> int:  # noqa: ANN401

@@ -1,37 +1,25 @@
-"""Model families, and the choice of the trained tensors.
+"""The choice of the tensors that are trained, by a model's structure.
 
-Module names differ between the families of transformers, so one literal table gives, for each family, the path of its
-blocks and the names of the linear layers in a block. Biases, norms, embeddings and heads are never selected.
+Blocks are the longest list of modules that hold linear layers; of a model in stages (Swin), the lists in them one after
+the other. What in a block has attention in its path belongs to its attention, every other linear layer to its MLP.
+``SPECIAL`` names the blocks of families where that finds another list. Biases, norms, embeddings and heads are never
+selected.
 """
 
 import difflib
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 from common.errors import ModelError, SelectionError
 
+Block = tuple[str, nn.Module]  # by its path
 
-@dataclass(frozen=True)
-class Family:
-    """Module names of a model family.
-
-    Attributes:
-        blocks: the end of the path to the list of transformer blocks.
-        mlp: paths, within a block, of the MLP's linear layers.
-        attention: paths, within a block, of the attention's linear layers.
-        unused_positions: number of entries in the table of position embeddings that no token uses; None: the family
-            has no such table.
-        classifies: whether the family can only classify, with a new head: it has no language-modelling head here.
-    """
-
-    blocks: str
-    mlp: tuple[str, ...]
-    attention: tuple[str, ...]
-    unused_positions: int | None = None
-    classifies: bool = False
+#: By ``model_type``: the end of the path of the list of blocks, where it is not the one with most weights.
+SPECIAL: dict[str, str] = {"gemma3": "language_model.layers"}  # text is learned; its images' encoder rests
 
 
 @dataclass(frozen=True)
@@ -51,40 +39,9 @@ class SelectedLayer:
     transposed: bool
 
 
-_QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_LLAMA = Family("layers", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), _QKVO)
-_BERT = Family(
-    "encoder.layer",
-    ("intermediate.dense", "output.dense"),
-    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    unused_positions=0,
-    classifies=True,
-)
-_VISION_ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
-_SIGLIP_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
-_FC = ("mlp.fc1", "mlp.fc2")
-
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "gpt2": Family("transformer.h", ("mlp.c_fc", "mlp.c_proj"), ("attn.c_attn", "attn.c_proj"), unused_positions=0),
-    "gpt_neox": Family(
-        "layers", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), ("attention.query_key_value", "attention.dense")
-    ),
-    "bert": _BERT,
-    "roberta": replace(_BERT, unused_positions=2),
-    "vit": Family("layers", _FC, _VISION_ATTENTION, classifies=True),
-    "siglip": Family("vision_model.encoder.layers", _FC, _SIGLIP_ATTENTION, classifies=True),
-    "siglip_vision_model": Family("encoder.layers", _FC, _SIGLIP_ATTENTION, classifies=True),
-    "dinov2": Family("encoder.layer", _FC, _VISION_ATTENTION, classifies=True),
-}
-
-_HEADS = ("classifier", "score")  # names of a classifier's head in transformers
+_HEADS = ("classifier", "score", "pre_classifier", "pooler", "head")  # what transformers calls a classifier's head
+_ATTENTION = re.compile(r"(^|[._])(\w*attn|\w*attention)\b")
+_EXPERTS = re.compile(r"(^|\.)\w*experts\b")
 
 _PARTS = {"third": 3, "half": 2, "quarter": 4}
 _BLOCKS_ALLOWED = "`all`, `lower third`, `lower half`, `lower quarter`, `lower N`, `0-9`, `0,2,5`"
@@ -94,42 +51,99 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
     """The linear layers of ``model`` that a federation file names, in the model's order.
 
     Args:
-        model: a transformers model of a known family.
+        model: a transformers model.
         modules: ``mlp``, ``attention``, ``linear`` (both), or names: a last component (``up_proj``), the end of a path
             (``mlp.up_proj``) or a full path, with or without ``.weight``.
         blocks: ``all``, ``lower third`` (rounded up, at least one block), ``lower half``, ``lower quarter``,
             ``lower N``, ``0-9``, ``0,2,5-7``.
 
     Raises:
-        ModelError: the family is unknown, or has no blocks where it should.
-        SelectionError: nothing matches; the text lists the names that could.
+        ModelError: the model has no blocks of linear layers, or its MLP is a mixture of experts.
+        SelectionError: nothing matches; says what could.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    family = FAMILIES.get(kind)
-    if family is None:
-        raise ModelError(f"unknown model family {kind!r}; known: {', '.join(FAMILIES)}")
-    path, count = _find_blocks(model, family, kind)
-    wanted = _block_numbers(blocks, count)
-    exact, ends = _module_names(modules, family)
-    layers, in_block = [], []
-    for name, module in model.named_modules():
-        match = re.fullmatch(rf"{re.escape(path)}\.(\d+)\.(.+)", name)
-        if match is None or match[2] not in family.mlp + family.attention:
+    kind, found = kind_of(model), blocks_of(model)
+    numbers = _block_numbers(blocks, len(found))
+    unmatched = [modules] if isinstance(modules, str) else list(modules)
+    wanted, layers = list(unmatched), []
+    for number, (path, block) in enumerate(found):
+        if number not in numbers:
             continue
-        if match[1] == "0":
-            in_block.append(match[2])
-        if int(match[1]) in wanted and (match[2] in exact or any(_ends_with(name, end) for end in ends)):
-            transposed = type(module).__name__ == "Conv1D"
-            layers.append(SelectedLayer(name, f"{name}.weight", int(match[1]), transposed))
-    unmatched = [end for end in (*exact, *ends) if not any(_ends_with(layer.name, end) for layer in layers)]
+        experts = next((name for name, _ in block.named_modules() if _EXPERTS.search(name)), None)
+        if experts is not None and {"mlp", "linear"} & set(wanted):
+            raise ModelError(
+                f"this {kind} model is a mixture of experts ({path}.{experts}), which are not trained here; allowed "
+                "for it: `modules: attention`, or names of its other layers"
+            )
+        for name, layer in linear_layers(block):
+            hits = [w for w in wanted if w in ("linear", group_of(name)) or _ends_with(f"{path}.{name}", w)]
+            if not hits or _EXPERTS.search(name):
+                continue
+            unmatched = [w for w in unmatched if w not in hits]
+            transposed = type(layer).__name__ == "Conv1D"
+            layers.append(SelectedLayer(f"{path}.{name}", f"{path}.{name}.weight", number, transposed))
     if unmatched:
+        in_block = [name for name, _ in linear_layers(found[0][1])]
         near = difflib.get_close_matches(unmatched[0], in_block, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise SelectionError(
             f"`modules` {unmatched[0]!r} in `blocks` {blocks!r} matches no tensor of this {kind} model{hint}; "
-            f"each of its {count} blocks has: {', '.join(in_block)}"
+            f"each of its {len(found)} blocks has: {', '.join(in_block)}"
         )
     return layers
+
+
+def kind_of(model: nn.Module) -> str:
+    """What transformers calls the model's family."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The model's transformer blocks, from the lowest up.
+
+    Raises:
+        ModelError: there are none.
+    """
+    kind, lists = kind_of(model), list(_lists(model, ""))
+    if end := SPECIAL.get(kind):
+        lists = [blocks for blocks in lists if _ends_with(blocks[0][0].rpartition(".")[0], end)] or lists
+    if not lists:
+        raise ModelError(f"this {kind} model has no list of blocks with linear layers; take a transformer")
+    return max(lists, key=_size)
+
+
+def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers in a block by their path in it; of a mixture of experts also those of its experts."""
+    return ((name, module) for name, module in block.named_modules() if _is_linear(module))
+
+
+def group_of(name: str) -> str:
+    """To which group a linear layer belongs by its path in a block."""
+    return "attention" if _ATTENTION.search(name) else "mlp"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _size(blocks: list[Block]) -> int:
+    return sum(parameter.numel() for _, block in blocks for parameter in block.parameters())
+
+
+def _lists(module: nn.Module, prefix: str) -> Iterator[list[Block]]:
+    """The outermost lists of blocks below ``module``; a list of stages gives the blocks in its stages."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        members = [(f"{path}.{i}", member) for i, member in child.named_children()]
+        if (
+            isinstance(child, nn.ModuleList | nn.Sequential)
+            and not _EXPERTS.search(path)
+            and members
+            and all(not _is_linear(member) and any(linear_layers(member)) for _, member in members)
+        ):
+            inner = [block for at, member in members for blocks in _lists(member, f"{at}.") for block in blocks]
+            yield inner if 2 * _size(inner) > _size(members) else members
+        else:
+            yield from _lists(child, f"{path}.")
 
 
 def freeze_all_but(model: nn.Module, layers: list[SelectedLayer]) -> dict[str, nn.Parameter]:
@@ -161,19 +175,10 @@ def in_head(name: str) -> bool:
     return name.partition(".")[0] in _HEADS
 
 
-def _find_blocks(model: nn.Module, family: Family, kind: str) -> tuple[str, int]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and _ends_with(name, family.blocks):
-            return name, len(module)
-    raise ModelError(f"this {kind} model keeps no list of blocks under {family.blocks!r}; is it complete?")
-
-
-def _module_names(modules: str | list[str], family: Family) -> tuple[list[str], list[str]]:
-    """Exact names in a block (members of a group such as ``mlp``), and ends of paths (given by the user)."""
-    groups = {"mlp": family.mlp, "attention": family.attention, "linear": family.attention + family.mlp}
-    names = [modules] if isinstance(modules, str) else modules
-    exact = [member for name in names for member in groups.get(name, ())]
-    return exact, [name for name in names if name not in groups]
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules of a model's classification head that hold weights."""
+    heads = [(name, module) for name, module in model.named_children() if name in _HEADS]
+    return [name for name, module in heads if next(module.parameters(), None) is not None]
 
 
 def _ends_with(path: str, end: str) -> bool:

@@ -138,7 +138,7 @@ def _adapter(
         target_modules=[layer.name for layer in layers],
         fan_in_fan_out=any(layer.transposed for layer in layers),
         task_type=peft_type,
-        modules_to_save=None if peft_type else ["classifier"],  # PEFT finds the head by itself only for its own tasks
+        modules_to_save=families.head_modules(model) or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PINNED_DATE = "2026-01-01"  # what a chat template that prints today's date is given, on every day and at every site
+
 
 def tensor_digest(tensor: Tensor) -> str:
     """Digest of dtype, shape and bytes (hex)."""
@@ -42,5 +44,8 @@ def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401 - transformers' tok
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = repr(sorted(tokenizer.special_tokens_map.items()))
-    text = "\x00".join([pipeline, special, tokenizer.chat_template or ""])
+    template = tokenizer.chat_template or ""  # several, by name, of some tokenizers
+    written = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    dated = [PINNED_DATE] if "strftime_now" in written else []
+    text = "\x00".join([pipeline, special, written, *dated])
     return hashlib.sha256(text.encode()).hexdigest()

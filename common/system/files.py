@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+_LFS = b"version https://git-lfs.github.com/spec/"
 _FLUSHES = 32  # at a time: a disk confirms many files at once (10,000 small ones in 1.5 s, one by one in 42 s)
 
 
@@ -125,6 +126,14 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file only says where Git LFS keeps the content that it should have."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS)) == _LFS
 
 
 def hold(file: Path, patience: float = 1.0) -> int | None:

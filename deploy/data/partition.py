@@ -19,7 +19,7 @@ import yaml
 from common.config.federation import FederationConfig
 from common.config.load import load, parse
 from common.config.site import SiteConfig
-from common.data.rows import Template, check_columns
+from common.data.rows import Template, check_columns, filled
 from common.data.shards import Cells, load_cells
 from common.errors import ConfigError, DataError, LaunchError
 from common.system.command import Command
@@ -181,7 +181,7 @@ def partition(given: argparse.Namespace) -> str:
     plan = _plan(given)
     source = given.data.resolve()
     columns, rows = load_cells(source)
-    header = source.suffix.lower() != ".csv"
+    header = source.suffix.lower() not in (".csv", ".tsv", ".xlsx", ".xlsm")
     images = columns == ["image", "label"]
     prompt, answer = given.prompt or (images and "image"), given.answer or (images and "label")
     if not prompt or not answer:
@@ -191,10 +191,7 @@ def partition(given: argparse.Namespace) -> str:
     wanted = {flag: template.columns for flag, template in templates.items()}
     wanted |= {flag: [name] for flag, name in (("--label", plan.label), ("--column", plan.column)) if name is not None}
     check_columns(source, columns, wanted, header=header)
-    prompts, answers = (
-        [template.fill(source, number, row) for number, row in enumerate(rows, start=1)]
-        for template in templates.values()
-    )
+    prompts, answers = (filled(source, template, rows) for template in templates.values())
     reads_files = None
     if given.federation is not None:
         from common.data.tasks import make_task  # takes seconds

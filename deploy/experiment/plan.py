@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load, parse
-from common.config.section import DataConfig, resolve
+from common.config.section import DataConfig, TableConfig, resolve
 from common.config.site import SiteConfig
 from common.data.rows import Row, load_rows
 from common.errors import ConfigError, DataError
@@ -189,7 +189,7 @@ class Plan:
             for file in [file for file in files if file not in counted]:
                 site = load(file, SiteConfig)
                 with self._naming(f"`data.sites.{clients}`: {file}"):
-                    rows, _ = task.rows(site.data, file)
+                    rows = task.rows(site.data, file).rows
                 self._digests[str(file)] = _digest(rows, file.read_bytes())
                 counted[file] = site.name, self._counts(rows, site, file, labelled=bool(task.labels))
         return [
@@ -203,9 +203,11 @@ class Plan:
         if label is None and not labelled:
             return {"rows": len(rows)}
         if label is not None:
-            wanted = DataConfig(**site.data.model_dump(include={"path", "format", "prompt"}), answer=label)
+            wanted = DataConfig(
+                **site.data.model_dump(include=set(TableConfig.model_fields) | {"prompt"}), answer=label
+            )
             with self._naming(f"`data.label`: {file}"):
-                rows = load_rows(wanted, file)
+                rows = load_rows(wanted, file).rows
         return dict(sorted(Counter(row.answer for row in rows).items()))
 
     @contextmanager

@@ -87,4 +87,6 @@ class ServerModel:
     def _write(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers or a peft model
         with built(folder) as new:
             model.save_pretrained(new)
+            if self._task.labels:  # with an adapter, whose head has as many rows, in this order
+                model.config.save_pretrained(new)
             self._base.tokenizer.save_pretrained(new)

@@ -26,7 +26,7 @@ from common.protocol.messages import State, TrainReply
 from common.protocol.versions import Step
 from strategies.admission.well_formed import admit, admit_factors, most_bytes
 from strategies.flower.versions import Versions
-from strategies.lora_names import rank_of
+from strategies.lora_names import check_state, rank_of
 from strategies.rule import RoundResult, Rule, Tensors, Update
 from strategies.server_optimizer import ServerOptimizer
 
@@ -109,7 +109,13 @@ class RuleMessages:
         return self.clients.setdefault(node_id, Client(f"node-{node_id}"))
 
     def train_states(self, server_round: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
-        """The state to send to each node for a round's training: (node id, state) pairs."""
+        """What each node needs for a round's training, by its id.
+
+        Raises:
+            AggregationError: a LoRA state holds a factor that the rule would not know as one.
+        """
+        if self.rule.section.trains == "lora":
+            check_state(state, self.rule.section.stays_at_site)
         self._state, self._active, self._round = state, self.rule.active(server_round, state), server_round
         return list(self._states(server_round, node_ids, trained=True))
 

@@ -216,6 +216,31 @@ def test_replies_that_cannot_be_read_are_refused() -> None:
         strategy.read_update(pickled)
 
 
+LORA = tuple(name for name in NAMES if name != "FedFTG")
+
+
+@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({A: None, "q.lora_A.default.weight": (2, 8)}, r"q\.lora_A\.default\.weight is no factor that can be combined"),
+        ({"e.lora_embedding_B": (8, 2)}, r"e\.lora_embedding_B is no factor that can be combined"),
+        ({"q.lora_magnitude_vector": (8,)}, r"q\.lora_magnitude_vector is no factor that can be combined"),
+        ({A: (2, 3, 3, 3)}, r"lora_A\.weight has shape \(2, 3, 3, 3\); allowed: factors of linear layers"),
+    ],
+)
+def test_first_state_with_factors_that_are_not_known_as_such_is_refused(
+    name: str, changes: dict[str, tuple[int, ...] | None], says: str
+) -> None:
+    strategy = getattr(strategies, name)(**NEEDS_ALPHA.get(name, {}))
+    state = {A: torch.zeros(2, 8), B: torch.zeros(8, 2)} | {
+        key: torch.zeros(shape) for key, shape in changes.items() if shape is not None
+    }
+    state = {key: tensor for key, tensor in state.items() if changes.get(key, ()) is not None}
+    with pytest.raises(AggregationError, match=says):
+        ask(strategy, state)
+
+
 def test_metrics_are_weighted_by_examples_and_no_weight_turns_them_round() -> None:
     contents = [
         RecordDict({"metrics": MetricRecord({"num-examples": n, "loss": loss, **extra})})

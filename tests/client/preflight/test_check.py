@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from transformers import OPTConfig, OPTForCausalLM
 
 from client.preflight import check, machine, memory
 from client.preflight.context import Subject
@@ -21,11 +20,12 @@ from common.config.load import load
 from common.config.site import SiteConfig
 from common.system.keys import make_site
 from deploy import cli
-from deploy.sandbox.tiny import make_federation, make_tokenizer
+from deploy.sandbox.tiny import make_federation
 from tests.harness.agreements import agree_all
 from tests.harness.certificates import Authority
 from tests.harness.programs import needs
 
+PRIVATE = {"clip": 1.0, "noise_multiplier": 2.0, "delta": 1.0e-5, "max_epsilon": 1000.0}
 MARKER = "Mrs-Miller-of-Leeds"  # is in every row of every shard here
 
 
@@ -122,6 +122,37 @@ def test_ledger_that_was_changed_fails(files: Files, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"begun", b"began"))
     finding = look("ledger", files.subject())
     assert (finding.level, "line 1: it was changed" in finding.found) == ("FAIL", True)
+
+
+def test_site_that_has_taken_part_is_as_ready_as_before(files: Files, tmp_path: Path) -> None:
+    with Ledger(tmp_path / "site-a-ledger.jsonl").opened() as ledger:
+        ledger.append({"event": "begun"})
+    for name in ("disk", "ledger", "limits"):
+        assert look(name, files.subject()).level == "ok", name
+
+
+@pytest.mark.parametrize(
+    ("site", "federation", "found"),
+    [
+        ({"policy": {"federations": ["other"]}}, {}, "`federations` allows other; this is tiny"),
+        ({"policy": {"strategies": ["fedit"]}}, {}, "`strategies` allows fedit; this is fedftg"),
+        ({"policy": {"tensors": ["*.attn.*"]}}, {}, "`tensors` allows *.attn.*; asked was model.layers.0.mlp"),
+        ({"policy": {"tensors": ["*.lora_B.*"]}}, {"strategy": {"name": "rolora", "rank": 2}}, "lora_A.weight"),
+        ({"policy": {"min_examples": 41}}, {}, "`min_examples` is 41"),
+        ({"privacy": PRIVATE}, {}, "noise of 2 is added to every number; the federation admits 0"),
+        ({"privacy": PRIVATE}, {"strategy": {"name": "flora", "rank": 2, "merge": True}}, "`privacy` allows"),
+        ({}, {"admission": {"max_rows": 3}}, "training rows; the federation admits up to 3"),
+    ],
+)
+def test_limits_that_do_not_go_together_fail(
+    files: Files, site: dict[str, Any], federation: dict[str, Any], found: str
+) -> None:
+    assert look("limits", files.subject()).level == "ok"
+    files.change("site", **site)
+    files.change("federation", **federation)
+    finding = look("limits", files.subject())
+    assert (finding.level, found in finding.found) == ("FAIL", True), finding
+    assert not (files.site.parent / "site-a-ledger.jsonl").exists()
 
 
 # The whole command
@@ -338,14 +369,14 @@ def test_folder_without_a_model_fails(files: Files) -> None:
     assert "correct `model` in the site file" in finding.mend
 
 
-def test_unknown_family_fails(files: Files) -> None:
-    config = OPTConfig(vocab_size=len(make_tokenizer()), hidden_size=8, ffn_dim=8, num_hidden_layers=1)
-    config.num_attention_heads = config.word_embed_proj_dim = 8
-    OPTForCausalLM(config).save_pretrained(files.site.parent / "model")
-    finding = look("model family", files.subject())
-    assert finding.level == "FAIL"
-    assert finding.found == "family 'opt' is not known"
-    assert "mistral" in finding.mend
+def test_cause_is_told_once_and_is_the_files_fault(files: Files) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (files.site.parent / "model" / "model.safetensors").write_text(pointer)
+    found = dict(check.findings(check.all_checks(), files.subject()))
+    failed = [name for name, finding in found.items() if finding.level == "FAIL"]
+    assert failed == ["model files"]
+    assert "is a Git-LFS pointer" in found["model files"].found
+    assert not any("report this" in finding.mend for finding in found.values())
 
 
 def test_digests_are_those_that_the_federation_compares(files: Files) -> None:

@@ -20,6 +20,7 @@ from client.connect.probe import probe
 from client.preflight import check, superlink
 from client.preflight.context import Subject
 from common.errors import LinkError
+from common.system.keys import make_site
 from common.system.processes import free_ports
 from server.superlink.process import OwnSuperLink, Tls
 from tests.client.preflight.test_check import Files, files as files, look, output as output
@@ -73,6 +74,20 @@ def test_server_is_reached_and_vouched_for(files: Files, address: str, authority
     finding = look("server", linked(files, address, authority))
     assert finding.level == "ok"
     assert f"{address} is CN=a server (127.0.0.1)" in finding.found
+
+
+def test_key_that_the_server_does_not_know_fails(
+    files: Files, address: str, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_site(tmp_path / "site-a")
+    subject = linked(files, address, authority)
+    assert look("register", subject).level == "skipped"
+    subject.private_key = tmp_path / "site-a.key"
+    finding = look("register", subject)
+    assert (finding.level, finding.mend) == ("FAIL", "give the operator the .pub file")
+    assert "is not in the server's register" in finding.found
+    monkeypatch.setattr(superlink, "_ACTIVATE", "/flwr.proto.Fleet/Nothing")
+    assert look("register", subject).level == "FAIL"  # an answer that is not understood is none
 
 
 @pytest.mark.parametrize("off", [0, 3, 8, -200, -400, 7200])

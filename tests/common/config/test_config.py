@@ -191,9 +191,25 @@ def test_missing_file_and_empty_file_are_named(tmp_path: Path) -> None:
 def test_site_file_names_its_nested_keys(tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(SITE.replace("prompt: term", "promt: term"))
-    with pytest.raises(
-        ConfigError, match=r"missing key `data.prompt`.*unknown key `data.promt`; did you mean `prompt`\?"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key `data.promt`; did you mean `prompt`\?"):
+        load(file, SiteConfig)
+
+
+@pytest.mark.parametrize("given", ["prompt: term", "messages: m\n  prompt: term\n  answer: title", "held_out: 0.1"])
+def test_data_takes_prompt_and_answer_or_messages(tmp_path: Path, given: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(f"name: site-a\ndata:\n  path: rows.jsonl\n  {given}\n")
+    with pytest.raises(ConfigError, match="`data`: give `prompt` and `answer`, or `messages` alone"):
+        load(file, SiteConfig)
+    file.write_text("name: site-a\ndata: {path: rows.jsonl, messages: m}\n")
+    assert load(file, SiteConfig).data.messages == "m"
+
+
+@pytest.mark.parametrize("word", ["yes", "0", "2020-01-01"])
+def test_word_that_yaml_reads_as_no_text_wants_quotes(tmp_path: Path, word: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(SITE.replace("prompt: term", f"prompt: {word}"))
+    with pytest.raises(ConfigError, match=r"`data.prompt` is .*: input should be a valid string .*put it in quotes"):
         load(file, SiteConfig)
 
 

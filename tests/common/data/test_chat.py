@@ -36,6 +36,42 @@ def test_labels_are_the_answer_and_the_token_that_ends_its_turn() -> None:
     )
 
 
+TALK = Row(
+    "acute pain", "ache of the hand", before=(("system", "Be kind."), ("user", "foot"), ("assistant", "ache of it"))
+)
+
+
+def test_loss_counts_every_turn_of_the_assistant_with_its_end() -> None:
+    tokenizer = make_tokenizer()
+    for template, ended in ((tokenizer.chat_template, "<|im_end|>"), (None, "<|im_end|>")):
+        tokenizer.chat_template = template
+        batch = collate([encode(tokenizer, TALK, "not this one", 200)], pad_id(tokenizer))
+        counted = batch["labels"][0] != IGNORED
+        assert tokenizer.decode(batch["labels"][0][counted]) == f"ache of it{ended}ache of the hand{ended}"
+        if template is not None:
+            messages = [{"role": r, "content": c} for r, c in (*TALK.before, ("user", TALK.prompt))]
+            messages.append({"role": "assistant", "content": TALK.answer})
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+            assert tokenizer.decode(batch["input_ids"][0]) == whole.removesuffix("\n")
+            assert tokenizer.decode(prompt_ids(tokenizer, TALK.prompt, None, TALK.before)) + "ache" in whole
+
+
+@pytest.mark.parametrize("max_length", [10, 16, 22, 30])
+def test_conversation_that_is_cut_keeps_what_the_loss_counts_in_place(max_length: int) -> None:
+    tokenizer = make_tokenizer()
+    whole, cut = (collate([encode(tokenizer, TALK, None, n)], pad_id(tokenizer)) for n in (200, max_length))
+    assert cut["input_ids"].shape[1] == max_length
+    assert torch.equal(cut["input_ids"][0], whole["input_ids"][0][-max_length:])
+    assert torch.equal(cut["labels"][0], whole["labels"][0][-max_length:])
+
+
+def test_template_that_drops_earlier_turns_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(ModelError, match="leaves out earlier turns"):
+        encode(tokenizer, TALK, None, 64)
+
+
 def test_without_a_chat_template_the_answer_follows_on_a_new_line() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

@@ -5,10 +5,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from common.config.section import DataConfig
 from common.config.task import ImageClassificationTask
@@ -21,7 +25,7 @@ from tests.harness.tiny_images import COLORS, make_images
 
 def load(path: Path, **options: object) -> tuple[list[Row], int]:
     config = DataConfig(path=path.name, prompt="image", answer="label", **options)  # type: ignore[arg-type]
-    return load_images(config, path.parent / "site.yaml")
+    return load_images(config, path.parent / "site.yaml")[:2]
 
 
 @pytest.fixture
@@ -150,3 +154,76 @@ def test_only_images_may_be_skipped(tmp_path: Path) -> None:
     config = DataConfig(path="rows.jsonl", prompt="a", answer="b", skip_unreadable=True)
     with pytest.raises(DataError, match="skip_unreadable is true; it is for images"):
         make_task(CausalLMTask()).rows(config, tmp_path / "site.yaml")
+
+
+def dicom(file: Path, pixels: Any, photometric: str = "MONOCHROME2", **more: Any) -> Path:
+    """A DICOM file with such pixels (rows, columns) in 16 bits, or (rows, columns, 3) in 8."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    data = Dataset()
+    data.file_meta, data.PhotometricInterpretation = meta, photometric
+    data.SOPClassUID, data.SOPInstanceUID = SecondaryCaptureImageStorage, meta.MediaStorageSOPInstanceUID
+    data.Rows, data.Columns = pixels.shape[-2:] if photometric[0] == "M" else pixels.shape[:2]
+    data.BitsAllocated = data.BitsStored = 8 * pixels.dtype.itemsize
+    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(pixels.dtype.kind == "i")
+    data.SamplesPerPixel = 1 if photometric[0] == "M" else 3
+    if data.SamplesPerPixel == 3:
+        data.PlanarConfiguration = 0
+    data.PixelData = pixels.tobytes()
+    for key, value in more.items():
+        setattr(data, key, value)
+    data.save_as(file, enforce_file_format=True)
+    return file
+
+
+GREY = np.array([[0, 1000, 1040, 1100, 4095]], dtype=np.int16)
+
+
+def grey(file: Path) -> list[int]:
+    pixels = np.asarray(read_image(str(file)))
+    assert pixels.ndim == 3
+    assert (pixels == pixels[..., :1]).all()
+    return [int(value) for value in pixels[0, :, 0]]
+
+
+def test_dicom_is_seen_through_its_window(tmp_path: Path) -> None:
+    """C.11.2.1.2: with centre 40 and width 81, -0.5 is black, 79.5 white, and 39.5 in the middle."""
+    told = {"WindowCenter": [40, 300], "WindowWidth": [81, 2000], "RescaleIntercept": -1000, "RescaleSlope": 1}
+    window = [0, round(255 * 0.5 / 80), round(255 * 40.5 / 80), 255, 255]
+    assert grey(dicom(tmp_path / "a.dcm", GREY, **told)) == window
+    assert grey(dicom(tmp_path / "IM0001", GREY, **told)) == window  # without an ending
+    assert grey(dicom(tmp_path / "b.dcm", GREY, "MONOCHROME1", **told)) == [255 - value for value in window]
+    assert grey(dicom(tmp_path / "c.dcm", GREY)) == [round(255 * int(value) / 4095) for value in GREY[0]]
+
+
+def test_dicom_in_colour_keeps_its_colours(tmp_path: Path) -> None:
+    pixels = np.array([[[200, 30, 40], [10, 20, 250]]], dtype=np.uint8)
+    assert np.array_equal(np.asarray(read_image(str(dicom(tmp_path / "a.dcm", pixels, "RGB")))), pixels)
+
+
+def test_dicom_that_is_no_single_image_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    label = tmp_path / "scans" / "a"
+    label.mkdir(parents=True)
+    dicom(label / "1.dcm", GREY)
+    dicom(label / "2.dcm", np.stack([GREY, GREY]), NumberOfFrames=2)
+    report = pydicom.dcmread(label / "1.dcm")
+    del report.PixelData
+    report.save_as(label / "3.dcm")
+    (label / "4.dcm").write_bytes(b"no DICOM at all")
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match=r"3 of 4 images .*numbers 2, 3, 4;"):
+        load(tmp_path / "scans")
+    assert "a DICOM file of 2 frames; save the wanted one as a file of its own" in caplog.text
+    assert "a DICOM file without pixels" in caplog.text
+    assert len(load(tmp_path / "scans", skip_unreadable=True)[0]) == 1
+
+
+def test_image_is_turned_as_its_camera_was(tmp_path: Path) -> None:
+    image = Image.new("RGB", (3, 2), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = image.getexif()
+    exif[0x0112] = 6  # the top of the picture is on the right
+    image.save(tmp_path / "a.png", exif=exif)
+    turned = np.asarray(read_image(str(tmp_path / "a.png")))
+    assert turned.shape == (3, 2, 3)
+    assert turned[0, 1].tolist() == [255, 255, 255]

@@ -41,7 +41,7 @@ def write(folder: Path, kind: str) -> Path:
 
 def load(path: Path, prompt: str = "term", answer: str = "code", **options: object) -> list[Row]:
     config = DataConfig(path=path.name, prompt=prompt, answer=answer, **options)  # type: ignore[arg-type]
-    return load_rows(config, path.parent / "site.yaml")
+    return load_rows(config, path.parent / "site.yaml").rows
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "dataset"])
@@ -105,10 +105,10 @@ CELL = "x" * 200_000
         (b"term,code\na,b\na,secret,c\n", "row 2: has more cells than the first line"),
         (b"term,code\na,b\n\nsecret\n", "row 2: column 'code' is empty"),
         (b"term,code,year,term\nsecret,b,c,d\n", "columns 1 and 4 are both named 'term'; rename or delete one"),
-        ("term,code\nä,secret ü\n".encode("cp1252"), r"is not UTF-8 \(at byte offset 10\); save it as UTF-8"),
-        (f"term,code\n{CELL},secret ü\n".encode("cp1252"), r"is not UTF-8 \(at byte offset 200018\)"),
+        (f"term,code\n{CELL},\x81\n".encode("latin-1"), r"is not UTF-8 \(at byte offset 200011\)"),
         (b"\xef\xbb\xbfterm,code\n\xe4,secret\n", r"is not UTF-8 \(at byte offset 13\)"),
-        ("term,code\nsecret,b\n".encode("utf-16"), r"is not UTF-8 \(at byte offset 0\); save it as UTF-8"),
+        ("term,code\nsecret,süß\n".encode("cp850"), r"not clearly cp1252; name its encoding in data.encoding"),
+        ("term,code\nsecret,боль в руке\n".encode("cp1251"), r"not clearly cp1252"),
     ],
 )
 def test_what_is_wrong_with_a_csv_file_is_named_and_no_row_is_quoted(tmp_path: Path, content: bytes, says: str) -> None:
@@ -234,6 +234,34 @@ def test_missing_shard_and_unknown_ending_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(DataError, match=r"ending '\.txt' is unknown; name it in data\.format"):
         load(tmp_path / "rows.txt")
+
+
+def test_classes_of_datasets_and_parquet_are_read_by_their_names(tmp_path: Path) -> None:
+    features = datasets.Features(
+        term=datasets.Value("string"), code=datasets.ClassLabel(names=["ham", "spam"]), year=datasets.Value("int64")
+    )
+    rows = [{"term": f"t{i}", "code": i % 2, "year": i} for i in range(4)]
+    made = datasets.Dataset.from_list(rows, features=features)
+    made.save_to_disk(str(tmp_path / "saved"))
+    made.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        assert [(row.prompt, row.answer) for row in load(tmp_path / name)] == [
+            (f"t{i}", ["ham", "spam"][i % 2]) for i in range(4)
+        ]
+    none = datasets.Dataset.from_list([{**rows[0], "code": -1}], features=features)
+    none.to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="row 1: column 'code' is empty"):
+        load(tmp_path / "none.parquet")
+
+
+def test_link_is_known_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "store" / "ab").mkdir(parents=True)
+    write(tmp_path, "jsonl").rename(tmp_path / "store" / "ab" / "3f9c01")
+    (tmp_path / "rows.jsonl").symlink_to("store/ab/3f9c01")
+    assert len(load(tmp_path / "rows.jsonl")) == 3
+    (tmp_path / "store" / "ab" / "3f9c01").write_text("{")
+    with pytest.raises(DataError, match=r"shard \S*/rows\.jsonl, line 1: not valid JSON"):
+        load(tmp_path / "rows.jsonl")
 
 
 def test_rows_have_no_readable_repr() -> None:

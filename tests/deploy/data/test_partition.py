@@ -83,7 +83,7 @@ def test_site_files_can_be_used_and_the_record_holds_counts_only(data: Path) -> 
     assert record["plan"] == {"by": "dirichlet", "seed": 0, "sites": 3, "label": "label", "alpha": 0.3}
     for site, shard in zip(record["sites"], shards(out), strict=True):
         file = out / f"{site['name']}.yaml"
-        assert len(load_rows(load(file, SiteConfig).data, file)) == site["rows"]
+        assert len(load_rows(load(file, SiteConfig).data, file).rows) == site["rows"]
         assert site["labels"] == Counter(row["label"] for row in shard)
     assert "row 1" not in (out / "partition.json").read_text() + (out / "partition.svg").read_text()
     picture = (out / "partition.svg").read_text()

@@ -90,7 +90,7 @@ def read(file: Path) -> list[dict[str, str]]:
 def usable(out: Path) -> list[tuple[str, str]]:
     """The training rows as a site reads them with the columns that the recipe names."""
     data = json.loads((out / "recipe.json").read_text())["data"]
-    rows = load_rows(DataConfig(path="train.jsonl", **data), out / "site.yaml")
+    rows = load_rows(DataConfig(path="train.jsonl", **data), out / "site.yaml").rows
     return [(row.prompt, row.answer) for row in rows]
 
 
