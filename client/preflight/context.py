@@ -25,7 +25,7 @@ from common.model.base_model import Base
 
 WHOLE = 10**9  # tokens: no row is longer
 T = TypeVar("T")
-MOST_ROWS = 20_000  # of a longer shard so many are tokenized
+MOST_ROWS = 20_000  # rows that are tokenized; a longer shard is sampled evenly
 
 
 class _Once(cached_property[T]):
@@ -85,7 +85,7 @@ class Subject:
 
     @_Once
     def shard(self) -> Loaded:
-        """What the shard holds."""
+        """The loaded shard."""
         return self.task.rows(self.site.data, self.site_file)
 
     @property
@@ -214,7 +214,7 @@ class Subject:
 
 
 def _model_kind(config: Path) -> tuple[str, bool]:
-    """What a model's folder says of its family, and whether it writes text; loading it tells more."""
+    """Family in a model folder's configuration, and whether the model writes text; loading it tells more."""
     try:
         told = json.loads(config.read_bytes())
         made_as = " ".join(told.get("architectures") or ["CausalLM"])

@@ -47,16 +47,21 @@ class TableConfig(Section):
     format: Literal["auto", "jsonl", "csv", "xlsx", "parquet", "dataset", "image-folder"] = Field(
         "auto", description="auto: by the ending, or by what a folder holds."
     )
-    split: str | None = Field(None, description="Of a folder with several: `train`, `test`, as its files name them.")
+    split: str | None = Field(
+        None, description="Split of a folder with several: `train`, `test`, as in the files' names."
+    )
     delimiter: str | None = Field(
-        None, min_length=1, max_length=1, description="Between cells of CSV; null: detected, and shown by `site check`."
+        None,
+        min_length=1,
+        max_length=1,
+        description="Character between cells of CSV; null: detected, and shown by `site check`.",
     )
     encoding: str | None = Field(
         None,
-        description="Of CSV and JSONL, as Python names it: utf-8, cp1252, latin-1; null: detected, and shown by "
-        "`site check`.",
+        description="Encoding of CSV and JSONL, by Python's name: utf-8, cp1252, latin-1; null: detected, and shown "
+        "by `site check`.",
     )
-    sheet: str | None = Field(None, description="Of an Excel workbook; null: the one that has the columns.")
+    sheet: str | None = Field(None, description="Sheet of an Excel workbook; null: the one that has the columns.")
 
     @field_validator("encoding")
     @classmethod
@@ -73,11 +78,11 @@ class DataConfig(TableConfig):
     prompt: str = Field(
         "",
         description="Column name, or a template with columns in braces: 'Term: {term}'; `a.b` is b in a nested column "
-        "a. Of images: the column with the file's path, relative to the table; `image` in an image folder.",
+        "a. For images: the column with the file's path, relative to the table; `image` in an image folder.",
     )
     answer: str = Field(
         "",
-        description="Column name or template of the answer, the only text the loss counts. Of a classification: the "
+        description="Column name or template of the answer, the only text the loss counts. For classification: the "
         "label's column; `label` in an image folder.",
     )
     messages: str | None = Field(

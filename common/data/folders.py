@@ -13,9 +13,19 @@ from common.errors import DataError
 
 log = logging.getLogger(__name__)
 IMAGES = {".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # beside the labels' folders
-LITTER = {"thumbs.db", "desktop.ini"}  # what file managers leave, in lower case
+LITTER = {"thumbs.db", "desktop.ini"}  # files that file managers write, in lower case
 _NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "_metadata.json"}
-_BESIDE = {"", ".md", ".txt", ".yaml", ".yml", ".py", ".crc", ".cff", ".bib"}  # what may lie beside tables
+_BESIDE = {
+    "",
+    ".md",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".py",
+    ".crc",
+    ".cff",
+    ".bib",
+}  # endings of files that may lie beside tables
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|eval|test|testing)(?![A-Za-z])", re.IGNORECASE)
 _PART = re.compile(r"-(\d+)-of-(\d+)$")
 
@@ -51,7 +61,7 @@ def _files(folder: Path, label: Path) -> Iterator[Path]:
 
 
 def _entries(folder: Path, label: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, but dot files and litter. Below ``label``, only the log names the folder."""
+    """A folder's entries by name, without dot files and litter. Errors name no folder below ``label``; the log does."""
     try:
         with os.scandir(folder) as found:
             kept = [entry for entry in found if not entry.name.startswith(".") and entry.name.lower() not in LITTER]

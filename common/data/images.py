@@ -54,7 +54,7 @@ def load_images(config: DataConfig, beside: Path) -> Loaded:
 def read_image(file: str) -> Image.Image:
     """The pixels of an image as RGB, 8 bits each, turned as its EXIF says; the first frame of several.
 
-    Of 16 bits, 0..65535 becomes 0..255; of DICOM see ``read_dicom``.
+    16-bit values are scaled to 0..255; for DICOM see ``read_dicom``.
 
     Raises:
         DataError: the file has changed and cannot be read any more.

@@ -244,7 +244,7 @@ def _turn(column: str, turn: object) -> tuple[str, str]:
         raise _Wrong(f"column {column!r} is no list of turns with `role` and `content`")
     role = _ROLES.get(role.lower(), role.lower())
     content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # of parts; one that is no text is no cell that could be learned
+    if isinstance(content, list):  # a list of parts; a part that is no text cannot be learned
         content = "\n".join(_text(column, part.get("text") if isinstance(part, dict) else part) for part in content)
     known = role in ("system", "user", "assistant")
     return role, _text(column, content) if known and content not in (None, "") else ""

@@ -25,10 +25,10 @@ class Table:
     """A shard's content.
 
     Attributes:
-        columns: their names; none where there are no rows.
-        rows: cells by column, with the number by which a person counts the row; read as they are used.
-        header: whether ``columns`` are surely names: the first line of a CSV file may be a private row.
-        how: what was detected of the format, in words.
+        columns: names of the columns; empty where there are no rows.
+        rows: pairs (the row's number for people, cells by column), read as they are used.
+        header: whether ``columns`` are known to be names: the first line of a CSV file may be a private row.
+        how: the detected format, in words.
     """
 
     columns: list[str]
@@ -39,12 +39,12 @@ class Table:
 
 @contextmanager
 def shard(path: Path, config: TableConfig, wanted: list[str] | None) -> Iterator[Table]:
-    """A shard to be read.
+    """Open a shard for reading.
 
     Args:
-        path: of the file or folder.
-        config: how it is to be read; its own path does not count.
-        wanted: columns of which the cells are needed; None: all.
+        path: the file or folder.
+        config: format and options; its own path is ignored.
+        wanted: columns whose cells are needed; None: all.
 
     Raises:
         DataError: the shard cannot be opened, or a row cannot be read.

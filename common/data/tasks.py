@@ -266,7 +266,9 @@ class ImageClassification(Classification[LabelledImage]):
         """See ``Task.collater``; ``tokenizer`` is the model's image processor."""
 
         def collate(examples: list[LabelledImage]) -> Batch:
-            inputs = tokenizer([read_image(e.file) for e in examples], return_tensors="pt")  # of some, masks as well
+            inputs = tokenizer(
+                [read_image(e.file) for e in examples], return_tensors="pt"
+            )  # some processors return masks, too
             return {**inputs, "labels": torch.tensor([e.label for e in examples])}
 
         return collate

@@ -1,7 +1,7 @@
 """Tables that people save from other programs: CSV of any delimiter and encoding, and Excel's workbooks.
 
 Cells stay the text they are: type inference, as in ``datasets``, makes 7.0 of the code 007, a date of 2020-01-01, and
-nothing of NA. What is detected is told, and what is not clear is asked for.
+nothing of NA. A detected format is reported; where detection is not clear, an error asks for the key.
 """
 
 import codecs
@@ -32,8 +32,8 @@ def decoded(path: Path, encoding: str | None) -> tuple[str, str]:
     """A file's text without a byte order mark, its line ends as they are; and the encoding that it is in.
 
     Args:
-        path: of the file.
-        encoding: as Python names it; None: by its mark, UTF-8, or cp1252 where that gives a western text.
+        path: the file.
+        encoding: Python's name of the encoding; None: by its mark, UTF-8, or cp1252 where that gives a western text.
 
     Raises:
         DataError: it is not in that encoding, or none fits.
@@ -67,14 +67,14 @@ def _western(text: str) -> bool:
 
 
 def delimiter_of(text: str, wanted: list[str] | None) -> str:
-    """What separates cells: what finds most of the ``wanted`` columns in the first line, then the most even rows."""
+    """The delimiter that finds most of the ``wanted`` columns in the first line; among equals, the most even rows."""
 
     def fits(delimiter: str) -> tuple[int, float, int]:
         rows = []
         try:
             for row in csv.reader(io.StringIO(text[:_SAMPLE], newline=""), delimiter=delimiter):
                 rows.append(row)
-        except csv.Error:  # of another delimiter, quotes may stand anywhere
+        except csv.Error:  # with a wrong delimiter, quotes may stand anywhere
             pass
         header = rows[0] if rows else []
         even = sum(len(row) == len(header) for row in rows[:50]) / max(len(rows[:50]), 1)
@@ -123,7 +123,7 @@ def sheet_rows(
     """Columns of a sheet's first row, the rows below by the sheet's own numbers, and its name.
 
     Args:
-        path: of an .xlsx workbook. Formulas give the values that were saved with them.
+        path: an .xlsx workbook. Formulas give the values that were saved with them.
         sheet: its name; None: the only one, or the only one that has the wanted columns.
         wanted: columns.
 

@@ -1,7 +1,7 @@
 """The choice of the tensors that are trained, by a model's structure.
 
-Blocks are the longest list of modules that hold linear layers; of a model in stages (Swin), the lists in them one after
-the other. What in a block has attention in its path belongs to its attention, every other linear layer to its MLP.
+Blocks are the longest list of modules that hold linear layers; for a model in stages (Swin), the stages' lists, one
+after the other. In a block, a linear layer with attention in its path belongs to the attention, any other to the MLP.
 ``SPECIAL`` names the blocks of families where that finds another list. Biases, norms, embeddings and heads are never
 selected.
 """
@@ -39,7 +39,7 @@ class SelectedLayer:
     transposed: bool
 
 
-_HEADS = ("classifier", "score", "pre_classifier", "pooler", "head")  # what transformers calls a classifier's head
+_HEADS = ("classifier", "score", "pre_classifier", "pooler", "head")  # names of a classifier's head in transformers
 _ATTENTION = re.compile(r"(^|[._])(\w*attn|\w*attention)\b")
 _EXPERTS = re.compile(r"(^|\.)\w*experts\b")
 
@@ -93,7 +93,7 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
 
 
 def kind_of(model: nn.Module) -> str:
-    """What transformers calls the model's family."""
+    """The name of the model's family in transformers."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 

@@ -1,4 +1,4 @@
-"""What a model's files and its loader's report say, believed: files that are none, weights that are not there.
+"""Checks of a model's files and of the loader's report: files that are not real, weights that are missing.
 
 A finished classifier's head gets its rows in the order of the federation's labels, by name and never by position.
 """
@@ -17,8 +17,8 @@ from common.linalg.subspace import generator_for
 from common.model.families import blocks_of, head_modules, in_head
 from common.system.files import is_lfs_pointer
 
-_NAMELESS = re.compile(r"LABEL_\d+")  # what transformers calls a class that nobody named
-_READ = (".json", ".jinja", ".model", ".txt")  # of a tokenizer or processor
+_NAMELESS = re.compile(r"LABEL_\d+")  # transformers' name for a class without a name
+_READ = (".json", ".jinja", ".model", ".txt")  # files of a tokenizer or processor
 _WRAPPERS = ("_orig_mod.", "module.", "model.")  # in names that torch.compile, DataParallel and transformers prefix
 
 
@@ -164,13 +164,13 @@ def arrange(model: Any, names: Mapping[int, str], labels: list[str], seed: int, 
 
     Args:
         model: a classifier with as many outputs as ``labels``.
-        names: of the classes of the head in the files, by row.
-        labels: of the federation.
-        seed: of new rows.
+        names: names of the classes of the head in the files, by row.
+        labels: the federation's labels.
+        seed: seed of new rows.
         original: loads the model with the head of the files, which has another number of rows than ``model``'s.
 
     Returns:
-        What became of the head, in words.
+        The changes to the head, in words.
 
     Raises:
         ModelError: the head's classes have no names, so that nobody can tell which label is which row.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PINNED_DATE = "2026-01-01"  # what a chat template that prints today's date is given, on every day and at every site
+PINNED_DATE = "2026-01-01"  # given to chat templates that print today's date, on every day and at every site
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -109,7 +109,7 @@ class RuleMessages:
         return self.clients.setdefault(node_id, Client(f"node-{node_id}"))
 
     def train_states(self, server_round: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
-        """What each node needs for a round's training, by its id.
+        """The state to send to each node for a round's training: (node id, state) pairs.
 
         Raises:
             AggregationError: a LoRA state holds a factor that the rule would not know as one.
