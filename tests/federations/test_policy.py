@@ -46,6 +46,7 @@ def test_site_at_its_limit_refuses_with_a_reason_on_both_sides(run: Path) -> Non
     assert [(e["event"], e.get("message"), e.get("round")) for e in ledger(run, "limited")] == [
         ("begun", None, None),
         ("sent", "hello", None),
+        ("charged", "train", 1),
         ("sent", "train", 1),
         ("refused", "train", 2),
     ]
