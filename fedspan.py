@@ -1,6 +1,6 @@
-"""The command ``fedspan``. It makes sure that FedSpan's rooms are its own, then ``deploy.cli`` does the rest.
+"""The command ``fedspan``. It makes sure that FedSpan's packages are its own, then ``deploy.cli`` does the rest.
 
-The rooms are top-level packages, because Flower unpacks the bundle of an app on sys.path; and `common`, `server` or
+They are top-level packages, because Flower unpacks the bundle of an app on sys.path; and `common`, `server` or
 `client` are names that others take, too. Nothing but the standard library is imported before that is looked into.
 """
 
@@ -13,7 +13,7 @@ HOME = Path(__file__).resolve().parent
 
 
 def hidden() -> str | None:
-    """What stands before one of FedSpan's rooms, as a sentence; None: all are found where they are installed."""
+    """Say which other package hides one of FedSpan's, in one clause; None: all are imported from where they are installed."""
     for room in ROOMS:
         spec = importlib.util.find_spec(room)
         ours = HOME / room

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel carries pyproject.toml and LICENSE, since the app bundle holds them."""
+"""Puts pyproject.toml and LICENSE into the wheel, because the app bundle holds them; pyproject.toml cannot say so."""
 
 import shutil
 from pathlib import Path
