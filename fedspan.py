@@ -13,7 +13,7 @@ HOME = Path(__file__).resolve().parent
 
 
 def hidden() -> str | None:
-    """Say which other package hides one of FedSpan's, in one clause; None: all are imported from where they are installed."""
+    """Say which other package hides one of FedSpan's, in one clause; None: all are FedSpan's own."""
     for room in ROOMS:
         spec = importlib.util.find_spec(room)
         ours = HOME / room

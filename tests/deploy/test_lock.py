@@ -1,4 +1,4 @@
-"""What the images install: what constraints.txt pins, each file by its hash; known faults of it are in nothing used."""
+"""The images install the versions of constraints.txt, each file by its hash, and use none of the functions at fault."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the preflight says of noise against signal: counted by hand, and by the noise that really leaves."""
+"""The preflight on noise against signal: counted by hand, and held against the noise that is added."""
 
 import math
 

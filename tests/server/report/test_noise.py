@@ -1,4 +1,4 @@
-"""What the report says of noise against signal, from norms and a clip that are given."""
+"""The report on noise against signal, from given norms and a given clip."""
 
 import json
 from pathlib import Path
