@@ -60,8 +60,8 @@ class Session:
         bases: base models that the sites of this process share; None: this process has one site.
 
     Attributes:
-        kept: tensors that the site keeps for its next round and never sends: a local head, optimizer moments. A caller
-            that makes a new session for every round must carry ``kept`` over.
+        kept: tensors that the site keeps for its next round and never sends: a local head, optimizer moments. They must
+            be carried over to a new session.
         update_norm: L2 norm of the last update, in the form to send.
         aside: error of the last training that is hidden from the operator (`privacy`); None: no error.
     """
@@ -69,14 +69,11 @@ class Session:
     def __init__(
         self, site: SiteConfig, site_file: Path, federation: FederationConfig, bases: Bases | None = None
     ) -> None:
-        self.site = site
-        self.federation = federation
-        self._site_file = site_file
+        self.site, self._site_file, self.federation = site, site_file, federation
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
         self._model = SiteModel(site, site_file, federation, self._task, bases, self._seconds)
-        self._max_batch_size = site.max_batch_size  # smaller after memory has run out
-        self._left_out = 0  # number of unreadable rows
+        self._max_batch_size, self._left_out = site.max_batch_size, 0  # rows: smaller after memory ran out; left out
         self.kept: Tensors = {}
         self.update_norm: float | None = None
         self.aside: str | None = None
@@ -88,8 +85,7 @@ class Session:
             DataError: the shard cannot be used.
             ModelError: the base model cannot be used.
         """
-        train_rows, held_out = self._rows
-        model, tokenizer = self._model.digests
+        (train_rows, held_out), (model, tokenizer) = self._rows, self._model.digests
         check_length(self._model.base.model, self.federation.training.max_length)
         return Hello(
             site=self.site.name,
@@ -300,5 +296,5 @@ class Session:
 
     @cached_property
     def _encoded(self) -> list[Any]:
-        system, length = self.site.data.system, self.federation.training.max_length
-        return self._task.examples(self._model.base.tokenizer, self._rows[0], system, length)
+        length = self.federation.training.max_length
+        return self._task.examples(self._model.base.tokenizer, self._rows[0], self.site.data.system, length)
