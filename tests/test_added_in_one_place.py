@@ -11,7 +11,7 @@ from torch.nn import Linear, ModuleDict, ModuleList, Sequential
 from transformers import LlamaModel, OPTConfig, OPTForCausalLM
 
 from client.preflight import shard
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Skip
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
@@ -189,7 +189,7 @@ def test_preflight_counts_tokens_only_where_prompts_are_no_files(
         request.getfixturevalue("new_task")
     config, file = federation(tmp_path)
     site = tmp_path / "site-a.yaml"
-    subject = Subject(load(site, SiteConfig), site, config, file)
+    subject = CheckContext(load(site, SiteConfig), site, config, file)
     assert (subject.tokens == 0) == new
     if new:
         with pytest.raises(Skip):
@@ -245,7 +245,7 @@ def test_preflight_asks_for_the_federation_where_a_model_does_not_write(tmp_path
     make_federation(tmp_path, {"site-a": 8})
     (tmp_path / "model" / "config.json").write_text(f'{{"model_type": "electra", "architectures": ["{made_as}"]}}')
     site = tmp_path / "site-a.yaml"
-    subject = Subject(load(site, SiteConfig).model_copy(update={"model": ModelSource(path="model")}), site)
+    subject = CheckContext(load(site, SiteConfig).model_copy(update={"model": ModelSource(path="model")}), site)
     if made_as == "ElectraForMaskedLM":
         with pytest.raises(Skip, match="needs --federation: what a electra model learns"):
             _ = subject.task

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding, Skip
 from common.errors import ConfigError
 from common.system.keys import fingerprint, read_bytes, read_private
@@ -13,7 +13,7 @@ from common.system.keys import fingerprint, read_bytes, read_private
 _SOON = timedelta(days=30)
 
 
-def root(subject: Subject) -> Finding:
+def root(subject: CheckContext) -> Finding:
     """The root certificates can be read and are valid."""
     file = subject.root_certificates
     if file is None:
@@ -47,7 +47,7 @@ def validity(what: str, start: datetime, end: datetime, mend: str) -> Finding:
     return Finding("ok", f"{what}: valid until {end:%Y-%m-%d}")
 
 
-def private_key(subject: Subject) -> Finding:
+def private_key(subject: CheckContext) -> Finding:
     """The SuperNode's key can be read, and only its owner can read it."""
     file = subject.private_key
     if file is None:

@@ -1,8 +1,8 @@
 """Whether a site is ready to join: ``fedspan site check SITE.yaml [--federation FEDERATION.yaml] ...``.
 
 One line per check: ok, warning, FAIL or skipped, the finding, and the remedy. No line holds content of the shard. A
-check is a function from a ``Subject`` to a ``Finding``; a ``FedSpanError`` from a check is a failure. To add a check,
-write the function and list it in ``all_checks`` (decision 015).
+check is a function from a ``CheckContext`` to a ``Finding``; a ``FedSpanError`` from a check is a failure. To add a
+check, write the function and list it in ``all_checks`` (decision 015).
 """
 
 import argparse
@@ -27,13 +27,13 @@ from common.errors import ConfigError, FedSpanError
 from common.system.command import Command, address, number
 
 if TYPE_CHECKING:
-    from client.preflight.context import Subject
+    from client.preflight.context import CheckContext
 
 
 class Check(NamedTuple):
     """A check: its function, and the remedy for errors that bring no remedy of their own."""
 
-    look: "Callable[[Subject], Finding]"
+    look: "Callable[[CheckContext], Finding]"
     mend: str
 
 
@@ -72,7 +72,7 @@ def all_checks() -> dict[str, Check]:
     }
 
 
-def findings(checks: dict[str, Check], subject: "Subject") -> Iterator[tuple[str, Finding]]:
+def findings(checks: dict[str, Check], subject: "CheckContext") -> Iterator[tuple[str, Finding]]:
     """Run all checks. A failure is reported once; checks that need the failed part are skipped."""
     told: set[str] = set()
     for name, check in checks.items():
@@ -112,7 +112,7 @@ def _show(console: Console, name: str, finding: Finding) -> None:
     console.print(line)
 
 
-def check(subject: "Subject", *, as_json: bool) -> int:
+def check(subject: "CheckContext", *, as_json: bool) -> int:
     """Run all checks, print the findings, and return the exit code."""
     console = Console()
     found: list[tuple[str, Finding]] = []
@@ -164,9 +164,9 @@ def _run(options: argparse.Namespace) -> int:
     federation = None
     if options.federation is not None:
         federation = resolved(load(options.federation, FederationConfig), options.federation)
-    from client.preflight.context import Subject  # imports PyTorch
+    from client.preflight.context import CheckContext  # imports PyTorch
 
-    subject = Subject(
+    subject = CheckContext(
         site,
         options.site,
         federation,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from client.connect.probe import LinkReport, probe
 from client.preflight.finding import Skip
 from client.preflight.memory import Batch
-from client.preflight.superlink import stranger
+from client.preflight.superlink import anonymous_client
 from client.site_model import Digests, digests
 from client.training.settings import lora_rank, model_source
 from common.config.federation import FederationConfig, ModelConfig
@@ -45,7 +45,7 @@ class _Once(cached_property[T]):
 
 
 @dataclass
-class Subject:
+class CheckContext:
     """A site before it joins; expensive parts are made once, when the first check needs them.
 
     Attributes:
@@ -202,7 +202,7 @@ class Subject:
             LinkError: the server does not answer in time, or is no SuperLink.
         """
         _ = self.link
-        with stranger(*self.server, self.deadline) as somebody:
+        with anonymous_client(*self.server, self.deadline) as somebody:
             return somebody.upload_rate()
 
     @property

@@ -3,9 +3,9 @@
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.preflight.certificates import validity
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding, Skip
-from client.preflight.superlink import stranger
+from client.preflight.superlink import anonymous_client
 from common.errors import ConfigError
 from common.system.keys import fingerprint, read_private
 
@@ -13,7 +13,7 @@ _AHEAD, _BEHIND = 5.0, 305.0  # seconds that a SuperNode's clock may be ahead of
 _SLOW = 1e6 / 8  # bytes per second
 
 
-def server(subject: Subject) -> Finding:
+def server(subject: CheckContext) -> Finding:
     """The server answers, its certificate is signed by the CA and remains valid for a while."""
     report = subject.link
     assert report.not_before is not None and report.not_after is not None  # noqa: S101, PT018 - it has spoken TLS
@@ -23,7 +23,7 @@ def server(subject: Subject) -> Finding:
     return validity(what, report.not_before, report.not_after, "ask the operator to renew the server's certificate")
 
 
-def upload(subject: Subject) -> Finding:
+def upload(subject: CheckContext) -> Finding:
     """Upload rate to the server."""
     rate, empty = subject.upload
     found = f"{rate * 8 / 1e6:.1f} Mbit/s up, {empty * 1000:.0f} ms a request; the way down is not measurable from here"
@@ -32,10 +32,10 @@ def upload(subject: Subject) -> Finding:
     return Finding("ok", found)
 
 
-def clock(subject: Subject) -> Finding:
+def clock(subject: CheckContext) -> Finding:
     """The clocks agree well enough for signed requests to be accepted."""
     _ = subject.link
-    with stranger(*subject.server, subject.deadline) as somebody:
+    with anonymous_client(*subject.server, subject.deadline) as somebody:
         ahead = somebody.clock_ahead()
     found = f"{abs(ahead):.2f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     mend = "let this machine's clock follow a time server: timedatectl set-ntp true"
@@ -45,7 +45,7 @@ def clock(subject: Subject) -> Finding:
     return Finding("warning" if not -_BEHIND / 2 < ahead < _AHEAD / 2 else "ok", found, mend if abs(ahead) > 2 else "")
 
 
-def registered(subject: Subject) -> Finding:
+def registered(subject: CheckContext) -> Finding:
     """The server knows the site's key."""
     if subject.private_key is None:
         raise Skip("needs --auth-supernode-private-key")
@@ -56,7 +56,7 @@ def registered(subject: Subject) -> Finding:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise Skip("the key cannot be used, see above")
-    with stranger(*subject.server, subject.deadline) as somebody:
+    with anonymous_client(*subject.server, subject.deadline) as somebody:
         known = somebody.knows(key)
     found = f"public key {fingerprint(key.public_key())}"
     if not known:

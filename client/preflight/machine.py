@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from client.preflight import memory
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding
 from client.privacy.guard import ledger_of
 from client.training.settings import pick_autocast, pick_device
@@ -21,7 +21,7 @@ _SPARE = 2_000_000_000  # bytes that should be free wherever the site writes
 _LEAST = 200_000_000
 
 
-def device(subject: Subject) -> Finding:
+def device(subject: CheckContext) -> Finding:
     """Device and precision as the site file asks for them."""
     asked = subject.site.device
     picked = pick_device(asked)
@@ -36,7 +36,7 @@ def device(subject: Subject) -> Finding:
     return Finding("ok", found)
 
 
-def training_memory(subject: Subject) -> Finding:
+def training_memory(subject: CheckContext) -> Finding:
     """Peak memory of training against the free memory; and the number of rows per forward pass that would fit."""
     settings, site = subject.settings, subject.site
     picked = pick_device(site.device)
@@ -100,7 +100,7 @@ def _free_host() -> int:
     return free + mine
 
 
-def disk(subject: Subject) -> Finding:
+def disk(subject: CheckContext) -> Finding:
     """Free disk space where the site writes."""
     beside = subject.site_file.parent / f".{subject.site.name}"  # where `fedspan site join` puts it
     places = {

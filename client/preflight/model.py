@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding
 from common.errors import ModelError
 from common.model.base_model import check_length
 from common.model.families import blocks_of, kind_of, linear_layers
 
 
-def files(subject: Subject) -> Finding:
+def files(subject: CheckContext) -> Finding:
     """The folder's weights are all there and whole, and the model's own."""
     source, revision = subject.source
     base = subject.base
@@ -19,7 +19,7 @@ def files(subject: Subject) -> Finding:
     return Finding("ok", found + (f"; classifier's head: {base.head}" if subject.task.labels else ""))
 
 
-def family(subject: Subject) -> Finding:
+def family(subject: CheckContext) -> Finding:
     """The model has blocks with linear layers, of which some can be trained."""
     model = subject.base.model
     found = blocks_of(model)
@@ -27,7 +27,7 @@ def family(subject: Subject) -> Finding:
     return Finding("ok", f"{kind_of(model)}, {len(found)} blocks of {layers}")
 
 
-def digests(subject: Subject) -> Finding:
+def digests(subject: CheckContext) -> Finding:
     """Digests of base model and tokenizer: those in the federation file, and those that the server compares."""
     named = subject.federation.model if subject.federation is not None else None
     if named is not None and (wrong := named.difference(*subject.digests)) is not None:
@@ -38,7 +38,7 @@ def digests(subject: Subject) -> Finding:
     return Finding("ok", f"model {model} ({dtype}), tokenizer {tokenizer}; {told}")
 
 
-def selection(subject: Subject) -> Finding:
+def selection(subject: CheckContext) -> Finding:
     """The tensors that are trained and sent."""
     settings, tuned = subject.settings, subject.tuned
     check_length(subject.base.model, settings.training.max_length)

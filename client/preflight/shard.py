@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-from client.preflight.context import MOST_ROWS, Subject
+from client.preflight.context import MOST_ROWS, CheckContext
 from client.preflight.finding import Finding, Skip
 
 _CUT = 0.05  # a larger share of truncated rows is a warning
 
 
-def rows(subject: Subject) -> Finding:
+def rows(subject: CheckContext) -> Finding:
     """Columns are there, every row has a prompt and an answer."""
     data, loaded = subject.site.data, subject.shard
     what = f"conversations ({data.messages})" if data.messages else f"prompt ({data.prompt}) and answer ({data.answer})"
@@ -21,7 +21,7 @@ def rows(subject: Subject) -> Finding:
     return Finding("ok", found)
 
 
-def duplicates(subject: Subject) -> Finding:
+def duplicates(subject: CheckContext) -> Finding:
     """Rows with the same prompt and answer as an earlier row."""
     seen: set[str] = set()
     copies = []
@@ -35,7 +35,7 @@ def duplicates(subject: Subject) -> Finding:
     return Finding("warning", found, "take them out, unless they are meant to count more than once")
 
 
-def held_out(subject: Subject) -> Finding:
+def held_out(subject: CheckContext) -> Finding:
     """Number of rows for training, and of rows held out for evaluation."""
     train, kept = subject.split
     policy, federation = subject.site.policy, subject.federation
@@ -56,7 +56,7 @@ def held_out(subject: Subject) -> Finding:
     return Finding("ok", found)
 
 
-def lengths(subject: Subject) -> Finding:
+def lengths(subject: CheckContext) -> Finding:
     """Length of the rows in tokens, and number of truncated rows."""
     if subject.task.reads_files:
         raise Skip("images are brought to the size that the model takes")

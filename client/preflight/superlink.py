@@ -33,7 +33,7 @@ _LONG_ENOUGH = 0.5  # seconds: shorter transfers give no exact rate
 _MOST = 15 * 3600  # seconds; a clock set to a wrong time zone is not farther off
 
 
-class Stranger:
+class AnonymousClient:
     """Sends requests that the SuperLink rejects, and measures the rejections.
 
     Args:
@@ -127,7 +127,7 @@ class Stranger:
 
 
 @contextmanager
-def stranger(address: str, root_certificates: Path, deadline: float) -> Iterator[Stranger]:
+def anonymous_client(address: str, root_certificates: Path, deadline: float) -> Iterator[AnonymousClient]:
     """Connect to a SuperLink as an unregistered client.
 
     Raises:
@@ -136,4 +136,4 @@ def stranger(address: str, root_certificates: Path, deadline: float) -> Iterator
     options = [("grpc.max_send_message_length", -1)]
     credentials = grpc.ssl_channel_credentials(root_certificates.read_bytes())
     with grpc.secure_channel(address, credentials, options=options) as channel:
-        yield Stranger(channel, address, deadline)
+        yield AnonymousClient(channel, address, deadline)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding, Skip
 from client.preflight.steps import measured
 from common.config.aggregation import MedianConfig, TrimmedMeanConfig
@@ -53,7 +53,7 @@ def _packed(name: str, weight: Tensor, terms: int, strategy: GaLoreConfig) -> in
     return num_bytes(pack(name, change, weight.detach(), strategy.exchange(0, 1)).values())
 
 
-def traffic(subject: Subject) -> Finding:
+def traffic(subject: CheckContext) -> Finding:
     """Bytes per round, and the time that they take on this link."""
     settings = subject.settings
     down, up = bytes_per_round(settings, dict(subject.tuned.parameters), subject.steps)
@@ -71,7 +71,7 @@ def traffic(subject: Subject) -> Finding:
     return Finding("ok", found)
 
 
-def training(subject: Subject) -> Finding:
+def training(subject: CheckContext) -> Finding:
     """Duration of a round's training on this machine, from a few measured steps; and their peak memory."""
     settings = subject.settings
     if not subject.measure or subject.federation_file is None:
@@ -88,7 +88,7 @@ def training(subject: Subject) -> Finding:
     return Finding("ok", found)
 
 
-def _rate(subject: Subject) -> tuple[float | None, str]:
+def _rate(subject: CheckContext) -> tuple[float | None, str]:
     """Bytes per second, and the source of the number."""
     if subject.mbit is not None:
         return subject.mbit * 1e6 / 8, "as told"

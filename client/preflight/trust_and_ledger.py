@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from client.connect.trust import read_trust
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding, Skip
 from client.privacy.agreement import agreements_of, make_agreement, read_agreements
 from client.privacy.guard import Gate, ledger_of
@@ -21,7 +21,7 @@ from strategies.flower.named import make_rule
 LEAST = 0.15
 
 
-def trust(subject: Subject) -> Finding:
+def trust(subject: CheckContext) -> Finding:
     """The keys and bundles whose code may run at the site."""
     found = read_trust(subject.site_file)
     if found is None:
@@ -30,7 +30,7 @@ def trust(subject: Subject) -> Finding:
     return Finding("ok", f"{len(found.keys)} key(s) and {len(found.bundles)} pinned bundle(s) are trusted")
 
 
-def agreement(subject: Subject) -> Finding:
+def agreement(subject: CheckContext) -> Finding:
     """The site has agreed to the federation's present settings."""
     agreed = read_agreements(agreements_of(subject.site, subject.site_file))
     mend = f"fedspan site agree FEDERATION.yaml --site {subject.site_file.name}"
@@ -48,7 +48,7 @@ def agreement(subject: Subject) -> Finding:
     return Finding("ok", f"agreed to federation {subject.federation.name}, settings {wanted.digest}")
 
 
-def ledger(subject: Subject) -> Finding:
+def ledger(subject: CheckContext) -> Finding:
     """The ledger's chain of lines is intact, and the ledger is this site's."""
     file = ledger_of(subject.site, subject.site_file)
     if not file.exists():
@@ -60,7 +60,7 @@ def ledger(subject: Subject) -> Finding:
     return Finding("ok", f"{file}: {checked.lines} lines, none changed; head {checked.head}")
 
 
-def noise(subject: Subject) -> Finding:
+def noise(subject: CheckContext) -> Finding:
     """Clip against noise in the mean of ``cohort.min_clients`` sites that all add as much: of a round, of the run."""
     privacy, settings = subject.site.privacy, subject.settings
     if privacy is None:
@@ -106,7 +106,7 @@ def _norm(privacy: PrivacyConfig, numbers: int, sites: int) -> float:
     return privacy.noise_multiplier * privacy.clip * math.sqrt(numbers / sites)
 
 
-def limits(subject: Subject) -> Finding:
+def limits(subject: CheckContext) -> Finding:
     """The site's own limits allow this federation, and the federation admits a site with these."""
     settings, site = subject.settings, subject.site
     with tempfile.TemporaryDirectory() as empty:  # so that a look begins no ledger

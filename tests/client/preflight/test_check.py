@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from client.preflight import check, machine, memory
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding
 from client.privacy.ledger import Ledger
 from common.config.federation import FederationConfig, resolved
@@ -44,9 +44,9 @@ class Files(NamedTuple):
             data[key] = {**data[key], **value} if merged else value
         path.write_text(yaml.safe_dump(data))
 
-    def subject(self, **more: Any) -> Subject:
+    def subject(self, **more: Any) -> CheckContext:
         federation = resolved(load(self.federation, FederationConfig), self.federation)
-        return Subject(load(self.site, SiteConfig), self.site, federation, self.federation, deadline=20.0, **more)
+        return CheckContext(load(self.site, SiteConfig), self.site, federation, self.federation, deadline=20.0, **more)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def write(folder: Path, rows: list[dict[str, str]]) -> None:
     (folder / "site-a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def look(name: str, subject: Subject) -> Finding:
+def look(name: str, subject: CheckContext) -> Finding:
     """What one check finds; no row is in it."""
     finding = dict(check.findings({name: check.all_checks()[name]}, subject))[name]
     assert MARKER not in f"{finding}"
@@ -207,7 +207,7 @@ def test_command_line_that_makes_no_sense_ends_with_2(
 
 
 def test_unexpected_error_is_told_without_its_text(files: Files) -> None:
-    def broken(subject: Subject) -> Finding:
+    def broken(subject: CheckContext) -> Finding:
         raise ValueError(subject.rows[0].prompt)
 
     (_, finding), *_ = check.findings({"broken": check.Check(broken, "try again")}, files.subject())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from client.preflight import check, memory
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from client.preflight.finding import Finding
 from client.session import Session
 from common.config.federation import FederationConfig, resolved
@@ -21,17 +21,17 @@ def federation(tmp_path: Path) -> Path:
     return agree_all(make_image_federation(tmp_path, {"site-a": 8}))
 
 
-def subject(federation: Path, *, known: bool = True, skip: bool = False) -> Subject:
+def subject(federation: Path, *, known: bool = True, skip: bool = False) -> CheckContext:
     file = federation.parent / "site-a.yaml"
     site = load(file, SiteConfig)
     data = site.data.model_copy(update={"skip_unreadable": skip})
     site = site.model_copy(update={"device": "cpu", "model": ModelSource(path="model"), "data": data})
     if not known:
-        return Subject(site, file)
-    return Subject(site, file, resolved(load(federation, FederationConfig), federation), federation)
+        return CheckContext(site, file)
+    return CheckContext(site, file, resolved(load(federation, FederationConfig), federation), federation)
 
 
-def findings(of: Subject) -> dict[str, Finding]:
+def findings(of: CheckContext) -> dict[str, Finding]:
     return dict(check.findings(check.all_checks(), of))
 
 

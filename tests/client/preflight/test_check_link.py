@@ -18,7 +18,7 @@ import pytest
 
 from client.connect.probe import probe
 from client.preflight import check, superlink
-from client.preflight.context import Subject
+from client.preflight.context import CheckContext
 from common.errors import LinkError
 from common.system.keys import make_site
 from common.system.processes import free_ports
@@ -66,7 +66,7 @@ def _wait(address: str, root: Path) -> None:
             time.sleep(0.2)
 
 
-def linked(files: Files, address: str, authority: Authority) -> Subject:
+def linked(files: Files, address: str, authority: Authority) -> CheckContext:
     return files.subject(superlink=address, root_certificates=authority.file)
 
 
@@ -109,8 +109,8 @@ def test_clock_is_compared_with_the_servers(
 
     monkeypatch.setattr(superlink, "now", lambda: right() + datetime.timedelta(seconds=off))
     for name in ("_accepts", "_timed"):
-        monkeypatch.setattr(superlink.Stranger, name, timed(getattr(superlink.Stranger, name)))
-    with superlink.stranger(address, authority.file, 280.0) as somebody:
+        monkeypatch.setattr(superlink.AnonymousClient, name, timed(getattr(superlink.AnonymousClient, name)))
+    with superlink.anonymous_client(address, authority.file, 280.0) as somebody:
         assert somebody.clock_ahead() == pytest.approx(off, abs=max(took) + 0.02)
 
 
@@ -120,7 +120,7 @@ def test_clock_is_compared_with_the_servers(
 def test_clock_that_is_off_is_told(
     files: Files, address: str, authority: Authority, off: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(superlink.Stranger, "clock_ahead", lambda _: float(off))
+    monkeypatch.setattr(superlink.AnonymousClient, "clock_ahead", lambda _: float(off))
     finding = look("clock", linked(files, address, authority))
     assert finding.level == level
     assert (" behind the server's" if off < 0 else "the server's") in finding.found
@@ -136,7 +136,7 @@ def test_server_receives_what_the_upload_is_measured_by(files: Files, address: s
         rate, empty = subject.upload
         assert f"{rate * 8 / 1e6:.1f} Mbit/s up" in finding.found
         assert empty > 0
-        with superlink.stranger(through, authority.file, 60.0) as somebody:
+        with superlink.anonymous_client(through, authority.file, 60.0) as somebody:
             somebody._timed(b"")
             before = received()
             somebody._timed(bytes(1 << 23))
