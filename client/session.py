@@ -44,14 +44,11 @@ log = logging.getLogger(__name__)
 class Session:
     """A site in one federation.
 
-    Example:
-        One round without Flower, from the state ``tensors``::
+    Example, one round without Flower from the state ``tensors``::
 
-            session = Session(load(site_file, SiteConfig), site_file, federation)
-            active = list(session.exchanged)
-            session.set_state(tensors, None, active)
-            scores = session.evaluate()
-            update, numbers = session.train(1, active)
+        session = Session(load(site_file, SiteConfig), site_file, federation)
+        session.set_state(tensors, None, active := list(session.exchanged))
+        update, numbers = session.train(1, active)
 
     Args:
         site: the site file's content.
@@ -179,8 +176,7 @@ class Session:
             ``common.protocol.messages.TRAINING``, by name.
 
         Raises:
-            TrainingError: training cannot start or continue. With `privacy` no error is raised: the update is then
-                noise alone.
+            TrainingError: training cannot start or continue; with `privacy` instead the update is noise alone.
         """
         started, self.aside = time.monotonic(), None
         work = self.work(server_round, active)
