@@ -102,7 +102,9 @@ def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401
     """Raise a ModelError when rows of ``max_length`` tokens are longer than the model's table of positions."""
     if model.main_input_name != "input_ids":
         return
-    for name, table in model.named_modules():
+    words = model.get_input_embeddings()
+    beside = next((module for module in model.modules() if any(child is words for child in module.children())), model)
+    for name, table in beside.named_children():  # a table elsewhere is of images
         if not isinstance(table, nn.Embedding) or not _POSITIONS.search(name):
             continue
         unused = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1

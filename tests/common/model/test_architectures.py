@@ -125,6 +125,7 @@ def task_of(name: str) -> Task[Any]:
 def saved(name: str, folder: Path) -> Path:
     """The model as the hub would have it, a classifier without a finished head."""
     model: Any = build(name)
+    model.config.id2label = dict(enumerate(LABELS))  # SigLIP's is saved with its head
     bare = getattr(model, model.base_model_prefix) if name not in CAUSAL and "Siglip" not in ALL[name][0] else model
     bare.save_pretrained(folder)
     if name in IMAGES:
