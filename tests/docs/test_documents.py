@@ -3,11 +3,14 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from deploy import cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,6 +32,20 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
         if not file.exists() or (heading and heading not in headings(file)):
             wrong.append(target)
     assert wrong == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_understood(document: Path) -> None:
+    """Verb, options and their values; where a page leaves something out (...), the verb alone."""
+    text = re.sub(r" *\\\n +", " ", document.read_text())
+    blocks = re.findall(r"^(?:    |\$ )?(?:\.venv/bin/)?fedspan (.+)$", text, re.M)
+    for line in [*blocks, *re.findall(r"`fedspan ([^`\n]+)`", text)]:
+        words = shlex.split(re.split(r"  +#|[;|&]", line)[0], comments=True)
+        verb = next((known for known in (" ".join(words[:2]), *words[:1]) if known in cli.VERBS), None)
+        if verb is None:  # `fedspan site`, `fedspan VERB`, `fedspan --help`
+            assert words[0] in {*(known.split()[0] for known in cli.VERBS), "VERB", "--help", "--version"}, line
+        elif line in blocks and "..." not in line:
+            cli.parser(verb, cli.load(verb)).read(words[len(verb.split()) :])
 
 
 def test_messages_of_the_troubleshooting_page_are_said_by_the_code() -> None:
