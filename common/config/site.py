@@ -193,8 +193,8 @@ class SiteConfig(Section):
         return f"{self.name}-ledger.jsonl"
 
     def ledger_file(self, site_file: Path) -> Path:
-        """Path of the site's ledger; ``site_file`` is the file that relative paths refer to."""
-        return resolve(self.ledger or self.ledger_name, site_file)
+        """Path of the site's ledger, behind all links; ``site_file`` is the file that relative paths refer to."""
+        return resolve(self.ledger or self.ledger_name, site_file).resolve()
 
     @property
     def shares_metrics(self) -> bool:

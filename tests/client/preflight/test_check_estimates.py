@@ -77,7 +77,7 @@ def test_bytes_up_are_those_that_a_session_sends(files: Files, strategy: dict[st
     subject = files.subject()
     session = Session(subject.site, subject.site_file, subject.settings)
     session.hello()
-    sent, _ = session.train(number, make_rule(subject.settings.strategy, seed=0).active(number, session.names))
+    sent, _ = session.train(number, make_rule(subject.settings.strategy, seed=0).active(number, session.exchanged))
     down, up = traffic.bytes_per_round(subject.settings, dict(subject.tuned.parameters), subject.steps)
     assert up == num_bytes(sent.values())
     assert down == up  # of one site

@@ -336,6 +336,7 @@ ELSEWHERE = {
     "tokenizer_digest": "a key of run.json",
     "delta": "a key of the ledger",
     "clip": "a key of the ledger",
+    "noise": "a check before joining",
     "max_epsilon": "a key of the ledger",
     "train.tsv": "a file of GLUE",
 }

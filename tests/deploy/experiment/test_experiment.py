@@ -314,7 +314,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     file = make_experiment(folder, federation__rounds=2, grid__learning_rates=[1e-3, 1e30])
     for site in SIZES:
         told = yaml.safe_load((folder / f"{site}.yaml").read_text())
-        (folder / f"{site}.yaml").write_text(yaml.safe_dump({**told, "policy": {"max_rounds": 2}}))
+        (folder / f"{site}.yaml").write_text(yaml.safe_dump({**told, "policy": {**told["policy"], "max_rounds": 2}}))
     return main(["experiment", str(file), "--out", str(folder / "out")]), file
 
 
