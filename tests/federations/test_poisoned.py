@@ -104,7 +104,14 @@ def planned(folder: Path, strategy: dict[str, object], kinds: list[str]) -> Path
     return in_one_process(file, app=poisoned)
 
 
-@pytest.mark.parametrize("strategy", [{"rank": 4}, *({"name": n, **LORA} for n in ("rolora", "flexlora", "ffa-lora"))])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"rank": 4},
+        {"name": "flexlora", **LORA},
+        *(pytest.param({"name": name, **LORA}, marks=pytest.mark.long) for name in ("rolora", "ffa-lora")),
+    ],
+)
 def test_poisoned_updates_never_touch_the_result(tmp_path: Path, strategy: dict[str, object]) -> None:
     """The result is the one of a federation in which the site fails in those rounds."""
     run, failing = (
