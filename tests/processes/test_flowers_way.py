@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from common.system import flower
 from deploy.cli import main
 from deploy.sandbox.flower import ROOT, SUPERLINK, Flower
@@ -12,6 +14,7 @@ from tests.harness.agreements import agree_all
 from tests.harness.processes import environment
 
 
+@pytest.mark.long
 def test_flwr_run_trains_and_the_report_is_written_afterwards(tmp_path: Path) -> None:
     file = agree_all(make_federation(tmp_path, {"site-a": 9, "site-b": 13}, rounds=1))
     run_dir = tmp_path / "runs" / "tiny"
