@@ -93,12 +93,12 @@ def _stand(home: Path, superlink: "OwnSuperLink", say: Callable[[str], None], tr
     from common.system.files import write_atomically
     from common.system.processes import ProcessGroup
     from server.superlink import nodes
-    from server.superlink.process import STANDING, environment, start
+    from server.superlink.process import STANDING, environment, launch, start
 
     env, deaths, since = environment(home / "flwr", None), 0, time.monotonic()
     follower = nodes.following(superlink, home, say)
     with ProcessGroup(home / "logs") as group:
-        started = start(superlink, group, env)
+        started = start(superlink, group, env)  # a fault ends the server now; later it is a death to be counted
         if follower is not None:
             follower.begin()
         write_atomically(home / STANDING, json.dumps(asdict(superlink), default=str) + "\n", 0o600)
@@ -111,9 +111,7 @@ def _stand(home: Path, superlink: "OwnSuperLink", say: Callable[[str], None], tr
                     raise LaunchError(f"the SuperLink died {deaths} times in a row; see {started.log}")
                 say(f"the SuperLink died and is started again ({deaths} of {tries})")
                 group.forget(started)  # and the servers of its runs, whose supervisors submit them again
-                started, since = start(superlink, group, env), time.monotonic()
-                if follower is not None:
-                    follower.begin()
+                started, since = launch(superlink, group, env), time.monotonic()
             if follower is not None:
                 follower.look()
 

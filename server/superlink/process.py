@@ -107,12 +107,17 @@ def start(superlink: OwnSuperLink, group: ProcessGroup, env: Mapping[str, str]) 
     Raises:
         LaunchError: it ended, as it does when its port is taken, or did not listen in time.
     """
+    started = launch(superlink, group, env)
+    wait_for(superlink, started)
+    return started
+
+
+def launch(superlink: OwnSuperLink, group: ProcessGroup, env: Mapping[str, str]) -> Started:
+    """Start a SuperLink without a look at what becomes of it; see ``start``."""
     home = Path(env["FLWR_HOME"])
     home.mkdir(parents=True, exist_ok=True)
     superlink.note(home)
-    started = group.start("superlink", superlink.command(home), {**MALLOC, **env})
-    wait_for(superlink, started)
-    return started
+    return group.start("superlink", superlink.command(home), {**MALLOC, **env})
 
 
 def wait_for(superlink: OwnSuperLink, started: Started | None = None) -> None:

@@ -1,6 +1,8 @@
 """A server that sends what no training can have made: a site refuses it before anything is written into its model."""
 
 import re
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from common.protocol.messages import TrainRequest
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 from tests.client.test_session import session
+from tests.harness.processes import ROOT, environment
 
 LORA = {"rank": 2, "blocks": "lower half", "modules": "mlp"}
 STEPS = {"training": {"local_steps": 10, "learning_rate": 1e-3}, "rounds": 3}
@@ -121,8 +124,27 @@ def test_sites_that_were_away_take_what_more_rounds_can_do(site: Site) -> None:
 def test_first_state_is_the_one_that_the_site_makes_itself(tmp_path: Path) -> None:
     made = Site(tmp_path, {"name": "fedit", **LORA})
     state = made.own._tuned.get()
-    made.refuses(r"an entry moved by 1e-06; allowed: up to 0", 1, wire.encode({n: t + 1e-6 for n, t in state.items()}))
+    made.refuses(
+        r"an entry moved by 1e-06; allowed: up to \d.*e-07", 1, wire.encode({n: t + 1e-6 for n, t in state.items()})
+    )
     made.takes(1, state)
+
+
+def test_first_state_of_another_processor_is_taken(tmp_path: Path) -> None:
+    """PyTorch draws A with other last bits where it has no vector instructions."""
+    made = Site(tmp_path, {"name": "fedit", **LORA})
+    code = (
+        "import sys; from pathlib import Path; import torch; from tests.attacks.test_states import LORA, Site\n"
+        "site = Site(Path(sys.argv[1]), {'name': 'fedit', **LORA})\n"
+        "torch.save({name: tensor.detach() for name, tensor in site.own._tuned.get().items()}, sys.argv[2])"
+    )
+    file = tmp_path / "state.pt"
+    env = {**environment(), "ATEN_CPU_CAPABILITY": "default"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(file)], cwd=ROOT, env=env, check=True, timeout=300)
+    state = torch.load(file)
+    made.takes(1, state)
+    factors = {name: tensor * (1 + 1e-5) for name, tensor in state.items()}
+    Site(tmp_path, {"name": "fedit", **LORA}).refuses("an entry moved by", 1, wire.encode(factors))
 
 
 def test_rounds_are_those_of_the_federation(site: Site) -> None:
