@@ -11,7 +11,7 @@ from torch import nn
 from common.config.federation import Dtype
 from common.errors import ModelError
 from common.model.families import kind_of
-from common.model.model_files import arrange, check_config, check_files, check_report, check_tokens
+from common.model.model_files import arrange, check_config, check_files, check_report, check_tokens, draw_new
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # tables of learned positions
 
@@ -91,6 +91,7 @@ def load_base(
         what = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"model {source} cannot be loaded: {what}") from None
     finished = check_report(source, model, report, classifies=bool(labels))
+    draw_new(model, report, seed)
     if not images:
         check_tokens(source, model, tokenizer)
     head = arrange(model, config.id2label, labels, seed, lambda: read()[0]) if labels and finished else "new"

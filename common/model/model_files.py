@@ -4,6 +4,7 @@ A finished classifier's head gets its rows in the order of the federation's labe
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -189,13 +190,32 @@ def arrange(model: Any, names: Mapping[int, str], labels: list[str], seed: int, 
     source = model if len(names) == len(labels) else original()
     for (name, layer), (_, old) in zip(_outputs(model), _outputs(source), strict=True):
         weight, bias = old.weight.detach().clone(), None if old.bias is None else old.bias.detach().clone()
-        drawn = torch.randn(layer.weight.shape, generator=generator_for(seed, 0, name)) * model.config.initializer_range
+        new = drawn(model, name, layer.weight.shape, seed)
         with torch.no_grad():
-            layer.weight.copy_(_rows(drawn, weight, known))
+            layer.weight.copy_(_rows(new, weight, known))
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(_rows(torch.zeros(len(labels)), bias, known))
     kept = sum(row is not None for row in known)
     return f"{kept} of {len(labels)} labels have a row in the files' own, by name; new: {len(labels) - kept}"
+
+
+def drawn(model: Any, name: str, shape: torch.Size, seed: int) -> Tensor:  # noqa: ANN401
+    """New weights of a head: mean 0, the model's own ``initializer_range`` as deviation; float32.
+
+    They are uniform, in one rounding a number: normal ones have other last bits on other processors, and with these
+    another digest of the base model.
+    """
+    width = 2 * math.sqrt(3) * float(getattr(model.config, "initializer_range", None) or 0.02)
+    return (torch.rand(shape, generator=generator_for(seed, 0, name)) - 0.5) * width
+
+
+def draw_new(model: Any, report: Mapping[str, Any], seed: int) -> None:  # noqa: ANN401
+    """Draw the matrices that the files lack, which transformers has drawn, anew: the same on every processor."""
+    new = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in new and parameter.dim() > 1:
+                parameter.copy_(drawn(model, name, parameter.shape, seed))
 
 
 def _rows(new: Tensor, old: Tensor, known: list[int | None]) -> Tensor:

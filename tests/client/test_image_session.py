@@ -1,5 +1,7 @@
 """A site that trains on images, with every family, head and strategy."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from common.config.load import load
 from common.config.site import SiteConfig
 from common.protocol.factors import num_bytes
 from common.protocol.tensors import Tensors
+from tests.harness.processes import ROOT, environment
 from tests.harness.tiny_images import make_image_federation
 
 
@@ -100,3 +103,24 @@ def test_other_settings_of_the_image_processor_are_noticed(tmp_path: Path) -> No
     three = Session(two.site, tmp_path / "two" / "site-a.yaml", two.federation)
     assert three.hello().tokenizer_digest != two.hello().tokenizer_digest
     assert three.hello().base_digest == two.hello().base_digest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_head_is_the_same_on_every_processor(tmp_path: Path, dtype: str) -> None:
+    """So server and sites, which compare the digest of the base model with it, may have different ones."""
+    code = (
+        "import sys; from pathlib import Path; from client.session import Session; "
+        "from common.config.federation import FederationConfig, resolved; from common.config.load import load; "
+        "from common.config.site import SiteConfig; file, site = map(Path, sys.argv[1:]); "
+        "config = resolved(load(file, FederationConfig), file); "
+        "print(Session(load(site, SiteConfig), site, config).hello().base_digest)"
+    )
+    strategy = {"name": "fedit", "rank": 2, "head": "train"}
+    file = make_image_federation(tmp_path, {"site-a": 8}, strategy=strategy, model={"path": "model", "dtype": dtype})
+    digests = set()
+    for capability in ("default", "avx2", "avx512"):  # one that is not there falls back
+        command = [sys.executable, "-c", code, str(file), str(tmp_path / "site-a.yaml")]
+        env = {**environment(), "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=True)
+        digests.add(done.stdout.strip())
+    assert len(digests) == 1

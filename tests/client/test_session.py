@@ -42,7 +42,9 @@ def classifier(tmp_path: Path, **strategy: Any) -> Session:
     tokenizer.chat_template = None
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.5, **sizes)
-    BertForSequenceClassification(config).bert.save_pretrained(tmp_path / "bert")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).bert.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     rows = [f'{{"text": "{w} {i}", "label": "{w}"}}' for i in range(20) for w in ("pain", "swelling")]
     (tmp_path / "labelled.jsonl").write_text("\n".join(rows))
