@@ -27,7 +27,7 @@ from common.config.load import load
 from common.config.section import resolve
 from common.config.site import SiteConfig
 from common.errors import ConfigError, DataError, LaunchError, LedgerError
-from common.system.command import FAILED, WRONG, Command, address, number
+from common.system.command import FAILED, WRONG, Command, add_tries, address, number
 from common.system.files import keep_private, make_private, write_atomically
 from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, socket_folder
@@ -226,9 +226,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--idle", type=seconds, default=900.0, metavar="SECONDS", help="until the device is released (default: 900)"
     )
-    parser.add_argument(
-        "--tries", type=number(int, 0), default=10, metavar="N", help="deaths in a row before it gives up (default: 10)"
-    )
+    add_tries(parser, 10, "deaths in a row before it gives up")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -114,6 +114,13 @@ def number(kind: type[Number], least: Number, most: Number | None = None, unit: 
     return read
 
 
+def add_tries(parser: argparse.ArgumentParser, default: int, what: str) -> None:
+    """The argument of every command that starts something again when it dies; ``what`` is counted, for the help."""
+    parser.add_argument(
+        "--tries", type=number(int, 0), default=default, metavar="N", help=f"{what} (default: {default})"
+    )
+
+
 def address(text: str) -> str:
     """A ``type`` for ``add_argument``: HOST:PORT."""
     host, _, port = text.rpartition(":")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
-from common.system.command import Command, address, number, start_log
+from common.system.command import Command, add_tries, address, number, start_log
 
 if TYPE_CHECKING:
     from server.superlink.process import OwnSuperLink, Tls
@@ -27,13 +27,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     port = number(int, 1, 65535)
     parser.add_argument("--metrics-port", type=port, metavar="PORT", help="serve Prometheus's metrics there")
     parser.add_argument("--metrics-address", default="127.0.0.1", metavar="HOST", help="where (default: 127.0.0.1)")
-    parser.add_argument(
-        "--tries",
-        type=number(int, 0),
-        default=3,
-        metavar="N",
-        help="restarts in a row without a finished round (default: 3)",
-    )
+    add_tries(parser, 3, "restarts in a row without a finished round")
 
 
 def add_link_options(parser: argparse.ArgumentParser) -> None:

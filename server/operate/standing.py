@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from common.errors import ConfigError, LaunchError
-from common.system.command import Command, number, start_log
+from common.system.command import Command, add_tries, start_log
 from common.system.keys import may_be_in_git, refuse_git
 from server.operate.serve import add_link_options, tls_of
 from server.run.supervisor_lock import Interrupted
@@ -38,13 +38,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_link_options(parser)
     may_be_in_git(parser)
-    parser.add_argument(
-        "--tries",
-        type=number(int, 0),
-        default=10,
-        metavar="N",
-        help="deaths of the SuperLink in a row before it gives up (default: 10)",
-    )
+    add_tries(parser, 10, "deaths of the SuperLink in a row before it gives up")
 
 
 def _run(options: argparse.Namespace) -> int:
