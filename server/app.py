@@ -93,6 +93,7 @@ def _run(
     from server.loop.checkpoint import newest
     from server.loop.rounds import RoundLoop
     from server.loop.server_model import ServerModel
+    from server.run.outcome import outcome_of
     from strategies.flower.named import make_strategy
 
     check_source(config, source)
@@ -143,7 +144,8 @@ def _run(
         ]
     )
     if keep_model:
-        server_model.export(state, folder.path)
+        card = server_model.card(state, outcome_of(folder.path, config.rounds))
+        server_model.export(state, folder.path, card)
     folder.finish()
 
 

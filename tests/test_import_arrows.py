@@ -158,8 +158,9 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     code = shipped() - {"LICENSE"}
     assert [name for name in code if name.startswith(AT_HOME)] == []
     # A site reads what hospitals have: readers of tables, folders and DICOM, and a look at what a model's files say.
-    assert len(code) <= 110
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 14_000
+    # A finished model tells what it is and how it is used: its card and its folder, the same at server and sites.
+    assert len(code) <= 114
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 14_560
 
 
 def test_only_named_files_know_flower() -> None:

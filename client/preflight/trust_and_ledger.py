@@ -10,7 +10,7 @@ from client.preflight.finding import Finding, Skip
 from client.privacy.agreement import agreements_of, make_agreement, read_agreements
 from client.privacy.guard import Gate, ledger_of
 from client.privacy.ledger import verify
-from client.privacy.noise import cost, epsilon
+from common.accountant import cost, epsilon
 from common.config.site import PrivacyConfig
 from common.protocol import wire
 from common.protocol.messages import Declared, TrainRequest

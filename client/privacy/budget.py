@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from client.privacy.ledger import Entry
-from client.privacy.noise import cost, epsilon
+from common.accountant import cost, epsilon
 from common.config.federation import FederationConfig
 from common.config.site import PolicyConfig, PrivacyConfig, SiteConfig
 from common.errors import PolicyError
@@ -33,7 +33,7 @@ class Totals:
         under: numbers of "rounds" and "evaluations", by pairs (agreement, one of these words).
         day_rounds: number of rounds, by day (UTC).
         day_bytes: upper limit of the bytes of tensors that have left, by day (UTC).
-        mu_squared: sum of mu^2 over all updates with noise (``client.privacy.noise``).
+        mu_squared: sum of mu^2 over all updates with noise (``common.accountant``).
     """
 
     def __init__(self) -> None:

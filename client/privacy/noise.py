@@ -1,10 +1,9 @@
-"""Local differential privacy of a whole shard: clip an update, add Gaussian noise, account for the privacy loss.
+"""Local differential privacy of a whole shard: clip an update, add Gaussian noise.
 
 The mechanism (decision 014): the update x is the change that training made, over all tensors jointly. The site sends
 min(1, C / |x|) x + N(0, (z C)^2 I), with C = `clip` and z = `noise_multiplier`. Two shards with the same number of rows
-may give updates 2 C apart, so a round is a Gaussian mechanism of sensitivity 2 C and standard deviation z C, which is
-mu-GDP with mu = 2 / z. Rounds compose, also adaptively, to the root of the sum of their mu^2, without loss (Dong, Roth,
-Su, arXiv 1905.02383, theorem 2.7 and corollary 3.3); opacus converts mu into epsilon at the given delta.
+may give updates 2 C apart, so a round is a Gaussian mechanism of sensitivity 2 C and standard deviation z C; what that
+costs is in ``common.accountant``.
 """
 
 import math
@@ -21,7 +20,6 @@ from common.errors import DivergedError
 _CHUNK = 2**20  # numbers that get noise at a time
 _MARGIN = 1e-6  # updates are clipped to this share below the limit, so that rounding cannot exceed it
 _GRID = 2.0**-20  # in units of the noise's standard deviation: sent numbers are rounded to multiples of it
-_MOST = 500.0  # the largest epsilon that opacus looks for
 
 
 def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
@@ -45,23 +43,6 @@ def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, T
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """L2 norm of all tensors together, accumulated in float64."""
     return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))
-
-
-def cost(noise_multiplier: float) -> float:
-    """mu^2 of one update; the mu^2 of several updates add up."""
-    return (2.0 / noise_multiplier) ** 2
-
-
-def epsilon(mu_squared: float, delta: float) -> float:
-    """Epsilon of all updates whose ``cost`` adds up to ``mu_squared``, at ``delta``; infinite above 500."""
-    from opacus.accountants.analysis import gdp  # takes seconds to import
-
-    mu = math.sqrt(mu_squared)
-    if mu == 0 or gdp.delta_eps_mu(eps=0.0, mu=mu) <= delta:
-        return 0.0
-    if gdp.delta_eps_mu(eps=_MOST, mu=mu) > delta:
-        return math.inf
-    return float(gdp.eps_from_mu(mu=mu, delta=delta))
 
 
 def _noised(change: Tensor, kept: float, std: float) -> Tensor:

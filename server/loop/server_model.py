@@ -9,10 +9,12 @@ from common.config.federation import FederationConfig
 from common.data.evaluation import EvalSettings, generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.data.tasks import make_task
-from common.model import tuning
+from common.model import second_moments, tuning
 from common.model.base_model import check_length
-from common.protocol.digest import base_digest, tokenizer_digest
-from common.system.files import built
+from common.model.card import Card
+from common.model.finished import Use, base_facts, source_folder, write_model
+from common.protocol.digest import base_digest, tensors_digest, tokenizer_digest
+from server.run.outcome import Outcome
 from strategies.rule import Tensors
 
 
@@ -35,7 +37,8 @@ class ServerModel:
         self._task = make_task(config.task)
         self._rows: list[Row] = self._task.rows(data, source)[0] if data is not None else []
         seed = config.training.seed
-        self._base = self._task.load(str(model.path or model.hub), model.revision, model.dtype, seed)
+        self._source = str(model.path or model.hub), model.revision
+        self._base = self._task.load(*self._source, model.dtype, seed)
         check_length(self._base.model, config.training.max_length)
         self.model_parameters = sum(p.numel() for p in self._base.model.parameters())
         self.base_digest = base_digest(self._base.model)
@@ -69,7 +72,22 @@ class ServerModel:
             for row, answer in zip(rows, generated, strict=True)
         ]
 
-    def export(self, state: Tensors, run_dir: Path) -> None:
+    def card(self, state: Tensors, outcome: Outcome) -> Card:
+        """The card of a state's model, for this machine and for the sites."""
+        config, strategy = self._config, self._config.strategy
+        folder = source_folder(*self._source)
+        return Card(
+            federation=config.name,
+            task=config.task,
+            base=base_facts(config, folder, self.base_digest, self.tokenizer_digest),
+            strategy=strategy,
+            form="adapter" if strategy.trains == "lora" and not strategy.changes_base else "model",
+            rounds=config.rounds,
+            trained_digest=tensors_digest({name: state[name] for name in second_moments.without(state)}),
+            **vars(outcome),
+        )
+
+    def export(self, state: Tensors, run_dir: Path, card: Card) -> None:
         """Write the fine-tuned result with its tokenizer as ``model/``; with ``merge``, also ``merged/``.
 
         ``model/`` is a full model where base weights change, otherwise a PEFT adapter. A folder appears complete or not
@@ -78,15 +96,13 @@ class ServerModel:
         self._tuned.set(state)
         strategy = self._config.strategy
         if strategy.trains == "lora" and strategy.changes_base:
-            self._write(self._tuned.model.merge_and_unload(), run_dir / "model")
+            self._write(self._tuned.model.merge_and_unload(), run_dir / "model", card)
             return
-        self._write(self._tuned.model, run_dir / "model")
+        self._write(self._tuned.model, run_dir / "model", card)
         if strategy.trains == "lora" and strategy.merge:
-            self._write(self._tuned.model.merge_and_unload(), run_dir / "merged")
+            merged = card.model_copy(update={"form": "model"})
+            self._write(self._tuned.model.merge_and_unload(), run_dir / "merged", merged)
 
-    def _write(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers or a peft model
-        with built(folder) as new:
-            model.save_pretrained(new)
-            if self._task.labels:  # with an adapter, whose head has as many rows, in this order
-                model.config.save_pretrained(new)
-            self._base.tokenizer.save_pretrained(new)
+    def _write(self, model: Any, folder: Path, card: Card) -> None:  # noqa: ANN401 - a transformers or a peft model
+        use = Use.of(self._config, self._config.evaluation.server)
+        write_model(folder, model, self._base.tokenizer, use, card, source_folder(*self._source))

@@ -12,6 +12,7 @@ from common.model import tuning
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
 from common.protocol.tensors import Tensors
 from server.loop.server_model import ServerModel
+from server.run.outcome import Outcome
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions
 from strategies.rule import Update
@@ -70,7 +71,7 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
     late.set_state(rule.state_for(versions.state, 4, 8.0), None, [], versions.latest, 3)  # all at once
     assert torch.equal(logits(late), logits(sites[0]))
     assert not torch.allclose(before, logits(late))
-    server_model.export(versions.state, tmp_path)
+    server_model.export(versions.state, tmp_path, server_model.card(versions.state, Outcome(1, sites=2)))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from client.privacy.ledger import verify
-from client.privacy.noise import epsilon
+from common.accountant import epsilon
 from deploy.sandbox.tiny import make_federation
 from server.report.write import read_run, render
 from tests.harness.in_one_process import in_one_process

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from client.preflight.trust_and_ledger import affordable
-from client.privacy.noise import cost, epsilon, norm_of, private
+from client.privacy.noise import norm_of, private
+from common.accountant import cost, epsilon
 from common.config.site import PrivacyConfig
 from tests.client.preflight.test_check import Files, files as files, look, output as output
 

@@ -16,7 +16,7 @@ from client.privacy import budget, guard as policy
 from client.privacy.budget import CEILING, rounded, step_of
 from client.privacy.guard import Gate
 from client.privacy.ledger import Entry, verify
-from client.privacy.noise import cost, epsilon
+from common.accountant import cost, epsilon
 from common.config.federation import FederationConfig
 from common.config.load import parse
 from common.config.site import SiteConfig

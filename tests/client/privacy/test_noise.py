@@ -10,9 +10,10 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import chi2, kstest
 from torch import Tensor
 
-from client.privacy.noise import cost, epsilon, gaussian, private
+from client.privacy.noise import gaussian, private
 from client.session import Session
 from client.update import factored_weights, trained_tensors
+from common.accountant import cost, epsilon
 from common.config.site import PrivacyConfig
 from common.errors import TrainingError
 from common.linalg.subspace import projects_right
