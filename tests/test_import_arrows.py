@@ -159,8 +159,8 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     assert [name for name in code if name.startswith(AT_HOME)] == []
     # A site reads what hospitals have: readers of tables, folders and DICOM, and a look at what a model's files say.
     # A finished model tells what it is and how it is used: its card and its folder, the same at server and sites.
-    assert len(code) <= 114
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 14_560
+    assert len(code) <= 115
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 14_700
 
 
 def test_only_named_files_know_flower() -> None:

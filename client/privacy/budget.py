@@ -8,7 +8,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
+from client.privacy.guarantee import in_federation
 from client.privacy.ledger import Entry
 from common.accountant import cost, epsilon
 from common.config.federation import FederationConfig
@@ -34,13 +36,14 @@ class Totals:
         day_rounds: number of rounds, by day (UTC).
         day_bytes: upper limit of the bytes of tensors that have left, by day (UTC).
         mu_squared: sum of mu^2 over all updates with noise (``common.accountant``).
+        worst_squared: the same with only the site's own part of the noise (``client.privacy.guarantee``).
     """
 
     def __init__(self) -> None:
         self.rounds, self.evaluations = Counter[str](), Counter[str]()
         self.under = Counter[tuple[str | None, str]]()
         self.day_rounds, self.day_bytes = Counter[str](), Counter[str]()
-        self.mu_squared = 0.0
+        self.mu_squared = self.worst_squared = 0.0
 
     def add(self, entry: Entry) -> None:
         """Count an entry."""
@@ -59,8 +62,9 @@ class Totals:
         self.rounds[entry["federation"]] += 1
         self.day_rounds[day] += 1
         self.day_bytes[day] += bytes_
-        if entry["privacy"] is not None:
-            self.mu_squared += cost(entry["privacy"]["noise_multiplier"])
+        if (privacy := entry["privacy"]) is not None:
+            self.mu_squared += cost(privacy["noise_multiplier"])
+            self.worst_squared += cost(privacy.get("worst_multiplier", privacy["noise_multiplier"]))
 
     def check(
         self, site: SiteConfig, federation: FederationConfig, agreement: str | None, message: str, more_bytes: int = 0
@@ -84,7 +88,7 @@ class Totals:
         if policy.max_rounds is not None and self.rounds[name] >= policy.max_rounds:
             raise PolicyError(f"this site's policy: `max_rounds` is {policy.max_rounds}; all of them are trained")
         if site.privacy is not None:
-            self._check_budget(site.privacy)
+            self._check_budget(site.privacy, in_federation(site.privacy, federation).noise_multiplier)
         if message == "hello":  # the limits of a day do not matter for joining
             return
         limit = policy.max_rounds_per_day
@@ -104,14 +108,20 @@ class Totals:
             counted = self.evaluations[federation.name]
         return most_evaluations(policy, federation) - counted
 
-    def spent(self, privacy: PrivacyConfig) -> dict[str, float]:
-        """Epsilon of one more update, and of all updates with it."""
-        one = cost(privacy.noise_multiplier)
-        told = {"epsilon_round": one, "epsilon_total": self.mu_squared + one}
-        return {**privacy.model_dump(), **{key: epsilon(mu_squared, privacy.delta) for key, mu_squared in told.items()}}
+    def spent(self, privacy: PrivacyConfig, federation: FederationConfig) -> dict[str, Any]:
+        """The noise of one more update; epsilon of this update, of all updates with it, and of all at worst."""
+        found = in_federation(privacy, federation)
+        one, worst = cost(found.noise_multiplier), self.worst_squared + cost(found.worst_multiplier)
+        told = {"epsilon_round": one, "epsilon_total": self.mu_squared + one, "epsilon_worst": worst}
+        facts: dict[str, Any] = privacy.model_dump()
+        facts |= {"noise_multiplier": found.noise_multiplier, "worst_multiplier": found.worst_multiplier}
+        for key, mu_squared in told.items():
+            value = epsilon(mu_squared, privacy.delta)
+            facts[key] = value if math.isfinite(value) else None  # JSON has no infinity
+        return facts
 
-    def _check_budget(self, privacy: PrivacyConfig) -> None:
-        after = epsilon(self.mu_squared + cost(privacy.noise_multiplier), privacy.delta)
+    def _check_budget(self, privacy: PrivacyConfig, noise_multiplier: float) -> None:
+        after = epsilon(self.mu_squared + cost(noise_multiplier), privacy.delta)
         if after > privacy.max_epsilon:
             so_far = epsilon(self.mu_squared, privacy.delta)
             raise PolicyError(

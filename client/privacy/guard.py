@@ -154,7 +154,7 @@ class Gate:
             scores = self._may_score(scored_rows)
             if message == "train" or scores:
                 privacy = self.site.privacy if message == "train" else None
-                spent = None if privacy is None else self._totals.spent(privacy)
+                spent = None if privacy is None else self._totals.spent(privacy, federation)
                 facts = {"bytes": most_bytes, "evaluation": scores, "privacy": spent}
                 self._append({"event": "charged", **self._about, **facts})
                 self._charged = {**facts, "line": self._ledger.lines}
@@ -194,6 +194,10 @@ class Gate:
         """
         out, policy = _facts(sent), self.site.policy
         norm = norm if out["tensors"] else None
+        privacy = self.site.privacy
+        if privacy is not None and privacy.noise == "shared":
+            if bare := [name for name, (dtype, *_) in out["tensors"].items() if dtype != "uint32"]:
+                raise PolicyError(f"{bare[0]} does not leave: with `privacy.noise` shared only masked integers do")
         for name in out["tensors"]:
             weight = name.partition("/")[0]  # a factor's name begins with its weight's
             if weight not in self._active:

@@ -4,6 +4,7 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from client.privacy.ledger import Entry, read, verify
 from common.system.command import Command
@@ -41,7 +42,7 @@ class _Story:
         self.failed: Counter[str] = Counter()
         self.mended: list[str] = []
         self.aside: Counter[str] = Counter()
-        self.privacy: dict[str, float] = {}
+        self.privacy: dict[str, Any] = {}
 
     def add(self, entry: Entry) -> None:
         """Add an entry."""
@@ -136,6 +137,12 @@ def _privacy(story: _Story) -> list[str]:
         f"Differential privacy: {noised} updates were clipped to {spent['clip']:g} and noised; what was charged spent",
         f"  epsilon {spent['epsilon_total']:.4g} at delta {spent['delta']:g}, of at most {spent['max_epsilon']:g}.",
     ]
+    if spent.get("noise") == "shared":
+        worst, parts = spent["epsilon_worst"], f"the server and {spent['colluders']} other sites together"
+        lines += [
+            f"  The noise is shared: this epsilon holds against {parts}, who see sums only. Against the server and so",
+            f"  many sites that they know all other noise: epsilon {'above 500' if worst is None else f'{worst:.4g}'}.",
+        ]
     if noised < updates:
         lines += [f"  {updates - noised} updates left WITHOUT noise; this epsilon says nothing about them."]
     return [*lines, ""]

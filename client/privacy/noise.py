@@ -1,4 +1,4 @@
-"""Local differential privacy of a whole shard: clip an update, add Gaussian noise.
+"""Differential privacy of a whole shard: clip an update, add Gaussian noise.
 
 The mechanism (decision 014): the update x is the change that training made, over all tensors jointly. The site sends
 min(1, C / |x|) x + N(0, (z C)^2 I), with C = `clip` and z = `noise_multiplier`. Two shards with the same number of rows
@@ -25,6 +25,8 @@ _GRID = 2.0**-20  # in units of the noise's standard deviation: sent numbers are
 def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
     """Clip the changes jointly and add noise; float32 on the CPU.
 
+    With `noise` shared they are only clipped: ``client.privacy.shared_noise`` adds the noise when they are integers.
+
     Args:
         changes: the whole update: each tensor's change, by name.
         config: the site file's section ``privacy``.
@@ -36,6 +38,8 @@ def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, T
     if not math.isfinite(norm):
         raise DivergedError("the update is not finite; lower training.learning_rate")
     kept = min(1.0, config.clip * (1 - _MARGIN) / norm) if norm > 0 else 1.0
+    if config.noise == "shared":
+        return {name: change.detach().to("cpu", torch.float32).mul(kept) for name, change in changes.items()}
     std = config.noise_multiplier * config.clip
     return {name: _noised(change, kept, std) for name, change in changes.items()}
 

@@ -81,7 +81,7 @@ class PolicyConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Local differential privacy of the whole shard: every update is clipped and noised before it leaves."""
+    """Differential privacy of the whole shard: every update is clipped and noised before it leaves."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -90,6 +90,17 @@ class PrivacyConfig(Section):
     )
     noise_multiplier: float = Field(
         gt=0, description="Standard deviation of the noise on every number that leaves, in units of `clip`."
+    )
+    noise: Literal["local", "shared"] = Field(
+        "local",
+        description="local: the site adds all of the noise itself. shared: it adds the federation's "
+        "`secure_aggregation.noise`, and the noise of all honest sites of a masked sum must reach `noise_multiplier`.",
+    )
+    colluders: int = Field(
+        0,
+        ge=0,
+        description="With `noise` shared: how many other sites may work together with the server without the budget's "
+        "epsilon being exceeded.",
     )
     delta: float = Field(gt=0, le=1e-3, description="Delta of the guarantee.")
     max_epsilon: float = Field(gt=0, description="Budget: the site stops before a round that would exceed it.")

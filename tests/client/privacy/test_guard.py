@@ -14,8 +14,10 @@ from flwr.common.constant import ErrorCode
 
 from client.privacy import budget, guard as policy
 from client.privacy.budget import CEILING, rounded, step_of
+from client.privacy.guarantee import guarantee
 from client.privacy.guard import Gate
 from client.privacy.ledger import Entry, verify
+from client.privacy.ledger_summary import summary
 from common.accountant import cost, epsilon
 from common.config.federation import FederationConfig
 from common.config.load import parse
@@ -320,6 +322,51 @@ def test_budget_is_spent_before_anything_leaves_and_stops_the_site(tmp_path: Pat
     assert spent[0]["epsilon_total"] == spent[0]["epsilon_round"] == pytest.approx(epsilon(cost(4.0), 1e-5))
     with pytest.raises(PolicyError, match="max_epsilon"):
         own.gate("hello", run=2).check(federation("another"), HELLO)
+
+
+SHARED = {**PRIVATE, "noise": "shared", "colluders": 1}
+
+
+def test_shared_noise_is_refused_where_the_server_sees_single_updates(tmp_path: Path) -> None:
+    for message in ("hello", "train"):
+        with pytest.raises(PolicyError, match=r"`noise` shared needs a federation with `secure_aggregation\.noise`"):
+            Site(tmp_path, privacy=SHARED).gate(message).check(federation(), HELLO)
+
+
+def test_shared_noise_is_charged_by_what_the_sum_has_and_the_worst_is_counted_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "in_federation", lambda privacy, _: guarantee(privacy, 10, 1.5))
+    own, mu_squared = Site(tmp_path, privacy=SHARED), cost(1.5 * 3 * (1 - 2**-18))  # 9 honest parts
+
+    def charge() -> None:
+        gate = own.gate()
+        gate.check(federation(), asked(1))
+        gate.charge(TENSOR.nbytes, 0)
+
+    affordable = max(n for n in range(99) if epsilon(n * mu_squared, 1e-5) <= 5.0)
+    for _ in range(affordable):
+        charge()
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        charge()
+    spent = [e["privacy"] for e in own.entries() if e["event"] == "charged"][-1]
+    assert (spent["noise"], spent["noise_multiplier"]) == ("shared", pytest.approx(4.5, rel=1e-5))
+    assert spent["epsilon_total"] == pytest.approx(epsilon(affordable * mu_squared, 1e-5))
+    assert spent["epsilon_worst"] == pytest.approx(epsilon(affordable * cost(1.5), 1e-5), rel=1e-4)
+
+
+def test_with_shared_noise_no_tensor_leaves_that_is_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "in_federation", lambda privacy, _: guarantee(privacy, 10, 1.5))
+    gate = Site(tmp_path, privacy=SHARED).gate()
+    gate.check(federation(), asked(1))
+    gate.charge(TENSOR.nbytes, 0)
+    with pytest.raises(PolicyError, match="only masked integers do"):
+        gate.admit([(NAME, TENSOR)], [], 9, 1.0)
+    gate.admit([(NAME, TENSOR.to(torch.uint32))], [], 9, 1.0)
+    told = summary(tmp_path / "site-a-ledger.jsonl")
+    assert f"epsilon {epsilon(cost(4.5), 1e-5):.4g} at delta 1e-05, of at most 5." in told
+    assert "holds against the server and 1 other sites together" in told
+    assert f"know all other noise: epsilon {epsilon(cost(1.5), 1e-5):.4g}." in told
 
 
 def test_nothing_leaves_when_the_ledger_is_damaged_or_cannot_be_written(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Noise that the sites of a masked sum share: each adds a part, and only the sum has enough (decision 034).
+
+A site clips its vector so that rounding cannot lengthen it beyond ``clip``, encodes it as integers, and adds a discrete
+Gaussian to each before it masks them. Discrete, because only integers can be masked, and because floating-point noise
+reveals its own last bits (Mironov, CCS 2012).
+"""
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+from client.privacy.guarantee import LEAST_STD
+from common.errors import PolicyError
+
+Source = Callable[[int], bytes]  # so many random bytes
+_CHUNK = 2**15  # numbers at a time: what a core's cache holds
+_TAKEN = 1.5  # proposals for each number; 1.40 are needed on average
+_UNSURE = 2.0**-44  # the error of a probability in float64 is far below
+_MORE_BYTES = 24  # with a word's 8: 256 bits decide what float64 cannot
+_MARGIN = 1e-9  # share of the clipping norm, above the error of a norm in float64
+
+
+def _cumulative() -> list[int]:
+    """P(w <= k) for k = 0, 1, ... in units of 2^-256, where w >= 0 has a probability proportional to exp(-w^2 / 2)."""
+    with localcontext() as context:
+        context.prec = 100
+        terms = [(-Decimal(k * k) / 2).exp() for k in range(30)]
+        shares = [sum(terms[: k + 1]) / sum(terms) for k in range(30)]
+        return [t for share in shares if (t := int(share * 2**256)) < 2**256 - 1]
+
+
+_EXACT = _cumulative()
+_WORDS = np.array([t >> 192 for t in _EXACT], np.uint64)  # their first 64 bits
+
+
+def secure_source() -> Source:
+    """A cryptographic generator with a new seed of the operating system: ChaCha20 with a key of 256 bits."""
+    stream = Cipher(ChaCha20(os.urandom(32), bytes(16)), None).encryptor()
+    return lambda size: stream.update(bytes(size))
+
+
+def clipped(values: npt.NDArray[np.floating], clip: float, step: float) -> npt.NDArray[np.float64]:
+    """Scale a vector down, so that its L2 norm is at most ``clip`` also after rounding to multiples of ``step``.
+
+    A weight of at most 1 may be multiplied before it is rounded.
+
+    Raises:
+        PolicyError: rounding alone may reach ``clip``.
+    """
+    exact = np.asarray(values, np.float64).reshape(-1)
+    limit = clip - step * math.sqrt(exact.size) / 2  # rounding moves each number by half a step at most
+    if limit <= 0:
+        raise PolicyError(
+            f"this site's privacy: `clip` is {clip:g}, but rounding {exact.size:,} numbers to multiples of {step:.3g} "
+            f"may change an update by {clip - limit:.3g}"
+        )
+    norm = float(np.linalg.norm(exact))
+    return exact * min(1.0, limit * (1 - _MARGIN) / norm) if norm > 0 else exact
+
+
+def steps_of(std: float, step: float) -> int:
+    """A standard deviation in steps of the grid, rounded up.
+
+    Raises:
+        PolicyError: the grid is too coarse for the accounting in ``client.privacy.guarantee``.
+    """
+    steps = math.ceil(std / step)
+    if steps < LEAST_STD:
+        raise PolicyError(
+            f"this site's privacy: `secure_aggregation.noise` is {std:g}, {steps} steps of the masked numbers; allowed "
+            f"with `noise` shared: {LEAST_STD} and more"
+        )
+    return steps
+
+
+def add_noise(words: npt.NDArray[np.uint32], std: int, source: Source | None = None) -> None:
+    """Add a discrete Gaussian to every number, modulo 2^32 and in place.
+
+    Args:
+        words: encoded numbers, flat.
+        std: standard deviation in steps of the grid.
+        source: generator; None: a new secure one.
+    """
+    source = source or secure_source()
+    for begin in range(0, words.size, _CHUNK):
+        part = words[begin : begin + _CHUNK]
+        part += discrete_gaussian(part.size, std, source).astype(np.uint32)
+
+
+def discrete_gaussian(count: int, std: int, source: Source) -> npt.NDArray[np.int64]:
+    """Draw integers n with probability proportional to exp(-n^2 / (2 std^2)), exactly but for 2^-250.
+
+    Karney's rejection (arXiv 1303.6257, algorithm D) for |n| = w std + r with 0 <= r < std: w has a probability
+    proportional to exp(-w^2 / 2), r and the sign are uniform, and the proposal is taken with probability
+    exp(-f (w + f / 2)), f = r / std. A uniform word of 64 bits is compared with that probability in float64. Where
+    both are too close to tell, 192 bits more and a hundred digits decide. So no error of float64 reaches a result.
+
+    Args:
+        count: how many.
+        std: at least 1; for large values the standard deviation of n. At most 2^31.
+        source: generator of random bytes.
+    """
+    found = np.empty(count, np.int64)
+    filled = 0
+    while filled < count:
+        kept = _proposed(int(_TAKEN * (count - filled)) + 8, std, source)[: count - filled]
+        found[filled : filled + len(kept)] = kept
+        filled += len(kept)
+    return found
+
+
+def _proposed(count: int, std: int, source: Source) -> npt.NDArray[np.int64]:
+    """The taken ones of so many proposals."""
+    first, second, third = np.frombuffer(source(24 * count), "<u8").reshape(3, count)
+    whole = np.searchsorted(_WORDS, first, side="right")
+    for i in np.flatnonzero(first == _WORDS[np.maximum(whole, 1) - 1]):  # equal in all 64 bits
+        whole[i] = bisect_right(_EXACT, _longer(first[i], source))
+    negative, drawn = (second >> np.uint64(63)).astype(bool), (second & np.uint64(2**63 - 1)).astype(np.int64)
+    rest = drawn % std
+    fraction = rest / std
+    above = np.exp(-fraction * (whole + fraction / 2)) - third * 2.0**-64
+    taken = above > 0
+    for i in np.flatnonzero(np.abs(above) < _UNSURE):
+        taken[i] = _below(_longer(third[i], source), int(whole[i]), int(rest[i]), std)
+    taken &= drawn < 2**63 // std * std  # else small remainders would be likelier
+    size = whole * std + rest
+    taken &= ~(negative & (size == 0))  # 0 has one sign only
+    return np.where(negative, -size, size)[taken]
+
+
+def _longer(word: np.uint64, source: Source) -> int:
+    """A uniform number of 256 bits that begins with this word."""
+    return int(word) << 192 | int.from_bytes(source(_MORE_BYTES), "little")
+
+
+def _below(uniform: int, whole: int, rest: int, std: int) -> bool:
+    """Whether a uniform number of 256 bits, as a fraction, is below exp(-f (w + f / 2)) with f = rest / std."""
+    with localcontext() as context:
+        context.prec = 100
+        return Decimal(uniform) / 2**256 < (-Decimal(rest * (2 * whole * std + rest)) / (2 * std * std)).exp()
