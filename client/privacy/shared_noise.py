@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from client.privacy.guarantee import LEAST_STD
 from common.errors import PolicyError
+from common.masking.fixed_point import Words, encode, step
 
 Source = Callable[[int], bytes]  # so many random bytes
 _CHUNK = 2**15  # numbers at a time: what a core's cache holds
@@ -46,32 +47,70 @@ def secure_source() -> Source:
     return lambda size: stream.update(bytes(size))
 
 
-def clipped(values: npt.NDArray[np.floating], clip: float, step: float) -> npt.NDArray[np.float64]:
-    """Scale a vector down, so that its L2 norm is at most ``clip`` also after rounding to multiples of ``step``.
+def encode_hidden(
+    values: npt.NDArray[np.floating],
+    bound: float,
+    weight: float,
+    clients: int,
+    noise: float,
+    clip: float | None,
+    source: Source | None = None,
+) -> tuple[Words, int]:
+    """Encode a site's numbers with its part of the shared noise; what a site masks.
 
-    A weight of at most 1 may be multiplied before it is rounded.
+    Args:
+        values: all numbers of the update.
+        bound: largest absolute value, positive.
+        weight: the site's weight, from 0 to 1.
+        clients: number of sites whose vectors are added.
+        noise: standard deviation of a site's part, `secure_aggregation.noise`.
+        clip: L2 norm to which this site clips its update; None: it is not clipped, and only adds noise for the others.
+        source: generator; None: a new secure one.
+
+    Returns:
+        The words, and how many numbers were beyond the bound.
+
+    Raises:
+        PolicyError: the weight is above 1, or the grid is too coarse for the noise.
+    """
+    if not 0 <= weight <= 1:
+        raise PolicyError(f"this site's weight in a sum with noise is {weight:g}; allowed: 0 to 1")
+    grid = step(bound, clients, noise)
+    std = steps_of(noise, grid)
+    words, beyond = encode(values if clip is None else clipped(values, clip, grid), bound, weight, clients, noise)
+    add_noise(words, std, source)
+    return words, beyond
+
+
+def clipped(values: npt.NDArray[np.floating], clip: float, grid: float) -> npt.NDArray[np.float64]:
+    """Scale a vector down, so that its L2 norm is at most ``clip`` also after rounding to multiples of ``grid``.
+
+    A weight of at most 1 may be multiplied before it is rounded. A vector that is not finite becomes 0.
 
     Raises:
         PolicyError: rounding alone may reach ``clip``.
     """
     exact = np.asarray(values, np.float64).reshape(-1)
-    limit = clip - step * math.sqrt(exact.size) / 2  # rounding moves each number by half a step at most
+    limit = clip - grid * math.sqrt(exact.size) / 2  # rounding moves each number by half a step at most
     if limit <= 0:
         raise PolicyError(
-            f"this site's privacy: `clip` is {clip:g}, but rounding {exact.size:,} numbers to multiples of {step:.3g} "
+            f"this site's privacy: `clip` is {clip:g}, but rounding {exact.size:,} numbers to multiples of {grid:.3g} "
             f"may change an update by {clip - limit:.3g}"
         )
-    norm = float(np.linalg.norm(exact))
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = float(np.linalg.norm(exact))
+    if not math.isfinite(norm):
+        return np.zeros_like(exact)
     return exact * min(1.0, limit * (1 - _MARGIN) / norm) if norm > 0 else exact
 
 
-def steps_of(std: float, step: float) -> int:
+def steps_of(std: float, grid: float) -> int:
     """A standard deviation in steps of the grid, rounded up.
 
     Raises:
         PolicyError: the grid is too coarse for the accounting in ``client.privacy.guarantee``.
     """
-    steps = math.ceil(std / step)
+    steps = math.ceil(std / grid)
     if steps < LEAST_STD:
         raise PolicyError(
             f"this site's privacy: `secure_aggregation.noise` is {std:g}, {steps} steps of the masked numbers; allowed "
@@ -80,7 +119,7 @@ def steps_of(std: float, step: float) -> int:
     return steps
 
 
-def add_noise(words: npt.NDArray[np.uint32], std: int, source: Source | None = None) -> None:
+def add_noise(words: Words, std: int, source: Source | None = None) -> None:
     """Add a discrete Gaussian to every number, modulo 2^32 and in place.
 
     Args:

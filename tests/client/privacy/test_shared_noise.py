@@ -16,12 +16,14 @@ from client.privacy.shared_noise import (
     add_noise,
     clipped,
     discrete_gaussian,
+    encode_hidden,
     secure_source,
     steps_of,
 )
 from common.accountant import cost, epsilon
 from common.config.site import PrivacyConfig
 from common.errors import PolicyError
+from common.masking.fixed_point import decode, largest
 
 Floats = npt.NDArray[np.float64]
 
@@ -277,3 +279,51 @@ def test_on_a_fine_grid_epsilon_is_opacus_gaussian_accountants(multiplier: float
     accountant.history = [(multiplier / 2, 1.0, rounds)]
     assert 0.9 * accountant.get_epsilon(1e-5) < told <= accountant.get_epsilon(1e-5)
     assert told == pytest.approx(epsilon(rounds * cost(multiplier), 1e-5), rel=1e-4)
+
+
+@pytest.mark.parametrize("clients", [2, 10, 50])
+@pytest.mark.parametrize("noise", [1e-3, 0.05, 30.0])
+def test_the_sum_is_that_of_the_clipped_updates_with_the_noise_of_all_sites(clients: int, noise: float) -> None:
+    bound, clip, count = 0.1, 0.8, 20_000
+    generator = np.random.default_rng(clients)
+    updates, weights = generator.normal(0, 0.01, (clients, count)), generator.uniform(0.1, 1.0, clients)
+    total, source = np.zeros(count, np.uint32), seeded(clients)
+    for update, weight in zip(updates, weights, strict=True):
+        words, beyond = encode_hidden(update, bound, weight, clients, noise, clip, source)
+        total += words
+        assert beyond == 0
+    found = decode(total, bound, weights.sum(), clients, noise) * weights.sum()
+    exact = weights @ (updates * np.minimum(1.0, clip / np.linalg.norm(updates, axis=1))[:, None])
+    assert kstest((found - exact) / (noise * math.sqrt(clients)), "norm").pvalue > 1e-4
+    assert (found - exact).std() == pytest.approx(noise * math.sqrt(clients), rel=0.02)
+
+
+def test_a_sum_has_room_for_numbers_at_the_bound_and_eleven_deviations_of_the_noise() -> None:
+    for clients in (1, 3, 50, 1000):
+        for noise in (1e-4, 0.1, 10.0, 1e4):  # in units of the bound
+            most = clients * largest(clients, noise) + 11 * math.sqrt(clients) * noise * largest(clients, noise)
+            assert 0.999 * (2**31 - 1) - clients < most <= 2**31 - 1
+    # Without that room sites at the bound, with noise of half of it, would have overflowed in places.
+    clients, count, source = 3, 50_000, seeded(3)
+    total = np.zeros(count, np.uint32)
+    for _ in range(clients):
+        total += encode_hidden(np.full(count, 2.0), 2.0, 1.0, clients, 1.0, None, source)[0]
+    found = decode(total, 2.0, 3.0, clients, 1.0)
+    assert found.min() > 2.0 - 6 / math.sqrt(3)
+    assert found.mean() == pytest.approx(2.0, abs=0.02)
+
+
+def test_a_weight_above_one_or_a_grid_too_coarse_is_refused() -> None:
+    with pytest.raises(PolicyError, match="allowed: 0 to 1"):
+        encode_hidden(np.ones(3), 1.0, 1.5, 3, 0.1, 1.0)
+    with pytest.raises(PolicyError, match=r"`secure_aggregation\.noise` is 1e-06, .* steps"):
+        encode_hidden(np.ones(3), 1.0, 1.0, 3, 1e-6, 1.0)
+    with pytest.raises(PolicyError, match="rounding 3 numbers"):
+        encode_hidden(np.ones(3), 1.0, 1.0, 3, 0.01, 1e-12)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e200])
+def test_an_update_that_is_not_finite_counts_as_nothing(value: float) -> None:
+    words, _ = encode_hidden(np.array([1.0, value, 0.5, 2.0]), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
+    noise, _ = encode_hidden(np.zeros(4), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
+    assert np.array_equal(words, noise)
