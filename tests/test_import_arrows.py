@@ -32,7 +32,15 @@ ROOMS = {
     "client/preflight": {"client", "client/connect", "client/privacy", "client/training"},
 }
 #: Rooms of which nothing is ever shipped: what checks, watches or starts the shipped code.
-AT_HOME = ("client/connect/", "client/preflight/", "server/operate/", "server/report/", "server/superlink/", "deploy/")
+AT_HOME = (
+    "client/connect/",
+    "client/preflight/",
+    "common/web/",
+    "server/operate/",
+    "server/report/",
+    "server/superlink/",
+    "deploy/",
+)
 MOST_FILES, MOST_LINES = 13, 300
 # Files and folders that talk to Flower; training code and strategy maths do not.
 FLOWER = {

@@ -5,7 +5,6 @@ reveals nothing (decision 027). ``fedspan site agree`` (``client.connect.agree``
 for sites of its own on one machine.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from common.config.federation import FederationConfig, ModelConfig, settings_for_sites
 from common.config.load import parse
-from common.config.section import Section, resolve
+from common.config.section import Section, canonical, resolve, settings_digest
 from common.config.site import SiteConfig
 from common.errors import ConfigError, PolicyError
 from common.system.files import hold, write_atomically
@@ -47,7 +46,7 @@ class Agreement(Section):
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the settings, by which people compare them."""
-        return hashlib.sha256(_canonical(self.settings).encode()).hexdigest()
+        return settings_digest(self.settings)
 
     @property
     def federation(self) -> FederationConfig:
@@ -138,12 +137,12 @@ def find(agreements: dict[str, Agreement], sent: str) -> Agreement:
     """
     try:
         settings = json.loads(sent)
-        wanted = _canonical(settings)
+        wanted = canonical(settings)
     except (ValueError, RecursionError):
         log.warning("a message's federation settings are no JSON")
         raise PolicyError(NOT_AGREED) from None
     for agreement in agreements.values():
-        if _canonical(agreement.settings) == wanted:
+        if canonical(agreement.settings) == wanted:
             return agreement
     name = settings.get("name") if isinstance(settings, dict) else None
     known = agreements.get(name) if isinstance(name, str) else None
@@ -156,10 +155,6 @@ def find(agreements: dict[str, Agreement], sent: str) -> Agreement:
             "federation %s asks with other settings than agreed: %s", name, _differences(known.settings, settings)
         )
     raise PolicyError(NOT_AGREED)
-
-
-def _canonical(settings: object) -> str:
-    return json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _differences(agreed: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""Parts that the sections of several files share: base class, names, paths, model source, data source."""
+"""Parts that the sections of several files share: base class, names, paths, model source, data source, digest."""
 
 import codecs
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -117,3 +119,17 @@ def resolve(path: str, beside: Path) -> Path:
     """``path`` as written in ``beside``: absolute, or relative to that file's folder; a link keeps its own name."""
     full = beside.parent / Path(path).expanduser()
     return full.resolve() if full.name in ("", "..") else full.parent.resolve() / full.name
+
+
+def canonical(settings: object) -> str:
+    """Settings as JSON text, the same text for the same settings.
+
+    Raises:
+        ValueError: they hold a number that is not finite.
+    """
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def settings_digest(settings: object) -> str:
+    """SHA-256 (hex) of the settings that a federation's sites are sent, by which people compare them."""
+    return hashlib.sha256(canonical(settings).encode()).hexdigest()

@@ -23,12 +23,12 @@ from common.config.strategy import title_of
 from common.errors import RunFolderError
 from common.metrics import SCORES
 from common.system.files import write_atomically
+from common.web.format import precise, score, seconds
+from common.web.template import fill
 from deploy.experiment import compare_plots as plots
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from deploy.experiment.compare_text import headline, notes, unscored
 from server.report.diagnostics import MEANINGS
-from server.report.format import precise, score, seconds
-from server.report.template import fill
 
 _PAGE = Path(__file__).with_name("compare.html")
 _SETTING = ("clients", "alpha", "rank", "local_steps")
@@ -83,6 +83,8 @@ def render(found: Comparison) -> str:
     lines = [line for group in found.groups for line in group.lines]
     return fill(
         _PAGE,
+        title=f"{found.name}: comparison of strategies",
+        live=False,
         name=found.name,
         missing=sum(line.missing for line in lines),
         wanted=sum(line.missing + len(line.seeds) for line in lines),

@@ -16,7 +16,7 @@ from common.errors import RunFolderError
 from common.metrics import SCORES
 from common.system.command import Command, number
 from common.text import clock, size
-from server.report.format import score, seconds, whole
+from common.web.format import score, seconds, whole
 from server.run.state import RunState, read_state, runs
 
 _ROUNDS, _PROBLEMS = 10, 5  # the last so many are shown on the terminal; JSON has all

@@ -31,7 +31,7 @@ from server.operate.progress import Display, teller
 from server.operate.prometheus import exposed
 from server.run.folder import CHECKPOINTS, in_use, read_lines, read_run, write_federation
 from server.run.supervisor_lock import Interrupted, supervising
-from server.superlink import control, nodes
+from server.superlink import control, nodes, security
 from server.superlink.bundle import ROOT, make_bundle
 from server.superlink.process import OwnSuperLink, start, wait_for
 
@@ -109,6 +109,7 @@ class Supervised:
             "run-dir": str(self._run_dir),
             "resume": resume,
         }
+        security.note(self._run_dir, self._bundle, self._superlink, self._federation)
         self._newest = self._newest or self._newest_checkpoint()
         with contextlib.suppress(LaunchError):  # a SuperLink that ends just now; other errors show at the next call
             control.stop_runs(self._superlink, self._run_dir)

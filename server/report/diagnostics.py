@@ -33,19 +33,17 @@ MEANINGS = {
     "krum-selected": ("Krum's choice", "1: the site's update was taken, 0: it was left out"),
     "trimmed": ("Values trimmed", "updates left out at either end of every coordinate"),
 }
-_MOST_COLUMNS = 10  # rounds shown of a diagnostic
 _DARKEST = 35  # per cent of --shade in the cell with the largest number
 
 
 def shaded(table: records.Diagnostic) -> dict[str, Any]:
     """A diagnostic as a table: per layer group (value, shade in per cent)."""
     title, meaning = MEANINGS.get(table.name, (table.name.replace("-", " ").capitalize(), ""))
-    rounds = records.some(table.rounds, _MOST_COLUMNS)
     values = [v for cells in table.groups.values() for v in cells.values() if v is not None]
     low, high = min(values, default=0.0), max(values, default=0.0)
 
     def shade(value: float | None) -> int:
         return round(_DARKEST * (value - low) / (high - low)) if value is not None and high > low else 0
 
-    lines = [(g, [(cells.get(n), shade(cells.get(n))) for n in rounds]) for g, cells in table.groups.items()]
-    return {"title": title, "meaning": meaning, "rounds": rounds, "lines": lines}
+    lines = [(g, [(cells.get(n), shade(cells.get(n))) for n in table.rounds]) for g, cells in table.groups.items()]
+    return {"title": title, "meaning": meaning, "rounds": table.rounds, "lines": lines}

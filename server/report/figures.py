@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from common.web.format import score
 from server.report import plots
-from server.report.format import score
-from server.report.read import Run
 from server.run import records
+from server.run.read import Run
 
 _MOST_BARS = 40  # more bars than that are shown as one mean bar per site
 _MOST_WORDS = 40  # bars that are told in words
@@ -53,8 +53,3 @@ def time_by_phase(run: Run) -> Iterator[Figure]:
 
 #: Functions that draw a section's figures, by the id of the section's heading. A new plot is a line here.
 FIGURES: dict[str, list[Callable[[Run], Iterable[Figure]]]] = {"curves": [scores_by_round], "costs": [time_by_phase]}
-
-
-def figures(run: Run) -> dict[str, list[Figure]]:
-    """All figures of a run by section."""
-    return {section: [figure for draw in draws for figure in draw(run)] for section, draws in FIGURES.items()}

@@ -1,13 +1,17 @@
-"""The report's sentences about a run: headline, first facts, versions."""
+"""The report's sentences about a run: headline, first facts, versions, what secures it."""
 
 import math
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from common.metrics import SCORES
-from common.text import clock
-from server.report.format import score, size, utc
-from server.report.read import Run
+from common.web.format import duration, score, size, utc
 from server.run import records
+from server.run.read import Run
+from server.run.state import RunState
 
 _WORDS = {"better": "better", "worse": "worse", "same": "unchanged", "unknown": "not comparable"}
 
@@ -38,23 +42,58 @@ def headline(run: Run, results: list[records.Result]) -> list[str]:
     return sentences
 
 
-def first_facts(run: Run) -> list[tuple[str, str]]:
+def delta(change: records.Change) -> str:
+    """A change in words and an arrow that shows where the number went."""
+    if change.before is None or change.after is None:
+        return "not comparable"
+    if change.verdict == "same":
+        return "unchanged"
+    arrow = "▲" if change.after > change.before else "▼"
+    return f"{arrow}\u00a0{score(abs(round(change.after, 3) - round(change.before, 3)))} {change.verdict}"
+
+
+def first_facts(run: Run, state: RunState) -> list[tuple[str, str]]:
     """The first facts about a run: pairs (name, value)."""
     model = run.config.get("model", {})
     revision = f" at {model['revision'][:12]}" if model.get("revision") else ""
-    lasted = run.info.get("seconds") or run.newest - run.info["started"]
     costs = records.costs(run.metrics)
     moved = f"{size(sum(c.down for c in costs))} down, {size(sum(c.up for c in costs))} up" if costs else "none"
+    federation = str(run.info.get("name", run.config.get("name", "")))
     return [
-        ("Status", str(run.info["status"])),
+        *([("Federation", federation)] if federation != run.name else []),
         ("Strategy", run.strategy),
         ("Base model", Path(model["path"]).name if model.get("path") else f"{model.get('hub', '–')}{revision}"),
-        ("Rounds", f"{run.done} of {run.planned}"),
+        ("Rounds", f"{run.done} of {run.planned or '–'}"),
         ("Sites that trained", str(len(costs))),
-        ("Started", utc(run.info["started"])),
-        ("Duration", clock(lasted)),
+        ("Started", utc(state.started) if state.started else "–"),
+        ("Duration", _lasted(state)),
         ("Tensors moved", moved),
     ]
+
+
+def _lasted(state: RunState) -> str:
+    """The duration; of a run that was resumed, what was worked and how long it took with the pauses."""
+    if len(state.worked) < 2:
+        return duration(state.seconds)
+    return f"{duration(sum(state.worked))} in {len(state.worked)} parts, {duration(state.seconds)} with the pauses"
+
+
+def without_paths(text: str) -> str:
+    """A text with absolute paths cut down to their last part: a page is handed on, folders are nobody's business."""
+    return re.sub(r"(?<![\w/.:])/(?:[^\s/:,;'\"]+/)+([^\s/:,;'\"]*)", r"…/\1", text)
+
+
+def settings(run: Run) -> str:
+    """The federation file, of paths the last part."""
+    return yaml.safe_dump(_named(run.config), sort_keys=False, allow_unicode=True) if run.config else ""
+
+
+def _named(value: Any, key: str = "") -> Any:  # noqa: ANN401 - any YAML value
+    if isinstance(value, dict):
+        return {name: _named(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_named(item, key) for item in value]
+    return Path(value).name if key in ("path", "sites") and isinstance(value, str) else value
 
 
 def sent(run: Run) -> str:
@@ -80,10 +119,49 @@ def versions(run: Run) -> list[tuple[str, str]]:
     return lines
 
 
-def digests(run: Run) -> list[tuple[str, str]]:
-    """SHA-256 digests: pairs (name of the hashed thing, digest)."""
-    keys = {"base_digest": "base model", "tokenizer_digest": "tokenizer", "federation_digest": "federation file"}
-    return [(title, str(run.info[key])) for key, title in keys.items() if key in run.info]
+def security(run: Run) -> list[tuple[str, str, str]]:
+    """Everything that secures the run: triples (name, in words, a digest or fingerprint)."""
+    names = {"base_digest": "Base model", "tokenizer_digest": "Tokenizer", "federation_digest": "Federation file"}
+    models = [(title, "SHA-256", str(run.info[key])) for key, title in names.items() if key in run.info]
+    if not run.security:
+        return [("Code and link", "not recorded for this run", ""), *models]
+    last = run.security[-1]
+    earlier = sum(entry["bundle"] != last["bundle"] for entry in run.security)
+    changed = f"SHA-256; the run began with other code ({earlier} times changed)" if earlier else "SHA-256"
+    signers = [("Signed by", f"key, signed {entry['made'][:10]}", entry["key"]) for entry in run.signatures]
+    return [
+        ("Code sent to the sites", changed, last["bundle"]),
+        *(signers or [("Signed by", "nobody; a site with `trust` runs only what it lists or what is signed", "")]),
+        ("Settings the sites agreed to", "SHA-256, as `fedspan site agree` shows it", last["settings"]),
+        *_link(last["link"]),
+        *models,
+    ]
+
+
+def _link(link: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if "named" in link:
+        return [("Link to the sites", f"by the SuperLink {link['named']}, which was not started here", "")]
+    if link["local"]:
+        return [("Link to the sites", "sockets on one machine, shut to its other accounts", "")]
+    who = "only registered keys" if link["registered"] else "any site; there was no register"
+    tls = link["tls"]
+    if tls is None:
+        return [("Link to the sites", "WITHOUT TLS", ""), ("Who may connect", who, "")]
+    return [
+        (
+            "Link to the sites",
+            f"TLS, certificate for {', '.join(tls['names'])} until {tls['until']}",
+            tls["certificate"],
+        ),
+        ("Certificate authority", "SHA-256", tls["ca"]),
+        ("Who may connect", who, ""),
+    ]
+
+
+def keys(run: Run) -> list[tuple[str, str]]:
+    """The registered keys: pairs (site, fingerprint)."""
+    found = {(str(node["site"]), str(node["key"])) for node in run.owners.values()}
+    return sorted(found, key=lambda pair: (records.natural(pair[0]), pair[1]))
 
 
 def noise(run: Run) -> str | None:

@@ -1,22 +1,26 @@
-"""A run folder as one self-contained page: ``fedspan report NAME`` writes runs/NAME/report.html.
+"""A run's folder as one page: ``fedspan report NAME`` writes runs/NAME/report.html, ``fedspan watch`` shows it live.
 
 The report depends on the folder alone, so it can be written again at any time, also for a run that failed or has not
 ended. The same folder gives the same bytes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common.errors import RunFolderError
 from common.metrics import ANSWERS
 from common.system.files import write_atomically
+from common.web.template import Section, fill, page
 from server.report import words
 from server.report.diagnostics import shaded
-from server.report.figures import figures
-from server.report.read import Run, read_run
-from server.report.template import fill
+from server.report.figures import FIGURES
 from server.run import records
+from server.run.read import Run, read_all
+from server.run.state import RunState, state_of
 
-_PAGE = Path(__file__).with_name("page.html")
+_HERE = Path(__file__).parent
+_MOST_PROBLEMS = 200  # the last so many are shown
 
 
 def write_report(run_dir: Path) -> Path:
@@ -25,57 +29,116 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RunFolderError: the folder holds no run, a file of it cannot be read, or the report cannot be written.
     """
-    page = render(read_run(run_dir))
+    run = read_all(run_dir)
+    if not run.info:
+        raise RunFolderError(f"{run_dir} is no run folder: it holds no run.json")
     file = run_dir / "report.html"
     try:
-        write_atomically(file, page)
+        write_atomically(file, render(run))
     except OSError as error:
         raise RunFolderError(f"{file} cannot be written: {error.strerror or error}") from None
     return file
 
 
 def render(run: Run) -> str:
-    """The page of a run."""
-    results = records.results(run.metrics)
-    tables = [shaded(table) for table in records.diagnostics(run.metrics)]
-    answers = [line.generated for line in results if line.generated]
-    shown = records.shown_scores(results)
-    curves = [(s, records.curve(run.metrics, s.name)) for s in shown]
-    contents = [("result", "Result"), ("curves", "Round by round"), ("costs", "Time and bytes"), ("answers", "Answers")]
-    contents += [("drift", "Updates")] if tables else []
-    contents += [("sites", "Sites"), ("settings", "Settings and versions")]
+    """The report of a run, as of its last event."""
+    state = state_of(run, run.newest)
+    return page(f"{run.name}: federation report", head(run, state), sections(run))
+
+
+def head(run: Run, state: RunState) -> Any:  # noqa: ANN401 - Markup
+    """The part above all sections: name, state, result, first facts."""
     return fill(
-        _PAGE,
-        name=run.info.get("name", ""),
-        status=run.info["status"],
-        reason=run.info.get("reason"),
+        _HERE / "head.html",
+        name=run.name,
+        state=state.state,
+        reason=words.without_paths(state.reason or ""),
         done=run.done,
         planned=run.planned,
         newest=run.newest,
-        headline=words.headline(run, results),
-        facts=words.first_facts(run),
-        contents=contents,
-        results=results,
-        scores=shown,
-        of_answers=[s.title for s in shown if s.of == ANSWERS],
-        confusion=records.confusion(run.metrics, list((run.config.get("task") or {}).get("labels", []))),
-        any_trained=any(line.version for line in results),
-        newest_version=max((line.version for line in results), default=0),
-        fewest_answers=min(answers, default=0),
-        curve_tables=[(s, lines, sorted({v for line in lines.values() for v in line})) for s, lines in curves],
-        figures=figures(run),
-        sent=words.sent(run),
-        costs=records.costs(run.metrics),
-        phases=[phase for phase in records.PHASES if phase != "aggregate"],
-        trainings=records.trainings(run.metrics),
-        samples=run.samples,
-        diagnostics=tables,
-        rounds=records.rounds_begun(run.events),
-        sites=records.sites(run.events, records.rounds_begun(run.events)),
-        noise=words.noise(run),
-        problems=records.problems(run.events),
-        versions=words.versions(run),
-        digests=words.digests(run),
-        settings=run.settings,
-        trained=run.info.get("trained", {}),
+        headline=words.headline(run, records.results(run.metrics)),
+        facts=words.first_facts(run, state),
     )
+
+
+def sections(run: Run) -> list[Section]:
+    """All sections about what has happened."""
+    found = []
+    for name, short, title, values in SECTIONS:
+        told = values(run)
+        if told is not None:
+            drawn = [figure for draw in FIGURES.get(name, []) for figure in draw(run)]
+            found.append(Section(name, short, title, fill(_HERE / f"{name}.html", figures=drawn, **told)))
+    return found
+
+
+def _result(run: Run) -> dict[str, Any]:
+    results = records.results(run.metrics)
+    shown = records.shown_scores(results)
+    return {
+        "results": results,
+        "delta": words.delta,
+        "scores": shown,
+        "of_answers": [s.title for s in shown if s.of == ANSWERS],
+        "fewest_answers": min((line.generated for line in results if line.generated), default=0),
+        "confusion": records.confusion(run.metrics, list((run.config.get("task") or {}).get("labels", []))),
+        "any_trained": any(line.version for line in results),
+        "newest_version": max((line.version for line in results), default=0),
+    }
+
+
+def _curves(run: Run) -> dict[str, Any]:
+    shown = records.shown_scores(records.results(run.metrics))
+    lines = [(score, records.curve(run.metrics, score.name)) for score in shown]
+    return {"curve_tables": [(s, by, sorted({v for line in by.values() for v in line})) for s, by in lines]}
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    return {
+        "sent": words.sent(run),
+        "costs": records.costs(run.metrics),
+        "phases": [phase for phase in records.PHASES if phase != "aggregate"],
+        "trainings": records.trainings(run.metrics),
+    }
+
+
+def _answers(run: Run) -> dict[str, Any]:
+    return {"samples": run.samples, "ended": run.info.get("status") == "completed"}
+
+
+def _drift(run: Run) -> dict[str, Any] | None:
+    tables = [shaded(table) for table in records.diagnostics(run.metrics)]
+    return {"diagnostics": tables} if tables else None
+
+
+def _sites(run: Run) -> dict[str, Any]:
+    rounds = records.rounds_begun(run.events)
+    return {"rounds": rounds, "sites": records.sites(run.events, rounds), "noise": words.noise(run)}
+
+
+def _problems(run: Run) -> dict[str, Any]:
+    found = records.problems(run.events)
+    return {"problems": found[-_MOST_PROBLEMS:], "count": len(found), "shown": words.without_paths}
+
+
+def _security(run: Run) -> dict[str, Any]:
+    return {"facts": words.security(run), "keys": words.keys(run)}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {"versions": words.versions(run), "settings": words.settings(run), "trained": run.info.get("trained", {})}
+
+
+#: The sections: anchor and template's name, title in the list, heading, and the values for the template, None for no
+#: section. A new section is a line here and a template.
+SECTIONS: list[tuple[str, str, str, Callable[[Run], dict[str, Any] | None]]] = [
+    ("result", "Result", "Result: base model and federation", _result),
+    ("curves", "Round by round", "Round by round", _curves),
+    ("costs", "Time and bytes", "Time and bytes", _costs),
+    ("answers", "Answers", "The same questions, before and after", _answers),
+    ("drift", "Updates", "What the updates looked like", _drift),
+    ("sites", "Sites", "Sites and rounds", _sites),
+    ("problems", "Problems", "Refusals and failures", _problems),
+    ("security", "Security", "Security", _security),
+    ("settings", "Settings", "Settings and versions", _settings),
+]

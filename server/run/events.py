@@ -59,6 +59,11 @@ def _resumed(event: Event) -> str:
     return f"resumed after round {event['round']}{lost}"
 
 
+def _joined(event: Event) -> str:
+    told = f"{event['held_out']} held out" if event["held_out"] else "held-out rows not told"
+    return f"{event['client']} joined: {event['num_examples']} rows, {told}, {event['device']}"
+
+
 def _reply(event: Event) -> str:
     loss = _number(event["loss"])
     return f"round {event['round']}: {event['client']} trained, loss {loss}, {event['seconds']:.1f} s"
@@ -91,7 +96,7 @@ KINDS: dict[str, Kind] = {
     ),
     "client_joined": Kind(
         "client num_examples held_out device version privacy",
-        "{client} joined: {num_examples} rows, {held_out} held out, {device}",
+        _joined,
         state="joined",
         link="up",
         seen=True,

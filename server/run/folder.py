@@ -3,6 +3,7 @@
     federation.yaml   the federation file with all defaults and absolute paths
     run.json          status, reason of a failure, versions, machine, digests
     signatures.json   signatures of the app bundle, if the supervisor was given some
+    security.json     digests of code and settings, and how sites connect
     nodes.json        the site behind each SuperNode's key, if the supervisor was given a register of sites
     events.jsonl      events, one line each, as they happen
     metrics.jsonl     numbers: one record per round, site and phase
@@ -13,9 +14,9 @@
     report.html       the report: one page about the run
     supervisor.json   the process that supervises the run (``server.run.supervisor_lock``)
 
-The supervisor writes supervisor.json, signatures.json, nodes.json, report.html, and federation.yaml, which the
-ServerApp reads. The ServerApp writes all other files. A file appears complete or not at all; lines are flushed as soon
-as they are written.
+The supervisor writes supervisor.json, signatures.json, security.json, nodes.json, report.html, and federation.yaml,
+which the ServerApp reads. The ServerApp writes all other files. A file appears complete or not at all; lines are
+flushed as soon as they are written.
 """
 
 import hashlib

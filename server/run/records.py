@@ -77,7 +77,8 @@ class Participation:
     """A site's part in the run.
 
     Attributes:
-        rows: training rows; ``held_out``: held-out rows; None for a site that never joined.
+        rows: training rows; None for a site that never joined.
+        held_out: held-out rows; None: not told, as by a site that shares no scores.
         privacy: the site's declared noise, in words; empty: no noise.
         rounds: per round "trained", "refused", "failed", "asked" (no answer yet) or "absent".
     """
@@ -226,7 +227,7 @@ def sites(events: list[Record], rounds: list[int]) -> list[Participation]:
         Participation(
             who,
             joined.get(who, {}).get("num_examples"),
-            joined.get(who, {}).get("held_out"),
+            joined.get(who, {}).get("held_out") or None,
             joined.get(who, {}).get("device", ""),
             _noise(joined.get(who, {}).get("privacy")),
             {number: outcome.get((who, number), "absent") for number in rounds},
@@ -267,13 +268,6 @@ def diagnostics(records: list[Record]) -> list[Diagnostic]:
         Diagnostic(name, sorted({number for values in groups.values() for number in values}), _sorted(groups))
         for name, groups in sorted(found.items())
     ]
-
-
-def some(numbers: list[int], most: int) -> list[int]:
-    """At most ``most`` of the numbers, evenly spread, with the first and the last."""
-    if len(numbers) <= most:
-        return numbers
-    return [numbers[round(i * (len(numbers) - 1) / (most - 1))] for i in range(most)]
 
 
 def _of(records: list[Record], phase: str) -> list[Record]:

@@ -7,9 +7,16 @@ from server.run.events import Event, event_kind, held_out_scores, named_in
 
 @dataclass
 class SiteProgress:
-    """A site's activity, and its last numbers: training loss, and scores on held-out rows (None: not finite)."""
+    """A site's activity, and its last numbers: training loss, and scores on held-out rows (None: not finite).
+
+    Attributes:
+        since: Unix time of the activity's beginning; None: before the first event of it.
+        reason: the reason, when the activity is a refusal or failure.
+    """
 
     state: str = "joining"
+    since: float | None = None
+    reason: str | None = None
     loss: float | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
 
@@ -39,8 +46,8 @@ class RunProgress:
         named, state = named_in(event), event_kind(event).state
         for name in named:
             self.sites.setdefault(name, SiteProgress())
-        for name in named or self.sites:
-            self.sites[name].state = state or self.sites[name].state
+        for site in [self.sites[name] for name in named or self.sites] if state else []:
+            site.state, site.since, site.reason = state, event["time"], event.get("reason")
         match event["event"]:
             case "started":
                 self.rounds, self.started = event["rounds"], event["time"]

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import RunFolderError
 from server.run import records
 from server.run.events import Event, event_kind
-from server.run.folder import in_use, read_lines, read_run
+from server.run.folder import in_use
 from server.run.quarantine import Quarantine
+from server.run.read import Run, read_all
 from server.run.run_progress import RunProgress
 from server.run.supervisor_lock import Supervisor, is_supervised, supervisor_of
 
@@ -47,7 +46,10 @@ class SiteState:
 
     Attributes:
         connection: "up", "down", "refused" (at the hello), or "unknown" when no server is at work.
-        doing: the site's activity in the current round.
+        doing: the site's activity in the current round; ``since``: Unix time of its beginning.
+        reason: the reason of a refusal or failure that stands.
+        usual: seconds from request to answer in the site's last round.
+        loss: training loss of the site's last round.
         last_seen: Unix time of the site's last message or connection; Flower notices a lost connection after about a
             minute.
         version: version of FedSpan at the site.
@@ -60,6 +62,10 @@ class SiteState:
     site: str
     connection: str
     doing: str = ""
+    since: float | None = None
+    reason: str | None = None
+    usual: float | None = None
+    loss: float | None = None
     last_seen: float | None = None
     version: str = ""
     device: str = ""
@@ -81,7 +87,9 @@ class RunState:
         state: one of ``STATES``; "dead": no process works on the run, and none has written a reason.
         reason: the reason of a failure or an interruption.
         round: the last round that was begun; ``rounds``: number of rounds of the whole run.
-        started: Unix time of the start; ``seconds``: duration so far; ``eta``: estimated seconds to the end.
+        started: Unix time of the start; ``seconds``: from there to now, or to the end, with all pauses.
+        worked: seconds of it in which a server was at work, one number for every start of a server.
+        eta: estimated seconds to the end.
         flower_run: the run's id in Flower's own commands.
         to_go_on: the command that resumes a run that stopped before its end.
         bytes_down: bytes sent to all sites in finished rounds; ``bytes_up``: bytes received.
@@ -97,6 +105,7 @@ class RunState:
     rounds: int = 0
     started: float | None = None
     seconds: float | None = None
+    worked: list[float] = field(default_factory=list)
     eta: float | None = None
     last_event: float | None = None
     flower_run: str | None = None
@@ -115,23 +124,35 @@ def read_state(run_dir: Path, now: float | None = None) -> RunState:
     Raises:
         RunFolderError: there is no run, or a file of it cannot be read; names it.
     """
+    return state_of(read_all(run_dir), now)
+
+
+def state_of(run: Run, now: float | None = None) -> RunState:
+    """The state of a run whose folder was read.
+
+    Args:
+        run: the folder's content.
+        now: Unix time up to which a run under way is counted; None: the present.
+
+    Raises:
+        RunFolderError: there is no run, or who supervises it cannot be read.
+    """
     now = time.time() if now is None else now
-    run, supervisor = read_run(run_dir), supervisor_of(run_dir)
-    if not run and supervisor is None:
-        raise RunFolderError(f"{run_dir} holds no run")
-    state, reason = _state(run_dir, run, supervisor)
+    supervisor = supervisor_of(run.path)
+    if not run.info and supervisor is None:
+        raise RunFolderError(f"{run.path} holds no run")
+    state, reason = _state(run.path, run.info, supervisor)
     alive = state in ("starting", "running")
-    settings = _settings(run_dir)
-    events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
+    events, settings = run.events, run.config
     progress = RunProgress()
     for event in events[_last(events, "resumed") :]:
         progress.take(event)
     last = events[-1]["time"] if events else None
-    started = run.get("started")
-    end = now if alive else run.get("finished") or last
+    started = run.info.get("started")
+    end = now if alive else run.info.get("finished") or last
     closed = [event for event in events if event["event"] == "round_finished"]
     return RunState(
-        name=run_dir.name,
+        name=run.name,
         state=state,
         reason=reason,
         strategy=str(settings.get("strategy", {}).get("name", "")),
@@ -139,15 +160,16 @@ def read_state(run_dir: Path, now: float | None = None) -> RunState:
         rounds=int(settings.get("rounds", 0)),
         started=started,
         seconds=end - started if started and end else None,
+        worked=_worked(events, started, end) if started and end else [],
         eta=progress.eta(now) if alive else None,
         last_event=last,
-        flower_run=str(run["flower_run"]) if "flower_run" in run else None,
-        to_go_on=supervisor.to_go_on() if supervisor and run and not alive and state != "completed" else None,
+        flower_run=str(run.info["flower_run"]) if "flower_run" in run.info else None,
+        to_go_on=supervisor.to_go_on() if supervisor and run.info and not alive and state != "completed" else None,
         bytes_down=sum(event["bytes_down"] for event in closed),
         bytes_up=sum(event["bytes_up"] for event in closed),
-        loss=next(reversed(records.curve(metrics, "loss").get(records.SERVER, {}).values()), None),
-        finished_rounds=_rounds(events, metrics),
-        sites=_sites(run_dir, events, metrics, settings, progress if alive else None),
+        loss=next(reversed(records.curve(run.metrics, "loss").get(records.SERVER, {}).values()), None),
+        finished_rounds=_rounds(events, run.metrics),
+        sites=_sites(run, progress if alive else None),
         problems=records.problems(events),
     )
 
@@ -173,12 +195,12 @@ def _state(run_dir: Path, run: dict[str, Any], supervisor: Supervisor | None) ->
     return "dead", "its processes ended without a word"
 
 
-def _settings(run_dir: Path) -> dict[str, Any]:
-    file = run_dir / "federation.yaml"
-    try:
-        return dict(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.exists() else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{file} cannot be read: {error}") from None
+def _worked(events: list[Event], started: float, end: float) -> list[float]:
+    """Seconds of every server's work: from its start to its last event, to ``end`` for the last one."""
+    again = [index for index, event in enumerate(events) if event["event"] == "resumed" and index]
+    begins = [started, *(events[index]["time"] for index in again)]
+    ends = [*(events[index - 1]["time"] for index in again), end]
+    return [max(until - since, 0.0) for since, until in zip(begins, ends, strict=True)]
 
 
 def _last(events: list[Event], kind: str) -> int:
@@ -205,26 +227,21 @@ def _rounds(events: list[Event], metrics: list[records.Record]) -> list[Finished
     return [found[number] for number in sorted(found)]
 
 
-def _sites(
-    run_dir: Path,
-    events: list[Event],
-    metrics: list[records.Record],
-    settings: dict[str, Any],
-    progress: RunProgress | None,
-) -> list[SiteState]:
+def _sites(run: Run, progress: RunProgress | None) -> list[SiteState]:
+    events = run.events
     known = {event["client"] for event in events if event_kind(event).link}
     outcomes = {site.who: site for site in records.sites(events, records.rounds_begun(events))}
-    costs = {cost.who: cost for cost in records.costs(metrics)}
-    trained = {record["client"]: record for record in records.trainings(metrics)}
-    quarantine = _quarantine(run_dir, events, settings)
+    costs = {cost.who: cost for cost in records.costs(run.metrics)}
+    trained = {record["client"]: record for record in records.trainings(run.metrics)}
+    quarantine = _quarantine(run.path, events, run.config)
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
+    replies = {e["client"]: e for e in events if e["event"] == "reply"}
+    seen = {e["client"]: e["time"] for e in events if "client" in e and event_kind(e).seen}
     connections = _connections(events)
     found = []
     for name in records.order(outcomes.keys() | known):
         site = SiteState(name, connections.get(name, "down") if progress is not None else "unknown")
-        site.last_seen = max(
-            (e["time"] for e in events if e.get("client") == name and event_kind(e).seen), default=None
-        )
+        site.last_seen = seen.get(name)
         site.version, site.device = (str(joined.get(name, {}).get(key, "")) for key in ("version", "device"))
         site.refusals, site.left_out = quarantine.counts.get(name, 0), quarantine.excluded().get(name)
         if name in outcomes:
@@ -233,8 +250,11 @@ def _sites(
         if name in costs:
             site.bytes_down, site.bytes_up = int(costs[name].down), int(costs[name].up)
             site.seconds = trained[name].get("seconds", {}).get("train")
+        if name in replies:
+            site.usual, site.loss = replies[name]["seconds"], replies[name]["loss"]
         if progress is not None and name in progress.sites:
-            site.doing = progress.sites[name].state
+            now = progress.sites[name]
+            site.doing, site.since, site.reason = now.state, now.since, now.reason
         found.append(site)
     return found
 

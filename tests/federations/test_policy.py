@@ -9,7 +9,8 @@ import yaml
 from client.privacy.ledger import verify
 from common.accountant import epsilon
 from deploy.sandbox.tiny import make_federation
-from server.report.write import read_run, render
+from server.report.write import render
+from server.run.read import read_all
 from tests.harness.in_one_process import in_one_process
 from tests.harness.results import Record, events, lines, outcome, records
 
@@ -73,7 +74,7 @@ def test_operator_sees_who_adds_noise(run: Path) -> None:
     assert joined["private"]["privacy"] == {"clip": 0.01, "noise": 0.01, "delta": 1e-5, "max_epsilon": 100.0}
     assert joined["limited"]["privacy"] is None
     assert [joined[site]["held_out"] for site in joined] == [0, 0]
-    assert "clip 0.01, noise 0.01, stops at" in render(read_run(run))
+    assert "clip 0.01, noise 0.01, stops at" in render(read_all(run))
 
 
 def test_site_whose_noise_or_policy_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

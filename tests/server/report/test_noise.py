@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from server.report import words
-from server.report.read import read_run
 from server.report.write import write_report
+from server.run.read import read_all
 from tests.harness.sample_run import ROUNDS, SITES, completed
 
 PRIVACY = {"clip": 3.0, "noise": 8.1, "delta": 1e-5, "max_epsilon": 8.0}
@@ -27,7 +27,7 @@ def declare(run: Path, *sites: str) -> None:
 def test_signal_and_noise_of_the_newest_mean_are_told(tmp_path: Path) -> None:
     run = completed(tmp_path / "run")
     declare(run, *SITES)
-    told = words.noise(read_run(run))
+    told = words.noise(read_all(run))
     assert told is not None
     assert f"in round {ROUNDS} an update had an L2 norm of 5 on average, of which training made at most 3" in told
     assert "The mean of 3 updates has noise of about 2.31 against a signal of at most 3." in told  # 4 / sqrt(3)
@@ -36,6 +36,6 @@ def test_signal_and_noise_of_the_newest_mean_are_told(tmp_path: Path) -> None:
 
 def test_nothing_is_said_where_not_every_site_adds_noise(tmp_path: Path) -> None:
     run = completed(tmp_path / "run")
-    assert words.noise(read_run(run)) is None
+    assert words.noise(read_all(run)) is None
     declare(run, "site-a")
-    assert words.noise(read_run(run)) is None
+    assert words.noise(read_all(run)) is None

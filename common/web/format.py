@@ -1,15 +1,14 @@
-"""How the report writes numbers; a value that is not there is a dash."""
+"""How pages write numbers; a value that is not there is a dash, and a unit stays beside its number."""
 
 import math
 import time
 
 from common import text as units
-from server.run import records
 
 
 def size(count: float | None) -> str:
     """Bytes."""
-    return "–" if count is None else units.size(count)
+    return "–" if count is None else units.size(count).replace(" ", "\u00a0")
 
 
 def score(value: float | None) -> str:
@@ -27,16 +26,6 @@ def precise(value: float | None) -> str:
     return f"{value:.1e}" if tiny else score(value)
 
 
-def delta(change: records.Change) -> str:
-    """A change in words and an arrow that shows where the number went."""
-    if change.before is None or change.after is None:
-        return "not comparable"
-    if change.verdict == "same":
-        return "unchanged"
-    arrow = "▲" if change.after > change.before else "▼"
-    return f"{arrow} {score(abs(round(change.after, 3) - round(change.before, 3)))} {change.verdict}"
-
-
 def whole(value: float | None) -> str:
     """A count."""
     return "–" if value is None else f"{value:,.0f}"
@@ -49,4 +38,19 @@ def seconds(value: float | None) -> str:
 
 def utc(moment: float) -> str:
     """Unix seconds as date and time of day."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
+    return time.strftime("%Y-%m-%d\u00a0%H:%M:%S\u00a0UTC", time.gmtime(moment))
+
+
+def duration(lasted: float | None) -> str:
+    """Seconds as people say them: 40 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    if lasted is None:
+        return "–"
+    whole_ = max(round(lasted), 0)
+    if whole_ < 60:
+        return f"{whole_}\u00a0s"
+    if whole_ < 3600:
+        return f"{whole_ // 60}\u00a0min\u00a0{whole_ % 60:02d}\u00a0s"
+    minutes = whole_ // 60
+    if minutes < 48 * 60:
+        return f"{minutes // 60}\u00a0h\u00a0{minutes % 60:02d}\u00a0min"
+    return f"{minutes // 1440}\u00a0d\u00a0{minutes // 60 % 24}\u00a0h"
