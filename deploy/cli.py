@@ -44,6 +44,12 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "ledger verify": ("client.privacy.ledger_summary", "check every line of a site's ledger"),
         "ledger summary": ("client.privacy.ledger_summary", "say what left a site, by its ledger"),
     },
+    "everybody": {
+        "model ask": ("deploy.model.ask", "ask a finished model a question"),
+        "model score": ("deploy.model.score", "score a finished model on rows of your own"),
+        "model merge": ("deploy.model.merge", "merge a finished adapter into its base model"),
+        "model card": ("deploy.model.card", "show what a finished model is, and check its files"),
+    },
     "research": {
         "experiment": ("deploy.experiment.run", "compare strategies over a grid of settings"),
         "compare": ("deploy.experiment.run", "write an experiment's page and tables"),

@@ -56,6 +56,7 @@ COPY client client
 COPY deploy/__init__.py deploy/__main__.py deploy/cli.py deploy/completion.py deploy/health.py deploy/
 COPY deploy/keys deploy/keys
 COPY deploy/invitation deploy/invitation
+COPY deploy/model deploy/model
 RUN python -m compileall -q . && install -d -m 1777 /var/lib/fedspan
 LABEL org.opencontainers.image.title="FedSpan client" \
       org.opencontainers.image.description="Federated fine-tuning in gradient subspaces: one site's link and worker" \

@@ -112,6 +112,12 @@ class Card(CardSection):
             raise ValueError("`by` names the metric of the best round; give it with `chosen` best, and only then")
         return self
 
+    @property
+    def kept_at_sites(self) -> str:
+        """The part of the model that every site trains and keeps, in words; empty: none."""
+        factor, head = self.strategy.stays_at_site, self.strategy.head == "local"
+        return " and ".join([f"LoRA factor {factor}"] * (factor is not None) + ["classification head"] * head)
+
     def to_json(self) -> str:
         """The card as JSON, for a message."""
         return self.model_dump_json()
@@ -137,7 +143,7 @@ def render(card: Card) -> str:
     """The card as README.md: YAML front matter as model hubs read it, then a page. Same facts, same text."""
     front = yaml.safe_dump(_front_matter(card), sort_keys=True, allow_unicode=True)
     parts = [_about(card), *_scores(card), *_training(card), *_digests(card), _licence(card.base.licence)]
-    return f"---\n{front}---\n\n" + "\n".join(parts) + "\n"
+    return f"---\n{front}---\n\n" + "\n".join([*parts, _use(card)])
 
 
 def _front_matter(card: Card) -> dict[str, object]:
@@ -162,18 +168,12 @@ def _about(card: Card) -> str:
         f"{card.sites} site{'s' * (card.sites != 1)} together with FedSpan ({card.strategy.title}, "
         f"{card.strategy.source}). The model is the one after round {card.round}, {which}.\n"
     )
-    own = _stays(card)
+    own = card.kept_at_sites
     if own and card.personal:
         text += f"\nIt holds one site's own {own}, which that site has trained for itself and never sent.\n"
     elif own:
         text += f"\nIt lacks the sites' own {own}, which each site has trained for itself and never sent.\n"
     return text
-
-
-def _stays(card: Card) -> str:
-    """The part of the model that every site keeps for itself, in words; empty: none."""
-    factor, head = card.strategy.stays_at_site, card.strategy.head == "local"
-    return " and ".join([f"LoRA factor {factor}"] * (factor is not None) + ["classification head"] * head)
 
 
 def _scores(card: Card) -> list[str]:
@@ -227,6 +227,12 @@ def _licence(licence: Licence) -> str:
     told = [_code(text) for text in (licence.name, licence.link) if text]
     name = "is not known" if licence.id == "unknown" else f"is {_code(licence.id)}" + "".join(f", {t}" for t in told)
     return f"## Licence\n\nThe licence of the base model {name}; it binds the use of this model, too."
+
+
+def _use(card: Card) -> str:
+    question = "image.png" if card.task.type == "image-classification" else "..."
+    how = "With FedSpan, in this folder; `fedspan model --help` has the other verbs:"
+    return f"\n## Use\n\n{how}\n\n    fedspan model ask . '{question}'\n"
 
 
 def _number(value: float | None) -> str:

@@ -10,6 +10,7 @@ The server and every site write it with ``write_model``.
 
 import hashlib
 import json
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -100,11 +101,11 @@ def write_model(folder: Path, model: Any, tokenizer: Any, use: Use, card: Card, 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of all files in a model's folder, but for fedspan.json and README.md, by their path in it."""
+    """SHA-256 of a model's files by their path in the folder, but for fedspan.json, README.md and hidden files."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and name not in (FACTS, README):
+        if file.is_file() and name not in (FACTS, README) and not re.search(r"(^|/)\.", name):
             with file.open("rb") as opened:
                 found[name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return found
