@@ -4,7 +4,6 @@ Heavy modules are imported only when a message has arrived. ``common.errors`` de
 site; the text of an error that may quote a row never does.
 """
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from flwr.common.constant import ErrorCode
 
 from common.config.load import load
 from common.config.site import SiteConfig
-from common.errors import ConfigError, FedSpanError, place_of
+from common.errors import ConfigError, FedSpanError, PolicyError, place_of
 from common.protocol.messages import (
     ARRAYS,
     EvaluateReply,
@@ -39,11 +38,11 @@ if TYPE_CHECKING:
 
     from client.privacy.agreement import Agreement
     from client.privacy.guard import Gate
+    from client.progress import Progress
     from client.session import Session
     from client.site_model import Bases
 
 app = ClientApp()
-log = logging.getLogger("site")
 
 SITE_KEY = "site"  # node-config key: path of the site file
 AGREEMENTS_KEY = "agreements"  # node-config key that a launcher sets for its own sites: file with their agreements
@@ -51,16 +50,21 @@ LEDGERS_KEY = "ledgers"  # node-config key that an experiment's trial sets: fold
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: number of sites that this process may hold at a time; default 1
 _sessions: dict[tuple[int, str, str, str], "Session"] = {}  # by run, because files may change between runs
+_progress: dict[str, "Progress"] = {}  # by site file
 _bases: dict[int, "Bases"] = {}  # base models shared by the sites of this process, by run; empty for a single site
 
 
 @dataclass(frozen=True)
 class Site:
-    """The parts that answer a message: the session does the work, the gate checks, Flower's context keeps state."""
+    """The parts that answer a message.
+
+    The session does the work, the gate checks, Flower's context keeps state, the site's people see the progress.
+    """
 
     session: "Session"
     gate: "Gate"
     context: Context
+    progress: "Progress"
 
 
 Request = TypeVar("Request", bound=HelloRequest)
@@ -73,16 +77,20 @@ def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
         gate: Gate | None = None
+        progress = _of_site(context)
         known: dict[str, object] = {"run": str(context.run_id), "event": message.metadata.message_type}
+        progress.known = known
         try:
             logs.configure("site")
             started = time.time()
             gate = _gate(handler.__name__, context)
             known["site"] = gate.site.name
             request = kind.read(message.content)
-            known["round"] = request.server_round if isinstance(request, State) else None
+            known["round"] = number = request.server_round if isinstance(request, State) else None
             agreement = gate.agreed(request)
-            site = Site(_session(gate.site, agreement, context), gate, context)
+            progress.begin(context.run_id, agreement.federation, handler.__name__, number)
+            site = Site(_session(gate.site, agreement, context), gate, context, progress)
+            site.session.on_step = progress.step
             gate.check(site.session.federation, request)
             gate.check_rows(site.session.train_rows)
             reply = handler(site, request)
@@ -90,30 +98,35 @@ def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -
             content = gate.shared(replace(reply, seconds=site.session.seconds(), clock=clock)).to_record()
             own = site.session
             gate.admit(_each(content), _told(content), own.train_rows, own.update_norm, own.aside)
-            log.info("%s done in %.1f s", handler.__name__, time.time() - started, extra=known)
+            progress.end(
+                sum(len(a.data) for record in get_records(content, ArrayRecord).values() for a in record.values())
+            )
         except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
-            return Message(_failure(error, gate, known).to_error(), reply_to=message)
+            failure = _failure(error, gate)
+            event = "refused" if isinstance(error, PolicyError) else "failed"
+            progress.refuse(failure.reason, event, None if isinstance(error, FedSpanError) else error)
+            return Message(failure.to_error(), reply_to=message)
         return Message(content, reply_to=message)
 
     return answer
 
 
-def _failure(error: Exception, gate: "Gate | None", known: dict[str, object]) -> Failure:
+def _failure(error: Exception, gate: "Gate | None") -> Failure:
     """The answer for the operator about an error; for errors that are not FedSpan's own, type and place only."""
     if isinstance(error, FedSpanError):
         failure = Failure.of(error)
-        if gate is None:
-            log.error("%s", error, extra=known)
     else:
-        log.error("unexpected error", exc_info=error, extra=known)
-        failure = Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{place_of(error)}; the site's log says more")
+        reason = f"{place_of(error)}; the site's log says more"
+        failure = Failure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
     return failure if gate is None else gate.refuse(error, failure)
 
 
 def hello(site: Site, request: HelloRequest) -> Hello:
     """Answer a hello request: the site's name, digests of its base model, its noise."""
     del request
-    return site.session.hello()
+    found = site.session.hello()
+    site.progress.say(f"ready: {found.train_rows} training rows, {found.held_out_rows} held out, {found.device}")
+    return found
 
 
 def train(site: Site, request: TrainRequest) -> TrainReply:
@@ -129,7 +142,10 @@ def train(site: Site, request: TrainRequest) -> TrainReply:
     most = site.session.work(request.server_round, request.active).most_bytes()
     scored = site.gate.charge(most, site.session.scored_rows if request.evaluate else 0)
     scores = site.session.evaluate() if scored else {}
+    if scores:
+        site.progress.scored(request.server_round - 1, scores)
     tensors, numbers = site.session.train(request.server_round, request.active)
+    site.progress.trained(numbers)
     keep(site.session.kept, site.context)
     return TrainReply(
         server_round=request.server_round,
@@ -149,7 +165,9 @@ def evaluate(site: Site, request: EvaluateRequest) -> EvaluateReply:
 
     receive(request, [], site.session, site.gate, site.context)
     scored = site.gate.charge(0, site.session.scored_rows)
-    return EvaluateReply(scores=site.session.evaluate() if scored else {})
+    scores = site.session.evaluate() if scored else {}
+    site.progress.scored(request.server_round, scores) if scores else site.progress.say("no scores leave")
+    return EvaluateReply(scores=scores)
 
 
 app.query()(_answering(HelloRequest, hello))
@@ -173,6 +191,15 @@ def _gate(kind: str, context: Context) -> "Gate":
         for key in (AGREEMENTS_KEY, LEDGERS_KEY)
     )
     return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id, agreements, ledgers)
+
+
+def _of_site(context: Context) -> "Progress":
+    from client.progress import Progress
+
+    file = str(_site_file(context))
+    if file not in _progress:
+        _progress[file] = Progress.of_process()
+    return _progress[file]
 
 
 def _site_file(context: Context) -> Path:

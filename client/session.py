@@ -6,7 +6,7 @@ messages makes it once (decision 007).
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,7 @@ class Session:
             be carried over to a new session.
         update_norm: L2 norm of the last update, in the form to send.
         aside: error of the last training that is hidden from the operator (`privacy`); None: no error.
+        on_step: called after every step of training, with the number of steps done and of all.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Session:
         self.kept: Tensors = {}
         self.update_norm: float | None = None
         self.aside: str | None = None
+        self.on_step: Callable[[int, int], None] | None = None
 
     def hello(self) -> Hello:
         """Load rows and model, and make the site's hello.
@@ -226,6 +228,7 @@ class Session:
             autocast=pick_autocast(self.site.precision, self._model.device),
             seed=seed,
             go_on=self.site.privacy is not None,
+            on_step=self.on_step,
         )
         self._max_batch_size = result.micro_batch
         numbers: dict[str, float] = asdict(result)

@@ -41,6 +41,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "site check": ("client.preflight.check", "say whether a site is ready to join, and what is missing"),
         "site agree": ("client.connect.agree", "show what a federation would ask of a site, and agree to it"),
         "site join": ("client.connect.join", "take part in federations"),
+        "site status": ("client.watch.status", "say whether a site is connected, what it does, and its losses"),
         "ledger verify": ("client.privacy.ledger_summary", "check every line of a site's ledger"),
         "ledger summary": ("client.privacy.ledger_summary", "say what left a site, by its ledger"),
     },

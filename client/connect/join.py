@@ -7,8 +7,8 @@ API listens on a socket that no other account of this machine can reach (decisio
 
 import argparse
 import json
+import logging
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,13 @@ from client.connect.programs import supernode, worker
 from client.connect.supernode import link_arguments
 from client.privacy.agreement import agreements_of, read_agreements
 from client.privacy.ledger import owner
+from client.watch.link_state import LOST, REFUSED, UP, WAITING
+from client.watch.status import LINK, WHOLE, WORK, WORKER, home_of
 from common.config.load import load
 from common.config.section import resolve
 from common.config.site import SiteConfig
 from common.errors import ConfigError, DataError, LaunchError, LedgerError
-from common.system.command import FAILED, WRONG, Command, add_tries, address, number
+from common.system.command import FAILED, WRONG, Command, add_tries, address, number, start_log
 from common.system.files import keep_private, make_private, write_atomically
 from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, socket_folder
@@ -35,6 +37,7 @@ from common.system.processes import ProcessGroup, Started, socket_folder
 POLL_SECONDS = 0.5
 _LONGEST_PAUSE = 30.0  # seconds before a dead process is restarted; the first pause is one second
 _SETTLED = 300.0  # seconds after which earlier deaths no longer count
+log = logging.getLogger("join")
 
 
 class Ended(Exception):  # noqa: N818 - not an error
@@ -51,10 +54,12 @@ class Service:
         since: monotonic time of the last start.
         resume: monotonic time of the next restart.
         proven: whether the process has ever worked; if not, a refusal by the server is final.
+        log: file of what Flower and other libraries print.
     """
 
     name: str
     command: list[str]
+    log: Path
     started: Started | None = None
     deaths: int = 0
     since: float = 0.0
@@ -80,10 +85,13 @@ class Service:
         self.deaths = 1 if now - self.since > _SETTLED else self.deaths + 1
         if code == WRONG or (code == FAILED and not self.proven) or self.deaths > tries:
             times = "" if self.deaths == 1 else f" {self.deaths} times in a row"
-            raise LaunchError(f"{self.name} ended{times} with exit code {code}; its last lines above say why")
+            raise LaunchError(
+                f"{self.name} ended{times} with exit code {code}; its last lines above, or those of {self.log}, say why"
+            )
         pause = min(2.0 ** (self.deaths - 1), _LONGEST_PAUSE)
         self.resume = now + pause
-        _say(f"{self.name} ended with exit code {code}; started again in {pause:g} s ({self.deaths} of {tries})")
+        again = f"started again in {pause:g} s ({self.deaths} of {tries})"
+        log.warning("%s ended with exit code %s; %s", self.name, code, again)
 
 
 @dataclass(frozen=True)
@@ -92,14 +100,15 @@ class Member:
 
     Attributes:
         superlink: host and port of the server.
-        status: file for the state of both processes, as JSON; None: no file.
+        home: folder of working files: what the two processes tell, and ``status.json``, which has all of it.
+        status: further file for the same; None: no further file.
     """
 
     site: SiteConfig
     link: Service
     worker: Service
-    worker_status: Path
     superlink: str
+    home: Path
     status: Path | None
 
     def work(self, env: dict[str, str], tries: int) -> NoReturn:
@@ -115,26 +124,37 @@ class Member:
                 state = self.state()
                 self.link.proven |= state["link"] == "up"
                 self.worker.proven |= "state" in state["worker"]
-                if self.status is not None:
-                    _write(self.status, state)
+                for file in filter(None, (self.home / WHOLE, self.status)):
+                    _write(file, state)
                 time.sleep(POLL_SECONDS)
 
     def state(self) -> dict[str, Any]:
-        """The status file's content: time, link (up, restarts), the worker's status, the requested device."""
-        try:
-            worker = json.loads(self.worker_status.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            worker = {}
+        """The status file's content (``client.watch.status``)."""
+        link, worker = _read(self.home / LINK), _read(self.home / WORKER)
+        up = link.get("state") == UP and _connected(self.link.started, self.superlink)
+        down = link.get("state") if link.get("state") in (REFUSED, WAITING) else LOST
         return {
             "time": time.time(),
             "site": self.site.name,
             "device": self.site.device,
             "superlink": self.superlink,
-            "link": "up" if _connected(self.link.started, self.superlink) else "down",
+            "link": UP if up else down,
+            "link_since": link.get("since"),
+            "link_reason": link.get("reason"),
             "link_deaths": self.link.deaths,
             "worker": worker if self.worker.started is not None else {"state": "being started again"},
             "worker_deaths": self.worker.deaths,
+            "work": _read(self.home / WORK),
         }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A process's own status; empty until there is one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _connected(link: Started | None, superlink: str) -> bool:
@@ -153,11 +173,7 @@ def _write(file: Path, state: dict[str, Any]) -> None:
     try:
         write_atomically(file, json.dumps(state) + "\n", durable=False)
     except OSError as error:  # e.g. a full disk: the site works on; readers see by the time that the file is old
-        _say(f"the status file cannot be written ({error.strerror})")
-
-
-def _say(text: str) -> None:
-    print(f"join: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        log.warning("the status file cannot be written (%s)", error.strerror)
 
 
 def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, str]]:
@@ -179,32 +195,35 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
     if options.agree is not None:
         from client.connect.agree import agree, proposed
 
-        _say(agree(file, proposed(file, options.agree)))
+        log.info("%s", agree(file, proposed(file, options.agree)))
     agreements = read_agreements(agreements_of(site, file))
     if not agreements:
         raise ConfigError(
             f"{file}: {site.name} has agreed to no federation; fedspan site agree FEDERATION.yaml --site {file.name}"
         )
-    home = (options.home or file.parent / f".{site.name}").resolve()
+    home = (options.home or home_of(site, file)).resolve()
     try:
         make_private(home)
     except OSError as error:
         raise ConfigError(
             f"--home {home} cannot be made ({error.strerror}); give a folder that may be written"
         ) from None
+    for name in (LINK, WORKER):  # they tell about an earlier time
+        (home / name).unlink(missing_ok=True)
+    flowers = home / "flower.log"
     link = ["--poll", f"{options.poll:g}", "--connect-deadline", f"{options.connect_deadline:g}"]
-    link += ["--isolation", "process"]
+    link += ["--isolation", "process", "--status", str(home / LINK), "--log", str(flowers)]
     link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
     if options.auth_supernode_private_key is not None:
         link += ["--auth-supernode-private-key", str(options.auth_supernode_private_key)]
-    status = home / "worker.json"
-    work = ["--site", str(file), "--idle", f"{options.idle:g}", "--status", str(status)]
+    work = ["--site", str(file), "--idle", f"{options.idle:g}", "--status", str(home / WORKER)]
+    work += ["--progress", str(home / WORK), "--log", str(flowers)]
     member = Member(
         site,
-        Service("supernode", supernode(file, options.superlink, socket, *link)),
-        Service("worker", worker(f"unix:{socket}", *work)),
-        status,
+        Service("supernode", supernode(file, options.superlink, socket, *link), flowers),
+        Service("worker", worker(f"unix:{socket}", *work), flowers),
         options.superlink,
+        home,
         options.status,
     )
     models = [site.model] if site.model is not None else [one.model for one in agreements.values()]
@@ -237,6 +256,7 @@ def _run(options: argparse.Namespace) -> int:
             raise ConfigError(f"{file} does not exist")
     if options.status is not None and not options.status.parent.is_dir():
         raise ConfigError(f"--status: folder {options.status.parent} does not exist")
+    start_log("join")
     keep_private()
     with socket_folder() as folder:
         member, env = plan(options, folder / "runtime")
@@ -245,7 +265,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             member.work(env, options.tries)
         except Ended as end:
-            _say(f"ended by {end}")
+            log.info("ended by %s", end)
             return 0
 
 

@@ -39,10 +39,11 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from client.connect.dial import socket_path
 from client.connect.probe import probe
+from client.watch.link_state import LinkState
 from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
-from common.system import flower_socket
+from common.system import flower_socket, logs
 from common.system.files import keep_private
 from common.system.keys import fingerprint, read_private
 
@@ -69,14 +70,15 @@ def _parse_address(address: str) -> tuple[str, int | str, bool | None] | None:
 class _Turns:
     """Receives a message, sends the answer to it, and only then receives the next message."""
 
-    def __init__(self) -> None:
-        self._received = ""
+    def __init__(self, state: LinkState) -> None:
+        self._received, self._state = "", state
 
     def receive(self, *, receive: Callable[[], tuple[Message, Any] | None], **rest: Any) -> int | None:  # noqa: ANN401
         """Flower's ``_pull_and_store_message``."""
 
         def noted() -> tuple[Message, Any] | None:
             found = receive()
+            self._state.up()
             if found is not None:
                 self._received = found[0].metadata.message_id
             return found
@@ -112,12 +114,14 @@ class Link:
         root_certificates: the federation's CA; None: without TLS.
         key: fingerprint of the site's key; None: the site has no key.
         patience: seconds to wait for a SuperLink that does not answer, or does not admit the site.
+        state: is told what becomes of the link.
     """
 
-    def __init__(self, address: str, root_certificates: Path | None, key: str | None, patience: float) -> None:
+    def __init__(
+        self, address: str, root_certificates: Path | None, key: str | None, patience: float, state: LinkState
+    ) -> None:
         self._address, self._root_certificates, self._key = address, root_certificates, key
-        self._patience, self._deadline = patience, time.monotonic() + patience
-        self._told = False
+        self._patience, self._deadline, self._state = patience, time.monotonic() + patience, state
 
     def wait(self) -> None:
         """Wait until the SuperLink answers and its certificate is right.
@@ -145,7 +149,7 @@ class Link:
                 "not in its register, revoked or expired there, or in use by another SuperNode that is still connected"
             )
             mend = "give the operator the .pub file"
-            self._try_on(f"{self._address} does not let {who} in: {why}; {mend}", end=True)
+            self._try_on(f"{self._address} does not let {who} in: {why}; {mend}", refused=True)
             return False
         if told is not None and told.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
             _end(LinkError(f"{self._address} wants a registered key: give --auth-supernode-private-key"))
@@ -173,16 +177,14 @@ class Link:
             return f"{self._address} does not know this site any more; it was started with a new database"
         return f"{self._address} has shut the key {self._key} out: it was revoked, or has expired; ask the operator"
 
-    def _try_on(self, reason: str, *, end: bool = False) -> None:
-        """Print once that the link tries again; after ``patience`` seconds end the program, or raise."""
+    def _try_on(self, reason: str, *, refused: bool = False) -> None:
+        """Note that the link tries again; after ``patience`` seconds end the program if refused, or raise."""
         if time.monotonic() >= self._deadline:
             error = LinkError(f"{reason} (tried for {self._patience:g} seconds)")
-            if end:
+            if refused:
                 _end(error)
             raise error
-        if not self._told:
-            print(f"{reason}; trying on for {self._patience:g} seconds", file=sys.stderr, flush=True)  # noqa: T201
-            self._told = True
+        self._state.down(reason, refused=refused, patience=self._patience)
 
     def retry_invoker(self, *arguments: Any, **options: Any) -> RetryInvoker:  # noqa: ANN401 - as Flower's own
         """Flower's ``_make_fleet_connection_retry_invoker``, which asks ``judge`` first."""
@@ -192,7 +194,10 @@ class Link:
 
         def give_up(error: Exception) -> bool:
             judged = self.judge(error) if isinstance(error, grpc.RpcError) else None
-            return flowers(error) if judged is None else judged
+            final = flowers(error) if judged is None else judged
+            if not final and isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE:
+                self._state.down(f"{self._address} does not answer any more")
+            return final
 
         invoker.should_giveup = give_up
         return invoker
@@ -200,7 +205,7 @@ class Link:
 
 def _end(error: FedSpanError) -> NoReturn:
     """End the process at once, from any thread; Flower would end with exit code 0."""
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"error: {error}", file=logs.own(), flush=True)
     os._exit(1)
 
 
@@ -236,7 +241,8 @@ def run(options: argparse.Namespace) -> NoReturn:
     if key is not None and options.insecure:
         raise ConfigError("--auth-supernode-private-key needs TLS: give --root-certificates in place of --insecure")
     ca = None if options.insecure else options.root_certificates.expanduser()
-    link = Link(options.superlink, ca, key, options.connect_deadline)
+    state = LinkState(options.superlink, options.status)
+    link = Link(options.superlink, ca, key, options.connect_deadline, state)
     link.wait()
     sys.argv = ["flower-supernode", *_flowers(options)]
     keep_private()
@@ -245,7 +251,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     start_client_internal.time = _Clock(options.poll)  # type: ignore[attr-defined, assignment]
     start_client_internal.pull_objects = _pull_objects  # type: ignore[attr-defined]
     start_client_internal._make_fleet_connection_retry_invoker = link.retry_invoker
-    turns = _Turns()
+    turns = _Turns(state)
     start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
     start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
     try:
@@ -254,7 +260,8 @@ def run(options: argparse.Namespace) -> NoReturn:
         sys.stdout.flush()
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     # Flower's loop has ended by an error. Its Runtime API would keep this process alive, and the worker waiting.
-    _end(LinkError(f"the link to {options.superlink} ended; the lines above say why"))
+    where = "the lines above say" if options.log is None else f"{options.log} says"
+    _end(LinkError(f"the link to {options.superlink} ended; {where} why"))
 
 
 def _flowers(options: argparse.Namespace) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import ConfigError
-from common.system.command import Command, address_or_socket, number, program, start_log
+from common.system.command import Command, address_or_socket, number, program, set_aside, start_log
 
 CONNECT_DEADLINE = 120.0  # seconds; Flower takes 60 to notice that an earlier SuperNode with the same key is gone
 
@@ -23,6 +23,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="socket of its Runtime API; in a folder that no other account may enter",
     )
+    parser.add_argument("--status", type=Path, metavar="FILE", help="where to write how the link is, as JSON")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="for Flower's lines (default: among this program's)")
     parser.add_argument("--node-config", metavar="'site=\"FILE\"'", help="names the site file")
     parser.add_argument(
         "--isolation",
@@ -66,6 +68,8 @@ def _run(options: argparse.Namespace) -> NoReturn:
         raise ConfigError(
             "give --superlink HOST:PORT, and --root-certificates FILE (the operator's ca.crt) or --insecure"
         )
+    if options.log is not None:
+        set_aside(options.log)
     from client.connect import link  # imports Flower
 
     link.run(options)

@@ -36,6 +36,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="between two questions for work (default: 0.3)",
     )
     parser.add_argument("--status", type=Path, metavar="FILE", help="where to write the worker's status, as JSON")
+    parser.add_argument("--progress", type=Path, metavar="FILE", help="where to write what the site does, as JSON")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="for lines of libraries (default: among its own)")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -46,7 +48,8 @@ def _run(options: argparse.Namespace) -> None:
     from client.connect.worker_process import RuntimeApi
     from client.connect.worker_supervisor import Options, run  # imports Flower
 
-    run(Options(RuntimeApi(options.runtime_api), options.idle, options.poll, options.status, options.site))
+    api = RuntimeApi(options.runtime_api)
+    run(Options(api, options.idle, options.poll, options.status, options.site, options.progress, options.log))
 
 
 WORKER = Command(

@@ -19,7 +19,7 @@ from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from client.connect.verify import Trust
-from client.connect.worker_process import LONG_LIVED, RuntimeApi
+from client.connect.worker_process import LONG_LIVED, PROGRESS, RuntimeApi
 
 HEARTBEAT_SECONDS = 10.0
 log = logging.getLogger("worker")
@@ -32,19 +32,24 @@ class WorkerProcess:
         bundle: hash of the app bundle that the process is bound to.
         api: the SuperNode's Runtime API, from which the process pulls messages.
         trust: keys and bundles that the site trusts; None: any bundle may run.
+        progress: file for what the site does (``client.progress``); None: no file.
+        log: file for what libraries print; None: standard error.
     """
 
-    def __init__(self, bundle: str, api: RuntimeApi, trust: Trust | None) -> None:
+    def __init__(
+        self, bundle: str, api: RuntimeApi, trust: Trust | None, progress: Path | None = None, log: Path | None = None
+    ) -> None:
         self.bundle = bundle
         self._folder = tempfile.mkdtemp(prefix="fedspan-bundle-")  # new, so that nobody has put code there before
         read, write = os.pipe()
         program = str(Path(__file__).resolve().with_name("worker_process.py"))
         command = [sys.executable, "-P", program, "--runtime-api", api.address, "--tell", str(write)]
+        command += [] if log is None else ["--log", str(log)]
         self.process = subprocess.Popen(  # noqa: S603 - our own file
             command,
             stdin=subprocess.PIPE,
             pass_fds=[write],
-            env={**os.environ, LONG_LIVED: "1"},
+            env={**os.environ, LONG_LIVED: "1"} | ({} if progress is None else {PROGRESS: str(progress)}),
             text=True,
         )
         os.close(write)

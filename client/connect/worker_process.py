@@ -40,6 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
 BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
+PROGRESS = "FEDSPAN_PROGRESS"  # likewise: file for what the site does
 _PATIENCE = 60.0  # seconds that the process tries to reach a SuperNode that does not answer
 _CALL_SECONDS = 30.0  # that a call waits for its answer, as in Flower's client
 # run by its path: an imported module `common` would hide the bundle's own
@@ -180,8 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runtime-api", required=True)
     parser.add_argument("--tell", type=int, required=True)
+    parser.add_argument("--log", type=Path)
     options = parser.parse_args()
-    runpy.run_path(_LOGS)["configure"]("worker")
+    logs = runpy.run_path(_LOGS)
+    logs["configure"]("worker")
+    if options.log is not None:
+        logs["set_aside"](options.log)
     with os.fdopen(options.tell, "w") as tell:
         work(RuntimeApi(options.runtime_api), tell)
 

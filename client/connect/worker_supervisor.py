@@ -79,6 +79,8 @@ class Options:
     poll: float
     status: Path | None
     site: Path | None = None
+    progress: Path | None = None
+    log: Path | None = None
 
 
 class WorkerSupervisor:
@@ -131,9 +133,10 @@ class WorkerSupervisor:
         ):
             self.stop()
         if self._worker is None:
-            self._worker = WorkerProcess(task.fab_hash, self._options.api, self._trust)
+            files = self._options.progress, self._options.log
+            self._worker = WorkerProcess(task.fab_hash, self._options.api, self._trust, *files)
         self._show("working")
-        started, pulled, answering, done = time.monotonic(), None, False, False
+        pulled, answering, done = None, False, False
         with heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._worker):
             for told in self._worker.work(token):
                 pulled, answering = told.get("pulled", pulled), answering or "answering" in told
@@ -150,7 +153,6 @@ class WorkerSupervisor:
             log.error("%s", reason)
             if not answering:  # Flower would take a second answer for the answer to the next message
                 self._fail(token, pulled, reason)
-        log.info("message answered in %.1f s", time.monotonic() - started)
         self._show("idle")
 
     def _fail(self, token: str, pulled: dict[str, str] | None, reason: str) -> None:

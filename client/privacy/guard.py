@@ -42,6 +42,7 @@ def ledger_of(site: SiteConfig, site_file: Path, folder: Path | None = None) -> 
     return site.ledger_file(site_file) if folder is None else folder / site.ledger_name
 
 
+_told: set[tuple[int, str, str]] = set()  # why no scores leave, by ledger and run: the log says so once
 _books: dict[tuple[Path, str], tuple[Ledger, Totals]] = {}  # by file and site, so that a process reads a ledger once
 
 
@@ -234,7 +235,6 @@ class Gate:
         if self._about["message"] == "hello" and isinstance(error, FedSpanError):
             reason = f"{self.site.name}: {reason}"  # the server does not know the site's name yet
         event = "refused" if isinstance(error, PolicyError) else "failed"
-        log.warning("%s of federation %s %s: %s", self._about["message"], self._about["federation"], event, reason)
         if not isinstance(error, LedgerError):
             try:
                 with self._ledger.opened():
@@ -256,11 +256,14 @@ class Gate:
         assert self._federation is not None  # noqa: S101 - the caller has checked
         policy = self.site.policy
         if 0 < rows < policy.min_held_out:
-            log.warning("no scores leave: of %d held-out rows, `policy.min_held_out` is %d", rows, policy.min_held_out)
+            why = f"of {rows} held-out rows, `policy.min_held_out` is {policy.min_held_out}"
         elif rows > 0 and self._totals.evaluations_left(policy, self._federation, self._about["agreement"]) <= 0:
-            log.warning("no scores leave: all evaluations that `policy.max_evaluations` allows are made")
+            why = "all evaluations that `policy.max_evaluations` allows are made"
         else:
             return rows > 0
+        if (told := (id(self._ledger), self._about["run"], why)) not in _told:
+            _told.add(told)
+            log.warning("no scores leave: %s", why)
         return False
 
     def _append(self, facts: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def train(
     autocast: torch.dtype | None,
     seed: str,
     go_on: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Train for one round.
 
@@ -87,6 +88,7 @@ def train(
         seed: seed for the order of rows.
         go_on: count a loss or gradient that is not finite as zero, and let every parameter take part in every step; so
             neither an error nor a weight's decay tells of a row.
+        on_step: called after every step, with the number of steps done and of all.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -122,7 +124,7 @@ def train(
                 batches = [[examples[i] for i in next(for_bases)] for _ in range(galore.refresh_batches)]
                 _refresh(galore, passes, batches, place)
             rows = [examples[i] for i in next(order)]
-            # A gradient scaler must see the gradients before they are projected, so nothing is projected in backward.
+            # A gradient scaler must see gradients before they are projected, so nothing is projected in backward.
             with galore.projecting() if galore is not None and not scaler.is_enabled() else nullcontext():
                 loss = passes.backward([rows], place)
             if watch is not None:
@@ -133,6 +135,8 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss)
+            if on_step is not None:
+                on_step(step + 1, steps)
     optimizer.zero_grad(set_to_none=True)
     model.train(False)
     return TrainResult(
@@ -284,8 +288,7 @@ def _base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 def _shuffled(rows: int, size: int, seed: str, *, carry_over: bool) -> Iterator[list[int]]:
     """Row numbers of one optimizer step after another, each pass in a new order.
 
-    With ``carry_over`` every step has exactly ``size`` rows, and a step may span two passes; without, the last step of
-    a pass has the remaining rows.
+    With ``carry_over`` every step has ``size`` rows and may span two passes; without, a pass's last step has the rest.
     """
     generator = random.Random(seed)  # noqa: S311 - an order, not a secret
     queue: list[int] = []

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from common.errors import ConfigError, FedSpanError
@@ -188,6 +189,18 @@ def start_log(component: str) -> None:
         raise ConfigError(str(error)) from None
 
 
+def set_aside(file: Path) -> None:
+    """Write what this process's libraries print or log to a file, see ``common.system.logs``.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        logs.set_aside(file)
+    except OSError as error:
+        raise ConfigError(f"--log {file} cannot be written ({error.strerror})") from None
+
+
 def _end(line: str, code: int) -> int:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    print(line, file=logs.own(), flush=True)
     return code

@@ -13,10 +13,14 @@ import os
 import sys
 import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 FORMAT, TRACEBACK = "FEDSPAN_LOG", "FEDSPAN_TRACEBACK"  # environment variables
 _KNOWN = ("run", "site", "round", "event")  # given with `extra`
+_OURS = {"root", "join", "link", "site", "worker", "supervisor", "client", "common", "server", "strategies", "deploy"}
+_streams: list[TextIO] = []  # where our lines go, once all others are set aside
 
 
 class _Lines(logging.Formatter):
@@ -84,7 +88,7 @@ def configure(component: str) -> None:
     Raises:
         ValueError: FEDSPAN_LOG is neither "json" nor "text".
     """
-    formatter = _Json(component) if as_json() else _Lines("%(asctime)s %(name)s: %(message)s")
+    formatter = _Json(component) if as_json() else _Lines("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
     root = logging.getLogger()
     if root.handlers:
         return
@@ -96,3 +100,34 @@ def configure(component: str) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("flwr").handlers.clear()  # Flower's own handler would print every line a second time
     sys.excepthook = lambda *error: root.critical("the process ends on an error", exc_info=error)
+
+
+def own() -> TextIO:
+    """The stream of this process's own lines: standard error as it was at the start."""
+    return _streams[0] if _streams else sys.stderr
+
+
+def set_aside(file: Path) -> None:
+    """From now on write what this process's libraries print or log to a file; our own log goes on as before.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    _streams.append(os.fdopen(os.dup(2), "w", buffering=1))
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+    root = logging.getLogger()
+    theirs = logging.StreamHandler(sys.stderr)
+    theirs.addFilter(lambda record: not _is_ours(record))
+    for handler in root.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(own())
+            handler.addFilter(_is_ours)
+            theirs.setFormatter(handler.formatter)
+    root.addHandler(theirs)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] in _OURS

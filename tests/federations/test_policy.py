@@ -52,10 +52,7 @@ def test_site_at_its_limit_refuses_with_a_reason_on_both_sides(run: Path) -> Non
         ("refused", "train", 2),
     ]
     log = (run.parents[1] / "together.log").read_text()
-    assert (
-        len([line for line in log.splitlines() if " client.privacy.guard: " in line and "`max_rounds` is 1" in line])
-        == 1
-    )
+    assert len([line for line in log.splitlines() if " site: " in line and "`max_rounds` is 1" in line]) == 1
 
 
 def test_private_site_sends_noise_and_nothing_else_that_knows_its_rows(run: Path) -> None:

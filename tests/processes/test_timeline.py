@@ -76,6 +76,15 @@ class Party:
         return word.replace("site-a", site)
 
 
+def check_log(log: str) -> None:
+    """A site's log of a run fits on a screen, in FedSpan's own words."""
+    lines = log.splitlines()[1:]  # the first is the command
+    assert len(lines) <= 20, log
+    assert [line for line in lines if re.search(r"flwr|uvicorn|alembic|INFO|SuperNode ID", line)] == []
+    for part in ("link: connected to", "site: coding asks", "site: ready: ", "site: round 1 of 1: "):
+        assert sum(part in line for line in lines) == 1 + (part == "site: round 1 of 1: "), (part, log)
+
+
 def test_documents_lead_from_empty_folders_to_a_trained_model(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     with ProcessGroup(tmp_path / "logs") as group:
@@ -103,6 +112,9 @@ def test_documents_lead_from_empty_folders_to_a_trained_model(tmp_path: Path) ->
         operator.follow("operators.md", 7)
         operator.follow("operators.md", 8, only="status")
         operator.follow("operators.md", 9)
+        for site, hospital in hospitals.items():
+            hospital.follow("hospitals.md", 6, site)
+            check_log((tmp_path / "logs" / f"{site}-join.log").read_text())
         for site, hospital in hospitals.items():
             hospital.follow("hospitals.md", 7, site)
         assert [process.process.poll() for process in (server, *joined)] == [None] * 3  # until they are ended

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 
 from client.connect.link import Link
+from client.watch.link_state import LinkState
 
 
 def test_call_that_a_stopping_superlink_cancels_is_tried_again() -> None:
@@ -18,7 +19,7 @@ def test_call_that_a_stopping_superlink_cancels_is_tried_again() -> None:
         def details(self) -> str:
             return "CANCELLED"
 
-    assert Link("127.0.0.1:1", None, None, 0.0).judge(Cancelled()) is False
+    assert Link("127.0.0.1:1", None, None, 0.0, LinkState("127.0.0.1:1")).judge(Cancelled()) is False
 
 
 def test_loop_that_ends_by_an_error_ends_the_program_though_its_runtime_api_still_serves(tmp_path: Path) -> None:

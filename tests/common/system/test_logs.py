@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +118,38 @@ def test_unknown_format_is_refused_at_a_runs_start(
     monkeypatch.setenv("FEDSPAN_LOG", "xml")
     assert main(command) == 2
     assert capsys.readouterr().err == "error: FEDSPAN_LOG is 'xml'; allowed: json, text\n"
+
+
+ASIDE = """
+import logging, os, pathlib, sys, warnings
+from common.system import logs
+logs.configure("site")
+logging.getLogger("site").info("before")
+logs.set_aside(pathlib.Path(sys.argv[1]))
+logging.getLogger("site").info("round 1")
+logging.getLogger("client.session").warning("ours")
+logging.getLogger("flwr").warning("theirs, logged")
+print("theirs, printed", flush=True)
+os.write(2, b"theirs, native\\n")
+warnings.warn("theirs, warned")
+print("the end", file=logs.own())
+raise KeyError("Jane Doe, born 1970")
+"""
+
+
+def test_lines_of_libraries_are_set_aside_and_ours_are_not(tmp_path: Path) -> None:
+    file = tmp_path / "flower.log"
+    command = [sys.executable, "-P", "-c", ASIDE, str(file)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == ""
+    said = done.stderr.splitlines()
+    assert [line.partition(" site: ")[2] for line in said if " site: " in line] == ["before", "round 1"]
+    assert "the end" in said
+    assert "the process ends on an error" in done.stderr  # a crash is ours to tell
+    aside = file.read_text()
+    assert [kind for kind in ("logged", "printed", "native", "warned") if f"theirs, {kind}" not in aside] == []
+    assert "theirs" not in done.stderr
+    assert "round 1" not in aside
+    assert "Jane" not in done.stderr + aside
+    assert file.stat().st_mode & 0o077 == 0

@@ -1,0 +1,1 @@
+"""Shows a site to its own people while it takes part. Stays at home."""
