@@ -24,6 +24,7 @@ from common.accountant import cost, epsilon
 from common.config.site import PrivacyConfig
 from common.errors import PolicyError
 from common.masking.fixed_point import decode, largest
+from tests.harness.masking import Together
 
 Floats = npt.NDArray[np.float64]
 
@@ -327,3 +328,18 @@ def test_an_update_that_is_not_finite_counts_as_nothing(value: float) -> None:
     words, _ = encode_hidden(np.array([1.0, value, 0.5, 2.0]), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
     noise, _ = encode_hidden(np.zeros(4), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
     assert np.array_equal(words, noise)
+
+
+def test_masks_and_drop_outs_leave_the_survivors_noise_in_the_sum() -> None:
+    members, threshold, count, noise, clip = 5, 3, 30_000, 0.02, 0.5
+    updates = np.random.default_rng(0).normal(0, 0.01, (members, count))
+    source = seeded(9)
+    vectors = [encode_hidden(update, clip, 1.0, members, noise, clip, source)[0] for update in updates]
+    together = Together(members, threshold, count)
+    together.share(lost={4})
+    together.mask(vectors, lost={1})
+    together.sign()
+    found = decode(together.unmask(), clip, 3.0, members, noise) * 3.0
+    exact = sum(clipped(updates[k], clip, 0.0) for k in (0, 2, 3))
+    assert kstest((found - exact) / (noise * math.sqrt(3)), "norm").pvalue > 1e-4
+    assert kstest((found - exact) / (noise * math.sqrt(2)), "norm").pvalue < 1e-9
