@@ -215,8 +215,8 @@ def run() -> Table:
             f"{len(train.labels):,} titles of ICD-10-CM in all, dealt out to the sites; a head of 770 numbers; "
             f"{SEEDS} seeds; clip {LOCAL.clip:g}, noise multiplier {LOCAL.noise_multiplier:g}.",
             "none: clipped as the others. local: every site adds all of the noise. shared: as many sites as the",
-            "threshold T add as much together, and nobody drops out. T left: all others drop out of every round before they",
-            "send. Whoever knows the noise of some sites takes it off: then the epsilons further right hold.",
+            "threshold T add as much together, and nobody drops out. T left: all others drop out of every round before",
+            "they send. Whoever knows the noise of some sites takes it off: then the epsilons further right hold.",
             f"Drawing the noise of {_DRAWN:,} numbers, the demo's at rank 16: {seconds_to_draw(_DRAWN):.2f} s.",
         ],
     )
