@@ -218,12 +218,19 @@ def test_stranger_is_told_why_the_superlink_does_not_let_it_in(gate: Gate) -> No
         assert all(part in said for part in parts), said
 
 
-def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_let_in(gate: Gate) -> None:
+def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_let_in(
+    gate: Gate, tmp_path: Path
+) -> None:
     here = f"127.0.0.1:{gate.port}"
+    status, flowers = tmp_path / "link.json", tmp_path / "flower.log"
+    more = {"late": ["--status", str(status), "--log", str(flowers)]}
     nodes = {
-        site: gate.supernode(here, *gate.ca, *gate.key(site), deadline=SECONDS) for site in ("site-b", "site-c", "late")
+        site: gate.supernode(here, *gate.ca, *gate.key(site), *more.get(site, []), deadline=SECONDS)
+        for site in ("site-b", "site-c", "late")
     }
     wait_for(lambda: {"site-b", "site-c"} <= gate.online(), SECONDS, every=1.0)
+    wait_for(status.exists, SECONDS)
+    assert json.loads(status.read_text())["state"] == "refused"  # though its connection is open
     registry.revoke(gate.register, "site-b")
     expire(gate.register, "site-c")
     registry.add(gate.register, "late", gate.folder / "late.pub", None)  # it has been trying since
@@ -233,5 +240,12 @@ def test_revoked_and_expired_sites_are_shut_out_while_connected_and_late_ones_le
         assert f"has shut the key {mark} out: it was revoked, or has expired" in last_words(nodes[site])
     assert sorted(text.partition(" ")[0] for text in gate.told) == ["site-b", "site-c"]
     wait_for(lambda: "late" in gate.online(), SECONDS, every=1.0)
+    wait_for(lambda: json.loads(status.read_text())["state"] == "up", SECONDS)
+    said = nodes["late"].log.read_text().splitlines()[1:]
+    assert [line.partition(" link: ")[2][:34] for line in said] == [
+        f"{here} does not let the key SHA256"[:34],
+        f"connected to {here}; waiting to be asked"[:34],
+    ]
+    assert "Starting Flower SuperNode" in flowers.read_text()
     again = gate.supernode(here, *gate.ca, *gate.key("site-b"))
     assert "does not let the key" in last_words(again)
