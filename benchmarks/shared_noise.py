@@ -25,11 +25,11 @@ from benchmarks.experiments.private import CHAPTERS, PRIVACY
 from benchmarks.table import Cell, Table
 from client.privacy.guarantee import guarantee
 from client.privacy.noise import private
-from client.privacy.shared_noise import add_noise, encode_hidden
 from common.accountant import cost, epsilon
 from common.config.site import PrivacyConfig
 from common.masking import primitives
 from common.masking.fixed_point import Words, decode
+from common.masking.noise import Numbers, add_noise, encode_hidden
 from common.masking.parts import SumId, shown
 from common.masking.server import ServerSum
 from common.masking.site import SiteSum
@@ -103,8 +103,8 @@ def masked_mean(changes: list[Tensors], left: int, threshold: int, part: float, 
         server.add_shares(member, site.share(server.listing.raw))
     ids, sites = ids[:left], sites[:left]
     for member, site, own in zip(ids, sites, changes[:left], strict=True):
-        vector = torch.cat([tensor.flatten() for tensor in own.values()]).numpy()
-        words, _ = encode_hidden(vector, LOCAL.clip, 1.0, clients, part, LOCAL.clip)
+        update = [Numbers(LOCAL.clip, tensor.numel(), tensor.flatten().numpy) for tensor in own.values()]
+        words, _ = encode_hidden(update, 1.0, clients, part, LOCAL.clip)
         server.add_vector(member, site.mask(server.shares_for(member), words, b"state"))
     for member, site in zip(ids, sites, strict=True):
         server.add_signature(member, site.sign(server.survivors))

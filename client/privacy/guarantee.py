@@ -17,7 +17,6 @@ from common.config.federation import FederationConfig
 from common.config.site import PrivacyConfig
 from common.errors import PolicyError
 
-LEAST_STD = 2**10  # standard deviation of one site's part, in steps of the grid
 _COARSE = 2.0**-18
 
 

@@ -197,7 +197,7 @@ class Gate:
         norm = norm if out["tensors"] else None
         privacy = self.site.privacy
         if privacy is not None and privacy.noise == "shared":
-            if bare := [name for name, (dtype, *_) in out["tensors"].items() if dtype != "uint32"]:
+            if bare := [name for name, (dtype, *_) in out["tensors"].items() if dtype != "int32"]:
                 raise PolicyError(f"{bare[0]} does not leave: with `privacy.noise` shared only masked integers do")
         for name in out["tensors"]:
             weight = name.partition("/")[0]  # a factor's name begins with its weight's

@@ -25,7 +25,7 @@ _GRID = 2.0**-20  # in units of the noise's standard deviation: sent numbers are
 def private(changes: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
     """Clip the changes jointly and add noise; float32 on the CPU.
 
-    With `noise` shared they are only clipped: ``client.privacy.shared_noise`` adds the noise when they are integers.
+    With `noise` shared they are only clipped: ``common.masking.noise`` adds the noise when they are integers.
 
     Args:
         changes: the whole update: each tensor's change, by name.

@@ -362,7 +362,7 @@ def test_with_shared_noise_no_tensor_leaves_that_is_not_masked(tmp_path: Path, m
     gate.charge(TENSOR.nbytes, 0)
     with pytest.raises(PolicyError, match="only masked integers do"):
         gate.admit([(NAME, TENSOR)], [], 9, 1.0)
-    gate.admit([(NAME, TENSOR.to(torch.uint32))], [], 9, 1.0)
+    gate.admit([(NAME, TENSOR.to(torch.int32))], [], 9, 1.0)
     told = summary(tmp_path / "site-a-ledger.jsonl")
     assert f"epsilon {epsilon(cost(4.5), 1e-5):.4g} at delta 1e-05, of at most 5." in told
     assert "holds against the server and 1 other sites together" in told

@@ -1,14 +1,15 @@
 """Noise that the sites of a masked sum share: each adds a part, and only the sum has enough (decision 034).
 
-A site clips its vector so that rounding cannot lengthen it beyond ``clip``, encodes it as integers, and adds a discrete
-Gaussian to each before it masks them. Discrete, because only integers can be masked, and because floating-point noise
-reveals its own last bits (Mironov, CCS 2012).
+A site clips its update so that rounding cannot lengthen it beyond its clipping norm, encodes it as integers, and adds a
+discrete Gaussian to each before it masks them. Discrete, because only integers can be masked, and because
+floating-point noise reveals its own last bits (Mironov, CCS 2012).
 """
 
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -16,11 +17,11 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
-from client.privacy.guarantee import LEAST_STD
 from common.errors import PolicyError
 from common.masking.fixed_point import Words, encode, step
 
 Source = Callable[[int], bytes]  # so many random bytes
+LEAST_STD = 2**10  # for a part of the noise, in steps of the grid: what is told of its cost holds from there on
 _CHUNK = 2**15  # numbers at a time: what a core's cache holds
 _TAKEN = 1.5  # proposals for each number; 1.40 are needed on average
 _UNSURE = 2.0**-44  # the error of a probability in float64 is far below
@@ -47,68 +48,95 @@ def secure_source() -> Source:
     return lambda size: stream.update(bytes(size))
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Some numbers of an update that have one bound.
+
+    Attributes:
+        bound: largest absolute value, positive.
+        count: how many there are.
+        values: gives them; called twice, so that only some are in memory.
+        open: they depend on no row, so they are neither clipped together with the others nor noised.
+    """
+
+    bound: float
+    count: int
+    values: Callable[[], npt.NDArray[np.floating]]
+    open: bool = False
+
+    def part(self, noise: float) -> float:
+        """The part of the noise that they get."""
+        return 0.0 if self.open else noise
+
+
 def encode_hidden(
-    values: npt.NDArray[np.floating],
-    bound: float,
+    update: Sequence[Numbers],
     weight: float,
     clients: int,
-    noise: float,
-    clip: float | None,
+    noise: float = 0.0,
+    clip: float | None = None,
     source: Source | None = None,
 ) -> tuple[Words, int]:
-    """Encode a site's numbers with its part of the shared noise; what a site masks.
+    """Encode a site's update with its part of the shared noise, to be masked.
 
     Args:
-        values: all numbers of the update.
-        bound: largest absolute value, positive.
+        update: all numbers.
         weight: the site's weight, from 0 to 1.
         clients: number of sites whose vectors are added.
-        noise: standard deviation of a site's part, `secure_aggregation.noise`.
-        clip: L2 norm to which this site clips its update; None: it is not clipped, and only adds noise for the others.
+        noise: standard deviation of a site's part, `secure_aggregation.noise`; 0: none.
+        clip: L2 norm to which the site clips its update; None: it is not clipped, and noise only hides the others.
         source: generator; None: a new secure one.
 
     Returns:
-        The words, and how many numbers were beyond the bound.
+        The words, and how many numbers were beyond their bounds.
 
     Raises:
-        PolicyError: the weight is above 1, or the grid is too coarse for the noise.
+        PolicyError: the weight is above 1, or the grid is too coarse for the noise or the clipping norm.
     """
     if not 0 <= weight <= 1:
-        raise PolicyError(f"this site's weight in a sum with noise is {weight:g}; allowed: 0 to 1")
-    grid = step(bound, clients, noise)
-    std = steps_of(noise, grid)
-    words, beyond = encode(values if clip is None else clipped(values, clip, grid), bound, weight, clients, noise)
-    add_noise(words, std, source)
+        raise PolicyError(f"this site's weight in a masked sum is {weight:g}; allowed: 0 to 1")
+    source, kept = source or secure_source(), 1.0 if clip is None else _kept(update, clients, noise, clip)
+    words, beyond, at = np.empty(sum(some.count for some in update), np.uint32), 0, 0
+    for some in update:
+        values, part = some.values(), some.part(noise)
+        if not some.open:  # not finite: nothing is sent of it
+            values = values * kept if kept > 0 else np.zeros(some.count)
+        encoded, clipped = encode(values, some.bound, weight, clients, part)
+        if part:
+            add_noise(encoded, steps_of(part, step(some.bound, clients, part)), source)
+        words[at : at + some.count] = encoded
+        beyond, at = beyond + clipped, at + some.count
     return words, beyond
 
 
-def clipped(values: npt.NDArray[np.floating], clip: float, grid: float) -> npt.NDArray[np.float64]:
-    """Scale a vector down, so that its L2 norm is at most ``clip`` also after rounding to multiples of ``grid``.
+def _kept(update: Sequence[Numbers], clients: int, noise: float, clip: float) -> float:
+    """The share of an update that is kept, so that it is no longer than ``clip`` even when it is rounded; 0: none.
 
-    A weight of at most 1 may be multiplied before it is rounded. A vector that is not finite becomes 0.
+    A weight of at most 1 may be multiplied before the update is rounded. Rounding moves a number by half a step of its
+    grid at most.
 
     Raises:
-        PolicyError: rounding alone may reach ``clip``.
+        PolicyError: rounding alone may be longer.
     """
-    exact = np.asarray(values, np.float64).reshape(-1)
-    limit = clip - grid * math.sqrt(exact.size) / 2  # rounding moves each number by half a step at most
+    hidden = [some for some in update if not some.open]
+    limit = clip - math.sqrt(sum(some.count * step(some.bound, clients, noise) ** 2 for some in hidden)) / 2
     if limit <= 0:
         raise PolicyError(
-            f"this site's privacy: `clip` is {clip:g}, but rounding {exact.size:,} numbers to multiples of {grid:.3g} "
-            f"may change an update by {clip - limit:.3g}"
+            f"this site's privacy: `clip` is {clip:g}, but rounding to the steps of the masked numbers may change an "
+            f"update by {clip - limit:.3g}"
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        norm = float(np.linalg.norm(exact))
+        norm = math.hypot(*(float(np.linalg.norm(np.asarray(some.values(), np.float64))) for some in hidden))
     if not math.isfinite(norm):
-        return np.zeros_like(exact)
-    return exact * min(1.0, limit * (1 - _MARGIN) / norm) if norm > 0 else exact
+        return 0.0
+    return min(1.0, limit * (1 - _MARGIN) / norm) if norm > 0 else 1.0
 
 
 def steps_of(std: float, grid: float) -> int:
     """A standard deviation in steps of the grid, rounded up.
 
     Raises:
-        PolicyError: the grid is too coarse for the accounting in ``client.privacy.guarantee``.
+        PolicyError: the grid is coarser than the accounting allows.
     """
     steps = math.ceil(std / grid)
     if steps < LEAST_STD:

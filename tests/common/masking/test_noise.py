@@ -2,6 +2,8 @@
 
 import math
 from decimal import Decimal, getcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,21 +11,22 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.stats import chi2, chisquare, kstest
 
-from client.privacy.guarantee import LEAST_STD, guarantee, honest_parts, most_sites
-from client.privacy.shared_noise import (
+from client.privacy.guarantee import guarantee, honest_parts, most_sites
+from common.accountant import cost, epsilon
+from common.config.site import PrivacyConfig
+from common.errors import PolicyError
+from common.masking.fixed_point import Words, decode, encode, largest
+from common.masking.noise import (
     _EXACT,
+    LEAST_STD,
+    Numbers,
     Source,
     add_noise,
-    clipped,
     discrete_gaussian,
     encode_hidden,
     secure_source,
     steps_of,
 )
-from common.accountant import cost, epsilon
-from common.config.site import PrivacyConfig
-from common.errors import PolicyError
-from common.masking.fixed_point import decode, largest
 from tests.harness.masking import Together
 
 Floats = npt.NDArray[np.float64]
@@ -68,7 +71,7 @@ def test_large_deviations_are_gaussian_down_to_the_last_bits(std: int) -> None:
     assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 5 / math.sqrt(len(drawn))
 
 
-class Words:
+class Chosen:
     """A source of chosen 64-bit words for the first proposals; later ones are random."""
 
     def __init__(self, words: list[int], more: list[bytes]) -> None:
@@ -85,7 +88,7 @@ class Words:
 
 def first(words: list[int], more: list[bytes], std: int) -> int:
     """The first number of a sampler that is given these words: the first that is taken."""
-    source = Words(words, more)
+    source = Chosen(words, more)
     drawn = int(discrete_gaussian(1, std, source)[0])
     assert source.more == []
     return drawn
@@ -132,27 +135,49 @@ def test_noise_is_added_modulo_the_word() -> None:
     assert ((words + np.uint32(5)).view(np.int32)).std() == pytest.approx(2000 * math.sqrt(2), rel=0.02)
 
 
+def hidden(values: Floats, bound: float, *arguments: Any) -> tuple[Words, int]:
+    """An update of one tensor."""
+    return encode_hidden([Numbers(bound, values.size, lambda: values)], *arguments)
+
+
 @given(
-    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50),
+    st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=30), min_size=1, max_size=3),
     st.floats(1e-2, 1e3),
-    st.floats(1e-4, 1.0),
+    st.floats(1e-3, 0.5),
     st.floats(1e-6, 1.0),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_rounded_vector_is_never_longer_than_the_clip(
-    values: list[float], clip: float, of_clip: float, weight: float
+def test_a_rounded_update_is_never_longer_than_the_clip(
+    tensors: list[list[float]], clip: float, of_clip: float, weight: float
 ) -> None:
-    step = clip * of_clip
-    if step * math.sqrt(len(values)) / 2 >= clip:
+    arrays = [np.array(values, np.float32) for values in tensors]
+    grids = [clip * of_clip / 3**k for k in range(len(arrays))]  # tensors have bounds, so grids, of their own
+    update = [Numbers(g * largest(3), a.size, partial(np.array, a)) for g, a in zip(grids, arrays, strict=True)]
+    limit = clip - math.sqrt(sum(a.size * g**2 for g, a in zip(grids, arrays, strict=True))) / 2
+    if limit <= 0:
         with pytest.raises(PolicyError, match="rounding"):
-            clipped(np.array(values), clip, step)
+            encode_hidden(update, weight, 3, 0.0, clip)
         return
-    kept = clipped(np.array(values, np.float32), clip, step)
-    integers = np.rint(kept * (weight / step)).astype(np.int64)
-    assert sum(int(n) ** 2 for n in integers) * Decimal(step) ** 2 <= Decimal(clip) ** 2
-    norm = float(np.linalg.norm(np.array(values, np.float32).astype(np.float64)))
-    limit = clip - step * math.sqrt(len(values)) / 2
-    assert float(np.linalg.norm(kept)) == pytest.approx(min(norm, limit), rel=1e-6)
+    words, beyond = encode_hidden(update, weight, 3, 0.0, clip)
+    assert beyond == 0
+    parts = np.split(words.view(np.int32), np.cumsum([a.size for a in arrays])[:-1])
+    square = sum(Decimal(g) ** 2 * sum(int(n) ** 2 for n in part) for g, part in zip(grids, parts, strict=True))
+    assert square <= Decimal(clip) ** 2
+    norm = math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in arrays))
+    kept = weight * min(1.0, limit / norm) if norm else 0.0
+    for g, array, part in zip(grids, arrays, parts, strict=True):  # all are scaled alike
+        assert np.abs(part - kept * array / g).max() <= 0.5 + 1e-5 * np.abs(part).max()
+
+
+def test_numbers_that_depend_on_no_row_are_exact_beside_the_noise() -> None:
+    update = [
+        Numbers(1.0, 4000, lambda: np.full(4000, 0.5)),
+        Numbers(1e-3, 1, lambda: np.array([-7e-4]), open=True),
+    ]
+    words, beyond = encode_hidden(update, 0.5, 3, 2.0, 1e-2, seeded(3))
+    assert np.array_equal(words[4000:], encode(np.array([-7e-4]), 1e-3, 0.5, 3)[0])
+    assert beyond == 0
+    assert decode(words[:4000], 1.0, 1.0, 3, 2.0).std() == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_deviation_is_rounded_up_and_a_coarse_grid_is_refused() -> None:
@@ -290,7 +315,7 @@ def test_the_sum_is_that_of_the_clipped_updates_with_the_noise_of_all_sites(clie
     updates, weights = generator.normal(0, 0.01, (clients, count)), generator.uniform(0.1, 1.0, clients)
     total, source = np.zeros(count, np.uint32), seeded(clients)
     for update, weight in zip(updates, weights, strict=True):
-        words, beyond = encode_hidden(update, bound, weight, clients, noise, clip, source)
+        words, beyond = hidden(update, bound, weight, clients, noise, clip, source)
         total += words
         assert beyond == 0
     found = decode(total, bound, weights.sum(), clients, noise) * weights.sum()
@@ -308,7 +333,7 @@ def test_a_sum_has_room_for_numbers_at_the_bound_and_eleven_deviations_of_the_no
     clients, count, source = 3, 50_000, seeded(3)
     total = np.zeros(count, np.uint32)
     for _ in range(clients):
-        total += encode_hidden(np.full(count, 2.0), 2.0, 1.0, clients, 1.0, None, source)[0]
+        total += hidden(np.full(count, 2.0), 2.0, 1.0, clients, 1.0, None, source)[0]
     found = decode(total, 2.0, 3.0, clients, 1.0)
     assert found.min() > 2.0 - 6 / math.sqrt(3)
     assert found.mean() == pytest.approx(2.0, abs=0.02)
@@ -316,17 +341,17 @@ def test_a_sum_has_room_for_numbers_at_the_bound_and_eleven_deviations_of_the_no
 
 def test_a_weight_above_one_or_a_grid_too_coarse_is_refused() -> None:
     with pytest.raises(PolicyError, match="allowed: 0 to 1"):
-        encode_hidden(np.ones(3), 1.0, 1.5, 3, 0.1, 1.0)
+        hidden(np.ones(3), 1.0, 1.5, 3, 0.1, 1.0)
     with pytest.raises(PolicyError, match=r"`secure_aggregation\.noise` is 1e-06, .* steps"):
-        encode_hidden(np.ones(3), 1.0, 1.0, 3, 1e-6, 1.0)
-    with pytest.raises(PolicyError, match="rounding 3 numbers"):
-        encode_hidden(np.ones(3), 1.0, 1.0, 3, 0.01, 1e-12)
+        hidden(np.ones(3), 1.0, 1.0, 3, 1e-6, 1.0)
+    with pytest.raises(PolicyError, match="rounding to the steps"):
+        hidden(np.ones(3), 1.0, 1.0, 3, 0.01, 1e-12)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e200])
 def test_an_update_that_is_not_finite_counts_as_nothing(value: float) -> None:
-    words, _ = encode_hidden(np.array([1.0, value, 0.5, 2.0]), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
-    noise, _ = encode_hidden(np.zeros(4), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
+    words, _ = hidden(np.array([1.0, value, 0.5, 2.0]), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
+    noise, _ = hidden(np.zeros(4), 1.0, 1.0, 3, 1.0, 1.0, seeded(0))
     assert np.array_equal(words, noise)
 
 
@@ -334,12 +359,12 @@ def test_masks_and_drop_outs_leave_the_survivors_noise_in_the_sum() -> None:
     members, threshold, count, noise, clip = 5, 3, 30_000, 0.02, 0.5
     updates = np.random.default_rng(0).normal(0, 0.01, (members, count))
     source = seeded(9)
-    vectors = [encode_hidden(update, clip, 1.0, members, noise, clip, source)[0] for update in updates]
+    vectors = [hidden(update, clip, 1.0, members, noise, clip, source)[0] for update in updates]
     together = Together(members, threshold, count)
     together.share(lost={4})
     together.mask(vectors, lost={1})
     together.sign()
     found = decode(together.unmask(), clip, 3.0, members, noise) * 3.0
-    exact = sum(clipped(updates[k], clip, 0.0) for k in (0, 2, 3))
+    exact = sum(update * min(1.0, clip / float(np.linalg.norm(update))) for update in updates[[0, 2, 3]])
     assert kstest((found - exact) / (noise * math.sqrt(3)), "norm").pvalue > 1e-4
     assert kstest((found - exact) / (noise * math.sqrt(2)), "norm").pvalue < 1e-9
