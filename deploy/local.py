@@ -22,6 +22,7 @@ from server.operate.site_files import check_sites
 from server.operate.supervise import Supervised, follow
 from server.run.folder import check_resumable, read_lines, refuse_existing
 from server.superlink.process import OwnSuperLink, environment, sockets
+from server.tracking.trackers import check_trackers
 
 _POLL = ("--poll", "0.5")  # seconds between a SuperNode's questions for messages
 
@@ -52,6 +53,7 @@ def make_plan(source: Path, runs: Path, name: str | None, *, resume: bool = Fals
         check_resumable(run_dir, federation)
     else:
         refuse_existing(run_dir)
+    check_trackers(federation)
     sites = check_sites(map(Path, federation.local.sites), federation, source)
     events = len(read_lines(run_dir / "events.jsonl"))
     return Plan(federation, sites, run_dir, resume=resume, events=events)

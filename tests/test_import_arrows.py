@@ -21,10 +21,11 @@ PRODUCT = tuple(FORBIDDEN)
 ROOMS = {
     "server": {"server/loop", "server/run"},
     "server/loop": {"server/run"},
-    "server/run": set(),
+    "server/run": {"server/tracking"},
+    "server/tracking": set(),
     "server/superlink": {"server/run"},
     "server/report": {"server/run"},
-    "server/operate": {"server/superlink", "server/report", "server/run"},
+    "server/operate": {"server/superlink", "server/report", "server/run", "server/tracking"},
     "client": {"client/privacy", "client/training"},
     "client/privacy": set(),
     "client/training": set(),
@@ -169,8 +170,9 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     assert [name for name in code if name.startswith(AT_HOME)] == []
     # A site reads what hospitals have: readers of tables, folders and DICOM, and a look at what a model's files say.
     # A finished model tells what it is and how it is used: its card and its folder, the same at server and sites.
-    assert len(code) <= 116
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 15_000
+    # Trackers, six short files, are the only way of a number out of the federation: it can be read, too.
+    assert len(code) <= 123
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 15_310
 
 
 def test_only_named_files_know_flower() -> None:

@@ -15,6 +15,7 @@ from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig,
 from common.config.section import DataConfig, Digest, ModelSource, Name, Section, resolve
 from common.config.strategy import StrategyConfig
 from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
+from common.config.tracking import TrackingConfig
 from common.config.training import TrainingConfig
 from common.errors import ConfigError
 
@@ -167,6 +168,7 @@ class FederationConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig | None = Field(None, description="Trackers that the server feeds beside TensorBoard.")
     local: LocalConfig | None = None
 
     @field_validator(*_ONE_WORD, mode="before")
@@ -211,7 +213,7 @@ def settings_for_sites(federation: FederationConfig) -> str:
     a round's change of the state, because a site accepts no larger change (``client.reach``).
     """
     settings = federation.model_dump(mode="json")
-    for key in ("local", "checkpoint", "aggregation"):
+    for key in ("local", "checkpoint", "aggregation", "tracking"):
         del settings[key]
     settings["admission"] = {key: settings["admission"][key] for key in ("max_noise", "max_rows")}
     settings["cohort"] = {"min_clients": federation.cohort.min_clients}

@@ -116,6 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     from server.superlink import signatures
     from server.superlink.bundle import ROOT
     from server.superlink.process import OwnSuperLink, environment, sockets
+    from server.tracking.trackers import check_trackers
 
     running = _elsewhere(options)
     tls = tls_of(options) if running is None else None
@@ -124,6 +125,7 @@ def _run(options: argparse.Namespace) -> int:
     source = options.federation.resolve()
     federation = resolved(load(source, FederationConfig), source)
     check_source(federation, source)
+    check_trackers(federation, environment=running is None)
     run_dir: Path = (options.runs / (options.name or federation.name)).resolve()
     begun = read_run(run_dir) if options.resume_if_begun else {}
     if begun.get("status") == "completed":

@@ -87,6 +87,7 @@ KINDS: dict[str, Kind] = {
     "started": Kind("rounds strategy trained_tensors trained_parameters model_parameters", _started),
     "resumed": Kind("round lost", _resumed, stays=True),
     "checkpoint_damaged": Kind("reason", "checkpoint damaged: {reason}", WARNING),
+    "tracker_failed": Kind("reason", "{reason}", WARNING),
     "finished": Kind("seconds", state="done"),
     "failed": Kind("reason kind causes", level=ERROR),
     "interrupted": Kind("reason", level=ERROR),

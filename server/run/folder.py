@@ -9,7 +9,7 @@
     metrics.jsonl     numbers: one record per round, site and phase
     checkpoints/      the state after the last rounds, to resume from
     samples.json      the server's own questions, answered before and after
-    tensorboard/      the same numbers for TensorBoard
+    tensorboard/      the same numbers for TensorBoard; wandb/ for W&B, if the federation file wants it
     model/            the fine-tuned result
     report.html       the report: one page about the run
     supervisor.json   the process that supervises the run (``server.run.supervisor_lock``)
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,20 +37,20 @@ from common.system.files import hold, is_held, write_atomically
 from common.system.machine import machine, versions
 from common.text import one_line
 from server.run.events import log_event, new_event
+from server.tracking.trackers import Trackers, flat
 
 FEDERATION = "federation.yaml"
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint
 #: A folder that holds any of these holds a run, or the rest of one.
 _RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", CHECKPOINTS)
 _LOCK = ".lock"
+_MAY_CHANGE = ("local", "tracking")  # sections of the federation file that may be others when a run is resumed
 
 
 class RunFolder:
     """Writes a run's folder, which is locked until it is closed. Make one with ``create`` or ``reopen``."""
 
     def __init__(self, path: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = path
         lock = hold(path / _LOCK)
         if lock is None:
@@ -57,7 +58,7 @@ class RunFolder:
         self._lock = lock
         self._started = time.time()
         self._run: dict[str, Any] = {}
-        self._board = SummaryWriter(str(path / "tensorboard"))
+        self._trackers: Trackers | None = None
 
     @classmethod
     def create(cls, path: Path, federation: FederationConfig) -> "RunFolder":
@@ -86,6 +87,7 @@ class RunFolder:
                 "machine": machine(),
             }
         )
+        folder._track(federation)
         return folder
 
     @classmethod
@@ -94,7 +96,7 @@ class RunFolder:
 
         Args:
             path: the run's folder.
-            federation: the federation file's content, with absolute paths; only ``local`` may have changed.
+            federation: the federation file's content, with absolute paths; ``local`` and ``tracking`` may have changed.
 
         Raises:
             RunFolderError: there is no run to resume, or the federation file has changed; the text names the change.
@@ -103,11 +105,12 @@ class RunFolder:
         folder = cls(path)  # from here on this process holds the folder's lock
         folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         folder.model_info({"status": "running", "reason": None})
+        folder._track(federation)
         return folder
 
     def close(self) -> None:
         """Release the folder's lock, so that another server may write."""
-        self._board.close()
+        self._end_trackers()
         os.close(self._lock)
 
     def same_models(self, digests: Mapping[str, str]) -> None:
@@ -145,13 +148,10 @@ class RunFolder:
         log_event(self.path.name, event)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Write the numbers of one round, client and phase (train, evaluate or aggregate), also for TensorBoard."""
+        """Write the numbers of one round, client and phase (train, evaluate or aggregate), also for the trackers."""
         self._append("metrics.jsonl", dict(record))
-        for section in ("train", "evaluate", "seconds", "bytes", "diagnostics"):
-            for key, value in record.get(section, {}).items():
-                if value is not None and math.isfinite(value):
-                    tag = f"{section}/{key}/{record['client']}"
-                    self._board.add_scalar(tag, value, record["round"])
+        if self._trackers is not None:
+            self._trackers.log(record)
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         """Write questions from the server's own set with the answers before and after; never a site's rows."""
@@ -175,7 +175,20 @@ class RunFolder:
         """Note that the run was stopped and can be resumed."""
         self._end("interrupted", "the server was stopped, by Flower or a signal")
 
+    def _track(self, federation: FederationConfig) -> None:
+        """Open the trackers; they know a resumed run by its id."""
+        self.model_info({"id": self._run.get("id", uuid.uuid4().hex)})
+        self._trackers = Trackers(
+            self.path, federation, self._run["id"], lambda reason: self.event("tracker_failed", reason=reason)
+        )
+
+    def _end_trackers(self, status: str = "interrupted") -> None:
+        if self._trackers is not None:
+            self._trackers.end(status)
+            self._trackers = None
+
     def _end(self, status: str, reason: str | None, **error: object) -> None:
+        self._end_trackers(status)
         seconds = round(time.time() - self._started, 3)
         if reason is None:
             self.event("finished", seconds=seconds)
@@ -234,18 +247,10 @@ def check_resumable(path: Path, federation: FederationConfig) -> None:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The differences between two federation files outside ``local``, in words; empty when there are none."""
-    then, now = (_flat({k: v for k, v in data.items() if k != "local"}) for data in (before, after))
+    """The differences between two federation files, in words; empty when there are none that matter to the result."""
+    then, now = (flat({k: v for k, v in data.items() if k not in _MAY_CHANGE}) for data in (before, after))
     changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
     return "; ".join(f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to one mapping with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def read_run(path: Path) -> dict[str, Any]:

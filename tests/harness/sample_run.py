@@ -58,8 +58,8 @@ def scores(who: str, version: int) -> dict[str, float]:
     }
 
 
-def begin(path: Path) -> RunFolder:
-    folder = RunFolder.create(path, resolved(federation(), path.parent / "federation.yaml"))
+def begin(path: Path, **changes: object) -> RunFolder:
+    folder = RunFolder.create(path, resolved(federation(**changes), path.parent / "federation.yaml"))
     shapes = {f"model.layers.{i}.mlp.{m}_proj.weight": [1536, 576] for i in range(10) for m in ("gate", "up", "down")}
     folder.model_info({"base_digest": "8e79005e" * 8, "tokenizer_digest": "1586ad1f" * 8, "trained": shapes})
     folder.event(
@@ -122,8 +122,8 @@ def play_round(folder: RunFolder, number: int) -> None:
     folder.event("round_finished", round=number, seconds=80.0, bytes_down=106_200_000 * 3, bytes_up=moved)
 
 
-def completed(path: Path) -> Path:
-    folder = begin(path)
+def completed(path: Path, **changes: object) -> Path:
+    folder = begin(path, **changes)
     for number in range(1, ROUNDS + 1):
         play_round(folder, number)
     for who in START:

@@ -1,0 +1,1 @@
+"""Trackers, which get a run's numbers: TensorBoard always, MLflow and Weights & Biases on request."""
