@@ -8,9 +8,11 @@ from client.connect.trust import read_trust
 from client.preflight.context import CheckContext
 from client.preflight.finding import Finding, Skip
 from client.privacy.agreement import agreements_of, make_agreement, read_agreements
+from client.privacy.guarantee import in_federation
 from client.privacy.guard import Gate, ledger_of
 from client.privacy.ledger import verify
 from common.accountant import cost, epsilon
+from common.config.federation import FederationConfig
 from common.config.site import PrivacyConfig
 from common.protocol import wire
 from common.protocol.messages import Declared, TrainRequest
@@ -61,22 +63,26 @@ def ledger(subject: CheckContext) -> Finding:
 
 
 def noise(subject: CheckContext) -> Finding:
-    """Clip against noise in the mean of ``cohort.min_clients`` sites that all add as much: of a round, of the run."""
+    """Clip against noise in the mean of ``cohort.min_clients`` sites that all add as much: of a round, of the run.
+
+    Raises:
+        PolicyError: the sites' shared noise is less than the site asks for.
+    """
     privacy, settings = subject.site.privacy, subject.settings
     if privacy is None:
         raise Skip("the site file has no `privacy`")
     rule, tensors = make_rule(settings.strategy, seed=settings.training.seed), dict(subject.tuned.parameters)
     active = [{name: tensors[name] for name in rule.active(number, list(tensors))} for number in (1, 2)]
     numbers = max(noised_numbers(sent, settings.strategy) for sent in active)
-    rounds = min(affordable(privacy, settings.rounds), settings.rounds)
-    found = f"{numbers:,} numbers a round; signal at most {privacy.clip:g}, noise {_norm(privacy, numbers, 1):.3g}"
+    rounds, part = affordable(privacy, settings), in_federation(privacy, settings).part * math.sqrt(numbers)
+    found = f"{numbers:,} numbers a round; signal at most {privacy.clip:g}, noise {part:.3g}"
     if rounds == 0:
         mend = "a larger `privacy.max_epsilon` or `privacy.noise_multiplier` in the site file"
         return Finding("FAIL", f"{found}; not one round stays within epsilon {privacy.max_epsilon:g}", mend)
     sites = settings.cohort.min_clients
-    found += f", in the mean of {sites} sites {_norm(privacy, numbers, sites):.3g}"
+    found += f", in the mean of {sites} sites {part / math.sqrt(sites):.3g}"
     # Signals of rounds add up at best, noise by its square.
-    ratio = math.sqrt(rounds) * privacy.clip / _norm(privacy, numbers, sites)
+    ratio = math.sqrt(rounds * sites) * privacy.clip / part
     found += (
         f"; {rounds} of {settings.rounds} rounds within epsilon {privacy.max_epsilon:g}, over them {ratio:.2g} to 1"
     )
@@ -89,21 +95,16 @@ def noise(subject: CheckContext) -> Finding:
     return Finding("ok", found)
 
 
-def affordable(privacy: PrivacyConfig, most: int) -> int:
-    """How many rounds, of so many at most, a budget that nothing was spent of allows."""
-    low, high = 0, most
+def affordable(privacy: PrivacyConfig, federation: FederationConfig) -> int:
+    """How many of a federation's rounds a budget that nothing was spent of allows."""
+    low, high, one = 0, federation.rounds, cost(in_federation(privacy, federation).noise_multiplier)
     while low < high:
         middle = (low + high + 1) // 2
-        if epsilon(middle * cost(privacy.noise_multiplier), privacy.delta) <= privacy.max_epsilon:
+        if epsilon(middle * one, privacy.delta) <= privacy.max_epsilon:
             low = middle
         else:
             high = middle - 1
     return low
-
-
-def _norm(privacy: PrivacyConfig, numbers: int, sites: int) -> float:
-    """L2 norm that the noise on the mean of so many sites has on average."""
-    return privacy.noise_multiplier * privacy.clip * math.sqrt(numbers / sites)
 
 
 def limits(subject: CheckContext) -> Finding:

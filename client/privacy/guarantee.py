@@ -28,11 +28,13 @@ class Guarantee:
         noise_multiplier: the noise that the server cannot take off, together with as many sites as `colluders`.
         worst_multiplier: the site's own part, which nobody can take off.
         most_sites: the largest round for which the first holds; None: any.
+        part: standard deviation of the noise that the site adds to a number.
     """
 
     noise_multiplier: float
     worst_multiplier: float
     most_sites: int | None
+    part: float
 
 
 def in_federation(privacy: PrivacyConfig, federation: FederationConfig) -> Guarantee:
@@ -56,7 +58,9 @@ def guarantee(privacy: PrivacyConfig, threshold: int | None, part: float) -> Gua
         PolicyError: the sum has less noise than the site asks for.
     """
     if privacy.noise == "local":
-        return Guarantee(privacy.noise_multiplier, privacy.noise_multiplier, None)
+        return Guarantee(
+            privacy.noise_multiplier, privacy.noise_multiplier, None, privacy.noise_multiplier * privacy.clip
+        )
     if threshold is None or part <= 0:
         raise PolicyError(
             "this site's privacy: `noise` shared needs a federation with `secure_aggregation.noise`; in this one the "
@@ -70,7 +74,8 @@ def guarantee(privacy: PrivacyConfig, threshold: int | None, part: float) -> Gua
             f"this site's privacy: `noise_multiplier` is {privacy.noise_multiplier:g}; {parts} honest sites add up to "
             f"{own * math.sqrt(parts):.4g}; allowed: `secure_aggregation.noise` from {least:.4g}"
         )
-    return Guarantee(own * math.sqrt(parts), own, most_sites(threshold, privacy.colluders) if parts > 1 else None)
+    most = most_sites(threshold, privacy.colluders) if parts > 1 else None
+    return Guarantee(own * math.sqrt(parts), own, most, part)
 
 
 def honest_parts(threshold: int, colluders: int) -> int:

@@ -8,6 +8,8 @@ import torch
 from client.preflight.trust_and_ledger import affordable
 from client.privacy.noise import norm_of, private
 from common.accountant import cost, epsilon
+from common.config.federation import FederationConfig
+from common.config.load import parse
 from common.config.site import PrivacyConfig
 from tests.client.preflight.test_check import Files, files as files, look, output as output
 
@@ -62,7 +64,8 @@ def test_site_that_adds_no_noise_skips_the_check(files: Files) -> None:
 @pytest.mark.parametrize("most", [1, 3, 40])
 def test_affordable_rounds_are_the_last_that_the_budget_holds(most: int) -> None:
     config = PrivacyConfig(**PRIVACY)
-    found = affordable(config, most)
+    data = {"name": "f", "model": {"path": "m"}, "strategy": "fedit", "rounds": most}
+    found = affordable(config, parse({**data, "training": {"learning_rate": 0.1, "local_steps": 1}}, FederationConfig, "f"))
     within = [t for t in range(most + 1) if epsilon(t * cost(2.7), 1e-5) <= 8.0]
     assert found == max(within)
     assert math.isfinite(epsilon(found * cost(2.7), 1e-5))
