@@ -19,6 +19,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("server.operate.serve", "run a federation whose sites are elsewhere"),
         "server start": ("server.operate.standing", "keep a server up, to which sites come and runs are handed"),
         "status": ("server.operate.status", "show all runs, or one of them"),
+        "watch": ("server.operate.watch", "watch a run as it goes on, as a page in the browser"),
         "stop": ("server.operate.stop", "stop a run; it can go on later"),
         "flower": ("server.operate.flower", "use Flower's own commands on the SuperLink of a run"),
         "report": ("server.operate.report", "write a run's page, report.html"),

@@ -149,13 +149,18 @@ def _run(options: argparse.Namespace) -> None:
             return json.dumps(data)
         return show_one(one) if one is not None else show_all(listing(options.runs))
 
+    on_terminal(look, options.watch, plain=options.json)
+
+
+def on_terminal(look: Callable[[], RenderableType], every: float | None, *, plain: bool = False) -> None:
+    """Show the result of ``look``; with ``every``, an interrupt is the normal end."""
     console = Console()
-    if options.json or not console.is_terminal:
+    if plain or not console.is_terminal:
         console = Console(width=_WIDTH, force_terminal=False)
     try:
-        watch(look, console, options.watch)
+        watch(look, console, every)
     except KeyboardInterrupt:
-        if options.watch is None:  # with --watch, an interrupt is the normal end
+        if every is None:
             raise
 
 

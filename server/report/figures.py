@@ -51,5 +51,11 @@ def time_by_phase(run: Run) -> Iterator[Figure]:
         yield Figure(Markup(plots.time_bars(bars, name="time", label=label)), caption)  # noqa: S704 - drawn here
 
 
-#: Functions that draw a section's figures, by the id of the section's heading. A new plot is a line here.
+#: Functions that draw a section's figures of a run's metrics, by the id of the section's heading. A new plot is a line
+#: here.
 FIGURES: dict[str, list[Callable[[Run], Iterable[Figure]]]] = {"curves": [scores_by_round], "costs": [time_by_phase]}
+
+
+def figures(run: Run) -> dict[str, list[Figure]]:
+    """All figures of a run by section."""
+    return {section: [figure for draw in draws for figure in draw(run)] for section, draws in FIGURES.items()}

@@ -52,8 +52,8 @@ def delta(change: records.Change) -> str:
     return f"{arrow}\u00a0{score(abs(round(change.after, 3) - round(change.before, 3)))} {change.verdict}"
 
 
-def first_facts(run: Run, state: RunState) -> list[tuple[str, str]]:
-    """The first facts about a run: pairs (name, value)."""
+def first_facts(run: Run, state: RunState, *, live: bool = False) -> list[tuple[str, str]]:
+    """The first facts about a run: pairs (name, value); ``live``: without those that change."""
     model = run.config.get("model", {})
     revision = f" at {model['revision'][:12]}" if model.get("revision") else ""
     costs = records.costs(run.metrics)
@@ -63,11 +63,10 @@ def first_facts(run: Run, state: RunState) -> list[tuple[str, str]]:
         *([("Federation", federation)] if federation != run.name else []),
         ("Strategy", run.strategy),
         ("Base model", Path(model["path"]).name if model.get("path") else f"{model.get('hub', '–')}{revision}"),
-        ("Rounds", f"{run.done} of {run.planned or '–'}"),
-        ("Sites that trained", str(len(costs))),
         ("Started", utc(state.started) if state.started else "–"),
-        ("Duration", _lasted(state)),
-        ("Tensors moved", moved),
+        ("Sites that trained", str(len(costs))),
+        *([] if live else [("Rounds", f"{run.done} of {run.planned or '–'}"), ("Duration", _lasted(state))]),
+        *([] if live else [("Tensors moved", moved)]),
     ]
 
 

@@ -4,17 +4,19 @@ The report depends on the folder alone, so it can be written again at any time, 
 ended. The same folder gives the same bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from common.errors import RunFolderError
 from common.metrics import ANSWERS
 from common.system.files import write_atomically
-from common.web.template import Section, fill, page
+from common.web.template import Page, Section, fill
 from server.report import words
 from server.report.diagnostics import shaded
-from server.report.figures import FIGURES
+from server.report.figures import Figure, figures
 from server.run import records
 from server.run.read import Run, read_all
 from server.run.state import RunState, state_of
@@ -43,32 +45,40 @@ def write_report(run_dir: Path) -> Path:
 def render(run: Run) -> str:
     """The report of a run, as of its last event."""
     state = state_of(run, run.newest)
-    return page(f"{run.name}: federation report", head(run, state), sections(run))
+    return Page(f"{run.name}: federation report", head(run, state), sections(run, figures(run))).html()
 
 
-def head(run: Run, state: RunState) -> Any:  # noqa: ANN401 - Markup
-    """The part above all sections: name, state, result, first facts."""
+def head(run: Run, state: RunState, *, live: bool = False) -> Markup:
+    """The part above all sections: name, state, result, first facts.
+
+    Args:
+        run: the run.
+        state: its state.
+        live: the page is brought up to date, so it need not say of when it is.
+    """
+    results = records.results(run.metrics)
     return fill(
         _HERE / "head.html",
         name=run.name,
         state=state.state,
+        live=live,
         reason=words.without_paths(state.reason or ""),
         done=run.done,
         planned=run.planned,
         newest=run.newest,
-        headline=words.headline(run, records.results(run.metrics)),
-        facts=words.first_facts(run, state),
+        headline=words.headline(run, results) if results or not live else [],
+        facts=words.first_facts(run, state, live=state.state in ("starting", "running") and live),
     )
 
 
-def sections(run: Run) -> list[Section]:
-    """All sections about what has happened."""
+def sections(run: Run, drawn: Mapping[str, list[Figure]]) -> list[Section]:
+    """All sections about what has happened; ``drawn``: their figures."""
     found = []
     for name, short, title, values in SECTIONS:
         told = values(run)
         if told is not None:
-            drawn = [figure for draw in FIGURES.get(name, []) for figure in draw(run)]
-            found.append(Section(name, short, title, fill(_HERE / f"{name}.html", figures=drawn, **told)))
+            html = fill(_HERE / f"{name}.html", figures=drawn.get(name, []), **told)
+            found.append(Section(name, short, title, html))
     return found
 
 

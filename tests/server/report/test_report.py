@@ -139,8 +139,8 @@ def test_pages_and_styles_are_installed_with_the_code() -> None:
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
     for file in [
         file
-        for folder in ("server", "deploy")
-        for kind in ("html", "css")
+        for folder in ("common", "server", "client", "deploy")
+        for kind in ("html", "css", "js")
         for file in root.glob(f"{folder}/**/*.{kind}")
     ]:
         assert any(file.match(pattern) for pattern in patterns), file
@@ -235,7 +235,7 @@ def test_site_that_tells_no_held_out_rows_is_not_said_to_have_none(tmp_path: Pat
 
 def test_no_round_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_run, "ROUNDS", 24)
-    monkeypatch.setattr(write, "FIGURES", {})
+    monkeypatch.setattr(write, "figures", lambda run: {})
     html = render(read_all(completed(tmp_path / "run")))
     for part in ("drift", "sites"):
         section = html.split(f'<h2 id="{part}">')[1].split("</section>")[0]

@@ -1,0 +1,146 @@
+"""The page of a run as it goes on: the report's own sections, below what happens now."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from common.web.format import duration
+from common.web.template import Page, Section, fill
+from server.report import words
+from server.report.figures import Figure, figures
+from server.report.write import head, sections
+from server.run.events import describe, event_kind
+from server.run.read import Run, read_all
+from server.run.state import RunState, SiteState, state_of
+
+_FILES = ("run.json", "events.jsonl", "samples.json", "security.json", "nodes.json", "federation.yaml")
+_METRICS = "metrics.jsonl"
+_EVENTS = 12  # the last so many are shown
+_REST = 20  # times as long as drawing took, before anything is drawn again
+
+
+@dataclass(frozen=True)
+class Line:
+    """A site's line.
+
+    Attributes:
+        doing: what it does; ``since``: seconds for which it does.
+        far: how far it is with that, in words; ``share``: as a number up to 1; None: not known.
+        seen: seconds since its last sign of life.
+        why: the reason why it is refused or left out.
+    """
+
+    site: SiteState
+    doing: str
+    since: float | None
+    far: str
+    share: float | None
+    seen: float | None
+    why: str | None
+
+
+class LivePage:
+    """A run's page, made anew of its folder whenever it is called; what has not changed is not made again.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._run: Run | None = None
+        self._seen: object = None
+        self._sections: list[Section] = []
+        self._drawn: dict[str, list[Figure]] = {}
+        self._measured: object = None
+        self._draw_after = 0.0
+
+    def __call__(self) -> Page:
+        """The page as of now.
+
+        Raises:
+            RunFolderError: there is no run, or a file of it cannot be read.
+        """
+        run = self._read()
+        now = time.time()
+        state = state_of(run, now)
+        live = state.state in ("starting", "running")
+        here = [Section("now", "Now", "Now", _now(run, state, now))] if live else []
+        done = f" {run.done}/{run.planned}" if live else ""
+        return Page(f"{run.name}: {state.state}{done}", head(run, state, live=True), [*here, *self._sections])
+
+    def _read(self) -> Run:
+        measured = _stamp(self._run_dir / _METRICS)
+        seen = [_stamp(self._run_dir / name) for name in _FILES]
+        redraw = measured != self._measured and time.monotonic() >= self._draw_after
+        if self._run is None or (measured, seen) != self._seen or redraw:
+            self._run = read_all(self._run_dir)
+            if redraw:
+                began = time.monotonic()
+                self._drawn, self._measured = figures(self._run), measured
+                self._draw_after = time.monotonic() + _REST * (time.monotonic() - began)
+            self._sections = sections(self._run, self._drawn)
+            self._seen = (measured, seen)
+        return self._run
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Changes when the file does; None: there is no file."""
+    try:
+        about = file.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_mtime_ns, about.st_size
+
+
+def _now(run: Run, state: RunState, now: float) -> Markup:
+    told = [(event, describe(event)) for event in run.events[-3 * _EVENTS :]]
+    events = [
+        (event["time"], words.without_paths(text), "bad" if event_kind(event).level >= logging.WARNING else "")
+        for event, text in reversed(told)
+        if text
+    ]
+    return fill(
+        Path(__file__).with_name("now.html"),
+        state=state,
+        now=now,
+        words=_progress(run, state),
+        done=run.done,
+        connected=sum(site.connection == "up" for site in state.sites),
+        lines=sorted((_line(site, now) for site in state.sites), key=lambda line: line.why is None),
+        events=events[:_EVENTS],
+    )
+
+
+def _progress(run: Run, state: RunState) -> str:
+    if state.state == "starting" or not run.events:
+        return "The server is starting."
+    if run.events[-1]["event"] == "waiting":
+        return describe(run.events[-1]).capitalize()
+    if not state.round:
+        return "No round has begun."
+    begun = f"Round {state.round} of {state.rounds} is under way" if state.round > run.done else "Between two rounds"
+    return f"{begun}; {run.done} {'is' if run.done == 1 else 'are'} done."
+
+
+def _line(site: SiteState, now: float) -> Line:
+    doing = "left out" if site.left_out else "refused" if site.connection == "refused" else site.doing or "–"
+    since = None if site.since is None else max(now - site.since, 0.0)
+    share, far = None, ""
+    if doing == "training" and since is not None:
+        share, far = _far(since, site.usual)
+    why = site.left_out or (site.reason if doing not in ("joined", "connected") else None)
+    seen = None if site.last_seen is None else max(now - site.last_seen, 0.0)
+    return Line(site, doing, since, far, share, seen, words.without_paths(why) if why else None)
+
+
+def _far(since: float, usual: float | None) -> tuple[float | None, str]:
+    """How far a site is in its round, by the seconds of its last one: share and words."""
+    if not usual:
+        return None, "its first round"
+    if since > usual:
+        return 1.0, f"longer than the last time ({duration(usual)})"
+    return since / usual, f"about {since / usual:.0%} of {duration(usual)}"
