@@ -27,7 +27,7 @@ class Line:
     """A site's line.
 
     Attributes:
-        doing: what it does; ``since``: seconds for which it does.
+        doing: its activity; ``since``: seconds since it began.
         far: how far it is with that, in words; ``share``: as a number up to 1; None: not known.
         seen: seconds since its last sign of life.
         why: the reason why it is refused or left out.
