@@ -105,7 +105,8 @@ def masked_mean(changes: list[Tensors], left: int, threshold: int, part: float, 
     for member, site, own in zip(ids, sites, changes[:left], strict=True):
         update = [Numbers(LOCAL.clip, tensor.numel(), tensor.flatten().numpy) for tensor in own.values()]
         words, _ = encode_hidden(update, 1.0, clients, part, LOCAL.clip)
-        server.add_vector(member, site.mask(server.shares_for(member), words, b"state"))
+        site.receive(server.shares_for(member))
+        server.add_vector(member, site.mask(words, b"state"))
     for member, site in zip(ids, sites, strict=True):
         server.add_signature(member, site.sign(server.survivors))
     for member, site in zip(ids, sites, strict=True):

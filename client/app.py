@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -19,6 +19,7 @@ from flwr.common.constant import ErrorCode
 from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError, PolicyError, place_of
+from common.protocol.exchanges import ACTION, ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest
 from common.protocol.messages import (
     ARRAYS,
     EvaluateReply,
@@ -26,7 +27,6 @@ from common.protocol.messages import (
     Failure,
     Hello,
     HelloRequest,
-    State,
     TrainReply,
     TrainRequest,
 )
@@ -36,16 +36,19 @@ from common.system import logs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.masked import Member
     from client.privacy.agreement import Agreement
     from client.privacy.guard import Gate
     from client.progress import Progress
     from client.session import Session
     from client.site_model import Bases
+    from common.protocol.tensors import Tensors
 
 app = ClientApp()
 
 SITE_KEY = "site"  # node-config key: path of the site file
 AGREEMENTS_KEY = "agreements"  # node-config key that a launcher sets for its own sites: file with their agreements
+IDENTITY_KEY = "identity"  # node-config key: file with the site's registered private key, for masked sums
 LEDGERS_KEY = "ledgers"  # node-config key that an experiment's trial sets: folder for ledgers, not the site file's
 VETTED = "FEDSPAN_VETTED"  # environment variable: the site's worker found that the site trusts this bundle
 SESSIONS = "FEDSPAN_SESSIONS"  # environment variable: number of sites that this process may hold at a time; default 1
@@ -58,21 +61,31 @@ _bases: dict[int, "Bases"] = {}  # base models shared by the sites of this proce
 class Site:
     """The parts that answer a message.
 
-    The session does the work, the gate checks, Flower's context keeps state, the site's people see the progress.
+    The session does the work, the gate checks, Flower's context keeps state, the site's people see the progress; the
+    member takes part in masked sums.
     """
 
     session: "Session"
     gate: "Gate"
     context: Context
     progress: "Progress"
+    member: "Member"
 
 
 Request = TypeVar("Request", bound=HelloRequest)
-Reply = TypeVar("Reply", Hello, TrainReply, EvaluateReply)
+Reply = TypeVar("Reply", Hello, TrainReply, EvaluateReply, ExchangeReply, MaskedTrainReply)
 
 
-def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -> Callable[[Message, Context], Message]:
-    """Make a function for Flower from a handler: reads the request, sends the handler's reply or its error."""
+def _answering(
+    kind: type[Request], handler: Callable[[Site, Request], Reply], name: str | None = None
+) -> Callable[[Message, Context], Message]:
+    """Make a function for Flower from a handler: reads the request, sends the handler's reply or its error.
+
+    Args:
+        kind: the request's class.
+        handler: makes the reply.
+        name: the message's name in the ledger; None: the handler's.
+    """
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
@@ -83,13 +96,13 @@ def _answering(kind: type[Request], handler: Callable[[Site, Request], Reply]) -
         try:
             logs.configure("site")
             started = time.time()
-            gate = _gate(handler.__name__, context)
+            gate = _gate(name or handler.__name__, context)
             known["site"] = gate.site.name
             request = kind.read(message.content)
-            known["round"] = number = request.server_round if isinstance(request, State) else None
+            known["round"] = number = getattr(request, "server_round", None)
             agreement = gate.agreed(request)
-            progress.begin(context.run_id, agreement.federation, handler.__name__, number)
-            site = Site(_session(gate.site, agreement, context), gate, context, progress)
+            progress.begin(context.run_id, agreement.federation, name or handler.__name__, number)
+            site = _site(gate, agreement, context, progress)
             site.session.on_step = progress.step
             gate.check(site.session.federation, request)
             gate.check_rows(site.session.train_rows)
@@ -135,28 +148,51 @@ def train(site: Site, request: TrainRequest) -> TrainReply:
     The request is checked completely before it is charged. After the charge, a site with `privacy` always replies with
     an update, even if its rows make training fail.
     """
-    from client.received import keep, receive
+    from client.received import receive
     from common.protocol import wire
 
     held = receive(request, request.active, site.session, site.gate, site.context)
     most = site.session.work(request.server_round, request.active).most_bytes()
-    scored = site.gate.charge(most, site.session.scored_rows if request.evaluate else 0)
+    tensors, told = _trained(site, request, most)
+    return TrainReply(arrays=wire.encode(tensors, bundled=True), **vars(held), **told)
+
+
+def masked_train(site: Site, request: MaskedTrainRequest) -> MaskedTrainReply:
+    """Train as ``train`` does; reply with masked numbers, which nobody can read but as a part of the sites' sum."""
+    from client.received import receive
+    from common.protocol import wire
+
+    site.gate.note(masked=True)
+    held = receive(request, request.active, site.session, site.gate, site.context)
+    most = site.session.work(request.server_round, request.active).most_bytes()
+    part = site.member.part(request, site.session)
+    tensors, told = _trained(site, request, max(most, part.most_bytes))
+    masked, weight, clipped = part.masked(tensors)
+    told["training"] |= {"clipped": clipped}
+    return MaskedTrainReply(arrays=wire.encode(masked, bundled=True), weight=weight, **vars(held), **told)
+
+
+def exchange(site: Site, request: ExchangeRequest) -> ExchangeReply:
+    """Take part in one of the exchanges of keys, shares and signatures that go with a masked sum."""
+    site.gate.note(stage=request.stage)
+    site.progress.say(f"{request.stage} of the masked sum")
+    return ExchangeReply(payload=site.member.exchange(request))
+
+
+def _trained(site: Site, request: TrainRequest, most_bytes: int) -> tuple["Tensors", dict[str, Any]]:
+    """Charge a request that is checked, evaluate, train; the update, and the reply's fields beside it."""
+    from client.received import keep
+
+    scored = site.gate.charge(most_bytes, site.session.scored_rows if request.evaluate else 0)
     scores = site.session.evaluate() if scored else {}
     if scores:
         site.progress.scored(request.server_round - 1, scores)
     tensors, numbers = site.session.train(request.server_round, request.active)
     site.progress.trained(numbers)
     keep(site.session.kept, site.context)
-    return TrainReply(
-        server_round=request.server_round,
-        arrays=wire.encode(tensors, bundled=True),
-        num_examples=site.session.train_rows,
-        lora_alpha=site.session.lora_alpha,
-        training=numbers,
-        scores=scores,
-        version=held.version,
-        frozen_digest=held.frozen_digest,
-    )
+    rows, alpha = site.session.train_rows, site.session.lora_alpha
+    told = {"server_round": request.server_round, "num_examples": rows, "lora_alpha": alpha}
+    return tensors, {**told, "training": numbers, "scores": scores}
 
 
 def evaluate(site: Site, request: EvaluateRequest) -> EvaluateReply:
@@ -173,6 +209,8 @@ def evaluate(site: Site, request: EvaluateRequest) -> EvaluateReply:
 app.query()(_answering(HelloRequest, hello))
 app.train()(_answering(TrainRequest, train))
 app.evaluate()(_answering(EvaluateRequest, evaluate))
+app.query(ACTION)(_answering(ExchangeRequest, exchange))
+app.train(ACTION)(_answering(MaskedTrainRequest, masked_train, "train"))
 
 
 def _gate(kind: str, context: Context) -> "Gate":
@@ -186,10 +224,7 @@ def _gate(kind: str, context: Context) -> "Gate":
     site_file = _site_file(context)
     if not site_file.is_file():
         raise ConfigError(f"this SuperNode's --node-config must give {SITE_KEY!r}, the path of a site file")
-    agreements, ledgers = (
-        None if (path := context.node_config.get(key)) is None else Path(str(path))
-        for key in (AGREEMENTS_KEY, LEDGERS_KEY)
-    )
+    agreements, ledgers = (_path(context, key) for key in (AGREEMENTS_KEY, LEDGERS_KEY))
     return Gate(load(site_file, SiteConfig), site_file, kind, context.run_id, agreements, ledgers)
 
 
@@ -202,8 +237,21 @@ def _of_site(context: Context) -> "Progress":
     return _progress[file]
 
 
+def _site(gate: "Gate", agreement: "Agreement", context: Context, progress: "Progress") -> Site:
+    """The parts that answer a message whose settings the site has agreed to."""
+    from client.masked import Member
+
+    member = Member(gate.site.name, context.run_id, agreement, _path(context, IDENTITY_KEY))
+    return Site(_session(gate.site, agreement, context), gate, context, progress, member)
+
+
 def _site_file(context: Context) -> Path:
-    return Path(str(context.node_config.get(SITE_KEY, "")))
+    return _path(context, SITE_KEY) or Path()
+
+
+def _path(context: Context, key: str) -> Path | None:
+    """A path in the node config."""
+    return None if (path := context.node_config.get(key)) is None else Path(str(path))
 
 
 def _session(site: SiteConfig, agreement: "Agreement", context: Context) -> "Session":

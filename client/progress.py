@@ -1,9 +1,10 @@
 """The work of a site as its own people see it: lines of its log, and a small file for its status and its page.
 
-Nothing of this leaves the site. The file is JSON: run, federation, strategy, rounds, doing ("loading", "training" or
-"evaluating"; null: nothing), round of it, since (Unix time), step and steps of the training that goes on, trained (a
-list of round, loss, seconds), scored (a list of scores and after, the number of rounds behind the model), refused (the
-reason of the last refusal; null: none since) and time. During training it is written once a second.
+Nothing of this leaves the site. The file is JSON: run, federation, strategy, rounds, doing ("loading", "training",
+"evaluating" or "exchanging"; null: nothing), round of it, since (Unix time), step and steps of the training that goes
+on, trained (a list of round, loss, seconds), scored (a list of scores and after, the number of rounds behind the
+model), refused (the reason of the last refusal; null: none since) and time. During training it is written once a
+second.
 """
 
 import json
@@ -20,7 +21,7 @@ from common.system.files import write_atomically
 from common.text import size
 
 PROGRESS = "FEDSPAN_PROGRESS"  # environment variable: path of the file; without it none is written
-_DOING = {"hello": "loading", "train": "training", "evaluate": "evaluating"}
+_DOING = {"hello": "loading", "train": "training", "evaluate": "evaluating", "exchange": "exchanging"}
 _PAUSE = 1.0  # seconds between two writes for steps
 log = logging.getLogger("site")
 

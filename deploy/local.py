@@ -73,13 +73,14 @@ def run(plan: Plan, console: Console, tries: int) -> None:
         superlink = OwnSuperLink(folder / "superlink", f"unix:{folder / 'fleet'}")
         server = Supervised(plan.federation, plan.run_dir, group, superlink, env, tell, tries=tries)
         server.start_superlink()
-        agreements = plan.run_dir / "flwr" / "agreements.json"
-        agree_for_own_sites(agreements, plan.federation)
+        agreements = folder / "agreements.json"
+        keys = agree_for_own_sites(agreements, plan.federation, plan.sites)
         sites = []
         for number, (name, file) in enumerate(plan.sites.items()):
             socket, isolation = folder / f"site-{number}", "process" if local.warm else "subprocess"
             options = ("--insecure", "--isolation", isolation, *_POLL)
-            link = supernode(file, superlink.fleet, socket, *options, agreements=agreements)
+            told = {"agreements": agreements} | ({"identity": keys[name]} if name in keys else {})
+            link = supernode(file, superlink.fleet, socket, *options, told=told)
             sites.append(group.start(name, link, env))
             if local.warm:
                 work = worker(f"unix:{socket}", "--site", str(file), "--status", str(logs / f"{name}-worker.json"))

@@ -171,8 +171,9 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     # A site reads what hospitals have: readers of tables, folders and DICOM, and a look at what a model's files say.
     # A finished model tells what it is and how it is used: its card and its folder, the same at server and sites.
     # Trackers, six short files, are the only way of a number out of the federation: it can be read, too.
-    assert len(code) <= 123
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 15_310
+    # Masked sums are what a site hides its update with: nobody should have to take them on trust.
+    assert len(code) <= 136
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 17_500
 
 
 def test_only_named_files_know_flower() -> None:

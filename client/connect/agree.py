@@ -3,7 +3,7 @@
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -18,20 +18,29 @@ from common.config.task import ClassificationTask
 from common.errors import ConfigError, ModelError, PolicyError
 from common.protocol.fields import Stays
 from common.protocol.messages import EVALUATED, TRAINING
-from common.system.command import Command
-from common.system.keys import read_signature
+from common.system.command import Command, number
+from common.system.keys import fingerprint, read_public, read_signature
 from common.text import one_line
 
 _WIDTH, _COLUMNS = 14, 100  # characters of a line's head, and of the rest
 
 
-def proposed(site_file: Path, federation_file: Path, signature: Path | None = None) -> Agreement:
+def proposed(
+    site_file: Path,
+    federation_file: Path,
+    signature: Path | None = None,
+    peers: Sequence[Path] = (),
+    least_peers: int | None = None,
+) -> Agreement:
     """The agreement that a site would make.
 
     Args:
         site_file: the site file.
         federation_file: the operator's federation file, on this machine.
         signature: a reviewer's signature of the settings, made with ``fedspan code sign --federation``.
+        peers: public keys of the sites with which this one lets its update be added up; none: those of its agreement
+            to a federation of this name.
+        least_peers: see ``Agreement``; None: as in that agreement.
 
     Raises:
         ConfigError: a file is wrong.
@@ -49,7 +58,26 @@ def proposed(site_file: Path, federation_file: Path, signature: Path | None = No
         where = "names no folder" if model.path is None else f"names {model.path}, where no model is"
         raise ModelError(f"{federation_file}: `model` {where}; write in {site_file}: `model: FOLDER`")
     agreement = make_agreement(federation)
-    return agreement.model_copy(update={"reviewer": _reviewer(site_file, site, agreement.digest, signature)})
+    before = read_agreements(agreements_of(site, site_file)).get(federation.name, agreement)
+    known = _peers(federation, peers) or before.peers
+    if federation.secure_aggregation is not None and len(known) < federation.secure_aggregation.threshold - 1:
+        raise ConfigError(
+            f"{federation_file}: `secure_aggregation` adds this site's update to those of others; give --peer FILE.pub "
+            f"for each, {federation.secure_aggregation.threshold - 1} at least; {len(known)} known"
+        )
+    reviewer = _reviewer(site_file, site, agreement.digest, signature)
+    told = {"reviewer": reviewer, "peers": known, "least_peers": least_peers or before.least_peers}
+    return agreement.model_copy(update=told)
+
+
+def _peers(federation: FederationConfig, files: Sequence[Path]) -> dict[str, str]:
+    """Fingerprints of public keys, by the files' names."""
+    if files and federation.secure_aggregation is None:
+        raise ConfigError("--peer names sites for `secure_aggregation`, which this federation does not have")
+    found = {file.stem: fingerprint(read_public(file)) for file in files}
+    if len(set(found.values())) < len(files):
+        raise ConfigError("--peer: two files have one name, or one key; each site has a key of its own")
+    return found
 
 
 def _reviewer(site_file: Path, site: SiteConfig, digest: str, signature: Path | None) -> str | None:
@@ -114,6 +142,11 @@ def _told(site: SiteConfig, agreement: Agreement) -> Iterator[tuple[str, str]]:
             yield "", "; ".join(said)
     yield "", "the number of training rows, the site's name, and digests of the base model"
     yield "stays", "every row, prompt, answer and file" + ("" if site.shares_metrics else "; losses and scores")
+    if federation.secure_aggregation is not None:
+        least = max(agreement.least_peers, federation.secure_aggregation.threshold - 1)
+        yield "seen", f"only the sum of its update and those of at least {least} of these sites, never its own alone:"
+        for name, known in agreement.peers.items():
+            yield "", f"{name}, key {known}"
     yield "reviewed by", agreement.reviewer or "nobody whose signature was given"
 
 
@@ -131,6 +164,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--site", type=Path, required=True, metavar="SITE.yaml", help="the site file")
     parser.add_argument("--signature", type=Path, metavar="FILE", help="a reviewer's, of these settings")
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.pub",
+        help="for secure_aggregation: another site's public key, compared with its people; once for each",
+    )
+    parser.add_argument(
+        "--least-peers",
+        type=number(int, 1, unit="sites"),
+        metavar="N",
+        help="so many of them must be in a sum, beside this site (default: one less than the threshold)",
+    )
     parser.add_argument("--yes", action="store_true", help="agree without being asked")
     parser.add_argument("--withdraw", metavar="NAME", help="take back the agreement to this federation")
 
@@ -150,7 +197,7 @@ def _run(options: argparse.Namespace) -> int | None:
         for name, one in read_agreements(file).items():
             _say(f"{name}: settings {one.digest}, agreed {one.agreed}, reviewed by {one.reviewer or 'nobody'}")
         return None
-    agreement = proposed(site, options.federation, options.signature)
+    agreement = proposed(site, options.federation, options.signature, options.peer, options.least_peers)
     _say(explained(config, agreement) + "\n")
     if not options.yes:
         if not sys.stdin.isatty():

@@ -214,13 +214,15 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
     link = ["--poll", f"{options.poll:g}", "--connect-deadline", f"{options.connect_deadline:g}"]
     link += ["--isolation", "process", "--status", str(home / LINK), "--log", str(flowers)]
     link += ["--insecure"] if options.insecure else ["--root-certificates", str(options.root_certificates)]
+    told = {}
     if options.auth_supernode_private_key is not None:
+        told["identity"] = options.auth_supernode_private_key.resolve()  # which signs a masked sum's keys
         link += ["--auth-supernode-private-key", str(options.auth_supernode_private_key)]
     work = ["--site", str(file), "--idle", f"{options.idle:g}", "--status", str(home / WORKER)]
     work += ["--progress", str(home / WORK), "--log", str(flowers)]
     member = Member(
         site,
-        Service("supernode", supernode(file, options.superlink, socket, *link), flowers),
+        Service("supernode", supernode(file, options.superlink, socket, *link, told=told), flowers),
         Service("worker", worker(f"unix:{socket}", *work), flowers),
         options.superlink,
         home,

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 
 
-def supernode(site: Path, superlink: str, socket: Path, *options: str, agreements: Path | None = None) -> list[str]:
+def supernode(
+    site: Path, superlink: str, socket: Path, *options: str, told: Mapping[str, Path] | None = None
+) -> list[str]:
     """The command that starts a site's link to the server.
 
     Args:
@@ -15,11 +18,11 @@ def supernode(site: Path, superlink: str, socket: Path, *options: str, agreement
         superlink: the server's address: host and port, or ``unix:`` and the path of a socket.
         socket: the Runtime API's socket, in a folder that no other account may enter.
         options: further options of ``fedspan site supernode``.
-        agreements: file with the site's agreements; None: the path in the site file.
+        told: further files that the app is told of, by their keys in the node config (``client.app``).
     """
-    config = {"site": site} | ({} if agreements is None else {"agreements": agreements})
-    told = " ".join(f"{key}={json.dumps(str(path))}" for key, path in config.items())
-    where = ["--socket", str(socket), "--node-config", told]
+    config = {"site": site, **(told or {})}
+    written = " ".join(f"{key}={json.dumps(str(path))}" for key, path in config.items())
+    where = ["--socket", str(socket), "--node-config", written]
     return [*_program("supernode.py"), "--grpc-rere", "--superlink", superlink, *where, *options]
 
 

@@ -8,7 +8,8 @@ for sites of its own on one machine.
 import json
 import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from common.config.load import parse
 from common.config.section import Section, canonical, resolve, settings_digest
 from common.config.site import SiteConfig
 from common.errors import ConfigError, PolicyError
-from common.system.files import hold, write_atomically
+from common.system.files import hold, make_private, write_atomically
 
 NOT_AGREED = "this site has not agreed to these settings; its people do so with: fedspan site agree FEDERATION.yaml"
 _LOCK_SECONDS = 10.0
@@ -36,12 +37,22 @@ class Agreement(Section):
             site file names one, and the digests that the base model must have.
         agreed: time of the agreement, in UTC.
         reviewer: fingerprint of the key that has signed the settings; None: no signature.
+        peers: fingerprints (``SHA256:...``) of the registered keys of the sites with which this one lets its update be
+            added up, by name; with `secure_aggregation`, no other site is taken for one.
+        least_peers: the least number of them, beside this site, whose updates are in a sum.
     """
 
     settings: dict[str, Any]
     model: ModelConfig
     agreed: str
     reviewer: str | None = None
+    peers: dict[str, str] = Field({})
+    least_peers: int = Field(1, ge=1)
+
+    @property
+    def by_fingerprint(self) -> dict[str, str]:
+        """Names of the peers, by fingerprint."""
+        return {fingerprint: name for name, fingerprint in self.peers.items()}
 
     @property
     def digest(self) -> str:
@@ -120,9 +131,27 @@ def write_agreement(file: Path, name: str, agreement: Agreement | None) -> None:
         raise ConfigError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def agree_for_own_sites(file: Path, federation: FederationConfig) -> None:
-    """Write the agreement for a launcher that owns both the federation file and all of the sites."""
-    write_agreement(file, federation.name, make_agreement(federation))
+def agree_for_own_sites(file: Path, federation: FederationConfig, sites: Iterable[str] = ()) -> dict[str, Path]:
+    """Write the agreement for a launcher that owns both the federation file and all of the sites.
+
+    Args:
+        file: the file of agreements, for all sites; keys are made beside it.
+        federation: the federation, with absolute paths.
+        sites: names of the sites.
+
+    Returns:
+        The files with the sites' private keys, by name; none unless the federation needs keys.
+    """
+    agreement, keys = make_agreement(federation), {}
+    if federation.secure_aggregation is not None:
+        from common.system.keys import make_site
+
+        make_private(folder := file.with_suffix(".keys"))
+        prefixes = {site: Path(tempfile.mkdtemp(dir=folder), site) for site in sites}
+        agreement = agreement.model_copy(update={"peers": {site: make_site(at) for site, at in prefixes.items()}})
+        keys = {site: at.parent / f"{site}.key" for site, at in prefixes.items()}
+    write_agreement(file, federation.name, agreement)
+    return keys
 
 
 def find(agreements: dict[str, Agreement], sent: str) -> Agreement:

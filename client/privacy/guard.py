@@ -52,7 +52,7 @@ class Gate:
     Args:
         site: the site file's content.
         site_file: the site file's path.
-        message: "hello", "train" or "evaluate".
+        message: "hello", "train", "evaluate" or "exchange".
         run: Flower's number of the run.
         agreements: file with the site's agreements; None: the path in the site file.
         ledgers: folder for the ledger; None: the path in the site file.
@@ -103,7 +103,7 @@ class Gate:
             PolicyError: the site file does not allow the request.
             LedgerError: the ledger is damaged or cannot be written.
         """
-        number, active = (request.server_round, request.active) if isinstance(request, State) else (None, [])
+        number, active = getattr(request, "server_round", None), request.active if isinstance(request, State) else []
         self._about |= {"federation": federation.name, "strategy": federation.strategy.name, "round": number}
         self._active, self._federation = frozenset(active), federation
         policy, strategy = self.site.policy, federation.strategy.name
@@ -119,8 +119,14 @@ class Gate:
         for name in active:
             self._check_name(name)
         self._check_touched(federation.training.rows_touched(sys.maxsize))
+        if self._about["message"] == "exchange":  # belongs to a round, which is checked and charged as such
+            return
         with self._ledger.opened():
             self._totals.check(self.site, federation, self._about["agreement"], self._about["message"])
+
+    def note(self, **facts: object) -> None:
+        """Add facts to all entries of the ledger about this message."""
+        self._about |= facts
 
     def check_rows(self, rows: int) -> None:
         """Raise a PolicyError when the shard, or a round, has fewer training rows than the policy asks for."""
@@ -193,9 +199,8 @@ class Gate:
             DivergedError: the update is not finite.
             LedgerError: the ledger is damaged or cannot be written.
         """
-        out, policy = _facts(sent), self.site.policy
+        out, policy, privacy = _facts(sent), self.site.policy, self.site.privacy
         norm = norm if out["tensors"] else None
-        privacy = self.site.privacy
         if privacy is not None and privacy.noise == "shared":
             if bare := [name for name, (dtype, *_) in out["tensors"].items() if dtype != "int32"]:
                 raise PolicyError(f"{bare[0]} does not leave: with `privacy.noise` shared only masked integers do")
@@ -285,7 +290,8 @@ def _facts(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     size = 0
     for name, tensor in tensors:
         number = tensor.numel() * tensor.element_size()
-        norm = norm_of([tensor if tensor.is_floating_point() else tensor.to(torch.float32)])
+        masked = tensor.dtype == torch.int32  # words that look random: their norm says nothing
+        norm = math.nan if masked else norm_of([tensor if tensor.is_floating_point() else tensor.to(torch.float32)])
         shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         found[name] = [dtype, shape, number, tensor_digest(tensor), norm if math.isfinite(norm) else None]
         size += number

@@ -7,11 +7,12 @@ value and the allowed values.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, ServerOptimizerConfig
+from common.config.cohort import AdmissionConfig, CohortConfig, SecureAggregationConfig, single_updates_needed
 from common.config.section import DataConfig, Digest, ModelSource, Name, Section, resolve
 from common.config.strategy import StrategyConfig
 from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
@@ -52,58 +53,6 @@ class ModelConfig(ModelSource):
             if wanted is not None and found != wanted:
                 return f"the {what} differs: digest {found}, the federation file's is {wanted}"
         return None
-
-
-class CohortConfig(Section):
-    """Clients of a round, and the time limits of a round."""
-
-    min_clients: int = Field(2, ge=1, description="A round needs this many valid updates.")
-    fraction: float = Field(1.0, gt=0, le=1, description="Share of the connected clients sampled each round.")
-    join_deadline: float = Field(300.0, gt=0, description="Seconds to wait for `min_clients` to connect.")
-    round_deadline: float = Field(3600.0, gt=0, description="Seconds a round may take.")
-    deadline_factor: float | None = Field(
-        None,
-        gt=1,
-        description="A round that has `min_clients` updates closes early: after this many times the seconds of the "
-        "slowest site in the last 5 rounds, at least 10 seconds. null: the round waits for all sites until "
-        "`round_deadline`.",
-    )
-
-
-class AdmissionConfig(Section):
-    """Limits for updates and sites, beside the checks of form and of the largest possible change."""
-
-    norm_ratio: float | None = Field(
-        10.0,
-        gt=1,
-        description="An update whose norm is larger than this many times the round's median norm is rejected, if the "
-        "round has three updates or more. null: no such bound; updates are aggregated in arrival order without being "
-        "buffered on disk.",
-    )
-    max_noise: float = Field(
-        0.0,
-        ge=0,
-        description="Largest noise that a site may add for differential privacy, standard deviation per number; the "
-        "bounds on the site's update grow by the declared noise. 0: a site that adds noise is not admitted.",
-    )
-    max_rows: int | None = Field(
-        None,
-        ge=1,
-        description="Most training rows that a site may declare; the rows are the site's weight in the average. A "
-        "site that declares more is not admitted. null: no limit.",
-    )
-    max_refusals: int = Field(
-        3,
-        ge=1,
-        description="A site is quarantined until `fedspan readmit` when its updates are rejected, or it answers with "
-        "errors, so many times in a row.",
-    )
-    rows_ratio: float | None = Field(
-        10.0,
-        ge=1,
-        description="A site's weight in the average is at most this many times the rows of the round's median site, "
-        "whatever number of rows the site declares. null: the weight is the number of rows that it declares.",
-    )
 
 
 class EvaluationConfig(Section):
@@ -165,6 +114,9 @@ class FederationConfig(Section):
     rounds: int = Field(ge=1, description="Training rounds.")
     cohort: CohortConfig = CohortConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    secure_aggregation: SecureAggregationConfig | None = Field(
+        None, description="Nobody, the server included, sees a single site's update; null: the server sees them all."
+    )
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -178,6 +130,15 @@ class FederationConfig(Section):
         if info.field_name == "server_optimizer" and value == "none":
             return None
         return {_ONE_WORD[str(info.field_name)]: value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _masked(cls, data: Any) -> Any:  # noqa: ANN401 - whatever a file holds
+        """With masked sums the default of ``admission.norm_ratio`` is null: the server sees no single update's norm."""
+        if not isinstance(data, dict) or data.get("secure_aggregation") is None:
+            return data
+        admission = data.get("admission", {})
+        return data | ({"admission": {"norm_ratio": None} | admission} if isinstance(admission, dict) else {})
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -217,6 +178,10 @@ def settings_for_sites(federation: FederationConfig) -> str:
         del settings[key]
     settings["admission"] = {key: settings["admission"][key] for key in ("max_noise", "max_rows")}
     settings["cohort"] = {"min_clients": federation.cohort.min_clients}
+    if federation.secure_aggregation is not None:
+        settings["secure_aggregation"] = {"threshold": federation.secure_aggregation.threshold}
+    else:
+        del settings["secure_aggregation"]  # agreements of before the key stay good
     del settings["evaluation"]["server"], settings["evaluation"]["samples"]
     for key in ("path", "digest", "tokenizer_digest"):
         del settings["model"][key]
@@ -242,6 +207,16 @@ def _contradictions(federation: FederationConfig) -> Iterator[str]:
     yield from _server_model(federation)
     yield from _averaged_moments(federation)
     yield from _head(federation)
+    yield from _secure(federation)
+
+
+def _secure(federation: FederationConfig) -> Iterator[str]:
+    if (secure := federation.secure_aggregation) is None:
+        return
+    strategy, admission, cohort = federation.strategy, federation.admission, federation.cohort
+    yield from single_updates_needed(secure, strategy, federation.training, federation.aggregation, admission, cohort)
+    if federation.local is not None and not federation.local.warm:
+        yield "`secure_aggregation` keeps a round's keys in a site's worker, and `local.warm` false has none"
 
 
 def _aggregation(federation: FederationConfig) -> Iterator[str]:

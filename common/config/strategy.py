@@ -82,6 +82,16 @@ class GaLoreConfig(StrategySection):
         """See ``StrategySection.shares_basis``."""
         return self.subspace == "shared"
 
+    def single_updates_needed(self) -> str | None:
+        """See ``StrategySection.single_updates_needed``."""
+        if not self.shares_basis:
+            return "with `subspace` own has other bases at every site; allowed with it: `subspace` shared"
+        if self.optimizer_state == "averaged":
+            return "with `optimizer_state` averaged sends second moments, which have no bound; allowed with it: reset"
+        if self.wire_precision != "float32":
+            return f"with `wire_precision` {self.wire_precision} rounds every update; allowed with it: float32"
+        return self.needs_updates
+
     def bases(self, steps: int) -> int:
         """Number of bases that a site uses in a round of ``steps`` optimizer steps."""
         return 1 if self.shares_basis else math.ceil(steps / self.update_proj_gap)
@@ -103,6 +113,7 @@ class FedFTGConfig(GaLoreConfig):
     title: ClassVar = "FedFTG"
     source: ClassVar = "arXiv 2410.23111"
     private: ClassVar = True
+    needs_updates: ClassVar = None
 
     name: Literal["fedftg"] = "fedftg"
 
@@ -134,6 +145,7 @@ class FlexLoRAConfig(LoraConfig):
     mixed_ranks: ClassVar = True
     plain_mean_only: ClassVar = "averages products"
     takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract
+    needs_updates: ClassVar = "averages the products B A of every site"
 
     name: Literal["flexlora"] = "flexlora"
     optimizer_state: Literal["reset"] = Field("reset", description="Moments are invalid after re-factorisation.")
@@ -145,6 +157,7 @@ class FFALoRAConfig(LoraConfig):
     title: ClassVar = "FFA-LoRA"
     source: ClassVar = "arXiv 2403.12313"
     private: ClassVar = True
+    needs_updates: ClassVar = None
 
     name: Literal["ffa-lora"] = "ffa-lora"
 
@@ -155,6 +168,7 @@ class RoLoRAConfig(LoraConfig):
     title: ClassVar = "RoLoRA"
     source: ClassVar = "arXiv 2502.01755"
     private: ClassVar = True
+    needs_updates: ClassVar = None
 
     name: Literal["rolora"] = "rolora"
     optimizer_state: Literal["reset"] = Field("reset", description="Each phase trains other tensors.")
@@ -166,6 +180,7 @@ class FedITConfig(LoraConfig):
     title: ClassVar = "FedIT"
     source: ClassVar = "arXiv 2305.05644"
     private: ClassVar = True
+    needs_updates: ClassVar = None
 
     name: Literal["fedit"] = "fedit"
 
@@ -176,6 +191,7 @@ class FedSALoRAConfig(LoraConfig):
     title: ClassVar = "FedSA-LoRA"
     source: ClassVar = "arXiv 2410.01463"
     stays_at_site: ClassVar = "B"
+    needs_updates: ClassVar = None
 
     name: Literal["fedsa-lora"] = "fedsa-lora"
     merge: Literal[False] = Field(False, description="There is no B outside the sites.")
@@ -198,6 +214,7 @@ class FedExLoRAConfig(MergingLoraConfig):
     source: ClassVar = "arXiv 2410.09432"
     plain_mean_only: ClassVar = "adds to the base weights what the means lose"
     takes_server_optimizer: ClassVar = False  # the residual is exact only beside the plain means of A and B
+    needs_updates: ClassVar = "adds the products B A of every site to the base weights"
 
     name: Literal["fedex-lora"] = "fedex-lora"
 
@@ -210,6 +227,7 @@ class FLoRAConfig(MergingLoraConfig):
     fresh_factors: ClassVar = True
     mixed_ranks: ClassVar = True
     takes_server_optimizer: ClassVar = False  # A and B are reset in every round
+    needs_updates: ClassVar = "stacks the factors of every site"
 
     name: Literal["flora"] = "flora"
     optimizer_state: Literal["reset"] = Field("reset", description="Every round trains a new A and B.")

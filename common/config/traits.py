@@ -38,6 +38,8 @@ class StrategySection(Selection):
         mixed_ranks: LoRA ranks may differ between sites.
         private: a site with differential privacy may take part, because the site sends nothing but the update.
         plain_mean_only: the reason why ``aggregation`` must be the plain mean; None: any aggregation is allowed.
+        needs_updates: the reason why the server must see single updates, so that masked sums are not possible; None: a
+            weighted sum of the updates is enough (see ``single_updates_needed``).
         takes_server_optimizer: a round's change of the state is a mean of changes, so a server optimizer can take it
             as a gradient.
     """
@@ -52,12 +54,17 @@ class StrategySection(Selection):
     mixed_ranks: ClassVar[bool] = False
     private: ClassVar[bool] = False
     plain_mean_only: ClassVar[str | None] = None
+    needs_updates: ClassVar[str | None] = "does not say that a sum is enough"
     takes_server_optimizer: ClassVar[bool] = True
 
     @property
     def shares_basis(self) -> bool:
         """Whether the changes of all sites lie in one random subspace per weight and round."""
         return False
+
+    def single_updates_needed(self) -> str | None:
+        """The reason why these settings need single updates at the server, for the end of a sentence; None: none."""
+        return self.needs_updates
 
     def exchange(self, seed: int, server_round: int) -> "Exchange":
         """The form in which a round's factors are sent, the same at the server and at every site.

@@ -14,13 +14,14 @@ from common.masking.primitives import SEED_BYTES
 
 
 class Stage(IntEnum):
-    """How far a sum has come, by the last thing that the site has given."""
+    """How far a sum has come, by the last thing that the site has given or received."""
 
     KEYS = 1
     SHARES = 2
-    VECTOR = 3
-    SIGNATURE = 4
-    UNMASKED = 5
+    RECEIVED = 3
+    VECTOR = 4
+    SIGNATURE = 5
+    UNMASKED = 6
 
 
 class SiteSum:
@@ -92,14 +93,11 @@ class SiteSum:
                 sealed[one.id] = primitives.seal(self._sealing(self._own.id, one.id), b"".join(pair))
         return parts.write_sealed(sealed)
 
-    def mask(self, sealed: bytes, vector: Words, about: bytes) -> Words:
-        """Mask the site's vector, in place.
+    def receive(self, sealed: bytes) -> None:
+        """Take the shares that the others have sealed for this site.
 
         Args:
             sealed: the shares for this site of all members that have shared, by sender.
-            vector: the encoded numbers.
-            about: the state that was trained, and all else that members must agree on; masks cancel only between members
-                for which it is the same, so a server that sends different states gets no sum.
 
         Raises:
             PolicyError: too few have shared, or a share is not what its sender sealed.
@@ -113,9 +111,25 @@ class SiteSum:
             if plain is None:
                 raise PolicyError(f"{self._sum}: the shares of {self._name(sender)} were not sealed for this site")
             self._held[sender] = plain[:SEED_BYTES], plain[SEED_BYTES:]
-        if len(self._held) < self._sum.threshold:
-            raise PolicyError(f"{self._sum}: {len(self._held)} members have shared, {self._sum.threshold} are needed")
-        self._enough(len(self._held) - 1, "have shared")
+        if self.sharers < self._sum.threshold:
+            raise PolicyError(f"{self._sum}: {self.sharers} members have shared, {self._sum.threshold} are needed")
+        self._enough(self.sharers - 1, "have shared")
+        self.stage = Stage.RECEIVED
+
+    @property
+    def sharers(self) -> int:
+        """How many members have shared their secrets, this site included."""
+        return len(self._held)
+
+    def mask(self, vector: Words, about: bytes) -> Words:
+        """Mask the site's vector, in place.
+
+        Args:
+            vector: the encoded numbers.
+            about: the state that was trained, and all else that members must agree on. Masks cancel only between
+                members for which it is the same, so a server that sends different states gets no sum.
+        """
+        self._after(Stage.RECEIVED, "a masked vector")
         self.stage = Stage.VECTOR
         primitives.add_mask(vector, self_key(self._sum, self._own.id, self._self_seed))
         for member in self._held:

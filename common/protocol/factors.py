@@ -188,6 +188,20 @@ def packed_bytes(shape: Shape, directions: int, exchange: Exchange) -> int:
     return 4 * math.prod(shape) if sent is None else num_bytes(sent.values()) + _DECAY_BYTES
 
 
+def in_factors(shape: Shape, exchange: Exchange) -> bool:
+    """Whether a change in the round's shared basis is sent in factors; else it is dense, or has its own basis."""
+    if exchange.basis is None or len(shape) != 2:
+        return False
+    rank = exchange.basis.rank
+    pair = (torch.zeros(shape[0], rank), torch.zeros(rank, shape[1]))
+    return _stored(Factors(1.0, [pair], common=True), shape, exchange) is not None
+
+
+def parts_of(shape: Shape) -> tuple[str, str]:
+    """Ends of the names under which a change in the shared basis travels: the projected change, the decay."""
+    return next(part for part in _LONG if part != common_part(shape)), _DECAY
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Sum of the tensors' sizes, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -199,7 +213,7 @@ def _stored(factors: Factors, shape: Shape, exchange: Exchange) -> dict[str, Ten
     if sum(left.shape[1] for left, _ in factors.terms) > min(shape):  # int8 factors may be smaller still: not worth it
         return None
     for part, factor in zip(_LONG, factors.stacked(shape), strict=True):
-        if factors.common and part == _common(shape):
+        if factors.common and part == common_part(shape):
             continue
         if exchange.precision == "int8":
             largest = factor.abs().amax(_LONG[part], keepdim=True)
@@ -217,14 +231,14 @@ def _loaded(parts: Mapping[str, Tensor], part: str, common: Tensor) -> Tensor:
     return factor * parts[part + _SCALE] if part + _SCALE in parts else factor
 
 
-def _common(shape: Shape) -> str:
+def common_part(shape: Shape) -> str:
     """The part, left or right, that is the basis of a weight of this shape."""
     return _RIGHT if projects_right(shape) else _LEFT
 
 
 def _factors(name: str, parts: Mapping[str, Tensor], shape: Shape, exchange: Exchange) -> Factors:
     """Check the received parts of one weight and make ``Factors`` of them."""
-    travelling = [part for part in _LONG if exchange.basis is None or part != _common(shape)]
+    travelling = [part for part in _LONG if exchange.basis is None or part != common_part(shape)]
     scales = [part + _SCALE for part in travelling] if exchange.precision == "int8" else []
     expected = (_DECAY, *travelling, *scales)
     for what, some in (("is missing", set(expected) - parts.keys()), ("was not to come", parts.keys() - set(expected))):

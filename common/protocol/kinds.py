@@ -59,6 +59,11 @@ def line(longest: int) -> Kind:
     return Kind(allowed, lambda v: isinstance(v, str) and 0 < len(v) <= longest and v.isprintable())
 
 
+def blob(longest: int) -> Kind:
+    """Bytes, at most ``longest`` of them."""
+    return Kind(f"up to {longest} bytes", lambda v: isinstance(v, bytes) and len(v) <= longest)
+
+
 def matching(pattern: str, allowed: str) -> Kind:
     """Text that matches a pattern from end to end."""
     return Kind(allowed, lambda v: isinstance(v, str) and re.fullmatch(pattern, v) is not None)

@@ -63,6 +63,7 @@ TRAINING = {
     "peak_memory_bytes": Measure("peak memory of the GPU", AMOUNT, _OPEN),
     "micro_batch": Measure("rows per forward pass", AMOUNT, _OPEN),
     "rows_left_out": Measure("images left out, because they cannot be read", AMOUNT, _OPEN),
+    "clipped": Measure("numbers clipped to the bounds of a masked sum", AMOUNT, _OPEN),
 }
 #: Numbers of an evaluation on the site's held-out rows.
 EVALUATED = {

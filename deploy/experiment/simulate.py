@@ -24,6 +24,7 @@ from client.app import app as client_app
 from client.privacy.agreement import agree_for_own_sites
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import ConfigError
 from server.app import federate
 
@@ -78,12 +79,13 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, SUPERLINK_NODE_ID, 0
         self._folder = tempfile.TemporaryDirectory(prefix="fedspan-")
         agreements = Path(self._folder.name, "agreements.json")
-        agree_for_own_sites(agreements, federation)
+        names = [load(Path(site), SiteConfig).name for site in sites]
+        keys = agree_for_own_sites(agreements, federation, names)
         told = {"agreements": str(agreements)} | ({} if ledgers is None else {"ledgers": str(ledgers)})
-        self._contexts = {
-            number: Context(_RUN, number, {"site": site, **told}, RecordDict(), {})
-            for number, site in enumerate(sites, start=SUPERLINK_NODE_ID + 1)
-        }
+        self._contexts = {}
+        for number, (site, name) in enumerate(zip(sites, names, strict=True), start=SUPERLINK_NODE_ID + 1):
+            own = {"site": site, **told} | ({"identity": str(keys[name])} if name in keys else {})
+            self._contexts[number] = Context(_RUN, number, dict(own), RecordDict(), {})
         self._replies: dict[str, Future[Message]] = {}
         self._numbers = itertools.count(1)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sites")

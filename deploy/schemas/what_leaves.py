@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from flwr.common.constant import ErrorCode
 
 from common import errors
+from common.protocol.exchanges import ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest
 from common.protocol.fields import Arrays, Content, Entry, Measure, Numbered, Numbers, Part
 from common.protocol.messages import (
     EvaluateReply,
@@ -19,8 +20,8 @@ from common.protocol.messages import (
 
 _HEAD = """# What leaves a site, and what comes in
 
-Made from [common/protocol/messages.py](../common/protocol/messages.py) by `fedspan schemas`; a test holds the two
-together.
+Made from [messages.py](../common/protocol/messages.py) and [exchanges.py](../common/protocol/exchanges.py) in
+common/protocol by `fedspan schemas`; a test holds them together.
 
 Server and site exchange the messages below, and nothing else through FedSpan. Flower itself needs a site's public key,
 its address and heartbeats. The receiver of a message rejects keys that are not listed here, and values that are not
@@ -48,11 +49,17 @@ _REPLIES: dict[str, type[Content]] = {
     "When it says who it is": Hello,
     "When it has evaluated": EvaluateReply,
     "When it has trained, and evaluated before if it was asked to": TrainReply,
+    "When it has trained under `secure_aggregation`: masked numbers, beside all but the tensors of the above": (
+        MaskedTrainReply
+    ),
+    "When it takes part in the other exchanges of `secure_aggregation`": ExchangeReply,
 }
 _REQUESTS: dict[str, type[Content]] = {
     "In every request, and nothing else to learn who it is": HelloRequest,
     "To train or to evaluate": State,
     "To train": TrainRequest,
+    "To train under `secure_aggregation`": MaskedTrainRequest,
+    "To take part in the other exchanges of `secure_aggregation`": ExchangeRequest,
 }
 
 

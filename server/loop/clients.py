@@ -7,7 +7,7 @@ from dataclasses import asdict
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from common.config.federation import AdmissionConfig, CohortConfig
+from common.config.cohort import AdmissionConfig, CohortConfig
 from common.errors import FederationError, WireError, kind_of
 from common.protocol.messages import Hello, HelloRequest
 from common.text import SENTENCE, one_line

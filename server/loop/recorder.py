@@ -37,18 +37,43 @@ class RoundRecorder:
         self._folder = folder
         self._records: dict[str, tuple[float, dict[str, object]]] = {}  # site -> (when it was done, metrics record)
         self._sent: dict[int, int] = {}  # node id -> bytes
-        self._bytes_up = 0
+        self._bytes_up = self._exchanged_down = 0
 
     def asked(self, node_id: int, num_bytes: int) -> None:
         """Note that the round's work is sent to a node, with ``num_bytes`` of tensors."""
         self._sent[node_id] = self._sent.get(node_id, 0) + num_bytes
 
-    def problem(self, site: str, event: str, reason: str, kind: str, **more: object) -> None:
-        """Note that a site failed, was rejected or did not answer; ``kind`` is of its error, ``more`` of the event."""
+    def exchanged(self, down: int, up: int) -> None:
+        """Note bytes of the short messages that go with a masked sum."""
+        self._exchanged_down += down
+        self._bytes_up += up
+
+    def begin_anew(self, reason: str) -> None:
+        """Note that the round begins anew, with none of the replies so far; what they cost still counts."""
+        self.admitted.clear()
+        self.problems.clear()
+        self.kinds.clear()
+        self._records.clear()
+        self._folder.event("round_begun_anew", round=self.number, client=SERVER, reason=one_line(reason, SENTENCE))
+
+    def problem(
+        self, site: str, event: str, reason: str, kind: str, *, took_part: bool = False, **more: object
+    ) -> None:
+        """Note that a site failed, was rejected or did not answer.
+
+        Args:
+            site: the site.
+            event: the event to note.
+            reason: a sentence.
+            kind: the kind of the error.
+            took_part: whether the site's update counts nevertheless.
+            more: further fields of the event.
+        """
         reason = one_line(reason, SENTENCE)
         self.problems[site], self.kinds[site] = reason, kind
-        self.admitted.pop(site, None)
-        self._records.pop(site, None)
+        if not took_part:
+            self.admitted.pop(site, None)
+            self._records.pop(site, None)
         self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind, **more)
 
     def update(self, sent: Sent, reply: TrainReply, update: Update, heaviest: float) -> None:
@@ -95,7 +120,7 @@ class RoundRecorder:
             "round_finished",
             round=self.number,
             seconds=round(end - self.started, 3),
-            bytes_down=sum(self._sent.values()),
+            bytes_down=sum(self._sent.values()) + self._exchanged_down,
             bytes_up=self._bytes_up,
         )
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -43,6 +44,7 @@ class Parts:
     clients: Clients
     quarantine: Quarantine
     folder: RunFolder
+    run: int = 0  # Flower's number of the run
     capped: set[str] = field(default_factory=set)  # sites of which it was told that they weigh less than they declare
 
     @property
@@ -64,7 +66,14 @@ class Round:
         state: the state that the sites start from.
         evaluate: whether the sites evaluate the state before they train (decision 002).
         deadline: seconds after which the round closes if it has ``min_clients`` updates.
+
+    Attributes:
+        kind: Flower's type of the messages with the round's work.
+        reply: the class of the replies to them.
     """
+
+    kind: ClassVar[str] = MessageType.TRAIN
+    reply: ClassVar[type[TrainReply]] = TrainReply
 
     def __init__(self, parts: Parts, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> None:
         self.recorder = RoundRecorder(number, parts.folder)
@@ -79,9 +88,13 @@ class Round:
 
     def begin(self, cohort: list[int]) -> None:
         """Send the round's work to the nodes of its cohort."""
-        ratio, rows = self._parts.config.admission.rows_ratio, [self._rows(node_id) for node_id in cohort]
-        self._heaviest = math.inf if ratio is None else heaviest(rows, ratio)
+        self._heaviest = self._limit(cohort)
         self._ask(cohort)
+
+    def _limit(self, cohort: list[int]) -> float:
+        """The largest weight of a site in the mean, in rows."""
+        ratio, rows = self._parts.config.admission.rows_ratio, [self._rows(node_id) for node_id in cohort]
+        return math.inf if ratio is None else heaviest(rows, ratio)
 
     def _rows(self, node_id: int) -> int:
         """Number of training rows that the node's site has declared."""
@@ -91,11 +104,16 @@ class Round:
         """Send the round's work to the given nodes."""
         parts, messages = self._parts, []
         for node_id, state in parts.strategy.train_states(self._number, self._state, nodes):
-            request = TrainRequest.of(parts.settings, state, evaluate=self._evaluate)
-            messages.append(parts.message(request, node_id, MessageType.TRAIN, self._number))
+            request = self._request(node_id, TrainRequest.of(parts.settings, state, evaluate=self._evaluate))
+            messages.append(parts.message(request, node_id, self.kind, self._number))
             self._given[parts.strategy.client(node_id).name] += 1
             self.recorder.asked(node_id, request.num_bytes)
         parts.in_flight.push(messages, self._group)
+
+    def _request(self, node_id: int, request: TrainRequest) -> TrainRequest:
+        """The request as it is sent to a node."""
+        del node_id
+        return request
 
     def combine(self) -> RoundResult:
         """Wait for the replies and aggregate the admitted updates.
@@ -112,8 +130,11 @@ class Round:
         if valid < needed:
             reason = f"round {self._number}: {valid} valid updates, {needed} needed{self._reasons()}"
             raise FederationError(reason, self.recorder.kinds)
-        self.recorder.close(outcome.diagnostics)
+        self.recorder.close(self._diagnostics(outcome))
         return outcome
+
+    def _diagnostics(self, outcome: RoundResult) -> dict[str, float]:
+        return outcome.diagnostics
 
     def _counted(self) -> Iterator[Update]:
         """The admitted updates: without ``norm_ratio`` as they arrive, else those within the cohort bound, by name."""
@@ -189,7 +210,7 @@ class Round:
                 self._fail(name, failure)
             return None
         try:
-            told = TrainReply.read(reply.content)
+            told = self.reply.read(reply.content)
             update, how_far = self._admit(told, sent.node_id)
         except WireError as unreadable:
             client.forget()
@@ -252,10 +273,10 @@ class Round:
         enough = len(self.recorder.admitted) >= self._cohort.min_clients
         return self._asked + (self._deadline if enough else self._cohort.round_deadline)
 
-    def _fail(self, site: str, failure: Failure) -> None:
+    def _fail(self, site: str, failure: Failure, *, took_part: bool = False) -> None:
         counted = failure.code not in SUPERLINKS  # else the site has not answered, which may be its link's fault
         reason = f"{site}: {failure.reason}"
-        self.recorder.problem(site, "client_failed", reason, failure.kind, counted=counted)
+        self.recorder.problem(site, "client_failed", reason, failure.kind, took_part=took_part, counted=counted)
         if counted:
             self._count(site)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from functools import partial
 
 from flwr.app import MessageType
 from flwr.common.constant import ErrorCode
@@ -14,6 +15,7 @@ from common.protocol.messages import EvaluateReply, EvaluateRequest, Failure, He
 from server.loop.checkpoint import Checkpoint, save
 from server.loop.clients import Clients
 from server.loop.inflight import InFlight, failure_in
+from server.loop.masked_round import MaskedRound
 from server.loop.recorder import record_evaluation
 from server.loop.round import Parts, Round
 from server.loop.server_model import ServerModel
@@ -62,7 +64,8 @@ class RoundLoop:
             tokenizer_digest=server_model.tokenizer_digest,
             expected=None if config.local is None else len(config.local.sites),
         )
-        self._parts = Parts(config, settings, strategy, self._in_flight, self._clients, self._quarantine, folder)
+        run = 0 if config.secure_aggregation is None else grid.run.run_id
+        self._parts = Parts(config, settings, strategy, self._in_flight, self._clients, self._quarantine, folder, run)
         self._slowest: deque[float] = deque(maxlen=_MEMORY)
 
     def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
@@ -96,13 +99,19 @@ class RoundLoop:
         due = (number - 1) % self._config.evaluation.every == 0
         names = [self._clients.hellos[n].site for n in nodes]
         self._folder.event("round_started", round=number, clients=names, deadline=round(deadline, 1))
-        this = Round(self._parts, number, state, evaluate=due, deadline=deadline)
+        this = self._round(number, state, evaluate=due, deadline=deadline)
         this.begin(nodes)
         if due:
             this.recorder.elsewhere += self._evaluate_here(number - 1, state)  # while the sites work
         outcome = this.combine()
         self._slowest.append(max(this.recorder.admitted.values()))
         return outcome.state
+
+    def _round(self, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> Round:
+        if self._config.secure_aggregation is None:
+            return Round(self._parts, number, state, evaluate=evaluate, deadline=deadline)
+        again = partial(self._cohort, number)
+        return MaskedRound(self._parts, number, state, evaluate=evaluate, deadline=deadline, again=again)
 
     def _save(self, number: int, state: Tensors) -> None:
         bytes_, optimizer = self._folder.metrics_bytes(), self._strategy.server_optimizer

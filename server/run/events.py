@@ -124,6 +124,9 @@ KINDS: dict[str, Kind] = {
         state="training",
         outcome="asked",
     ),
+    "round_begun_anew": Kind(
+        "round client reason", "the round begins anew: {reason}", WARNING, problem="round begun anew"
+    ),
     "reply": Kind("round client loss seconds", _reply, state="waiting", outcome="trained", seen=True),
     "update_refused": Kind(
         "round client reason kind",

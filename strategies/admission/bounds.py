@@ -82,6 +82,19 @@ def largest_entry(base: Tensor, rows: int, training: TrainingConfig, strategy: S
     return _TOLERANCE * training.learning_rate * path
 
 
+def largest_projected(rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
+    """Largest change that one round's training can make to an entry of the projected change R of a weight.
+
+    Weight decay is not part of R. Without a gradient's largest norm, plain SGD has no bound.
+    """
+    steps = training.steps(rows)
+    if training.optimizer == "adamw":
+        path = adam_path(steps, strategy)
+    else:
+        path = math.inf if training.max_grad_norm is None else steps * training.max_grad_norm
+    return _TOLERANCE * training.learning_rate * strategy.scale * path if strategy.trains == "weights" else math.inf
+
+
 def by_entry(name: str, training: TrainingConfig, strategy: StrategyConfig) -> bool:
     """Whether each entry of a tensor has its own bound: Adam trains the tensor directly, not in a projection."""
     direct = strategy.trains == "lora" or in_head(name)

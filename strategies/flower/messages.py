@@ -180,13 +180,7 @@ class RuleMessages:
         Raises:
             RefusedUpdate: the update is rejected; the text names the client and the reason.
         """
-        client = self.client(node_id)
-        client.forget()
-        if self.versions is not None and reply.version == self.versions.latest:
-            client.version = self.versions.latest  # also when the update is rejected below
-        about = reply.server_round
-        if about != self._round:
-            raise RefusedUpdate(f"{client.name}: the update is of round {about}, this is round {self._round}")
+        client = self._answered(reply, node_id)
         expected = self.rule.state_for(self._state, None, None)
         tensors, changes = self._read_tensors(client, reply.arrays, expected)
         admitted = admit(
@@ -206,6 +200,31 @@ class RuleMessages:
         if self.rule.section.mixed_ranks:
             client.rank = rank_of(admitted)
         return Update(client.name, reply.num_examples, admitted, client.lora_alpha, changes)
+
+    def acknowledge(self, reply: TrainReply, node_id: int) -> None:
+        """Check all but the tensors of a reply to the current round: the numbers of a masked reply tell nothing.
+
+        Raises:
+            RefusedUpdate: the reply is of another round, or from another state, or of another alpha.
+        """
+        client = self._answered(reply, node_id)
+        frozen = {name: tensor for name, tensor in self._state.items() if name not in self._active}
+        if self.versions is None:
+            if frozen:
+                _check_acknowledged(client.name, reply.frozen_digest, frozen)
+            client.held = {name: tensor_digest(tensor) for name, tensor in frozen.items()}
+        client.lora_alpha = self._lora_alpha(client, reply.lora_alpha)
+
+    def _answered(self, reply: TrainReply, node_id: int) -> Client:
+        """The client of a reply, whose round is the current one; what it holds is what the reply says."""
+        client = self.client(node_id)
+        client.forget()
+        if self.versions is not None and reply.version == self.versions.latest:
+            client.version = self.versions.latest  # also when the update is rejected later
+        about = reply.server_round
+        if about != self._round:
+            raise RefusedUpdate(f"{client.name}: the update is of round {about}, this is round {self._round}")
+        return client
 
     def _lora_alpha(self, client: Client, told: float | None) -> float | None:
         """The client's alpha: as reported, else the federation's; base weights have no alpha to report."""

@@ -12,6 +12,7 @@ from common.config.load import load
 from common.config.section import Section
 from common.config.site import SiteConfig
 from common.config.strategy import names
+from common.protocol.exchanges import ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest
 from common.protocol.messages import EvaluateReply, Hello, TrainReply, TrainRequest
 from deploy.experiment.config import load_experiment
 from deploy.schemas import schemas, written
@@ -36,7 +37,8 @@ def test_files_are_up_to_date() -> None:
 
 def test_page_of_what_leaves_names_everything_that_does() -> None:
     (page,) = [text for path, text in written().items() if path.name == "what-leaves.md"]
-    for content in (Hello, TrainReply, EvaluateReply, TrainRequest):
+    masked = (ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest)
+    for content in (Hello, TrainReply, EvaluateReply, TrainRequest, *masked):
         assert all(f"| `{key}` |" in page for record, keys in content.known().items() for key in keys or [record])
     lines = page.splitlines()
     assert (

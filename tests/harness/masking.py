@@ -46,7 +46,8 @@ class Together:
         masked = []
         for number, site in enumerate(self.sites):
             if self.ids[number] in self.server.sharers and number not in lost:
-                masked.append(site.mask(self.server.shares_for(self.ids[number]), vectors[number].copy(), about))
+                site.receive(self.server.shares_for(self.ids[number]))
+                masked.append(site.mask(vectors[number].copy(), about))
                 self.server.add_vector(self.ids[number], masked[-1].copy())
         return masked
 

@@ -88,6 +88,7 @@ def test_all_traits_are_as_the_papers_say() -> None:
     assert names(lambda s: not s.takes_server_optimizer) == ["flexlora", "fedex-lora", "flora"]
     assert names(lambda s: s.stays_at_site == "B") == ["fedsa-lora"]
     assert names(lambda s: s.fresh_factors) == ["flora"]
+    assert names(lambda s: s.needs_updates is None) == ["fedftg", "ffa-lora", "rolora", "fedit", "fedsa-lora"]
 
 
 @pytest.mark.parametrize("subspace", ["own", "shared"])

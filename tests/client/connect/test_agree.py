@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from client.privacy.agreement import read_agreements
+from common.system.keys import make_site
 from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
 
@@ -134,3 +135,25 @@ class TestReviewer:
         sign = ["code", "sign", "--key", str(signed / "reviewer.key"), "--out", str(signed / "bundle.sig")]
         assert main(sign) == 0
         assert agree(signed, "--yes", "--signature", str(signed / "bundle.sig")) == 1
+
+
+def test_sums_are_made_with_named_peers_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(folder / "federation.yaml", secure_aggregation={"threshold": 2}, cohort={"min_clients": 3})
+    change(folder / "federation.yaml", strategy={"name": "fedit"})
+    assert agree(folder, "--yes") == 2
+    assert "give --peer FILE.pub for each, 1 at least; 0 known" in capsys.readouterr().err
+    known = {name: make_site(folder / name) for name in ("site-b", "site-c")}
+    peers = [word for name in known for word in ("--peer", str(folder / f"{name}.pub"))]
+    assert agree(folder, "--yes", *peers, "--least-peers", "2") == 0
+    told = capsys.readouterr().out
+    assert "only the sum of its update and those of at least 2 of these sites" in told
+    assert all(f"{name}, key {key}" in told for name, key in known.items())
+    (agreement,) = read_agreements(folder / "site-a-agreements.json").values()
+    assert (agreement.peers, agreement.least_peers) == (known, 2)
+    change(folder / "federation.yaml", rounds=7)
+    assert agree(folder, "--yes") == 0  # other settings, the same peers
+    (agreement,) = read_agreements(folder / "site-a-agreements.json").values()
+    assert (agreement.peers, agreement.least_peers) == (known, 2)
+    change(folder / "federation.yaml", secure_aggregation=None)
+    assert agree(folder, "--yes", *peers) == 2
+    assert "which this federation does not have" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_every_exchange_once() -> None:
     together.mask(uniform(0, 3, 6))
     refused(
         "round 3: a masked vector asked for out of turn, or twice",
-        lambda: together.sites[0].mask(together.server.shares_for(together.ids[0]), uniform(0, 1, 6)[0], ABOUT),
+        lambda: together.sites[0].mask(uniform(0, 1, 6)[0], ABOUT),
     )
     refused("round 3: shares that unmask asked for out of turn", lambda: together.sites[0].unmask(b""))
     together.sign()
@@ -198,7 +198,7 @@ def test_shares_of_somebody_else() -> None:
     together.share()
     for_first, for_second = (parts.read_sealed(together.server.shares_for(together.ids[k])) for k in (0, 1))
     exchanged = {**for_first, together.ids[2]: for_second[together.ids[2]]}
-    ask = lambda sealed: together.sites[0].mask(parts.write_sealed(sealed), uniform(0, 1, 6)[0], ABOUT)  # noqa: E731
+    ask = lambda sealed: together.sites[0].receive(parts.write_sealed(sealed))  # noqa: E731
     refused(f"the shares of {named(together, 2)} were not sealed for this site", lambda: ask(exchanged))
     refused("has shares, but no keys", lambda: ask({**for_first, bytes(32): for_first[together.ids[2]]}))
 

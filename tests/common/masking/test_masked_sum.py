@@ -148,10 +148,9 @@ def test_sites_that_were_sent_different_states_have_no_sum() -> None:
     together.share()
     vectors = uniform(0, 3, 8)
     for k, site in enumerate(together.sites):
-        about = b"another" if k == 0 else ABOUT
-        together.server.add_vector(
-            together.ids[k], site.mask(together.server.shares_for(together.ids[k]), vectors[k].copy(), about)
-        )
+        site.receive(together.server.shares_for(together.ids[k]))
+        masked = site.mask(vectors[k].copy(), b"another" if k == 0 else ABOUT)
+        together.server.add_vector(together.ids[k], masked)
     together.sign()
     assert not np.array_equal(together.unmask(), np.sum(vectors, axis=0, dtype=np.uint32))
 

@@ -1,0 +1,155 @@
+"""A site's part in masked sums: its keys of the current round, in this process's memory alone. No Flower.
+
+A process that is started anew has no keys, so its site drops out of the round; the others unmask the sum without it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from client.privacy.agreement import Agreement
+from client.session import Session
+from common.errors import ConfigError, PolicyError, StaleStateError
+from common.masking.fixed_point import encoded_weight
+from common.masking.parts import SumId
+from common.masking.site import SiteSum
+from common.protocol.digest import tensors_digest
+from common.protocol.exchanges import KEYS, SHARES, SURVIVORS, ExchangeRequest, MaskedTrainRequest
+from common.protocol.tensors import Tensors
+from common.system.keys import read_private
+from strategies.combine.masked import Vector, agreed_text, weight_of
+
+LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
+_sums: dict[tuple[int, str], tuple[SumId, SiteSum]] = {}  # the current sum, by run and site
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site as a member of masked sums.
+
+    Args:
+        site: the site's name.
+        run: Flower's number of the run.
+        agreement: names the approved peers.
+        identity: file with the site's registered private key; None: the link was started without one.
+    """
+
+    site: str
+    run: int
+    agreement: Agreement
+    identity: Path | None
+
+    def exchange(self, request: ExchangeRequest) -> bytes:
+        """Answer one of the exchanges.
+
+        Raises:
+            ConfigError: the site has no identity key, or no process that outlives a message.
+            PolicyError: the request would lay the site's update open, or the agreement names no peers.
+            StaleStateError: this process has no keys of the round.
+        """
+        if request.stage == KEYS:
+            return self._begin(request.server_round, request.attempt)
+        found = self._sum(request.server_round, request.attempt)
+        if request.stage == SHARES:
+            return found.share(request.payload)
+        return found.sign(request.payload) if request.stage == SURVIVORS else found.unmask(request.payload)
+
+    def part(self, request: MaskedTrainRequest, session: Session) -> "Part":
+        """Check a request to train for a masked sum, before it is charged; the session has the state.
+
+        Raises:
+            PolicyError: the request would lay the site's update open.
+            StaleStateError: this process has no keys of the round.
+        """
+        rows = session.train_rows
+        if request.rows < rows or request.heaviest > request.rows:
+            raise PolicyError(f"round {request.server_round}: the most rows of a site are {request.rows}, {rows} here")
+        found = self._sum(request.server_round, request.attempt)
+        found.receive(request.sealed)
+        return Part(request, session, found)
+
+    def _begin(self, server_round: int, attempt: int) -> bytes:
+        """Make the keys of a round; those of the round before are forgotten."""
+        which = SumId(self.run, server_round, attempt, self._threshold)
+        before = _sums.get((self.run, self.site))
+        if before is not None and (which.server_round, which.attempt) <= (before[0].server_round, before[0].attempt):
+            raise PolicyError(f"{which}: keys of this round, or a later one, were given already")
+        if LONG_LIVED not in os.environ:
+            raise ConfigError(
+                f"{self.site}: `secure_aggregation` needs a worker, which keeps a round's keys in memory from one "
+                "message to the next; run fedspan site join, or fedspan site worker"
+            )
+        if not self.agreement.peers:
+            raise PolicyError("this site has agreed to no peers; its people do so with: fedspan site agree --peer FILE")
+        made = SiteSum(which, self._identity, self.agreement.by_fingerprint, self.agreement.least_peers)
+        _sums[self.run, self.site] = which, made
+        return made.advert
+
+    def _sum(self, server_round: int, attempt: int) -> SiteSum:
+        wanted = SumId(self.run, server_round, attempt, self._threshold)
+        which, found = _sums.get((self.run, self.site), (None, None))
+        if found is None or which != wanted:
+            raise StaleStateError(f"this site has no keys of round {server_round}; it drops out of this round")
+        return found
+
+    @property
+    def _threshold(self) -> int:
+        secure = self.agreement.federation.secure_aggregation
+        if secure is None:
+            raise PolicyError("this site has agreed to no `secure_aggregation`")
+        return secure.threshold
+
+    @property
+    def _identity(self) -> ec.EllipticCurvePrivateKey:
+        if self.identity is None:
+            raise ConfigError(
+                f"{self.site}: `secure_aggregation` needs the site's key; give --auth-supernode-private-key FILE"
+            )
+        key = read_private(self.identity)
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+            raise ConfigError(f"{self.identity}: no ECDSA P-384 key, as `fedspan keys site` makes them")
+        return key
+
+
+class Part:
+    """A site's update on its way into a sum.
+
+    Args:
+        request: the request to train.
+        session: the site's session, in the state that the request names.
+        found: the sum.
+    """
+
+    def __init__(self, request: MaskedTrainRequest, session: Session, found: SiteSum) -> None:
+        self._sum, self._weight = found, weight_of(session.train_rows, request.heaviest)
+        weights, start = session.weights, session.exchanged
+        federation = session.federation
+        exchange = federation.strategy.exchange(federation.training.seed, request.server_round)
+        if weights is None:  # training changes the parameters themselves
+            start = {name: tensor.detach().cpu().clone() for name, tensor in start.items()}
+        self._vector = Vector(federation, start, request.active, exchange, request.rows)
+        version = tensors_digest(start) if weights is None else weights.version
+        self._about = agreed_text(version, request.active, request.rows, request.heaviest)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of the masked numbers."""
+        return sum(self._vector.most.values())
+
+    def masked(self, tensors: Tensors) -> tuple[Tensors, int, int]:
+        """Encode and mask an update.
+
+        Args:
+            tensors: the update as it would be sent without masks, by name.
+
+        Returns:
+            The masked numbers as tensors of int32, by name; the masked weight; and how many numbers were clipped.
+        """
+        clients = self._sum.sharers
+        vector, clipped = self._vector.encode(tensors, self._weight, clients)
+        weight = np.array([encoded_weight(self._weight, clients)], np.uint32)
+        masked = self._sum.mask(np.concatenate([vector, weight]), self._about)
+        return self._vector.split(masked[:-1]), int(masked[-1]), clipped

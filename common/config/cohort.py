@@ -1,0 +1,117 @@
+"""The sections of a federation file for a round's sites: how many, what they may send, whether one is seen alone."""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from common.config.aggregation import AggregationConfig, MeanConfig
+from common.config.section import Section
+from common.config.strategy import StrategyConfig
+from common.config.training import TrainingConfig
+
+
+class CohortConfig(Section):
+    """Clients of a round, and the time limits of a round."""
+
+    min_clients: int = Field(2, ge=1, description="A round needs this many valid updates.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the connected clients sampled each round.")
+    join_deadline: float = Field(300.0, gt=0, description="Seconds to wait for `min_clients` to connect.")
+    round_deadline: float = Field(3600.0, gt=0, description="Seconds a round may take.")
+    deadline_factor: float | None = Field(
+        None,
+        gt=1,
+        description="A round that has `min_clients` updates closes early: after this many times the seconds of the "
+        "slowest site in the last 5 rounds, at least 10 seconds. null: the round waits for all sites until "
+        "`round_deadline`.",
+    )
+
+
+class AdmissionConfig(Section):
+    """Limits for updates and sites, beside the checks of form and of the largest possible change."""
+
+    norm_ratio: float | None = Field(
+        10.0,
+        gt=1,
+        description="An update whose norm is larger than this many times the round's median norm is rejected, if the "
+        "round has three updates or more. null: no such bound; updates are aggregated in arrival order without being "
+        "buffered on disk.",
+    )
+    max_noise: float = Field(
+        0.0,
+        ge=0,
+        description="Largest noise that a site may add for differential privacy, standard deviation per number; the "
+        "bounds on the site's update grow by the declared noise. 0: a site that adds noise is not admitted.",
+    )
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Most training rows that a site may declare; the rows are the site's weight in the average. A "
+        "site that declares more is not admitted. null: no limit.",
+    )
+    max_refusals: int = Field(
+        3,
+        ge=1,
+        description="A site is quarantined until `fedspan readmit` when its updates are rejected, or it answers with "
+        "errors, so many times in a row.",
+    )
+    rows_ratio: float | None = Field(
+        10.0,
+        ge=1,
+        description="A site's weight in the average is at most this many times the rows of the round's median site, "
+        "whatever number of rows the site declares. null: the weight is the number of rows that it declares.",
+    )
+
+
+class SecureAggregationConfig(Section):
+    """Masked sums: the server learns the sum of a round's updates, and no single one (Bonawitz et al., CCS 2017)."""
+
+    threshold: int = Field(
+        ge=2,
+        description="T: so many sites of a round must be left at its end for the sum to be unmasked, and so many would "
+        "have to give away their keys for a single update to be seen. More than half of a round's sites: a round takes "
+        "at most 2 T - 1.",
+    )
+    tries: int = Field(
+        3, ge=1, description="A round that has too few sites left is begun anew, with fresh keys, up to so many times."
+    )
+    exchange_deadline: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds for each of the four short exchanges around training: keys, shares of secrets, signatures "
+        "of the list of survivors, unmasking.",
+    )
+
+
+def single_updates_needed(
+    secure: SecureAggregationConfig,
+    strategy: StrategyConfig,
+    training: TrainingConfig,
+    aggregation: AggregationConfig,
+    admission: AdmissionConfig,
+    cohort: CohortConfig,
+) -> Iterator[str]:
+    """The contradictions between masked sums and the other sections, one sentence each."""
+    where, threshold, clients = "`secure_aggregation`", secure.threshold, cohort.min_clients
+    if (reason := strategy.single_updates_needed()) is not None:
+        yield f"{where} shows the server nothing but a sum, and `strategy` {strategy.name} {reason}"
+    if aggregation != MeanConfig():
+        yield (
+            f"{where} shows the server no single update, which `aggregation` {aggregation.method}"
+            f"{' with `clip_norm`' if isinstance(aggregation, MeanConfig) else ''} needs; allowed with it: mean "
+            "without `clip_norm`"
+        )
+    if admission.norm_ratio is not None:
+        yield (
+            f"{where} shows the server no single update, whose norm `admission.norm_ratio` {admission.norm_ratio:g} "
+            "could be compared with; allowed with it: null, which is the default then"
+        )
+    if training.optimizer == "sgd" and training.max_grad_norm is None:
+        yield (
+            f"{where} needs a bound on every number of an update, and `training.optimizer` sgd without "
+            "`max_grad_norm` has none; give `max_grad_norm`, or take adamw"
+        )
+    if not threshold <= clients < 2 * threshold:
+        yield (
+            f"{where} has `threshold` {threshold}, with `cohort.min_clients` {clients}; allowed: more than half of "
+            f"them and no more than all, {clients // 2 + 1} to {clients}"
+        )

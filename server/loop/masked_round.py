@@ -1,0 +1,292 @@
+"""A round whose updates the server never sees: it learns their sum (``common.masking``), and admits their mean.
+
+The exchanges of keys and shares come before the training message, the list of survivors and its signatures after. A
+site that drops out at any of them costs the round nothing but its update, as long as ``secure_aggregation.threshold``
+sites are left. Below that, or with fewer updates than ``cohort.min_clients``, the round begins anew with fresh keys.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, MessageType
+from flwr.common.constant import ErrorCode
+
+from common.errors import AggregationError, FederationError, RefusedUpdate, WireError
+from common.masking.fixed_point import encoded_weight
+from common.masking.parts import SumId
+from common.masking.server import ServerSum
+from common.protocol import wire
+from common.protocol.digest import tensors_digest
+from common.protocol.exchanges import (
+    ACTION,
+    KEYS,
+    SHARES,
+    SURVIVORS,
+    UNMASK,
+    ExchangeReply,
+    ExchangeRequest,
+    MaskedTrainReply,
+    MaskedTrainRequest,
+)
+from common.protocol.messages import Failure, TrainReply, TrainRequest
+from server.loop.inflight import failure_in
+from server.loop.round import Parts, Round
+from strategies.admission.bounds import UpdateSize, change_norms, check_possible, total
+from strategies.combine.masked import Vector, agreed_text, weight_of
+from strategies.rule import RoundResult, Tensors, Update
+
+_GRACE = 5.0  # seconds for further signatures and shares when there are enough of them
+
+
+@dataclass
+class _Open:
+    """A sum whose members have shared their secrets.
+
+    Attributes:
+        sum: the sum.
+        vector: the form of the members' vectors.
+        about: all that the members were told alike.
+        most_rows: the most training rows of a member.
+        heaviest: the number of rows that weighs 1.
+        rows: training rows by member.
+        members: ids in the sum, by site.
+    """
+
+    sum: ServerSum
+    vector: Vector
+    about: bytes
+    most_rows: int
+    heaviest: int
+    rows: dict[str, int]
+    members: dict[str, bytes] = field(default_factory=dict)
+
+    def add_keys(self, site: str, keys: bytes) -> None:
+        """Take a site's keys."""
+        self.members[site] = self.sum.add_keys(site, keys)
+
+    def add(self, take: Callable[[bytes, bytes], None]) -> Callable[[str, bytes], None]:
+        """A function that takes an answer by its site, from one that takes it by its member's id."""
+        return lambda site, answer: take(self.members[site], answer)
+
+    def alive(self) -> list[str]:
+        """The sites whose numbers are in the sum."""
+        return [site for site, member in self.members.items() if member in self.sum.alive]
+
+    def signers(self) -> list[str]:
+        """The sites that have signed the list of survivors."""
+        return [site for site, member in self.members.items() if member in self.sum.signers()]
+
+
+class MaskedRound(Round):
+    """A round with masked sums.
+
+    Args:
+        parts: see ``Round``.
+        number: see ``Round``.
+        state: see ``Round``.
+        evaluate: see ``Round``.
+        deadline: see ``Round``.
+        again: waits for sites and gives the cohort of a round that begins anew.
+    """
+
+    kind = f"{MessageType.TRAIN}.{ACTION}"
+    reply = MaskedTrainReply
+
+    def __init__(
+        self,
+        parts: Parts,
+        number: int,
+        state: Tensors,
+        *,
+        evaluate: bool,
+        deadline: float,
+        again: Callable[[], list[int]],
+    ) -> None:
+        super().__init__(parts, number, state, evaluate=evaluate, deadline=deadline)
+        assert parts.config.secure_aggregation is not None  # noqa: S101 - the round loop has looked
+        self._secure, self._new_cohort = parts.config.secure_aggregation, again
+        self._attempt, self._norm = 0, 0.0
+        self._broken: str | None = None  # why the round must begin anew, before its work was sent
+
+    def begin(self, cohort: list[int]) -> None:
+        """Exchange keys and shares with the nodes of a cohort, then send the round's work to those that are left."""
+        try:
+            self._open(cohort[: 2 * self._secure.threshold - 1])
+        except AggregationError as error:
+            self._broken = f"round {self._number}: {error}{self._reasons()}"
+
+    def combine(self) -> RoundResult:
+        """See ``Round.combine``; with too few sites left the round begins anew, up to ``secure_aggregation.tries``."""
+        while True:
+            try:
+                if self._broken is not None:
+                    raise FederationError(self._broken, self.recorder.kinds)
+                return super().combine()
+            except FederationError as error:
+                self._attempt += 1
+                if self._attempt >= self._secure.tries:
+                    raise
+                self._begin_anew(str(error))
+
+    def _begin_anew(self, reason: str) -> None:
+        self.recorder.begin_anew(reason)
+        self._parts.in_flight.forget(self._group)
+        self._group = f"train/{self._number}/{self._attempt}"
+        self._broken, self._evaluate = None, False
+        for known in (self._lost, self._again, self._given):
+            known.clear()
+        cohort = self._new_cohort()
+        self._asked = time.monotonic()
+        self.begin(cohort)
+
+    def _open(self, cohort: list[int]) -> None:
+        """Keys, shares, work.
+
+        Raises:
+            AggregationError: too few sites are left.
+        """
+        self._heaviest = self._limit(cohort)
+        rule, versions = self._parts.strategy.rule, self._parts.strategy.versions
+        rows = {self._name(node_id): self._rows(node_id) for node_id in cohort}
+        most, active = max(rows.values()), rule.active(self._number, self._state)
+        heaviest = int(min(self._heaviest, most))
+        vector = Vector(self._parts.config, self._state, active, rule.exchange(self._number), most)
+        about = agreed_text(
+            tensors_digest(self._state) if versions is None else versions.latest, active, most, heaviest
+        )
+        which = SumId(self._parts.run, self._number, self._attempt, self._secure.threshold)
+        this = self._this = _Open(ServerSum(which, vector.words + 1), vector, about, most, heaviest, rows)
+        self._exchange(KEYS, dict.fromkeys(rows, b""), this.add_keys)
+        self._enough(len(this.members), "gave their keys")
+        self._exchange(SHARES, dict.fromkeys(this.members, this.sum.listing.raw), this.add(this.sum.add_shares))
+        self._enough(len(this.sum.sharers), "shared their secrets")
+        self._asked = time.monotonic()
+        nodes = {site: self._parts.clients.node_of(site) for site, m in this.members.items() if m in this.sum.sharers}
+        self._ask([node_id for node_id in nodes.values() if node_id is not None])
+
+    def _request(self, node_id: int, request: TrainRequest) -> MaskedTrainRequest:
+        this, member = self._this, self._this.members.get(self._name(node_id))
+        sealed = b"" if member is None else this.sum.shares_for(member)
+        self.recorder.exchanged(len(sealed), 0)
+        return MaskedTrainRequest(
+            **vars(request), attempt=self._attempt, rows=this.most_rows, heaviest=this.heaviest, sealed=sealed
+        )
+
+    def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, UpdateSize]:
+        """Add a site's masked numbers to the sum; the update that is returned has none."""
+        this, site = self._this, self._name(node_id)
+        assert isinstance(told, MaskedTrainReply)  # noqa: S101 - ``reply`` says so
+        member = this.members.get(site)
+        if member not in this.sum.sharers or member in this.sum.alive:
+            raise RefusedUpdate(f"{site}: it has not shared its secrets, or has answered before")
+        self._parts.strategy.acknowledge(told, node_id)
+        if told.num_examples != this.rows[site]:
+            raise RefusedUpdate(f"{site}: num-examples is {told.num_examples}, it declared {this.rows[site]} rows")
+        try:
+            vector = this.vector.join(wire.decode(told.arrays, this.vector.most))
+        except WireError as error:
+            raise RefusedUpdate(f"{site}: {error}") from None
+        this.sum.add_vector(member, np.append(vector, np.uint32(told.weight)))
+        return Update(site, told.num_examples, {}), UpdateSize(0.0, 0.0, 0.0)
+
+    def _counted(self) -> Iterator[Update]:
+        """The mean of all updates, as one update, when the sum is unmasked and admitted."""
+        for update, _ in self._updates():
+            self._parts.quarantine.note(update.client, refused=False)
+        this, alive = self._this, self._this.alive()
+        self._enough(len(alive), "sent their numbers")
+        self._exchange(SURVIVORS, dict.fromkeys(alive, this.sum.survivors), this.add(this.sum.add_signature), late=True)
+        this.sum.require(len(this.signers()), "signed the list of survivors")
+        asked = dict.fromkeys(this.signers(), this.sum.signatures)
+        self._exchange(UNMASK, asked, this.add(this.sum.add_unmasking), late=True)
+        yield self._mean()
+
+    def _mean(self) -> Update:
+        """The mean update.
+
+        Raises:
+            AggregationError: the sum cannot be unmasked, or its mean is more than training can do.
+        """
+        this, config, rule = self._this, self._parts.config, self._parts.strategy.rule
+        words, clients = this.sum.total(this.about), len(this.sum.sharers)
+        weights = [weight_of(this.rows[site], this.heaviest) for site in this.alive()]
+        if int(words[-1]) != sum(encoded_weight(weight, clients) for weight in weights) % 2**32:
+            raise AggregationError(
+                "the sum is not unmasked: a site gave false shares, or masked another weight or state"
+            )
+        tensors, factors = this.vector.mean(words[:-1], sum(weights), clients)
+        mean = Update(f"the mean of {len(weights)} updates", this.most_rows, tensors, rule.lora_alpha, factors)
+        noisy = [hello.privacy for hello in self._parts.clients.hellos.values() if hello.privacy is not None]
+        noise = max(noisy, key=lambda declared: declared.noise, default=None)
+        norms = change_norms(mean, self._state)
+        try:
+            check_possible(mean, norms, self._state, config.training, config.strategy, noise)
+        except RefusedUpdate as refusal:
+            raise AggregationError(str(refusal)) from None
+        self._norm = total(norms)
+        return mean
+
+    def _diagnostics(self, outcome: RoundResult) -> dict[str, float]:
+        """All that can be told of updates that nobody has seen."""
+        del outcome
+        return {"masked-updates": float(len(self._this.alive())), "mean-norm": self._norm}
+
+    def _exchange(
+        self, stage: str, payloads: Mapping[str, bytes], take: Callable[[str, bytes], None], *, late: bool = False
+    ) -> None:
+        """Send the messages of one exchange, and take the answers as they arrive.
+
+        Args:
+            stage: which exchange.
+            payloads: the bytes to send, by site.
+            take: takes a site's answer, or raises RefusedUpdate.
+            late: whether the sites' numbers are with the server: then the threshold's number of answers is enough, and
+                a site that fails has still taken part.
+        """
+        in_flight, group, since = self._parts.in_flight, f"{stage}/{self._number}/{self._attempt}", time.monotonic()
+        in_flight.push(self._messages(stage, payloads), group)
+        closes, answers = since + self._secure.exchange_deadline, 0
+
+        def closes_at() -> float:
+            return closes
+
+        for sent, reply in in_flight.replies(group, closes_at):
+            site = self._name(sent.node_id)
+            try:
+                if (failure := failure_in(reply)) is None:
+                    answer = ExchangeReply.read(reply.content).payload
+                    take(site, answer)
+                    self.recorder.exchanged(0, len(answer))
+                    answers += 1
+            except (WireError, RefusedUpdate) as error:
+                failure = Failure.of(error)
+            if failure is not None:
+                self._fail(site, replace(failure, reason=f"{stage}: {failure.reason}"), took_part=late)
+            if late and answers == self._secure.threshold:
+                closes = min(closes, time.monotonic() + _GRACE)
+        for node_id in in_flight.forget(group):
+            if not late or answers < self._secure.threshold:
+                reason = f"{stage}: no answer within {closes - since:.4g} seconds"
+                failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason)
+                self._fail(self._name(node_id), failure, took_part=late)
+        self.recorder.elsewhere += time.monotonic() - since
+
+    def _messages(self, stage: str, payloads: Mapping[str, bytes]) -> Iterator[Message]:
+        """The messages of one exchange, to the sites that are connected."""
+        about: dict[str, Any] = {"server_round": self._number, "attempt": self._attempt, "stage": stage}
+        for site, payload in payloads.items():
+            request = ExchangeRequest(**vars(self._parts.settings), **about, payload=payload)
+            if (node_id := self._parts.clients.node_of(site)) is not None:
+                yield self._parts.message(request, node_id, f"{MessageType.QUERY}.{ACTION}", self._number)
+                self.recorder.exchanged(len(payload), 0)
+
+    def _enough(self, count: int, what: str) -> None:
+        """Raise an AggregationError when fewer sites are left than a round needs."""
+        if count < self._cohort.min_clients:
+            raise AggregationError(f"{count} sites {what}, {self._cohort.min_clients} needed")
+
+    def _name(self, node_id: int) -> str:
+        return self._parts.strategy.client(node_id).name

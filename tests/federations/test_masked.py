@@ -1,0 +1,178 @@
+"""Federations with `secure_aggregation`: the mean is that of the sites that were left, and a lie is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message
+
+from client import masked
+from client.app import app
+from common.errors import WorkerDied
+from common.masking import parts
+from common.masking.parts import DROPPED, Listing, SumId
+from common.masking.site import SiteSum
+from common.protocol.exchanges import SHARES, SURVIVORS, UNMASK, ExchangeRequest
+from common.protocol.messages import Failure
+from deploy.sandbox.tiny import make_federation
+from server.loop.checkpoint import newest
+from server.run.folder import read_lines
+from tests.harness.in_one_process import in_one_process
+from tests.harness.masking import identity
+from tests.harness.results import events
+
+SIZES = {"a": 12, "b": 20, "c": 28}
+SETTINGS: dict[str, Any] = {
+    "strategy": {"name": "fedit", "rank": 2, "blocks": "lower half", "modules": "attention"},
+    "training": {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 1},
+    "evaluation": {"every": 100, "samples": 0},
+    "cohort": {"min_clients": 2},
+    "admission": {"norm_ratio": None, "max_refusals": 50},
+}
+#: Where site c dies, by round; those of the first two rounds lose its update.
+DIES = {2: "keys", 3: "train", 4: SURVIVORS, 5: UNMASK}
+
+
+def site_of(context: Context) -> str:
+    return Path(str(context.node_config["site"])).stem
+
+
+def stage_of(message: Message) -> tuple[int, str]:
+    config = message.content["config"]
+    return int(config.get("server-round", 0)), str(config.get("stage", message.metadata.message_type.partition(".")[0]))  # type: ignore[arg-type]
+
+
+def dying(message: Message, context: Context) -> Message:
+    """Site c, whose worker dies at one exchange of each round, and has no keys when it is there again."""
+    number, stage = stage_of(message)
+    if site_of(context) == "c" and DIES.get(number) == stage:
+        if masked._sums.pop((1, "c"), None) is not None or stage == "keys":
+            return Message(Failure(WorkerDied.code, "killed").to_error(), reply_to=message)
+    return app(message, context)
+
+
+def absent(message: Message, context: Context) -> Message:
+    """Without masks: site c has no update in the rounds in which ``dying`` loses it."""
+    if site_of(context) == "c" and stage_of(message) in ((2, "train"), (3, "train")):
+        return Message(Failure(WorkerDied.code, "killed").to_error(), reply_to=message)
+    return app(message, context)
+
+
+def moved(run: Path) -> torch.Tensor:
+    checkpoint = newest(run, pytest.fail)
+    assert checkpoint is not None
+    return torch.cat([checkpoint.state[name].flatten() for name in sorted(checkpoint.state) if "lora_B" in name])
+
+
+def federation(folder: Path, rounds: int, **changes: Any) -> Path:
+    folder.mkdir()
+    return make_federation(folder, SIZES, rounds=rounds, **{**SETTINGS, **changes})
+
+
+def test_mean_is_that_of_the_sites_left_whenever_one_dies(tmp_path: Path) -> None:
+    secure = {"secure_aggregation": {"threshold": 2}}
+    run = in_one_process(federation(tmp_path / "masked", 5, **secure), app=dying)
+    plain = in_one_process(federation(tmp_path / "plain", 5), app=absent)
+    assert float((moved(run) - moved(plain)).norm() / moved(plain).norm()) < 1e-5
+    assert [(e["round"], e["reason"].partition(":")[2].split()[0]) for e in events(run, "client_failed")] == [
+        (2, "keys:"),
+        (3, "this"),  # asked once more, as when a worker has died: it has no keys of this round
+        (4, "survivors:"),
+        (5, "unmask:"),
+    ]
+    trained = [(r["round"], r["client"]) for r in read_lines(run / "metrics.jsonl") if r["phase"] == "train"]
+    assert {n for n, client in trained if client == "c"} == {1, 4, 5}
+    told = [r["diagnostics"] for r in read_lines(run / "metrics.jsonl") if r["phase"] == "aggregate"]
+    assert [d["masked-updates"] for d in told] == [3, 2, 2, 3, 3]
+    ledger = [json.loads(line) for line in (tmp_path / "masked" / "c-ledger.jsonl").read_text().splitlines()]
+    sent = [e for e in ledger if e["event"] == "sent" and e["message"] == "train"]
+    assert [(e["round"], e["masked"]) for e in sent] == [(1, True), (4, True), (5, True)]
+    assert {fact[0] for e in sent for fact in e["out"]["tensors"].values()} == {"int32"}
+    asked = [(e["round"], e["stage"]) for e in ledger if e["event"] == "sent" and e["message"] == "exchange"]
+    assert asked[:4] == [(1, stage) for stage in ("keys", "shares", "survivors", "unmask")]
+
+
+# A server that lies to site a
+
+
+LIES = {
+    1: "invented",
+    2: "replayed",
+    3: "two lists",
+    4: "alive and dropped",
+    5: "too few signatures",
+    6: "keys again",
+}
+_kept: dict[str, bytes] = {}
+
+
+def changed(message: Message, **fields: Any) -> Message:
+    """A message as a server would send it that lies."""
+    request = ExchangeRequest.read(message.content)
+    content = ExchangeRequest(**{**vars(request), **fields}).to_record()
+    lying = Message(content, dst_node_id=message.metadata.dst_node_id, message_type=message.metadata.message_type)
+    lying.metadata.__dict__.update(message.metadata.__dict__)
+    return lying
+
+
+def lied_to(message: Message, context: Context) -> Message:
+    number, stage = stage_of(message)
+    lie = LIES.get(number, "")
+    if site_of(context) != "a" or stage not in ("keys", SHARES, SURVIVORS, UNMASK):
+        return app(message, context)
+    payload = ExchangeRequest.read(message.content).payload
+    if stage == SHARES:
+        listing = Listing.read(payload)
+        own = masked._sums[1, "a"][1].advert
+        _kept.setdefault("others", b"".join(one.raw for one in listing.members.values() if one.raw != own))
+        mine = [one for one in listing.members.values() if one.raw == own]
+        if lie == "invented":
+            strangers = [SiteSum(SumId(1, number, 0, 2), identity(k), {}, 0).advert for k in (8, 9)]
+            message = changed(message, payload=Listing([*mine, *map(parts.Advert.read, strangers)]).raw)
+        if lie == "replayed":
+            message = changed(message, payload=Listing([*mine, *_adverts(_kept["others"])]).raw)
+    if stage == SURVIVORS and lie in ("two lists", "alive and dropped"):
+        states = dict(parts.read_survivors(payload))
+        other = next(member for member in states if member != _own_id())
+        if lie == "two lists":
+            app(message, context)
+            payload = parts.write_survivors({**states, other: DROPPED})
+        else:
+            payload += other + DROPPED
+        message = changed(message, payload=payload)
+    if stage == UNMASK and lie == "too few signatures":
+        message = changed(message, payload=payload[: len(payload) // 3])
+    reply = app(message, context)
+    if stage == "keys" and lie == "keys again":
+        return app(message, context)
+    return reply
+
+
+def _own_id() -> bytes:
+    return parts.Advert.read(masked._sums[1, "a"][1].advert).id
+
+
+def _adverts(raw: bytes) -> list[parts.Advert]:
+    size = parts.ADVERT_BYTES
+    return [parts.Advert.read(raw[at : at + size]) for at in range(0, len(raw), size)]
+
+
+def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Path) -> None:
+    run = in_one_process(federation(tmp_path / "lies", 6, secure_aggregation={"threshold": 2}), app=lied_to)
+    reasons = {e["round"]: e["reason"] for e in events(run, "client_failed")}
+    for number, text in {
+        1: "shares: round 1: SHA256:",
+        2: "shares: round 2: the keys of ",
+        3: "survivors: round 3: a second list of survivors came",
+        4: "survivors: round 4: ",
+        5: "unmask: round 5: 1 have signed the list of survivors, 2 are needed",
+        6: "keys: round 6: keys of this round, or a later one, were given already",
+    }.items():
+        assert reasons[number].startswith(f"a: {text}"), reasons[number]
+    assert "is no peer that this site has agreed to" in reasons[1]
+    assert "are not signed for this round" in reasons[2]
+    assert "is named both alive and dropped" in reasons[4]
+    refused = [json.loads(line) for line in (tmp_path / "lies" / "a-ledger.jsonl").read_text().splitlines()]
+    assert [e["round"] for e in refused if e["event"] == "refused"] == [1, 2, 3, 4, 5, 6]
