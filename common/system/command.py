@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
             option = word.partition("=")[0]
             if option.startswith("--") and option not in known:
                 self.error(f"there is no option {option}{nearest(option, known)}")
-        return self.parse_args(arguments)
+        return self.parse_intermixed_args(arguments)  # `model ask FOLDER --base DIR QUESTION`, too
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError instead of ending the process."""

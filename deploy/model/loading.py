@@ -1,11 +1,12 @@
 """Load a finished model from its folder, as the federation evaluated it."""
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from common.config.federation import EvaluationConfig
 from common.errors import ModelError
@@ -54,7 +55,7 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=Path,
         metavar="DIR",
-        help="folder of the base model under an adapter (default: the one that adapter_config.json names)",
+        help="folder of the base model under an adapter (default: as the adapter or its run says, or the hub's cache)",
     )
 
 
@@ -86,7 +87,7 @@ def load(folder: Path, base: Path | None, *, device: str | None = None) -> Loade
     card, task = finished.card, make_task(finished.card.task)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if card.form == "adapter":
-        source = _base_of(folder, base)
+        source = _base_of(folder, finished, base)
         model, tokenizer = _with_adapter(folder, finished, task, source)
     else:
         if base is not None:
@@ -107,21 +108,35 @@ def _all_there(folder: Path, finished: Finished) -> None:
         raise ModelError(f"{folder} lacks the {own} that every site keeps for itself; take a site's own model")
 
 
-def _base_of(folder: Path, given: Path | None) -> Path:
-    """The folder of the base model under an adapter; of a hub model, that in the cache."""
+def _base_of(folder: Path, finished: Finished, given: Path | None) -> Path:
+    """The folder of the base model under an adapter: given, named by the adapter or its run, or in the hub's cache."""
     if given is not None:
         return given
-    try:
-        told = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        name, revision = told.get("base_model_name_or_path"), told.get("revision")
-    except (ValueError, AttributeError):
-        raise ModelError(f"{folder / ADAPTER} is damaged or cut off") from None
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder / ADAPTER} names no base model; give its folder with --base")
-    there = Path(name) if Path(name).is_dir() or not revision else source_folder(name, str(revision))
-    if there is None or not there.is_dir():
-        raise ModelError(f"base model {name} of {folder} is not on this machine; give its folder with --base")
+    base = finished.card.base
+    named = [
+        _named(folder / ADAPTER, "base_model_name_or_path"),
+        _named(folder.parent / "federation.yaml", "model", "path"),
+    ]
+    found = [Path(name) for name in named if name and Path(name).is_absolute()]
+    if base.revision is not None:
+        found += filter(None, [source_folder(base.name, base.revision)])
+    there = next((path for path in found if path.is_dir()), None)
+    if there is None:
+        raise ModelError(
+            f"{folder} is an adapter for {base.name}, which is not found here; give its folder with --base"
+        )
     return there
+
+
+def _named(file: Path, *keys: str) -> str | None:
+    """A text in a file of JSON or YAML, by the keys that lead to it."""
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for key in keys:
+            value = value[key]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _with_adapter(folder: Path, finished: Finished, task: "Task[Any]", source: Path) -> Any:  # noqa: ANN401

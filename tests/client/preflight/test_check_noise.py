@@ -65,7 +65,9 @@ def test_site_that_adds_no_noise_skips_the_check(files: Files) -> None:
 def test_affordable_rounds_are_the_last_that_the_budget_holds(most: int) -> None:
     config = PrivacyConfig(**PRIVACY)
     data = {"name": "f", "model": {"path": "m"}, "strategy": "fedit", "rounds": most}
-    found = affordable(config, parse({**data, "training": {"learning_rate": 0.1, "local_steps": 1}}, FederationConfig, "f"))
+    found = affordable(
+        config, parse({**data, "training": {"learning_rate": 0.1, "local_steps": 1}}, FederationConfig, "f")
+    )
     within = [t for t in range(most + 1) if epsilon(t * cost(2.7), 1e-5) <= 8.0]
     assert found == max(within)
     assert math.isfinite(epsilon(found * cost(2.7), 1e-5))

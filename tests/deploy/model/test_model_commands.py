@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+import yaml
 from safetensors.torch import load_file
 
 from common.config.federation import FederationConfig, resolved
@@ -41,6 +42,12 @@ class Made(NamedTuple):
     @property
     def model(self) -> Path:
         return self.folder / "run" / "model"
+
+    @property
+    def loaded(self) -> list[Path | str]:
+        """The arguments that name the model."""
+        complete = (self.model / "config.json").exists() and not (self.model / "adapter_config.json").exists()
+        return [self.model] if complete else [self.model, "--base", self.folder / "model"]
 
 
 def finish(file: Path, size: float = 0.3) -> Made:
@@ -112,12 +119,12 @@ def test_answers_are_those_of_the_evaluation(
     wanted = made.answers
     assert len({one["answer"] for one in wanted}) > 1
     terms = [one["prompt"].removeprefix("Term: ") for one in wanted]
-    lines = fedspan(capsys, "ask", made.model, *terms, "--json").splitlines()
+    lines = fedspan(capsys, "ask", *made.loaded, *terms, "--json").splitlines()
     assert [json.loads(line) for line in lines] == [
         {"question": term, "answer": one["answer"]} for term, one in zip(terms, wanted, strict=True)
     ]
-    assert fedspan(capsys, "ask", made.model, terms[0]) == wanted[0]["answer"] + "\n"
-    other = fedspan(capsys, "ask", made.model, terms[0], "--system", "Say something else, at length.")
+    assert fedspan(capsys, "ask", *made.loaded, terms[0]) == wanted[0]["answer"] + "\n"
+    other = fedspan(capsys, "ask", *made.loaded, terms[0], "--system", "Say something else, at length.")
     assert other != wanted[0]["answer"] + "\n"
 
 
@@ -127,18 +134,18 @@ def test_question_may_come_from_standard_input(
     one = adapter.answers[0]
     for arguments in ([], ["-"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO(one["prompt"].removeprefix("Term: ") + "\n"))
-        assert fedspan(capsys, "ask", adapter.model, *arguments) == one["answer"] + "\n"
+        assert fedspan(capsys, "ask", *adapter.loaded, *arguments) == one["answer"] + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    assert refused(capsys, "ask", adapter.model) == "a question is empty"
+    assert refused(capsys, "ask", *adapter.loaded) == "a question is empty"
 
 
 def test_question_of_several_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = text(tmp_path, evaluation={**EVALUATION, "server": {**SYSTEM, "prompt": "{term} in short: {title}"}})
     one = made.answers[0]
     term, title = one["prompt"].split(" in short: ")
-    assert fedspan(capsys, "ask", made.model, json.dumps({"term": term, "title": title})) == one["answer"] + "\n"
+    assert fedspan(capsys, "ask", *made.loaded, json.dumps({"term": term, "title": title})) == one["answer"] + "\n"
     for wrong in ("pain", '{"term": "x"}', '{"term": "x", "title": ["y"]}', "[1]"):
-        assert '{"term": "...", "title": "..."}' in refused(capsys, "ask", made.model, wrong)
+        assert '{"term": "...", "title": "..."}' in refused(capsys, "ask", *made.loaded, wrong)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
@@ -147,13 +154,13 @@ def test_scores_are_those_of_the_evaluation(
 ) -> None:
     made = request.getfixturevalue(kind)
     wanted = made.scores
-    found = json.loads(fedspan(capsys, "score", made.model, "--data", made.folder / "server.jsonl", "--json"))
+    found = json.loads(fedspan(capsys, "score", *made.loaded, "--data", made.folder / "server.jsonl", "--json"))
     assert found == {
         "rows": 6,
         "generated": 6,
         "scores": {name: wanted[name] for name in ("loss", "perplexity", "rouge_l", "bleu_4", "exact_match")},
     }
-    shown = fedspan(capsys, "score", made.model, "--data", made.folder / "server.jsonl", "--generate", 0)
+    shown = fedspan(capsys, "score", *made.loaded, "--data", made.folder / "server.jsonl", "--generate", 0)
     assert f"Loss         {wanted['loss']:.4f}" in shown
     assert "ROUGE-L" not in shown
 
@@ -164,7 +171,7 @@ def test_file_may_have_other_columns_and_another_form(
     rows = [json.loads(line) for line in (adapter.folder / "server.jsonl").read_text().splitlines()]
     file = tmp_path / "rows.csv"
     file.write_text("was;soll\n" + "".join(f"{row['term']};{row['title']}\n" for row in rows) + ";leer\n")
-    command = ["score", adapter.model, "--data", file, "--generate", 0, "--json"]
+    command = ["score", *adapter.loaded, "--data", file, "--generate", 0, "--json"]
     assert "no column 'term'" in refused(capsys, *command)
     assert "is empty" in refused(capsys, *command, "--columns", "prompt=Term: {was}", "answer=soll")
     columns = ["--columns", "prompt=Term: {was}", "answer=soll", "delimiter=;", "skip_empty=true"]
@@ -175,16 +182,18 @@ def test_file_may_have_other_columns_and_another_form(
     assert "unknown key `promt`" in refused(capsys, *command, "--columns", "promt=x")
     assert "KEY=VALUE" in refused(capsys, *command, "--columns", "term")
     assert "--data" in refused(capsys, *command, "--columns", "path=x")
-    assert str(tmp_path / "none.csv") in refused(capsys, "score", adapter.model, "--data", tmp_path / "none.csv")
+    assert str(tmp_path / "none.csv") in refused(capsys, "score", *adapter.loaded, "--data", tmp_path / "none.csv")
 
 
 def test_images_are_told_apart_as_in_the_evaluation(images: Made, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = images.scores
-    found = json.loads(fedspan(capsys, "score", images.model, "--data", images.folder / "server", "--json"))
+    found = json.loads(fedspan(capsys, "score", *images.loaded, "--data", images.folder / "server", "--json"))
     assert found["scores"] == {name: wanted[name] for name in found["scores"]}
     assert found["scores"].keys() >= {"loss", "accuracy", "macro_f1"}
     files = sorted((images.folder / "server").rglob("*.png"))
-    told = [json.loads(line)["labels"] for line in fedspan(capsys, "ask", images.model, *files, "--json").splitlines()]
+    told = [
+        json.loads(line)["labels"] for line in fedspan(capsys, "ask", *images.loaded, *files, "--json").splitlines()
+    ]
     assert [sum(labels.values()) for labels in told] == pytest.approx([1.0] * len(files), abs=1e-5)
     chosen = [next(iter(labels)) for labels in told]
     right = [file.parent.name for file in files]
@@ -194,9 +203,9 @@ def test_images_are_told_apart_as_in_the_evaluation(images: Made, capsys: pytest
     }
     loss = -sum(torch.tensor(labels[file.parent.name]).log() for labels, file in zip(told, files, strict=True))
     assert float(loss) / len(files) == pytest.approx(wanted["loss"], rel=1e-3)
-    assert fedspan(capsys, "ask", images.model, files[0]).splitlines()[0].split()[0] == chosen[0]
-    assert "no such image" in refused(capsys, "ask", images.model, images.folder / "none.png")
-    assert "for models that write" in refused(capsys, "ask", images.model, files[0], "--system", "x")
+    assert fedspan(capsys, "ask", *images.loaded, files[0]).splitlines()[0].split()[0] == chosen[0]
+    assert "no such image" in refused(capsys, "ask", *images.loaded, images.folder / "none.png")
+    assert "for models that write" in refused(capsys, "ask", *images.loaded, files[0], "--system", "x")
 
 
 def test_texts_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +216,7 @@ def test_texts_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         strategy={"name": "fedit", "modules": "linear", "rank": 2, "head": "train"},
         evaluation={"server": None},
     )
-    told = json.loads(fedspan(capsys, "ask", made.model, "acute pain of the hand", "--json"))["labels"]
+    told = json.loads(fedspan(capsys, "ask", *made.loaded, "acute pain of the hand", "--json"))["labels"]
     model = made.server._tuned.model
     ids = made.server._base.tokenizer("acute pain of the hand", return_tensors="pt")["input_ids"]
     shares = model(input_ids=ids).logits.softmax(-1)[0].tolist()
@@ -215,8 +224,8 @@ def test_texts_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert list(told.values()) == sorted(told.values(), reverse=True)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"what": "pain", "is": "ache"}\n{"what": "fat hand", "is": "swelling"}\n')
-    assert "names no columns" in refused(capsys, "score", made.model, "--data", rows)
-    command = ["score", made.model, "--data", rows, "--columns", "prompt=what"]
+    assert "names no columns" in refused(capsys, "score", *made.loaded, "--data", rows)
+    command = ["score", *made.loaded, "--data", rows, "--columns", "prompt=what"]
     assert "give `prompt` and `answer`" in refused(capsys, *command)
     assert json.loads(fedspan(capsys, *command, "answer=is", "--json"))["rows"] == 2
     assert "for models that write" in refused(capsys, *command, "answer=is", "--generate", 1)
@@ -228,7 +237,7 @@ def test_merged_model_is_the_servers_and_pefts(
 ) -> None:
     made = request.getfixturevalue(kind)
     out = tmp_path / "merged"
-    assert str(out) in fedspan(capsys, "merge", made.model, "--out", out)
+    assert str(out) in fedspan(capsys, "merge", *made.loaded, "--out", out)
     assert digests(out) == digests(made.folder / "run" / "merged")
     auto = hf.AutoModelForCausalLM if kind == "adapter" else hf.AutoModelForImageClassification
     options = {"dtype": torch.bfloat16, "num_labels": 3} if kind == "images" else {}
@@ -246,18 +255,18 @@ def test_merge_leaves_the_disk_as_it_is_when_it_cannot(
 ) -> None:
     out = tmp_path / "out"
     assert "nothing to merge" in refused(capsys, "merge", whole.model, "--out", out)
-    assert f"{adapter.model} exists" in refused(capsys, "merge", adapter.model, "--out", adapter.model)
+    assert f"{adapter.model} exists" in refused(capsys, "merge", *adapter.loaded, "--out", adapter.model)
     usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        assert "has 1.0 MB free" in refused(capsys, "merge", adapter.model, "--out", out / "deep")
+        assert "has 1.0 MB free" in refused(capsys, "merge", *adapter.loaded, "--out", out / "deep")
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(hf.LlamaForCausalLM, "save_pretrained", full)
-        assert "No space left" in refused(capsys, "merge", adapter.model, "--out", out, code=1)
+        assert "No space left" in refused(capsys, "merge", *adapter.loaded, "--out", out, code=1)
     assert list(tmp_path.rglob("*")) == [] or [p.name for p in tmp_path.rglob("*")] == ["out"]
 
 
@@ -267,17 +276,21 @@ def test_base_model_is_found_or_named_and_must_be_the_same(
     one = adapter.answers[0]
     folder, question = tmp_path / "model", one["prompt"].removeprefix("Term: ")
     shutil.copytree(adapter.model, folder)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    for name, told in {
-        "/none/model": "base model /none/model of",
-        "none/model": "base model none/model of",
-        None: "names no base model",
-    }.items():
-        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
+    config, named = folder / "adapter_config.json", folder.parent / "federation.yaml"
+    settings = json.loads(config.read_text())
+    for wrong in ("/none/model", "model", None, 5):
+        config.write_text(json.dumps({**settings, "base_model_name_or_path": wrong}))
         line = refused(capsys, "ask", folder, question)
-        assert told in line
-        assert "--base" in line
-    assert fedspan(capsys, "ask", folder, question, "--base", adapter.folder / "model") == one["answer"] + "\n"
+        assert line == f"{folder} is an adapter for model, which is not found here; give its folder with --base"
+    base = str(adapter.folder / "model")
+    assert fedspan(capsys, "ask", folder, question, "--base", base) == one["answer"] + "\n"
+    named.write_text(yaml.safe_dump({"model": {"path": base}}))  # as in a run's folder
+    assert fedspan(capsys, "ask", folder, question) == one["answer"] + "\n"
+    named.write_text("model: {path: [")
+    assert "is not found here" in refused(capsys, "ask", folder, question)
+    config.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+    assert fedspan(capsys, "ask", folder, question) == one["answer"] + "\n"
+    config.write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     assert "has changed" in refused(capsys, "merge", folder, "--out", tmp_path / "out")
     other = make_model(tmp_path / "other", seed=1)
     line = refused(capsys, "ask", folder, question, "--base", other)
@@ -295,11 +308,12 @@ def test_base_of_a_hub_is_taken_from_the_cache(
 ) -> None:
     revision, folder = "0" * 40, tmp_path / "model"
     shutil.copytree(adapter.model, folder)
-    file = folder / "adapter_config.json"
-    told = {"base_model_name_or_path": "some/tiny", "revision": revision}
-    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    (folder / "adapter_config.json").write_text("{}")
+    facts = json.loads((folder / "fedspan.json").read_text())
+    facts["card"]["base"] |= {"name": "some/tiny", "revision": revision}
+    (folder / "fedspan.json").write_text(json.dumps(facts))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert "base model some/tiny of" in refused(capsys, "ask", folder, "pain")
+    assert "an adapter for some/tiny, which is not found here" in refused(capsys, "ask", folder, "pain")
     shutil.copytree(adapter.folder / "model", tmp_path / "hub" / "models--some--tiny" / "snapshots" / revision)
     one = adapter.answers[0]
     assert fedspan(capsys, "ask", folder, one["prompt"].removeprefix("Term: ")) == one["answer"] + "\n"
@@ -310,11 +324,11 @@ def test_model_that_lacks_what_stays_at_the_sites_is_refused(
 ) -> None:
     strategy = {"name": "fedsa-lora", "modules": "linear", "rank": 2}
     made = text(tmp_path, strategy=strategy, evaluation={"server": None})
-    assert "lacks the LoRA factor B" in refused(capsys, "ask", made.model, "pain")
+    assert "lacks the LoRA factor B" in refused(capsys, "ask", *made.loaded, "pain")
     facts = json.loads((made.model / "fedspan.json").read_text())
     facts["card"]["personal"] = True  # as a site writes it
     (made.model / "fedspan.json").write_text(json.dumps(facts))
-    assert fedspan(capsys, "ask", made.model, "pain", "--max-new-tokens", 3)
+    assert fedspan(capsys, "ask", *made.loaded, "pain", "--max-new-tokens", 3)
 
 
 def test_card_is_shown_of_files_that_are_as_they_were(
@@ -364,9 +378,10 @@ def test_tensors_of_another_shape_are_refused(
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("lora_B.weight"))
     save_file({**tensors, name: tensors[name][1:].contiguous()}, file)
-    assert "tensors have other shapes" in refused(capsys, "ask", folder, "pain")
+    command = ["ask", folder, "pain", "--base", adapter.folder / "model"]
+    assert "tensors have other shapes" in refused(capsys, *command)
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
-    assert name in refused(capsys, "ask", folder, "pain")
+    assert name in refused(capsys, *command)
     file.write_bytes(b"x")
-    assert "is damaged or cut off" in refused(capsys, "ask", folder, "pain")
+    assert "is damaged or cut off" in refused(capsys, *command)
     assert "needs no --base" in refused(capsys, "ask", adapter.folder / "run" / "merged", "x", "--base", folder)
