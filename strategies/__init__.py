@@ -1,8 +1,8 @@
 """Federated strategies: one file each says what is sent, how replies are combined, what is reported.
 
-``STRATEGIES`` is the one list of them. In any Flower app, ``from strategies import FedFTG, FlexLoRA, FFALoRA, RoLoRA,
-FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower strategies. Each Flower strategy is made at its first import,
-so that the rules themselves need no Flower.
+``STRATEGIES`` is the one list of them. In any Flower app, ``from strategies import FedFTG, FlexLoRA, FFALoRA, FedSVD,
+RoLoRA, FedIT, FedSALoRA, FedExLoRA, FLoRA`` gives them as Flower strategies. Each Flower strategy is made at its first
+import, so that the rules themselves need no Flower.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from strategies.fedex_lora import FedExLoRARule
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
 from strategies.fedsa_lora import FedSALoRARule
+from strategies.fedsvd import FedSVDRule
 from strategies.ffa_lora import FFALoRARule
 from strategies.flexlora import FlexLoRARule
 from strategies.flora import FLoRARule
@@ -26,6 +27,7 @@ STRATEGIES: dict[str, type[Rule]] = {
     "fedftg": FedFTGRule,
     "flexlora": FlexLoRARule,
     "ffa-lora": FFALoRARule,
+    "fedsvd": FedSVDRule,
     "rolora": RoLoRARule,
     "fedit": FedITRule,
     "fedsa-lora": FedSALoRARule,

@@ -88,7 +88,7 @@ class FlexLoRARule(Rule):
             terms = self._terms(kept, state, a, b)
             rank = max(len(term.a) for term in terms)
             svd = truncated_svd(terms, rank, a.removesuffix(LORA_A))
-            result[a], result[b] = self._factors(svd, state[a])
+            result[a], result[b] = split(svd, state[a], self._scaling(self.lora_alpha, rank))
             groups.setdefault(layer_group(a), _Group()).add(svd)
         found = drift.diagnostics()
         for name, group in groups.items():
@@ -110,27 +110,27 @@ class FlexLoRARule(Rule):
             terms.append(Term(weight, update.tensors[b].float() * self._scaling(alpha, len(own)), own))
         return [*terms, Term(0.0, state[b].float() * self._scaling(self.lora_alpha, len(state[a])), state[a])]
 
-    def _factors(self, svd: TruncatedSVD, before: Tensor) -> tuple[Tensor, Tensor]:
-        """A = V^T (rank, in), B = U S / s (out, rank); where dW has a smaller rank, B is zero and A orthonormal.
-
-        For dW = 0 the result keeps the A from ``before`` (rank, in): if A and B were both zero, neither would get a
-        gradient.
-        """
-        rank, used = len(svd.s), int((svd.s > 0).sum())
-        u, s, vt = svd.u[:, :used], svd.s[:used, None], svd.vt[:used]
-        scaling = self._scaling(self.lora_alpha, rank)
-        new_a = vt if used else before.to(vt.dtype)
-        if len(new_a) < rank:
-            more = torch.randn(rank, before.shape[1], generator=torch.Generator().manual_seed(0)).to(vt.dtype)
-            spare, _ = torch.linalg.qr(torch.cat([vt, before.to(vt.dtype), more]).T)
-            new_a = torch.cat([new_a, spare.T[len(new_a) : rank]])
-        new_b = torch.cat([u * (s / scaling).T, u.new_zeros(len(u), rank - used)], dim=1)
-        return new_a.to(before.dtype), new_b.to(before.dtype)
-
     def _scaling(self, lora_alpha: float | None, rank: int) -> float:
         if lora_alpha is None:
             return 1.0
         return scaling(lora_alpha, rank, rslora=self._rslora)
+
+
+def split(svd: TruncatedSVD, before: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """A = V^T (rank, in), B = U S / s (out, rank); where dW has a smaller rank, B is zero and A orthonormal.
+
+    For dW = 0 the result keeps the A from ``before`` (rank, in): if A and B were both zero, neither would get a
+    gradient.
+    """
+    rank, used = len(svd.s), int((svd.s > 0).sum())
+    u, s, vt = svd.u[:, :used], svd.s[:used, None], svd.vt[:used]
+    new_a = vt if used else before.to(vt.dtype)
+    if len(new_a) < rank:
+        more = torch.randn(rank, before.shape[1], generator=torch.Generator().manual_seed(0)).to(vt.dtype)
+        spare, _ = torch.linalg.qr(torch.cat([vt, before.to(vt.dtype), more]).T)
+        new_a = torch.cat([new_a, spare.T[len(new_a) : rank]])
+    new_b = torch.cat([u * (s / scaling).T, u.new_zeros(len(u), rank - used)], dim=1)
+    return new_a.to(before.dtype), new_b.to(before.dtype)
 
 
 class _Group:

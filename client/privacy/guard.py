@@ -165,9 +165,6 @@ class Gate:
                 facts = {"bytes": most_bytes, "evaluation": scores, "privacy": spent}
                 self._append({"event": "charged", **self._about, **facts})
                 self._charged = {**facts, "line": self._ledger.lines}
-        if scores:
-            left = self._totals.evaluations_left(policy, federation, self._about["agreement"])
-            log.info("scores of %d held-out rows leave; so may %d more evaluations", scored_rows, left)
         return scores
 
     def shared(self, reply: Reply) -> Reply:

@@ -162,6 +162,19 @@ class FFALoRAConfig(LoraConfig):
     name: Literal["ffa-lora"] = "ffa-lora"
 
 
+class FedSVDConfig(LoraConfig):
+    """FedSVD (arXiv 2505.12805): only B trained and averaged; A drawn anew from the SVD of B A after every round."""
+
+    title: ClassVar = "FedSVD"
+    source: ClassVar = "arXiv 2505.12805"
+    private: ClassVar = True
+    splits_anew: ClassVar = True
+    takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract
+
+    name: Literal["fedsvd"] = "fedsvd"
+    optimizer_state: Literal["reset"] = Field("reset", description="Moments are invalid after re-factorisation.")
+
+
 class RoLoRAConfig(LoraConfig):
     """RoLoRA (arXiv 2502.01755): B and A trained and averaged in alternate rounds."""
 
@@ -237,6 +250,7 @@ StrategyConfig = Annotated[
     FedFTGConfig
     | FlexLoRAConfig
     | FFALoRAConfig
+    | FedSVDConfig
     | RoLoRAConfig
     | FedITConfig
     | FedSALoRAConfig

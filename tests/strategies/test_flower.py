@@ -24,6 +24,7 @@ WORDS = {
     "fedftg": "FedFTG",
     "flexlora": "FlexLoRA",
     "ffa-lora": "FFALoRA",
+    "fedsvd": "FedSVD",
     "rolora": "RoLoRA",
     "fedit": "FedIT",
     "fedsa-lora": "FedSALoRA",

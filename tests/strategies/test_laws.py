@@ -81,7 +81,7 @@ def same(rule: Rule, a: Tensors, b: Tensors, tolerance: float = 2e-6) -> bool:
     """Equal states; of factors that may turn, or start anew, equal products; with base weights, equal sums of both."""
     assert a.keys() == b.keys()
     x, y = doubles(a), doubles(b)
-    turn = (".lora_", BASE_WEIGHT) if rule.section.mixed_ranks else (BASE_WEIGHT,)
+    turn = (".lora_", BASE_WEIGHT) if rule.section.mixed_ranks or rule.section.splits_anew else (BASE_WEIGHT,)
     names = [name for name in a if not any(part in name for part in turn)]
     whole = partial(effective, scaling=ALPHA / 4) if rule.section.changes_base else product
     return all(close(x[n], y[n], tolerance) for n in names) and all(
@@ -141,7 +141,8 @@ def test_arguments_are_not_touched(rule: Rule, server_round: int) -> None:
 def test_frozen_tensors_are_carried_over_bit_for_bit(rule: Rule, server_round: int) -> None:
     state = start(rule)
     after = aggregate(rule, server_round, state, some_updates(rule, server_round, state)).state
-    frozen = {name for name in state if not name.endswith(BASE_WEIGHT)} - set(rule.active(server_round, state))
+    turned = (BASE_WEIGHT, *FACTORS.values()) if rule.section.splits_anew else (BASE_WEIGHT,)
+    frozen = {name for name in state if not name.endswith(turned)} - set(rule.active(server_round, state))
     assert all(torch.equal(after[name], state[name]) for name in frozen)
 
 

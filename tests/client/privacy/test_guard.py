@@ -438,7 +438,7 @@ def test_contradictions_are_refused_when_the_file_is_read(sections: dict[str, An
 
 @pytest.mark.parametrize("strategy", ["fedsa-lora", "fedex-lora", "flora"])
 def test_strategy_that_noise_was_not_made_for_is_refused(tmp_path: Path, strategy: str) -> None:
-    allowed = "fedftg, flexlora, ffa-lora, rolora, fedit"
+    allowed = "fedftg, flexlora, ffa-lora, fedsvd, rolora, fedit"
     with pytest.raises(PolicyError, match=f"`privacy` allows {allowed}; this is {strategy}$"):
         Site(tmp_path, privacy=PRIVATE).train(strategy=strategy)
 

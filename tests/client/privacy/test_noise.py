@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -43,6 +44,12 @@ def test_all_tensors_are_clipped_together_and_keep_their_direction(shapes: list[
     assert total(clipped) == pytest.approx(min(norm, clip), rel=1e-5)
     for name, change in changes.items():
         torch.testing.assert_close(clipped[name], change * min(1.0, clip / norm), rtol=1e-4, atol=1e-5 * clip)
+
+
+@pytest.fixture
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random bytes in every run of a test, whose tolerance chance must not decide."""
+    monkeypatch.setattr("client.privacy.noise.os.urandom", Random(0).randbytes)
 
 
 def test_noise_is_gaussian_of_the_declared_size_and_new_every_time() -> None:
@@ -128,6 +135,7 @@ def galore_change(shape: tuple[int, int], exchange: Exchange, terms: int) -> Fac
     return Factors(0.99, pairs, common=exchange.basis is not None)
 
 
+@pytest.mark.usefixtures("same_noise")
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 @pytest.mark.parametrize("clip", [0.5, 1e3])
 def test_shared_basis_stays_factored_and_is_clipped_as_the_dense_change_would_be(
@@ -144,6 +152,7 @@ def test_shared_basis_stays_factored_and_is_clipped_as_the_dense_change_would_be
     assert update.norm == pytest.approx(float((expected - start["w"]).norm()), rel=1e-3)
 
 
+@pytest.mark.usefixtures("same_noise")
 @pytest.mark.parametrize("shape", [(400, 24), (24, 400)])
 def test_noise_in_the_shared_basis_is_what_travels(shape: tuple[int, int]) -> None:
     exchange, start = Exchange.of_round(3, "float32", (0, 3)), {"w": torch.zeros(shape)}
@@ -157,6 +166,7 @@ def test_noise_in_the_shared_basis_is_what_travels(shape: tuple[int, int]) -> No
     assert float(noise.std()) == pytest.approx(2.0, rel=0.1)
 
 
+@pytest.mark.usefixtures("same_noise")
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_own_bases_never_leave_the_change_travels_whole_with_noise_in_every_direction(shape: tuple[int, int]) -> None:
     exchange, start = Exchange(), {"w": torch.randn(shape)}
@@ -170,6 +180,7 @@ def test_own_bases_never_leave_the_change_travels_whole_with_noise_in_every_dire
     assert torch.linalg.matrix_rank(noise) == min(shape)
 
 
+@pytest.mark.usefixtures("same_noise")
 @pytest.mark.parametrize("basis", [None, (0, 3)], ids=["own", "shared"])
 @pytest.mark.parametrize("noise", [1e-5, 2.0])
 def test_tensors_beside_the_factors_are_clipped_and_noised_with_them(
@@ -211,16 +222,18 @@ def trained(folder: Path, site: dict[str, Any], **changes: Any) -> tuple[Session
     return own, before, sent
 
 
+@pytest.mark.usefixtures("same_noise")
 @pytest.mark.parametrize("strategy", ["ffa-lora", "fedit"])
 def test_lora_update_is_clipped_and_noised_against_what_came_in(tmp_path: Path, strategy: str) -> None:
-    own = session(tmp_path, {"privacy": PRIVATE}, strategy={**LORA, "name": strategy}, training={"learning_rate": 1.0})
+    private_ = {"privacy": {**PRIVATE, "noise_multiplier": 0.05}}  # noise and clipped change are of like size
+    own = session(tmp_path, private_, strategy={**LORA, "name": strategy}, training={"learning_rate": 1.0})
     before = state(own)
     active = [name for name in before if strategy == "fedit" or "lora_B" in name]
     own.set_state(before, None, active)
     sent, _ = own.train(1, active)
     moved = {name: sent[name] - before[name] for name in active}
     entries = sum(t.numel() for t in moved.values())
-    assert total(moved) == pytest.approx(math.hypot(0.5, 0.005 * math.sqrt(entries)), rel=0.02)
+    assert total(moved) == pytest.approx(math.hypot(0.5, 0.025 * math.sqrt(entries)), rel=0.1)
     assert own.update_norm == pytest.approx(total(moved), rel=1e-4)
 
 
@@ -230,6 +243,7 @@ def test_private_site_evaluates_nothing_and_declares_its_noise(tmp_path: Path) -
     assert own.hello().privacy == Declared.of(own.site.privacy)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("same_noise")
 def test_fedftg_of_a_private_site_sends_whole_weights(tmp_path: Path) -> None:
     own, before, sent = trained(tmp_path, {"privacy": PRIVATE})
     assert sent.keys() == before.keys()
