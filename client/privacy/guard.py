@@ -155,7 +155,7 @@ class Gate:
             LedgerError: the ledger is damaged or cannot be written.
         """
         assert self._federation is not None  # noqa: S101 - ``check`` comes first
-        policy, message, federation = self.site.policy, self._about["message"], self._federation
+        message, federation = self._about["message"], self._federation
         with self._ledger.opened():
             self._totals.check(self.site, federation, self._about["agreement"], message, most_bytes)
             scores = self._may_score(scored_rows)

@@ -169,6 +169,7 @@ class FedSVDConfig(LoraConfig):
     source: ClassVar = "arXiv 2505.12805"
     private: ClassVar = True
     splits_anew: ClassVar = True
+    needs_updates: ClassVar = None
     takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract
 
     name: Literal["fedsvd"] = "fedsvd"

@@ -88,11 +88,8 @@ def test_all_traits_are_as_the_papers_say() -> None:
     assert names(lambda s: not s.takes_server_optimizer) == ["flexlora", "fedsvd", "fedex-lora", "flora"]
     assert names(lambda s: s.stays_at_site == "B") == ["fedsa-lora"]
     assert names(lambda s: s.fresh_factors) == ["flora"]
-<<<<<<< HEAD
-    assert names(lambda s: s.needs_updates is None) == ["fedftg", "ffa-lora", "rolora", "fedit", "fedsa-lora"]
-=======
+    assert names(lambda s: s.needs_updates is None) == ["fedftg", "ffa-lora", "fedsvd", "rolora", "fedit", "fedsa-lora"]
     assert names(lambda s: s.splits_anew) == ["flexlora", "fedsvd"]
->>>>>>> 1cf4ab0 (FedSVD: FFA-LoRA whose A the server draws anew from the SVD of the mean product)
 
 
 @pytest.mark.parametrize("subspace", ["own", "shared"])

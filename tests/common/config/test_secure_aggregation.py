@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from strategies import STRATEGIES
 from tests.harness.manifests import ROOT
 
-SUMMED = ["fedftg", "ffa-lora", "rolora", "fedit", "fedsa-lora"]
+SUMMED = ["fedftg", "ffa-lora", "fedsvd", "rolora", "fedit", "fedsa-lora"]
 STRATEGY: dict[str, Any] = {"fedftg": {"name": "fedftg", "subspace": "shared"}}
 
 SGD = {"learning_rate": 0.1, "local_steps": 1, "optimizer": "sgd", "max_grad_norm": None}
