@@ -43,6 +43,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "site agree": ("client.connect.agree", "show what a federation would ask of a site, and agree to it"),
         "site join": ("client.connect.join", "take part in federations"),
         "site status": ("client.watch.status", "say whether a site is connected, what it does, and its losses"),
+        "site watch": ("client.watch.page", "show a site what it does and what has left, as a page in the browser"),
         "ledger verify": ("client.privacy.ledger_summary", "check every line of a site's ledger"),
         "ledger summary": ("client.privacy.ledger_summary", "say what left a site, by its ledger"),
     },

@@ -20,7 +20,7 @@ from common.metrics import ANSWERS, SCORES
 
 CEILING = 20.0  # nats
 _LOSS, _PERPLEXITY = "loss", "perplexity"
-_AGAIN = 3  # limit, as a multiple of an agreement's rounds and evaluations: work lost in a crash is asked for again
+AGAIN = 3  # limit, as a multiple of an agreement's rounds and evaluations: work lost in a crash is asked for again
 
 
 class Totals:
@@ -80,9 +80,9 @@ class Totals:
                 most = most_evaluations(policy, federation)
                 raise PolicyError(f"this site's policy: `max_evaluations` is {most}; all of them are made")
             return
-        if self.under[agreement, "rounds"] >= _AGAIN * federation.rounds:
+        if self.under[agreement, "rounds"] >= AGAIN * federation.rounds:
             raise PolicyError(
-                f"this site agreed to {federation.rounds} rounds and has trained {_AGAIN} times as many; for more its "
+                f"this site agreed to {federation.rounds} rounds and has trained {AGAIN} times as many; for more its "
                 "people agree anew"
             )
         if policy.max_rounds is not None and self.rounds[name] >= policy.max_rounds:
@@ -137,7 +137,7 @@ def most_evaluations(policy: PolicyConfig, federation: FederationConfig) -> int:
     resumes after a crash repeats some of them.
     """
     planned = math.ceil(federation.rounds / federation.evaluation.every) + 1
-    return _AGAIN * planned if policy.max_evaluations is None else policy.max_evaluations
+    return AGAIN * planned if policy.max_evaluations is None else policy.max_evaluations
 
 
 def rounded(scores: Mapping[str, float], step: float | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ _SHOWN = 12  # names of tensors, reasons
 
 
 @dataclass
-class _Run:
+class RunStory:
     """The ledger's entries about one run of a federation, added up."""
 
     strategy: str
@@ -32,12 +32,12 @@ class _Run:
     noised: int = 0
 
 
-class _Story:
-    """A ledger's entries, added up for the summary."""
+class Story:
+    """A ledger's entries, added up for people."""
 
     def __init__(self) -> None:
         self.site = "unknown"
-        self.runs: dict[tuple[str, str], _Run] = {}
+        self.runs: dict[tuple[str, str], RunStory] = {}
         self.refused: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.mended: list[str] = []
@@ -61,9 +61,9 @@ class _Story:
         else:
             (self.refused if event == "refused" else self.failed)[entry["reason"]] += 1
 
-    def _run(self, entry: Entry) -> _Run:
+    def _run(self, entry: Entry) -> RunStory:
         key = (entry["federation"], entry["run"])
-        run = self.runs.setdefault(key, _Run(entry["strategy"], entry["time"]))
+        run = self.runs.setdefault(key, RunStory(entry["strategy"], entry["time"]))
         run.ended = entry["time"]
         return run
 
@@ -90,7 +90,7 @@ def summary(path: Path, head: str | None = None) -> str:
     Raises:
         LedgerError: the ledger is damaged.
     """
-    story = _Story()
+    story = Story()
     ledger = read(path, story.add, head)
     lines = [f"What left site {one_line(story.site, SENTENCE)}, by its ledger {path}", ""]
     lines += [f"The ledger has {ledger.lines} entries, none of them changed. Its head, to be noted elsewhere:"]
@@ -111,7 +111,7 @@ def summary(path: Path, head: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _run(federation: str, number: str, run: _Run) -> list[str]:
+def _run(federation: str, number: str, run: RunStory) -> list[str]:
     rows = " to ".join(f"{n:,}" for n in sorted({min(run.rows), max(run.rows)})) if run.rows else "none"
     rounds = f"{len(run.rounds)}" + (f" ({min(run.rounds)} to {max(run.rounds)})" if run.rounds else "")
     return [
@@ -128,7 +128,7 @@ def _run(federation: str, number: str, run: _Run) -> list[str]:
     ]
 
 
-def _privacy(story: _Story) -> list[str]:
+def _privacy(story: Story) -> list[str]:
     updates, noised = sum(r.updates for r in story.runs.values()), sum(r.noised for r in story.runs.values())
     spent = story.privacy
     if not spent:

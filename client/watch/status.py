@@ -29,17 +29,18 @@ def home_of(site: SiteConfig, site_file: Path) -> Path:
     return site_file.parent / f".{site.name}"
 
 
-def read_status(home: Path) -> dict[str, Any]:
+def read_status(file: Path) -> dict[str, Any]:
     """The content of a site's status file.
 
     Raises:
         ConfigError: there is none, because the site has never taken part, or it cannot be read.
     """
-    file = home / WHOLE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{home} has no {WHOLE}: this site has not joined yet (fedspan site join)") from None
+        raise ConfigError(
+            f"{file.parent} has no {file.name}: this site has not joined yet (fedspan site join)"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({type(error).__name__})") from None
     if not isinstance(found, dict) or not isinstance(found.get("time"), (int, float)):
@@ -107,7 +108,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     file = options.site.resolve()
-    told = read_status(options.home or home_of(load(file, SiteConfig), file))
+    told = read_status((options.home or home_of(load(file, SiteConfig), file)) / WHOLE)
     for line in [json.dumps(told)] if options.json else in_words(told):
         print(line)  # noqa: T201
     return 0 if takes_part(told) and told.get("link") == "up" else FAILED

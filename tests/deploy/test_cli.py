@@ -151,7 +151,7 @@ def test_reader_that_went_away_is_no_error(arguments: list[str]) -> None:
     ("typed", "offered"),
     [
         ("fedspan st", "status stop"),
-        ("fedspan site ", "accept check agree join status worker supernode"),
+        ("fedspan site ", "accept check agree join status watch worker supernode"),
         ("fedspan site join x.yaml --conn", "--connect-deadline"),
         ("fedspan data partition x.csv --by ", "iid dirichlet label column quantity"),
         ("fedspan completion ", "bash zsh"),
