@@ -241,7 +241,8 @@ def _site(gate: "Gate", agreement: "Agreement", context: Context, progress: "Pro
     """The parts that answer a message whose settings the site has agreed to."""
     from client.masked import Member
 
-    member = Member(gate.site.name, context.run_id, agreement, _path(context, IDENTITY_KEY))
+    identity = _path(context, IDENTITY_KEY)
+    member = Member(gate.site.name, context.run_id, agreement, identity, gate.site.privacy)
     return Site(_session(gate.site, agreement, context), gate, context, progress, member)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.privacy.agreement import Agreement
+from client.privacy.guarantee import in_federation
 from client.session import Session
+from common.config.site import PrivacyConfig
 from common.errors import ConfigError, PolicyError, StaleStateError
 from common.masking.fixed_point import encoded_weight
 from common.masking.parts import SumId
@@ -35,12 +37,14 @@ class Member:
         run: Flower's number of the run.
         agreement: names the approved peers.
         identity: file with the site's registered private key; None: the link was started without one.
+        privacy: the site file's section ``privacy``.
     """
 
     site: str
     run: int
     agreement: Agreement
     identity: Path | None
+    privacy: PrivacyConfig | None
 
     def exchange(self, request: ExchangeRequest) -> bytes:
         """Answer one of the exchanges.
@@ -84,7 +88,7 @@ class Member:
             )
         if not self.agreement.peers:
             raise PolicyError("this site has agreed to no peers; its people do so with: fedspan site agree --peer FILE")
-        made = SiteSum(which, self._identity, self.agreement.by_fingerprint, self.agreement.least_peers)
+        made = SiteSum(which, self._identity, self.agreement.by_fingerprint, self.agreement.least_peers, self._most)
         _sums[self.run, self.site] = which, made
         return made.advert
 
@@ -101,6 +105,11 @@ class Member:
         if secure is None:
             raise PolicyError("this site has agreed to no `secure_aggregation`")
         return secure.threshold
+
+    @property
+    def _most(self) -> int | None:
+        """Most members of a sum in which the site's noise is what it asks for; None: any."""
+        return None if self.privacy is None else in_federation(self.privacy, self.agreement.federation).most_sites
 
     @property
     def _identity(self) -> ec.EllipticCurvePrivateKey:
@@ -131,6 +140,9 @@ class Part:
         if weights is None:  # training changes the parameters themselves
             start = {name: tensor.detach().cpu().clone() for name, tensor in start.items()}
         self._vector = Vector(federation, start, request.active, exchange, request.rows)
+        privacy = session.site.privacy
+        self._clip = privacy.clip if privacy is not None and privacy.noise == "shared" else None
+        self._vector.check(found.sharers, self._clip)
         version = tensors_digest(start) if weights is None else weights.version
         self._about = agreed_text(version, request.active, request.rows, request.heaviest)
 
@@ -149,7 +161,7 @@ class Part:
             The masked numbers as tensors of int32, by name; the masked weight; and how many numbers were clipped.
         """
         clients = self._sum.sharers
-        vector, clipped = self._vector.encode(tensors, self._weight, clients)
+        vector, clipped = self._vector.encode(tensors, self._weight, clients, self._clip)
         weight = np.array([encoded_weight(self._weight, clients)], np.uint32)
         masked = self._sum.mask(np.concatenate([vector, weight]), self._about)
         return self._vector.split(masked[:-1]), int(masked[-1]), clipped

@@ -28,6 +28,7 @@ from common.protocol.factors import Factors
 from common.protocol.tensors import Tensors
 from strategies.admission.bounds import DEVIATIONS, by_entry, largest_change, largest_entry, longest_noise, size
 from strategies.admission.well_formed import LARGEST
+from strategies.combine.masked import MOST_NOISE
 from strategies.combine.weighted_mean import change_square
 
 _ROWS = 10_000  # assumed rows of the largest site, as a multiple of this site's rows
@@ -132,7 +133,7 @@ class Reach:
         federation, admission = self.federation, self.federation.admission
         training, strategy = federation.training, federation.strategy
         rows = admission.max_rows or _ROWS * self.rows
-        noise = admission.max_noise
+        noise = admission.max_noise + MOST_NOISE * federation.shared_noise
         if self._by_entry(name) if by_entry is None else by_entry:
             step = largest_entry(tensor, rows, training, strategy) + DEVIATIONS * noise
             return self._served(step, 1)

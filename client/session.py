@@ -95,7 +95,7 @@ class Session:
             base_digest=model,
             tokenizer_digest=tokenizer,
             version=installed("fedspan"),
-            privacy=None if self.site.privacy is None else Declared.of(self.site.privacy),
+            privacy=None if self.site.privacy is None else Declared.of(self.site.privacy, self.federation.shared_noise),
         )
 
     def follow(self, steps: list[Step], since: str, version: str) -> None:

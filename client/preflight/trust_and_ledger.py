@@ -126,11 +126,12 @@ def limits(subject: CheckContext) -> Finding:
             gate.check(settings, request)
     rows = len(subject.split[0])
     gate.check_rows(rows)
-    most, admitted = settings.admission.max_rows, settings.admission.max_noise
+    most, admitted = settings.admission.max_rows, max(settings.admission.max_noise, settings.shared_noise)
     if most is not None and rows > most:
         return Finding("FAIL", f"{rows} training rows; the federation admits up to {most}", "ask the operator")
-    if site.privacy is not None and (own := Declared.of(site.privacy).noise) > admitted:
+    own = 0.0 if site.privacy is None else Declared.of(site.privacy, settings.shared_noise).noise
+    if own > admitted:
         mend = f"ask the operator for `admission.max_noise: {own:g}`, or lower `privacy` in the site file"
         return Finding("FAIL", f"noise of {own:g} is added to every number; the federation admits {admitted:g}", mend)
-    noisy = "" if site.privacy is None else f", with noise of {Declared.of(site.privacy).noise:g} on all that leaves"
+    noisy = f", with noise of {own:g} on all that leaves" if own else ""
     return Finding("ok", f"federation {settings.name} is allowed{noisy}")

@@ -43,7 +43,8 @@ def in_federation(privacy: PrivacyConfig, federation: FederationConfig) -> Guara
     Raises:
         PolicyError: the sum has less noise than the site asks for.
     """
-    return guarantee(privacy, None, 0.0)
+    secure = federation.secure_aggregation
+    return guarantee(privacy, None, 0.0) if secure is None else guarantee(privacy, secure.threshold, secure.noise)
 
 
 def guarantee(privacy: PrivacyConfig, threshold: int | None, part: float) -> Guarantee:

@@ -71,6 +71,13 @@ class SecureAggregationConfig(Section):
         "have to give away their keys for a single update to be seen. More than half of a round's sites: a round takes "
         "at most 2 T - 1.",
     )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Standard deviation of the noise that every site adds to each number of its part of the sum; sites "
+        "whose `privacy.noise` is shared ask for it. 0: none.",
+    )
     tries: int = Field(
         3, ge=1, description="A round that has too few sites left is begun anew, with fresh keys, up to so many times."
     )

@@ -123,6 +123,11 @@ class FederationConfig(Section):
     tracking: TrackingConfig | None = Field(None, description="Trackers that the server feeds beside TensorBoard.")
     local: LocalConfig | None = None
 
+    @property
+    def shared_noise(self) -> float:
+        """Standard deviation of the noise that every site adds to its part of a masked sum; 0: none."""
+        return 0.0 if self.secure_aggregation is None else self.secure_aggregation.noise
+
     @field_validator(*_ONE_WORD, mode="before")
     @classmethod
     def _one_word(cls, value: object, info: ValidationInfo) -> object:
@@ -179,7 +184,7 @@ def settings_for_sites(federation: FederationConfig) -> str:
     settings["admission"] = {key: settings["admission"][key] for key in ("max_noise", "max_rows")}
     settings["cohort"] = {"min_clients": federation.cohort.min_clients}
     if federation.secure_aggregation is not None:
-        settings["secure_aggregation"] = {"threshold": federation.secure_aggregation.threshold}
+        settings["secure_aggregation"] = {key: settings["secure_aggregation"][key] for key in ("threshold", "noise")}
     else:
         del settings["secure_aggregation"]  # agreements of before the key stay good
     del settings["evaluation"]["server"], settings["evaluation"]["samples"]

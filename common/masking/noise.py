@@ -109,15 +109,38 @@ def encode_hidden(
     return words, beyond
 
 
+def check_hidden(update: Sequence[Numbers], clients: int, noise: float, clip: float | None) -> None:
+    """Refuse an update that ``encode_hidden`` would, before it is made; values are not looked at.
+
+    Raises:
+        PolicyError: the grid is too coarse for the noise or the clipping norm.
+    """
+    for some in update:
+        if part := some.part(noise):
+            steps_of(part, step(some.bound, clients, part))
+    if clip is not None:
+        _limit(update, clients, noise, clip)
+
+
 def _kept(update: Sequence[Numbers], clients: int, noise: float, clip: float) -> float:
     """The share of an update that is kept, so that it is no longer than ``clip`` even when it is rounded; 0: none.
 
-    A weight of at most 1 may be multiplied before the update is rounded. Rounding moves a number by half a step of its
-    grid at most.
+    A weight of at most 1 may be multiplied before the update is rounded.
 
     Raises:
         PolicyError: rounding alone may be longer.
     """
+    limit = _limit(update, clients, noise, clip)
+    with np.errstate(over="ignore", invalid="ignore"):
+        hidden = [some for some in update if not some.open]
+        norm = math.hypot(*(float(np.linalg.norm(np.asarray(some.values(), np.float64))) for some in hidden))
+    if not math.isfinite(norm):
+        return 0.0
+    return min(1.0, limit * (1 - _MARGIN) / norm) if norm > 0 else 1.0
+
+
+def _limit(update: Sequence[Numbers], clients: int, noise: float, clip: float) -> float:
+    """The norm that rounding, of each number by half a step of its grid at most, cannot lengthen beyond ``clip``."""
     hidden = [some for some in update if not some.open]
     limit = clip - math.sqrt(sum(some.count * step(some.bound, clients, noise) ** 2 for some in hidden)) / 2
     if limit <= 0:
@@ -125,11 +148,7 @@ def _kept(update: Sequence[Numbers], clients: int, noise: float, clip: float) ->
             f"this site's privacy: `clip` is {clip:g}, but rounding to the steps of the masked numbers may change an "
             f"update by {clip - limit:.3g}"
         )
-    with np.errstate(over="ignore", invalid="ignore"):
-        norm = math.hypot(*(float(np.linalg.norm(np.asarray(some.values(), np.float64))) for some in hidden))
-    if not math.isfinite(norm):
-        return 0.0
-    return min(1.0, limit * (1 - _MARGIN) / norm) if norm > 0 else 1.0
+    return limit
 
 
 def steps_of(std: float, grid: float) -> int:

@@ -32,6 +32,7 @@ class SiteSum:
         identity: the site's identity key.
         peers: names of the peers that the site's people have approved, by fingerprint (``SHA256:...``).
         least_peers: the least number of approved peers beside this site whose vectors are in the sum.
+        most_members: the most members that the site takes part with; None: below twice the threshold, as in any case.
 
     Attributes:
         advert: the site's keys for this sum, for the server.
@@ -39,10 +40,16 @@ class SiteSum:
     """
 
     def __init__(
-        self, sum_id: SumId, identity: ec.EllipticCurvePrivateKey, peers: Mapping[str, str], least_peers: int
+        self,
+        sum_id: SumId,
+        identity: ec.EllipticCurvePrivateKey,
+        peers: Mapping[str, str],
+        least_peers: int,
+        most_members: int | None = None,
     ) -> None:
         self._sum, self._identity = sum_id, identity
         self._peers, self._least = peers, least_peers
+        self._most = min(2 * sum_id.threshold - 1, most_members or 2 * sum_id.threshold)
         self._self_seed, self._mask_seed = primitives.new_seed(), primitives.new_seed()
         self._mask_key = primitives.exchange_key(self._mask_seed, sum_id.text("mask key"))
         self._seal_key = primitives.exchange_key(primitives.new_seed(), sum_id.text("seal key"))
@@ -76,9 +83,9 @@ class SiteSum:
             if not one.fits(self._sum):
                 raise PolicyError(f"{self._sum}: the keys of {self._name(one.id)} are not signed for this round")
         count, threshold = len(found.members), self._sum.threshold
-        if not threshold <= count < 2 * threshold:
+        if not threshold <= count <= self._most:
             raise PolicyError(
-                f"{self._sum}: {count} members and threshold {threshold}; allowed: {threshold} to {2 * threshold - 1}"
+                f"{self._sum}: {count} members and threshold {threshold}; allowed: {threshold} to {self._most}"
             )
         self._enough(len(others), "take part")
         self._listing, self.stage = found, Stage.SHARES

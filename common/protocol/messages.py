@@ -153,9 +153,10 @@ class Declared(Content):
     max_epsilon: Annotated[float, Entry("max_epsilon", POSITIVE, "budget, after which the site stops", PRIVACY)]
 
     @classmethod
-    def of(cls, config: PrivacyConfig) -> "Declared":
-        """Make the declaration from a site file's section ``privacy``."""
-        return cls(config.clip, config.noise_multiplier * config.clip, config.delta, config.max_epsilon)
+    def of(cls, config: PrivacyConfig, part: float = 0.0) -> "Declared":
+        """Make the declaration from a site file's section ``privacy``; ``part``: a site's part of a shared noise."""
+        noise = part if config.noise == "shared" else config.noise_multiplier * config.clip
+        return cls(config.clip, noise, config.delta, config.max_epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)

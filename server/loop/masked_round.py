@@ -5,9 +5,10 @@ site that drops out at any of them costs the round nothing but its update, as lo
 sites are left. Below that, or with fewer updates than ``cohort.min_clients``, the round begins anew with fresh keys.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,53 +32,15 @@ from common.protocol.exchanges import (
     MaskedTrainReply,
     MaskedTrainRequest,
 )
-from common.protocol.messages import Failure, TrainReply, TrainRequest
+from common.protocol.messages import Declared, Failure, TrainReply, TrainRequest
 from server.loop.inflight import failure_in
+from server.loop.open_sum import OpenSum
 from server.loop.round import Parts, Round
 from strategies.admission.bounds import UpdateSize, change_norms, check_possible, total
-from strategies.combine.masked import Vector, agreed_text, weight_of
+from strategies.combine.masked import MOST_NOISE, Vector, agreed_text, weight_of
 from strategies.rule import RoundResult, Tensors, Update
 
 _GRACE = 5.0  # seconds for further signatures and shares when there are enough of them
-
-
-@dataclass
-class _Open:
-    """A sum whose members have shared their secrets.
-
-    Attributes:
-        sum: the sum.
-        vector: the form of the members' vectors.
-        about: all that the members were told alike.
-        most_rows: the most training rows of a member.
-        heaviest: the number of rows that weighs 1.
-        rows: training rows by member.
-        members: ids in the sum, by site.
-    """
-
-    sum: ServerSum
-    vector: Vector
-    about: bytes
-    most_rows: int
-    heaviest: int
-    rows: dict[str, int]
-    members: dict[str, bytes] = field(default_factory=dict)
-
-    def add_keys(self, site: str, keys: bytes) -> None:
-        """Take a site's keys."""
-        self.members[site] = self.sum.add_keys(site, keys)
-
-    def add(self, take: Callable[[bytes, bytes], None]) -> Callable[[str, bytes], None]:
-        """A function that takes an answer by its site, from one that takes it by its member's id."""
-        return lambda site, answer: take(self.members[site], answer)
-
-    def alive(self) -> list[str]:
-        """The sites whose numbers are in the sum."""
-        return [site for site, member in self.members.items() if member in self.sum.alive]
-
-    def signers(self) -> list[str]:
-        """The sites that have signed the list of survivors."""
-        return [site for site, member in self.members.items() if member in self.sum.signers()]
 
 
 class MaskedRound(Round):
@@ -158,7 +121,7 @@ class MaskedRound(Round):
             tensors_digest(self._state) if versions is None else versions.latest, active, most, heaviest
         )
         which = SumId(self._parts.run, self._number, self._attempt, self._secure.threshold)
-        this = self._this = _Open(ServerSum(which, vector.words + 1), vector, about, most, heaviest, rows)
+        this = self._this = OpenSum(ServerSum(which, vector.words + 1), vector, about, most, heaviest, rows)
         self._exchange(KEYS, dict.fromkeys(rows, b""), this.add_keys)
         self._enough(len(this.members), "gave their keys")
         self._exchange(SHARES, dict.fromkeys(this.members, this.sum.listing.raw), this.add(this.sum.add_shares))
@@ -219,8 +182,7 @@ class MaskedRound(Round):
             )
         tensors, factors = this.vector.mean(words[:-1], sum(weights), clients)
         mean = Update(f"the mean of {len(weights)} updates", this.most_rows, tensors, rule.lora_alpha, factors)
-        noisy = [hello.privacy for hello in self._parts.clients.hellos.values() if hello.privacy is not None]
-        noise = max(noisy, key=lambda declared: declared.noise, default=None)
+        noise = self._noise(weights)
         norms = change_norms(mean, self._state)
         try:
             check_possible(mean, norms, self._state, config.training, config.strategy, noise)
@@ -228,6 +190,21 @@ class MaskedRound(Round):
             raise AggregationError(str(refusal)) from None
         self._norm = total(norms)
         return mean
+
+    def _noise(self, weights: list[float]) -> Declared | None:
+        """The noise in a mean of sites with these weights, at most; None: there is none.
+
+        Raises:
+            AggregationError: the sites left weigh too little for the noise that all add, whatever they weigh.
+        """
+        part, hellos = self._parts.config.shared_noise, self._parts.clients.hellos.values()
+        times = math.sqrt(len(weights)) / sum(weights)
+        if part and times > MOST_NOISE:
+            raise AggregationError(f"the sites left weigh {sum(weights):.3g} together: too little beside their noise")
+        local = [hello.privacy for hello in hellos if hello.privacy is not None]
+        most = max(local, key=lambda declared: declared.noise, default=Declared(1.0, 0.0, 1.0, 1.0))
+        found = replace(most, noise=most.noise + times * part)
+        return found if found.noise else None
 
     def _diagnostics(self, outcome: RoundResult) -> dict[str, float]:
         """All that can be told of updates that nobody has seen."""

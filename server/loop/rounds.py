@@ -59,7 +59,7 @@ class RoundLoop:
             folder,
             settings,
             self._quarantine,
-            config.admission,
+            config.admission.model_copy(update={"max_noise": max(config.admission.max_noise, config.shared_noise)}),
             base_digest=server_model.base_digest,
             tokenizer_digest=server_model.tokenizer_digest,
             expected=None if config.local is None else len(config.local.sites),

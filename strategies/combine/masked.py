@@ -8,16 +8,19 @@ which a site clips (``common.masking.fixed_point``). Tensors have the names that
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from common.config.federation import FederationConfig
 from common.errors import WireError
-from common.masking.fixed_point import WORD_BYTES, Words, decode, encode
+from common.masking.fixed_point import WORD_BYTES, Words, decode
+from common.masking.noise import Numbers, check_hidden, encode_hidden
 from common.model.families import in_head
 from common.protocol.factors import Exchange, Factors, common_part, in_factors, parts_of
 from common.protocol.tensors import Tensors
@@ -41,6 +44,11 @@ class _Piece:
     def words(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def open(self) -> bool:
+        """Whether the numbers depend on settings alone, and on no row: the decay."""
+        return self.part != "" and not self.shape
+
 
 class Vector:
     """The form of one round's vectors, the same at the server and at every site.
@@ -62,26 +70,36 @@ class Vector:
         rows: int,
     ) -> None:
         self._base, self._exchange, self._federation, self._rows = base, exchange, federation, rows
+        self._noise = federation.shared_noise
         self._pieces = [piece for name in sorted(active) for piece in self._pieces_of(name)]
         self.words = sum(piece.words for piece in self._pieces)
 
-    def encode(self, tensors: Mapping[str, Tensor], weight: float, clients: int) -> tuple[Words, int]:
-        """Encode an update.
+    def encode(
+        self, tensors: Mapping[str, Tensor], weight: float, clients: int, clip: float | None = None
+    ) -> tuple[Words, int]:
+        """Encode an update, with the noise that every site adds to its part of the sum.
 
         Args:
             tensors: the update as it would be sent without masks, by name.
             weight: the site's weight, from 0 to 1.
             clients: number of sites whose vectors may be added.
+            clip: see ``common.masking.noise.encode_hidden``.
 
         Returns:
             The vector, and how many of its numbers were clipped to their bounds.
         """
-        vector, clipped, at = np.empty(self.words, np.uint32), 0, 0
-        for piece in self._pieces:
-            numbers = self._change(piece, tensors).numpy()
-            vector[at : at + piece.words], beyond = encode(numbers, piece.bound, weight, clients)
-            clipped, at = clipped + beyond, at + piece.words
-        return vector, clipped
+        changes = [partial(self._change, piece, tensors) for piece in self._pieces]
+        return encode_hidden(self._numbers(changes), weight, clients, self._noise, clip)
+
+    def check(self, clients: int, clip: float | None) -> None:
+        """Raise a PolicyError when ``encode`` would, whatever the update is."""
+        check_hidden(self._numbers([_nothing] * len(self._pieces)), clients, self._noise, clip)
+
+    def _numbers(self, values: Iterable[Callable[[], npt.NDArray[np.floating]]]) -> list[Numbers]:
+        return [
+            Numbers(piece.bound, piece.words, given, piece.open)
+            for piece, given in zip(self._pieces, values, strict=True)
+        ]
 
     def split(self, vector: Words) -> Tensors:
         """A vector as tensors of int32, by name, to be sent."""
@@ -125,8 +143,9 @@ class Vector:
         """
         found, at = {}, 0
         for piece in self._pieces:
-            numbers = decode(total[at : at + piece.words], piece.bound, weights, clients).reshape(piece.shape)
-            found[piece.key], at = torch.from_numpy(numbers), at + piece.words
+            noise = 0.0 if piece.open else self._noise
+            numbers = decode(total[at : at + piece.words], piece.bound, weights, clients, noise)
+            found[piece.key], at = torch.from_numpy(numbers.reshape(piece.shape)), at + piece.words
         dense, factors = {}, {}
         for piece in self._pieces:
             start = self._base[piece.name]
@@ -146,13 +165,17 @@ class Vector:
         shrunk = float(found[name + decay]) if name + decay in found else 0.0
         return Factors(1.0 + shrunk, [pair], common=True)
 
-    def _change(self, piece: _Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _change(self, piece: _Piece, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.floating]:
+        """The numbers of a piece, flat."""
         value = tensors[piece.key].detach().cpu()
         if not piece.part:
-            return value.double() - self._base[piece.name].cpu().double()
-        if not piece.shape:
-            return value.double() - 1.0
-        return value.float() if value.numel() else torch.zeros(piece.shape)  # a weight without a gradient has no term
+            value = value.double() - self._base[piece.name].cpu().double()
+        elif piece.open:
+            value = value.double() - 1.0
+        elif not value.numel():  # a weight without a gradient has no term
+            value = torch.zeros(piece.shape)
+        found: npt.NDArray[np.floating] = value.reshape(-1).numpy()
+        return found
 
     def _pieces_of(self, name: str) -> list[_Piece]:
         training, strategy, base = self._federation.training, self._federation.strategy, self._base[name]
@@ -184,6 +207,14 @@ def agreed_text(version: str, active: Iterable[str], rows: int, heaviest: int) -
     """
     told = "\n".join([version, str(rows), str(heaviest), *sorted(active)])
     return hashlib.sha256(told.encode()).digest()
+
+
+#: Largest noise in a mean, in units of `secure_aggregation.noise`. It is more than 1 only where weights differ much.
+MOST_NOISE = 10.0
+
+
+def _nothing() -> npt.NDArray[np.floating]:
+    return np.zeros(0)
 
 
 def weight_of(rows: int, heaviest: int) -> float:

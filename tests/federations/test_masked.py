@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from flwr.app import Context, Message
 
 from client import masked
@@ -176,3 +177,21 @@ def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Pa
     assert "is named both alive and dropped" in reasons[4]
     refused = [json.loads(line) for line in (tmp_path / "lies" / "a-ledger.jsonl").read_text().splitlines()]
     assert [e["round"] for e in refused if e["event"] == "refused"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_noise_is_shared_and_the_ledger_says_against_whom(tmp_path: Path) -> None:
+    """Every site adds a part; the states that follow are within the sites' reach."""
+    secure = {"threshold": 2, "noise": 0.002}
+    file = federation(tmp_path / "noise", 2, secure_aggregation=secure, cohort={"min_clients": 3})
+    privacy = {"clip": 0.01, "noise_multiplier": 0.25, "noise": "shared", "delta": 1e-5, "max_epsilon": 1e5}
+    for site in SIZES:
+        own = file.parent / f"{site}.yaml"
+        own.write_text(yaml.safe_dump({**yaml.safe_load(own.read_text()), "privacy": privacy}))
+    run = in_one_process(file)
+    entries = [json.loads(line) for line in (file.parent / "a-ledger.jsonl").read_text().splitlines()]
+    spent = [e["privacy"] for e in entries if e["event"] == "sent" and e["message"] == "train"]
+    assert [one["noise_multiplier"] for one in spent] == [pytest.approx(0.2 * 2**0.5, rel=1e-4)] * 2
+    assert [one["worst_multiplier"] for one in spent] == [pytest.approx(0.2, rel=1e-4)] * 2
+    norms = [r["diagnostics"]["mean-norm"] for r in read_lines(run / "metrics.jsonl") if r["phase"] == "aggregate"]
+    numbers = moved(run).numel() * 2  # A and B have as many
+    assert all(0.3 < norm / (0.002 / 3**0.5 * numbers**0.5) < 3 for norm in norms)

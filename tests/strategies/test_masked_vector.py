@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from common.config.federation import FederationConfig
 from common.config.load import parse
-from common.errors import RefusedUpdate, WireError
+from common.errors import PolicyError, RefusedUpdate, WireError
 from common.masking.fixed_point import Words
 from common.protocol.factors import Factors, pack
 from common.protocol.tensors import Tensors
@@ -133,3 +133,39 @@ def test_masked_numbers_of_another_form_are_refused(wrong: str) -> None:
         sent |= {"more": {"x": sent[HEAD]}, "shape": {HEAD: sent[HEAD].T}, "dtype": {HEAD: sent[HEAD].float()}}[wrong]
     with pytest.raises(WireError, match=r"is missing|was not to come|allowed: int32 \(3, 5\)"):
         vector.join(sent)
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_noise_that_all_share_is_in_the_mean_but_not_in_the_decay(clip: float | None) -> None:
+    data = federation({"name": "fedftg", "subspace": "shared", "rank": 2}, weight_decay=0.1).model_dump(mode="json")
+    config = parse({**data, "secure_aggregation": {"threshold": 2, "noise": 0.01}}, FederationConfig, "f")
+    rule, state = make_rule(config.strategy, seed=0), weights(0)
+    vector = Vector(config, state, list(state), rule.exchange(1), 10)
+    vector.check(3, clip)
+    sent, shares = update_of(config, rule, 1, state, 0), (1.0, 0.5, 0.5)
+    still = {n: t if n.endswith("/decay") else torch.zeros_like(t) for n, t in sent.items()}
+    total = np.sum([vector.encode(still, w, 3, clip)[0] for w in shares], axis=0, dtype=np.uint32)
+    _, factors = vector.mean(total, sum(shares), 3)
+    decay = (1 - LR * 0.1) ** 4
+    assert all(abs(one.decay - decay) < 1e-6 for one in factors.values())
+    noise = torch.cat([term.flatten() for one in factors.values() for term in one.terms[0]])
+    own = torch.cat([n.flatten() for name in state for n in [projected(factors[name], state[name])]])
+    assert float(own.std()) == pytest.approx(0.01 * 3**0.5 / sum(shares), rel=0.3)
+    assert len(own) < len(noise)
+
+
+def projected(factors: Factors, start: torch.Tensor) -> torch.Tensor:
+    """The part of a change that is not the basis."""
+    left, right = factors.terms[0]
+    return left if start.shape[0] >= start.shape[1] else right
+
+
+def test_grid_too_coarse_for_the_noise_is_refused_before_training() -> None:
+    data = federation("fedit").model_dump(mode="json")
+    config = parse({**data, "secure_aggregation": {"threshold": 2, "noise": 1e-9}}, FederationConfig, "f")
+    rule, state = make_rule(config.strategy, seed=0), lora(2, 0)
+    vector = Vector(config, state, rule.active(1, state), rule.exchange(1), 10)
+    with pytest.raises(PolicyError, match=r"`secure_aggregation.noise` is 1e-09, \d+ steps"):
+        vector.check(3, None)
+    with pytest.raises(PolicyError, match="`clip` is 1e-12, but rounding"):
+        Vector(federation("fedit"), state, rule.active(1, state), rule.exchange(1), 10).check(3, 1e-12)

@@ -75,6 +75,6 @@ def test_what_needs_single_updates_is_refused(changes: dict[str, Any], reason: s
 
 def test_sites_agree_to_the_threshold_and_old_agreements_stay_good() -> None:
     told = json.loads(settings_for_sites(federation(secure_aggregation={"threshold": 3, "tries": 7})))
-    assert told["secure_aggregation"] == {"threshold": 3}
+    assert told["secure_aggregation"] == {"threshold": 3, "noise": 0.0}
     assert parse(told, FederationConfig, "message").secure_aggregation is not None
     assert "secure_aggregation" not in json.loads(settings_for_sites(federation(secure_aggregation=None)))

@@ -116,6 +116,14 @@ def test_threshold_that_half_of_the_members_reach() -> None:
     refused("round 3: 4 members and threshold 2; allowed: 2 to 3", together.share)
 
 
+def test_more_members_than_the_sites_noise_is_good_for() -> None:
+    together = Together(5, 4, 6)
+    site = SiteSum(together.sum_id, identity(0), peers(5), 0, most_members=4)
+    others = [one for one in together.server.listing.members.values() if one.id != together.ids[0]]
+    listing = Listing([*others, Advert.read(site.advert)])
+    refused("round 3: 5 members and threshold 4; allowed: 4 to 4", lambda: site.share(listing.raw))
+
+
 def test_every_exchange_once() -> None:
     together = Together(3, 2, 6)
     listing = together.server.listing.raw
