@@ -25,6 +25,7 @@ from common.system.keys import read_private
 from strategies.combine.masked import Vector, agreed_text, weight_of
 
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
+HOLDS = "FEDSPAN_HOLDS"  # environment variable for the worker's supervisor: this process has keys of a round
 _sums: dict[tuple[int, str], tuple[SumId, SiteSum]] = {}  # the current sum, by run and site
 
 
@@ -59,7 +60,10 @@ class Member:
         found = self._sum(request.server_round, request.attempt)
         if request.stage == SHARES:
             return found.share(request.payload)
-        return found.sign(request.payload) if request.stage == SURVIVORS else found.unmask(request.payload)
+        if request.stage == SURVIVORS:
+            return found.sign(request.payload)
+        os.environ.pop(HOLDS, None)
+        return found.unmask(request.payload)
 
     def part(self, request: MaskedTrainRequest, session: Session) -> "Part":
         """Check a request to train for a masked sum, before it is charged; the session has the state.
@@ -90,6 +94,7 @@ class Member:
             raise PolicyError("this site has agreed to no peers; its people do so with: fedspan site agree --peer FILE")
         made = SiteSum(which, self._identity, self.agreement.by_fingerprint, self.agreement.least_peers, self._most)
         _sums[self.run, self.site] = which, made
+        os.environ[HOLDS] = "1"
         return made.advert
 
     def _sum(self, server_round: int, attempt: int) -> SiteSum:

@@ -40,6 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
 BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
+HOLDS = "FEDSPAN_HOLDS"  # the app tells through it that this process has keys of a round that goes on
 PROGRESS = "FEDSPAN_PROGRESS"  # likewise: file for what the site does
 _PATIENCE = 60.0  # seconds that the process tries to reach a SuperNode that does not answer
 _CALL_SECONDS = 30.0  # that a call waits for its answer, as in Flower's client
@@ -104,7 +105,7 @@ def work(api: RuntimeApi, tell: IO[str]) -> None:
                 push_task_output(client, None, SubStatus.FAILED, "the answer was not taken")
         finally:
             client.close()
-        _tell(tell, done=True, memory=_resident(), device=_on_device())
+        _tell(tell, done=True, memory=_resident(), device=_on_device(), holds=HOLDS in os.environ)
 
 
 def _distrust(content: bytes, message: Message, trust: dict[str, Any] | None) -> str | None:

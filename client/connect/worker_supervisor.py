@@ -42,6 +42,7 @@ from client.connect.worker_process import RuntimeApi, announced
 from common.errors import WorkerDied
 from common.system.files import write_atomically
 
+_HOLDING = 4 * 3600.0  # seconds that an idle worker with keys of a masked sum waits for the round's other sites
 log = logging.getLogger("worker")
 
 
@@ -90,7 +91,7 @@ class WorkerSupervisor:
         self._options, self._trust = options, trust
         self._worker: WorkerProcess | None = None
         self._status = Status()
-        self._shown = True
+        self._shown, self._holds = True, False  # the status file can be written; keys of a round are in the worker
         self._idle_since = time.monotonic()
         self._client = options.api.connect(patience=0.0)
 
@@ -103,16 +104,21 @@ class WorkerSupervisor:
                 self._answer(task, token)
                 self._idle_since = time.monotonic()
                 continue
-            if self._worker is not None and time.monotonic() - self._idle_since > self._options.idle:
-                log.info("idle for %g seconds: the device is released", self._options.idle)
-                self.stop()
+            self._release_when_idle()
             time.sleep(self._options.poll)
+
+    def _release_when_idle(self) -> None:
+        """End a worker process that was idle for long; one with keys of a masked sum waits for the round's others."""
+        longest = max(self._options.idle, _HOLDING) if self._holds else self._options.idle
+        if self._worker is not None and time.monotonic() - self._idle_since > longest:
+            log.info("idle for %g seconds: the device is released", longest)
+            self.stop()
 
     def stop(self) -> None:
         """End the worker process, if there is one."""
         if self._worker is not None:
             self._worker.stop()
-            self._worker = None
+            self._worker, self._holds = None, False
             self._show(self._status.state)
 
     def _acquire(self) -> tuple[Task | None, str]:
@@ -143,6 +149,7 @@ class WorkerSupervisor:
                 if "done" in told:
                     done = True
                     self._status.memory_bytes, self._status.device_bytes = told["memory"], told["device"]
+                    self._holds = told["holds"]
         self._status.messages += 1
         self._status.last_message = time.time()
         if not done:
