@@ -151,6 +151,8 @@ def train(site: Site, request: TrainRequest) -> TrainReply:
     from client.received import receive
     from common.protocol import wire
 
+    if site.session.federation.secure_aggregation is not None:
+        raise PolicyError("this site has agreed to `secure_aggregation`: its update leaves masked, or not at all")
     held = receive(request, request.active, site.session, site.gate, site.context)
     most = site.session.work(request.server_round, request.active).most_bytes()
     tensors, told = _trained(site, request, most)

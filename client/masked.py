@@ -77,7 +77,7 @@ class Member:
             raise PolicyError(f"round {request.server_round}: the most rows of a site are {request.rows}, {rows} here")
         found = self._sum(request.server_round, request.attempt)
         found.receive(request.sealed)
-        return Part(request, session, found)
+        return Part(request, session, found, self.agreement.digest)
 
     def _begin(self, server_round: int, attempt: int) -> bytes:
         """Make the keys of a round; those of the round before are forgotten."""
@@ -135,9 +135,10 @@ class Part:
         request: the request to train.
         session: the site's session, in the state that the request names.
         found: the sum.
+        settings: digest of the settings that the site has agreed to.
     """
 
-    def __init__(self, request: MaskedTrainRequest, session: Session, found: SiteSum) -> None:
+    def __init__(self, request: MaskedTrainRequest, session: Session, found: SiteSum, settings: str) -> None:
         self._sum, self._weight = found, weight_of(session.train_rows, request.heaviest)
         weights, start = session.weights, session.exchanged
         federation = session.federation
@@ -147,9 +148,9 @@ class Part:
         self._vector = Vector(federation, start, request.active, exchange, request.rows)
         privacy = session.site.privacy
         self._clip = privacy.clip if privacy is not None and privacy.noise == "shared" else None
-        self._vector.check(found.sharers, self._clip)
+        self._vector.check(found.members, self._clip)
         version = tensors_digest(start) if weights is None else weights.version
-        self._about = agreed_text(version, request.active, request.rows, request.heaviest)
+        self._about = agreed_text(settings, version, request.active, request.rows, request.heaviest)
 
     @property
     def most_bytes(self) -> int:
@@ -165,7 +166,7 @@ class Part:
         Returns:
             The masked numbers as tensors of int32, by name; the masked weight; and how many numbers were clipped.
         """
-        clients = self._sum.sharers
+        clients = self._sum.members
         vector, clipped = self._vector.encode(tensors, self._weight, clients, self._clip)
         weight = np.array([encoded_weight(self._weight, clients)], np.uint32)
         masked = self._sum.mask(np.concatenate([vector, weight]), self._about)

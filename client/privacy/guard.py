@@ -196,11 +196,12 @@ class Gate:
             DivergedError: the update is not finite.
             LedgerError: the ledger is damaged or cannot be written.
         """
-        out, policy, privacy = _facts(sent), self.site.policy, self.site.privacy
+        out, policy = _facts(sent), self.site.policy
         norm = norm if out["tensors"] else None
-        if privacy is not None and privacy.noise == "shared":
+        assert self._federation is not None  # noqa: S101 - ``check`` comes first
+        if self._federation.secure_aggregation is not None:
             if bare := [name for name, (dtype, *_) in out["tensors"].items() if dtype != "int32"]:
-                raise PolicyError(f"{bare[0]} does not leave: with `privacy.noise` shared only masked integers do")
+                raise PolicyError(f"{bare[0]} does not leave: with `secure_aggregation` only masked integers do")
         for name in out["tensors"]:
             weight = name.partition("/")[0]  # a factor's name begins with its weight's
             if weight not in self._active:

@@ -118,15 +118,19 @@ class SiteSum:
             if plain is None:
                 raise PolicyError(f"{self._sum}: the shares of {self._name(sender)} were not sealed for this site")
             self._held[sender] = plain[:SEED_BYTES], plain[SEED_BYTES:]
-        if self.sharers < self._sum.threshold:
-            raise PolicyError(f"{self._sum}: {self.sharers} members have shared, {self._sum.threshold} are needed")
-        self._enough(self.sharers - 1, "have shared")
+        if len(self._held) < self._sum.threshold:
+            raise PolicyError(f"{self._sum}: {len(self._held)} members have shared, {self._sum.threshold} are needed")
+        self._enough(len(self._held) - 1, "have shared")
         self.stage = Stage.RECEIVED
 
     @property
-    def sharers(self) -> int:
-        """How many members have shared their secrets, this site included."""
-        return len(self._held)
+    def members(self) -> int:
+        """How many members have given keys: as many as numbers are encoded for.
+
+        Masks cancel only between sites that were sent the same list of keys. A number of sharers would not do: the
+        server may withhold shares from some sites, whose grid would then be another.
+        """
+        return len(self._listing.members)
 
     def mask(self, vector: Words, about: bytes) -> Words:
         """Mask the site's vector, in place.

@@ -5,6 +5,7 @@ site that drops out at any of them costs the round nothing but its update, as lo
 sites are left. Below that, or with fewer updates than ``cohort.min_clients``, the round begins anew with fresh keys.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 
+from common.config.section import settings_digest
 from common.errors import AggregationError, FederationError, RefusedUpdate, WireError
 from common.masking.fixed_point import encoded_weight
 from common.masking.parts import SumId
@@ -117,9 +119,9 @@ class MaskedRound(Round):
         most, active = max(rows.values()), rule.active(self._number, self._state)
         heaviest = int(min(self._heaviest, most))
         vector = Vector(self._parts.config, self._state, active, rule.exchange(self._number), most)
-        about = agreed_text(
-            tensors_digest(self._state) if versions is None else versions.latest, active, most, heaviest
-        )
+        version = tensors_digest(self._state) if versions is None else versions.latest
+        settings = settings_digest(json.loads(self._parts.settings.federation))
+        about = agreed_text(settings, version, active, most, heaviest)
         which = SumId(self._parts.run, self._number, self._attempt, self._secure.threshold)
         this = self._this = OpenSum(ServerSum(which, vector.words + 1), vector, about, most, heaviest, rows)
         self._exchange(KEYS, dict.fromkeys(rows, b""), this.add_keys)
@@ -174,7 +176,7 @@ class MaskedRound(Round):
             AggregationError: the sum cannot be unmasked, or its mean is more than training can do.
         """
         this, config, rule = self._this, self._parts.config, self._parts.strategy.rule
-        words, clients = this.sum.total(this.about), len(this.sum.sharers)
+        words, clients = this.sum.total(this.about), len(this.members)
         weights = [weight_of(this.rows[site], this.heaviest) for site in this.alive()]
         if int(words[-1]) != sum(encoded_weight(weight, clients) for weight in weights) % 2**32:
             raise AggregationError(

@@ -196,16 +196,17 @@ class Vector:
         return pieces
 
 
-def agreed_text(version: str, active: Iterable[str], rows: int, heaviest: int) -> bytes:
+def agreed_text(settings: str, version: str, active: Iterable[str], rows: int, heaviest: int) -> bytes:
     """All that the members of a sum must have been told alike, for their masks to cancel; see ``SiteSum.mask``.
 
     Args:
+        settings: digest of the federation's settings.
         version: name of the version that was trained, or digest of its tensors.
         active: names of the trained tensors.
         rows: the most rows of a site, from which bounds follow.
         heaviest: the rows that weigh 1.
     """
-    told = "\n".join([version, str(rows), str(heaviest), *sorted(active)])
+    told = "\n".join([settings, version, str(rows), str(heaviest), *sorted(active)])
     return hashlib.sha256(told.encode()).digest()
 
 

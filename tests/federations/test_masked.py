@@ -1,6 +1,7 @@
 """Federations with `secure_aggregation`: the mean is that of the sites that were left, and a lie is refused by name."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from common.errors import WorkerDied
 from common.masking import parts
 from common.masking.parts import DROPPED, Listing, SumId
 from common.masking.site import SiteSum
-from common.protocol.exchanges import SHARES, SURVIVORS, UNMASK, ExchangeRequest
-from common.protocol.messages import Failure
+from common.protocol.exchanges import SHARES, SURVIVORS, UNMASK, ExchangeRequest, MaskedTrainRequest
+from common.protocol.messages import Failure, TrainRequest
 from deploy.sandbox.tiny import make_federation
 from server.loop.checkpoint import newest
 from server.run.folder import read_lines
@@ -105,6 +106,7 @@ LIES = {
     4: "alive and dropped",
     5: "too few signatures",
     6: "keys again",
+    7: "without masks",
 }
 _kept: dict[str, bytes] = {}
 
@@ -118,9 +120,20 @@ def changed(message: Message, **fields: Any) -> Message:
     return lying
 
 
+def unmasked(message: Message) -> Message:
+    """The request to train, as it would be without masks."""
+    asked = vars(MaskedTrainRequest.read(message.content))
+    content = TrainRequest(**{field.name: asked[field.name] for field in fields(TrainRequest)}).to_record()
+    plain = Message(content, dst_node_id=message.metadata.dst_node_id, message_type="train")
+    plain.metadata.__dict__.update(message.metadata.__dict__ | {"_message_type": "train"})
+    return plain
+
+
 def lied_to(message: Message, context: Context) -> Message:
     number, stage = stage_of(message)
     lie = LIES.get(number, "")
+    if site_of(context) == "a" and (lie, stage) == ("without masks", "train"):
+        return app(unmasked(message), context)
     if site_of(context) != "a" or stage not in ("keys", SHARES, SURVIVORS, UNMASK):
         return app(message, context)
     payload = ExchangeRequest.read(message.content).payload
@@ -161,7 +174,7 @@ def _adverts(raw: bytes) -> list[parts.Advert]:
 
 
 def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Path) -> None:
-    run = in_one_process(federation(tmp_path / "lies", 6, secure_aggregation={"threshold": 2}), app=lied_to)
+    run = in_one_process(federation(tmp_path / "lies", 7, secure_aggregation={"threshold": 2}), app=lied_to)
     reasons = {e["round"]: e["reason"] for e in events(run, "client_failed")}
     for number, text in {
         1: "shares: round 1: SHA256:",
@@ -170,13 +183,14 @@ def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Pa
         4: "survivors: round 4: ",
         5: "unmask: round 5: 1 have signed the list of survivors, 2 are needed",
         6: "keys: round 6: keys of this round, or a later one, were given already",
+        7: "this site has agreed to `secure_aggregation`: its update leaves masked, or not at all",
     }.items():
         assert reasons[number].startswith(f"a: {text}"), reasons[number]
     assert "is no peer that this site has agreed to" in reasons[1]
     assert "are not signed for this round" in reasons[2]
     assert "is named both alive and dropped" in reasons[4]
     refused = [json.loads(line) for line in (tmp_path / "lies" / "a-ledger.jsonl").read_text().splitlines()]
-    assert [e["round"] for e in refused if e["event"] == "refused"] == [1, 2, 3, 4, 5, 6]
+    assert [e["round"] for e in refused if e["event"] == "refused"] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_noise_is_shared_and_the_ledger_says_against_whom(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from common.masking.fixed_point import Words
 from common.protocol.factors import Factors, pack
 from common.protocol.tensors import Tensors
 from strategies.admission.bounds import change_norms, check_possible
-from strategies.combine.masked import Vector, weight_of
+from strategies.combine.masked import Vector, agreed_text, weight_of
 from strategies.flower.named import make_rule
 from strategies.rule import Rule, Update
 from tests.harness.rounds import HEAD, aggregate, close, doubles, lora, normal, weights
@@ -169,3 +169,11 @@ def test_grid_too_coarse_for_the_noise_is_refused_before_training() -> None:
         vector.check(3, None)
     with pytest.raises(PolicyError, match="`clip` is 1e-12, but rounding"):
         Vector(federation("fedit"), state, rule.active(1, state), rule.exchange(1), 10).check(3, 1e-12)
+
+
+def test_everything_that_encoding_follows_from_is_bound_to_the_masks() -> None:
+    """Else a server could have some sites round to another grid, or by other settings, than the site it looks at."""
+    base: list[Any] = ["settings", "version", ["a", "b"], 10, 5]
+    others = ["other", "x", ["a"], 11, 6]
+    told = [agreed_text(*base), *(agreed_text(*base[:k], other, *base[k + 1 :]) for k, other in enumerate(others))]
+    assert len(set(told)) == 6

@@ -36,10 +36,10 @@ def site(**sections: Any) -> SiteConfig:
     return parse({"name": "site-a", "data": data, **sections}, SiteConfig, "site.yaml")
 
 
-def federation(name: str = "ours", strategy: str = "fedftg") -> FederationConfig:
+def federation(name: str = "ours", strategy: str = "fedftg", **sections: Any) -> FederationConfig:
     training = {"learning_rate": 0.1, "local_steps": 1}
     data = {"name": name, "model": {"path": "m"}, "strategy": strategy, "rounds": 9, "training": training}
-    return parse(data, FederationConfig, "f")
+    return parse({**data, **sections}, FederationConfig, "f")
 
 
 def asked(number: int, name: str = NAME) -> TrainRequest:
@@ -325,6 +325,7 @@ def test_budget_is_spent_before_anything_leaves_and_stops_the_site(tmp_path: Pat
 
 
 SHARED = {**PRIVATE, "noise": "shared", "colluders": 1}
+MASKED: dict[str, Any] = {"strategy": "fedit", "cohort": {"min_clients": 12}, "secure_aggregation": {"threshold": 10}}
 
 
 def test_shared_noise_is_refused_where_the_server_sees_single_updates(tmp_path: Path) -> None:
@@ -355,13 +356,21 @@ def test_shared_noise_is_charged_by_what_the_sum_has_and_the_worst_is_counted_be
     assert spent["epsilon_worst"] == pytest.approx(epsilon(affordable * cost(1.5), 1e-5), rel=1e-4)
 
 
-def test_with_shared_noise_no_tensor_leaves_that_is_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("privacy", [None, PRIVATE])
+def test_where_updates_are_masked_no_other_tensor_leaves(tmp_path: Path, privacy: dict[str, Any] | None) -> None:
+    gate = Site(tmp_path, privacy=privacy).gate()
+    gate.check(federation(**MASKED), asked(1))
+    gate.charge(TENSOR.nbytes, 0)
+    with pytest.raises(PolicyError, match="with `secure_aggregation` only masked integers do"):
+        gate.admit([(NAME, TENSOR)], [], 9, 1.0)
+    gate.admit([(NAME, TENSOR.to(torch.int32))], [], 9, 1.0)
+
+
+def test_summary_tells_against_whom_shared_noise_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "in_federation", lambda privacy, _: guarantee(privacy, 10, 1.5))
     gate = Site(tmp_path, privacy=SHARED).gate()
-    gate.check(federation(), asked(1))
+    gate.check(federation(**MASKED), asked(1))
     gate.charge(TENSOR.nbytes, 0)
-    with pytest.raises(PolicyError, match="only masked integers do"):
-        gate.admit([(NAME, TENSOR)], [], 9, 1.0)
     gate.admit([(NAME, TENSOR.to(torch.int32))], [], 9, 1.0)
     told = summary(tmp_path / "site-a-ledger.jsonl")
     assert f"epsilon {epsilon(cost(4.5), 1e-5):.4g} at delta 1e-05, of at most 5." in told

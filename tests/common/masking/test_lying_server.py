@@ -124,6 +124,16 @@ def test_more_members_than_the_sites_noise_is_good_for() -> None:
     refused("round 3: 5 members and threshold 4; allowed: 4 to 4", lambda: site.share(listing.raw))
 
 
+def test_withheld_shares_do_not_change_what_numbers_are_encoded_for() -> None:
+    """A site that knew of fewer members would round to a finer grid, in which the others' shared noise is less."""
+    together = Together(5, 3, 6)
+    together.share()
+    kept = dict(list(parts.read_sealed(together.server.shares_for(together.ids[0])).items())[:2])
+    together.sites[0].receive(parts.write_sealed(kept))
+    together.sites[1].receive(together.server.shares_for(together.ids[1]))
+    assert together.sites[0].members == together.sites[1].members == 5
+
+
 def test_every_exchange_once() -> None:
     together = Together(3, 2, 6)
     listing = together.server.listing.raw
