@@ -224,8 +224,8 @@ def _digests(card: Card) -> list[str]:
 
 
 def _licence(licence: Licence) -> str:
-    told = [_code(text) for text in (licence.name, licence.link) if text]
-    name = "is not known" if licence.id == "unknown" else f"is {_code(licence.id)}" + "".join(f", {t}" for t in told)
+    told = " at ".join(_code(text) for text in (licence.name, licence.link) if text)
+    name = "is not known" if licence.id == "unknown" else f"is {_code(licence.id)}" + f" ({told})" * bool(told)
     return f"## Licence\n\nThe licence of the base model {name}; it binds the use of this model, too."
 
 

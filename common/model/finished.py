@@ -30,6 +30,7 @@ from common.system.files import built
 
 FACTS, README = "fedspan.json", "README.md"
 _LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*")  # files that go along with a model
+_TITLES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit"}  # how their texts begin, and a hub's names
 _MOST = 2**20  # bytes of a fedspan.json, or of a base model's README.md, that are read
 
 
@@ -164,7 +165,7 @@ def source_folder(source: str, revision: str | None) -> Path | None:
 
 
 def licence_of(folder: Path | None) -> Licence:
-    """The licence of a base model, by the front matter of its own card; else the name of the file with its text."""
+    """The licence of a base model, by the front matter of its own card; else by the file with its text."""
     front = _front_matter(folder / README) if folder is not None else {}
     told = front.get("license")
     try:
@@ -173,7 +174,11 @@ def licence_of(folder: Path | None) -> Licence:
     except ValueError:  # no licence's name, or texts that no card should repeat
         pass
     file = next(_licence_files(folder), None)
-    return Licence() if file is None else Licence(id="other", name=file.name.lower(), link=file.name)
+    if file is None:
+        return Licence()
+    begin = " ".join(file.read_bytes()[:256].decode(errors="replace").split())
+    known = next((name for title, name in _TITLES.items() if begin.startswith(title)), None)
+    return Licence(id="other", name=file.name.lower(), link=file.name) if known is None else Licence(id=known)
 
 
 def _front_matter(file: Path) -> dict[str, Any]:

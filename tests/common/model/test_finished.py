@@ -84,6 +84,8 @@ def test_files_are_readable_as_the_umask_says(tmp_path: Path, umask: int) -> Non
             "COPYING",
             Licence(id="other", name="gemma", link="https://e.org"),
         ),
+        (None, "apache", Licence(id="apache-2.0")),
+        (None, "mit", Licence(id="mit")),
         (None, "LICENCE.txt", Licence(id="other", name="licence.txt", link="LICENCE.txt")),
         ("---\nlicense: [mit, gpl]\n---\n", None, Licence()),
         ("---\nlicense: free beer\n---\n", "LICENSE", Licence(id="other", name="license", link="LICENSE")),
@@ -97,7 +99,8 @@ def test_licence_of_a_base_model(tmp_path: Path, readme: str | None, licence: st
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     if licence is not None:
-        (tmp_path / licence).write_text("text")
+        texts = {"apache": "\n      Apache License\n    Version 2.0, January 2004\n", "mit": "MIT License\n\nCopyright"}
+        (tmp_path / ("LICENSE" if licence in texts else licence)).write_text(texts.get(licence, "Modified MIT License"))
     assert licence_of(tmp_path) == found
 
 
