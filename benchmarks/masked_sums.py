@@ -137,8 +137,8 @@ def _masked(
 
     def masked(site: SiteSum, update: Tensors, weight: float, sealed: bytes) -> tuple[ArrayRecord, np.uint32]:
         site.receive(sealed)
-        words, _ = vector.encode(update, weight, site.sharers)
-        word = np.array([encoded_weight(weight, site.sharers)], np.uint32)
+        words, _ = vector.encode(update, weight, site.members)
+        word = np.array([encoded_weight(weight, site.members)], np.uint32)
         found = site.mask(np.concatenate([words, word]), b"state")
         return wire.encode(vector.split(found[:-1]), bundled=True), found[-1]
 

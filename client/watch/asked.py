@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 
 from client.privacy.agreement import Agreement
+from client.privacy.guarantee import in_federation
+from common.accountant import cost, epsilon
+from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.config.task import ClassificationTask
+from common.errors import PolicyError
 from common.protocol.fields import Stays
 from common.protocol.messages import EVALUATED, TRAINING
 
@@ -55,4 +59,23 @@ def asked(site: SiteConfig, agreement: Agreement) -> Iterator[tuple[str, str]]:
         yield "seen", f"only the sum of its update and those of at least {least} of these sites, never its own alone:"
         for name, known in agreement.peers.items():
             yield "", f"{name}, key {known}"
+        yield from _shared_noise(site, federation)
     yield "reviewed by", agreement.reviewer or "nobody whose signature was given"
+
+
+def _shared_noise(site: SiteConfig, federation: FederationConfig) -> Iterator[tuple[str, str]]:
+    if federation.shared_noise:
+        yield "adds", f"noise of standard deviation {federation.shared_noise:g} to every number, as all these sites do"
+    if (privacy := site.privacy) is None or privacy.noise == "local":
+        return
+    try:
+        found = in_federation(privacy, federation)
+    except PolicyError as error:
+        yield "refused", str(error)
+        return
+    all_, worst = (
+        epsilon(federation.rounds * cost(z), privacy.delta) for z in (found.noise_multiplier, found.worst_multiplier)
+    )
+    who = f"the server and {privacy.colluders} other sites" if privacy.colluders else "the server"
+    yield "protects", f"against {who} with epsilon {all_:.3g} in all rounds, delta {privacy.delta:g};"
+    yield "", f"if all other sites told the server their noise, with epsilon {worst:.3g}"

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from client.privacy.agreement import read_agreements
+from common.accountant import cost, epsilon
 from common.system.keys import make_site
 from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
@@ -157,3 +158,21 @@ def test_sums_are_made_with_named_peers_alone(folder: Path, capsys: pytest.Captu
     change(folder / "federation.yaml", secure_aggregation=None)
     assert agree(folder, "--yes", *peers) == 2
     assert "which this federation does not have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("part", "line"), [(0.2, "protects"), (0.1, "refused")])
+def test_shared_noise_is_told_with_both_epsilons(
+    folder: Path, capsys: pytest.CaptureFixture[str], part: float, line: str
+) -> None:
+    privacy = {"clip": 0.1, "noise_multiplier": 2.5, "delta": 1e-5, "max_epsilon": 99.0, "noise": "shared"}
+    change(folder / "site-a.yaml", privacy=privacy)
+    secure = {"threshold": 2, "noise": part}
+    change(folder / "federation.yaml", strategy="fedit", cohort={"min_clients": 2}, secure_aggregation=secure)
+    make_site(folder / "b")
+    assert agree(folder, "--yes", "--peer", str(folder / "b.pub")) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"adds noise of standard deviation {part:g} to every number, as all these sites do" in told
+    of, worst = (epsilon(2 * cost(part * parts**0.5 / 0.1), 1e-5) for parts in (2, 1))
+    both = f"protects against the server with epsilon {of:.3g} in all rounds, delta 1e-05; if all other sites told the "
+    assert (f"{both}server their noise, with epsilon {worst:.3g}" in told) == (line == "protects")
+    assert ("refused this site's privacy: `noise_multiplier` is 2.5; 2 honest sites" in told) == (line == "refused")
