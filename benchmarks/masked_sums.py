@@ -70,8 +70,8 @@ def run() -> Table:
         [
             "bytes: what a site sends in a round, all exchanges, over what it sends without masks: float32, packed.",
             "seconds: site, of its own work; server; and a round, if all sites work at once: site + server.",
-            "error: |mean - float64 mean|_F / |float64 mean|_F of the changes, 50 to 500 rows. SecAgg+ with defaults (22",
-            "bits, weights up to 1000), clipped to the largest change, every site paired with all others.",
+            "error: |mean - float64 mean|_F / |float64 mean|_F of the changes, 50 to 500 rows. SecAgg+ with defaults",
+            "(22 bits, weights up to 1000), clipped to the largest change, every site paired with all others.",
         ],
     )
 
