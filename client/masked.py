@@ -92,7 +92,16 @@ class Member:
             )
         if not self.agreement.peers:
             raise PolicyError("this site has agreed to no peers; its people do so with: fedspan site agree --peer FILE")
-        made = SiteSum(which, self._identity, self.agreement.by_fingerprint, self.agreement.least_peers, self._most)
+        # A second sum of the round, of other survivors, would differ from the first by somebody's update.
+        again = None if before is None or before[0].server_round != server_round else before[1].unmasked
+        made = SiteSum(
+            which,
+            self._identity,
+            self.agreement.by_fingerprint,
+            self.agreement.least_peers,
+            self._most,
+            again,
+        )
         _sums[self.run, self.site] = which, made
         os.environ[HOLDS] = "1"
         return made.advert

@@ -33,10 +33,13 @@ class SiteSum:
         peers: names of the peers that the site's people have approved, by fingerprint (``SHA256:...``).
         least_peers: the least number of approved peers beside this site whose vectors are in the sum.
         most_members: the most members that the site takes part with; None: below twice the threshold, as in any case.
+        only: ids of the survivors of a sum that the site has helped to unmask in an earlier attempt of this round;
+            None: none. Sites train alike in both, so the sum of other survivors would differ by somebody's update.
 
     Attributes:
         advert: the site's keys for this sum, for the server.
         stage: how far the sum has come.
+        unmasked: ids of the survivors of the sum that the site has helped to unmask in this round; None: none yet.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class SiteSum:
         peers: Mapping[str, str],
         least_peers: int,
         most_members: int | None = None,
+        only: frozenset[bytes] | None = None,
     ) -> None:
         self._sum, self._identity = sum_id, identity
         self._peers, self._least = peers, least_peers
@@ -60,7 +64,7 @@ class SiteSum:
         self._held: dict[bytes, tuple[bytes, bytes]] = {}  # shares by member: of its self mask, of its mask key
         self._states: dict[bytes, bytes] = {}
         self._signed = b""
-        self.advert, self.stage = self._own.raw, Stage.KEYS
+        self.advert, self.stage, self.unmasked = self._own.raw, Stage.KEYS, only
 
     def share(self, listing: bytes) -> bytes:
         """Check the members' keys; seal shares of this site's secrets for each of the others.
@@ -171,10 +175,12 @@ class SiteSum:
             raise PolicyError(f"{self._sum}: {self._name(missing)} is neither alive nor dropped in the list")
         if states[self._own.id] != ALIVE:
             raise PolicyError(f"{self._sum}: this site has sent its vector, but is named dropped")
-        alive = sum(state == ALIVE for state in states.values())
-        if alive < self._sum.threshold:
-            raise PolicyError(f"{self._sum}: {alive} survivors, {self._sum.threshold} are needed")
-        self._enough(alive - 1, "survive")
+        alive = _alive(states)
+        if len(alive) < self._sum.threshold:
+            raise PolicyError(f"{self._sum}: {len(alive)} survivors, {self._sum.threshold} are needed")
+        self._enough(len(alive) - 1, "survive")
+        if self.unmasked not in (None, alive):
+            raise PolicyError(f"{self._sum}: this site has helped to unmask the sum of other survivors already")
         self._signed, self._states, self.stage = survivors, states, Stage.SIGNATURE
         return primitives.sign(self._identity, parts.survivors_text(self._sum, self._listing, survivors))
 
@@ -199,7 +205,7 @@ class SiteSum:
             raise PolicyError(
                 f"{self._sum}: {len(found)} have signed the list of survivors, {self._sum.threshold} are needed"
             )
-        self.stage = Stage.UNMASKED
+        self.stage, self.unmasked = Stage.UNMASKED, _alive(self._states)
         return parts.write_shares({m: self._held[m][state == DROPPED] for m, state in self._states.items()})
 
     def _after(self, stage: Stage, what: str) -> None:
@@ -219,6 +225,10 @@ class SiteSum:
         other = self._listing.members[receiver if sender == self._own.id else sender]
         secret = primitives.agreed(self._seal_key, other.seal_key)
         return primitives.derived(secret, self._sum.text("sealed shares", sender, receiver))
+
+
+def _alive(states: Mapping[bytes, bytes]) -> frozenset[bytes]:
+    return frozenset(member for member, state in states.items() if state == ALIVE)
 
 
 def self_key(sum_id: SumId, member: bytes, seed: bytes) -> bytes:

@@ -11,6 +11,7 @@ from common.errors import AggregationError, PolicyError, RefusedUpdate, WireErro
 from common.masking import parts, primitives
 from common.masking.parts import ALIVE, DROPPED, Advert, Listing, SumId, shown
 from common.masking.primitives import PUBLIC_BYTES
+from common.masking.server import ServerSum
 from common.masking.site import SiteSum
 from tests.harness.masking import ABOUT, Together, identity, peers, uniform
 
@@ -132,6 +133,24 @@ def test_withheld_shares_do_not_change_what_numbers_are_encoded_for() -> None:
     together.sites[0].receive(parts.write_sealed(kept))
     together.sites[1].receive(together.server.shares_for(together.ids[1]))
     assert together.sites[0].members == together.sites[1].members == 5
+
+
+def test_second_sum_of_a_round_without_one_site() -> None:
+    """The difference of two sums of the same updates would be that site's."""
+    first = masked(4, 3)
+    first.sign()
+    first.unmask()
+    alive = first.sites[0].unmasked
+    assert alive == frozenset(first.ids)
+    again = Together(4, 3, 6, SumId(run=1, server_round=3, attempt=1, threshold=3))
+    again.sites = [SiteSum(again.sum_id, identity(k), peers(4), 0, only=alive) for k in range(4)]
+    again.server = ServerSum(again.sum_id, 6)
+    again.ids = [again.server.add_keys(f"site-{k}", site.advert) for k, site in enumerate(again.sites)]
+    again.share()
+    again.mask(uniform(1, 4, 6), lost={3})
+    refused("round 3: this site has helped to unmask the sum of other survivors already", again.sign)
+    again.server.add_vector(again.ids[3], uniform(9, 1, 6)[0])
+    assert again.sites[0].sign(again.server.survivors)  # the same survivors again
 
 
 def test_every_exchange_once() -> None:
