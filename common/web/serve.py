@@ -27,6 +27,7 @@ from common.system.command import number
 from common.web.template import SCRIPT, Page, fill
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _HOSTS = ("127.0.0.1", "localhost")  # names of this machine; of an SSH tunnel's other end, too
@@ -90,6 +91,22 @@ def application(look: Look, token: str) -> "ASGIApp":
     return app
 
 
+def server(look: Look, token: str) -> "uvicorn.Server":
+    """The HTTP server of ``application``."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        application(look, token),
+        log_config=None,
+        access_log=False,  # it would write the token down
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
+
+
 def serve(look: Look, port: int | None, *, browser: bool) -> None:
     """Serve a page until the process is asked to end; prints the address.
 
@@ -101,8 +118,6 @@ def serve(look: Look, port: int | None, *, browser: bool) -> None:
     Raises:
         ConfigError: the port is in use.
     """
-    import uvicorn
-
     look()  # whatever is wrong is said now, by the command
     token = secrets.token_urlsafe(24)
     with contextlib.closing(socket.socket()) as listening:
@@ -117,17 +132,9 @@ def serve(look: Look, port: int | None, *, browser: bool) -> None:
         print("for this machine alone, until Ctrl-C", file=sys.stderr)  # noqa: T201
         if browser:
             webbrowser.open(address)
-        config = uvicorn.Config(
-            application(look, token),
-            log_config=None,
-            access_log=False,  # it would write the token down
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
         signal.signal(signal.SIGTERM, _stop)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run([listening])
+            server(look, token).run([listening])
 
 
 class _Fresh:

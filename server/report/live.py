@@ -7,6 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from common.text import one_line
 from common.web.format import duration
 from common.web.template import Page, Section, fill
 from server.report import words
@@ -19,6 +20,7 @@ from server.run.state import RunState, SiteState, state_of
 _FILES = ("run.json", "events.jsonl", "samples.json", "security.json", "nodes.json", "federation.yaml")
 _METRICS = "metrics.jsonl"
 _EVENTS = 12  # the last so many are shown
+_LONGEST = 240  # bytes of an event's words; a round of many sites names them all
 _REST = 20  # times as long as drawing took, before anything is drawn again
 
 
@@ -97,7 +99,7 @@ def _stamp(file: Path) -> tuple[int, int] | None:
 
 
 def _now(run: Run, state: RunState, now: float) -> Markup:
-    told = [(event, describe(event)) for event in run.events[-3 * _EVENTS :]]
+    told = [(event, one_line(describe(event), _LONGEST)) for event in run.events[-3 * _EVENTS :]]
     events = [
         (event["time"], words.without_paths(text), "bad" if event_kind(event).level >= logging.WARNING else "")
         for event, text in reversed(told)
@@ -110,7 +112,7 @@ def _now(run: Run, state: RunState, now: float) -> Markup:
         words=_progress(run, state),
         done=run.done,
         connected=sum(site.connection == "up" for site in state.sites),
-        lines=sorted((_line(site, now) for site in state.sites), key=lambda line: line.why is None),
+        lines=sorted((_line(site, now) for site in state.sites), key=lambda line: not _in_trouble(line)),
         events=events[:_EVENTS],
     )
 
@@ -124,6 +126,10 @@ def _progress(run: Run, state: RunState) -> str:
         return "No round has begun."
     begun = f"Round {state.round} of {state.rounds} is under way" if state.round > run.done else "Between two rounds"
     return f"{begun}; {run.done} {'is' if run.done == 1 else 'are'} done."
+
+
+def _in_trouble(line: Line) -> bool:
+    return line.why is not None or line.site.connection in ("down", "refused")
 
 
 def _line(site: SiteState, now: float) -> Line:
