@@ -7,7 +7,7 @@ site; the text of an error that may quote a row never does.
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,8 @@ from common.errors import ConfigError, FedSpanError, PolicyError, place_of
 from common.protocol.exchanges import ACTION, ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest
 from common.protocol.messages import (
     ARRAYS,
+    DeliverReply,
+    DeliverRequest,
     EvaluateReply,
     EvaluateRequest,
     Failure,
@@ -36,11 +38,11 @@ from common.system import logs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from client.masked import Member
     from client.privacy.agreement import Agreement
     from client.privacy.guard import Gate
     from client.progress import Progress
     from client.session import Session
+    from client.site import Site
     from client.site_model import Bases
     from common.protocol.tensors import Tensors
 
@@ -57,27 +59,12 @@ _progress: dict[str, "Progress"] = {}  # by site file
 _bases: dict[int, "Bases"] = {}  # base models shared by the sites of this process, by run; empty for a single site
 
 
-@dataclass(frozen=True)
-class Site:
-    """The parts that answer a message.
-
-    The session does the work, the gate checks, Flower's context keeps state, the site's people see the progress; the
-    member takes part in masked sums.
-    """
-
-    session: "Session"
-    gate: "Gate"
-    context: Context
-    progress: "Progress"
-    member: "Member"
-
-
 Request = TypeVar("Request", bound=HelloRequest)
-Reply = TypeVar("Reply", Hello, TrainReply, EvaluateReply, ExchangeReply, MaskedTrainReply)
+Reply = TypeVar("Reply", Hello, TrainReply, EvaluateReply, ExchangeReply, MaskedTrainReply, DeliverReply)
 
 
 def _answering(
-    kind: type[Request], handler: Callable[[Site, Request], Reply], name: str | None = None
+    kind: type[Request], handler: "Callable[[Site, Request], Reply]", name: str | None = None
 ) -> Callable[[Message, Context], Message]:
     """Make a function for Flower from a handler: reads the request, sends the handler's reply or its error.
 
@@ -134,7 +121,7 @@ def _failure(error: Exception, gate: "Gate | None") -> Failure:
     return failure if gate is None else gate.refuse(error, failure)
 
 
-def hello(site: Site, request: HelloRequest) -> Hello:
+def hello(site: "Site", request: HelloRequest) -> Hello:
     """Answer a hello request: the site's name, digests of its base model, its noise."""
     del request
     found = site.session.hello()
@@ -142,30 +129,28 @@ def hello(site: Site, request: HelloRequest) -> Hello:
     return found
 
 
-def train(site: Site, request: TrainRequest) -> TrainReply:
+def train(site: "Site", request: TrainRequest) -> TrainReply:
     """Evaluate the received state, if the request asks for that; train; reply with the active tensors.
 
     The request is checked completely before it is charged. After the charge, a site with `privacy` always replies with
     an update, even if its rows make training fail.
     """
-    from client.received import receive
     from common.protocol import wire
 
     if site.session.federation.secure_aggregation is not None:
         raise PolicyError("this site has agreed to `secure_aggregation`: its update leaves masked, or not at all")
-    held = receive(request, request.active, site.session, site.gate, site.context)
+    held = site.receive(request, request.active)
     most = site.session.work(request.server_round, request.active).most_bytes()
     tensors, told = _trained(site, request, most)
     return TrainReply(arrays=wire.encode(tensors, bundled=True), **vars(held), **told)
 
 
-def masked_train(site: Site, request: MaskedTrainRequest) -> MaskedTrainReply:
+def masked_train(site: "Site", request: MaskedTrainRequest) -> MaskedTrainReply:
     """Train as ``train`` does; reply with masked numbers, which nobody can read but as a part of the sites' sum."""
-    from client.received import receive
     from common.protocol import wire
 
     site.gate.note(masked=True)
-    held = receive(request, request.active, site.session, site.gate, site.context)
+    held = site.receive(request, request.active)
     most = site.session.work(request.server_round, request.active).most_bytes()
     part = site.member.part(request, site.session)
     tensors, told = _trained(site, request, max(most, part.most_bytes))
@@ -174,41 +159,52 @@ def masked_train(site: Site, request: MaskedTrainRequest) -> MaskedTrainReply:
     return MaskedTrainReply(arrays=wire.encode(masked, bundled=True), weight=weight, **vars(held), **told)
 
 
-def exchange(site: Site, request: ExchangeRequest) -> ExchangeReply:
+def exchange(site: "Site", request: ExchangeRequest) -> ExchangeReply:
     """Take part in one of the exchanges of keys, shares and signatures that go with a masked sum."""
     site.gate.note(stage=request.stage)
     site.progress.say(f"{request.stage} of the masked sum")
     return ExchangeReply(payload=site.member.exchange(request))
 
 
-def _trained(site: Site, request: TrainRequest, most_bytes: int) -> tuple["Tensors", dict[str, Any]]:
+def _trained(site: "Site", request: TrainRequest, most_bytes: int) -> tuple["Tensors", dict[str, Any]]:
     """Charge a request that is checked, evaluate, train; the update, and the reply's fields beside it."""
-    from client.received import keep
+    from client.delivery import hold
 
     scored = site.gate.charge(most_bytes, site.session.scored_rows if request.evaluate else 0)
+    hold(request, site.session, site.models(request))
     scores = site.session.evaluate() if scored else {}
     if scores:
         site.progress.scored(request.server_round - 1, scores)
     tensors, numbers = site.session.train(request.server_round, request.active)
     site.progress.trained(numbers)
-    keep(site.session.kept, site.context)
+    site.own(request).keep(request.server_round, site.session.kept, request.best)
     rows, alpha = site.session.train_rows, site.session.lora_alpha
     told = {"server_round": request.server_round, "num_examples": rows, "lora_alpha": alpha}
     return tensors, {**told, "training": numbers, "scores": scores}
 
 
-def evaluate(site: Site, request: EvaluateRequest) -> EvaluateReply:
+def evaluate(site: "Site", request: EvaluateRequest) -> EvaluateReply:
     """Evaluate the received state, within the limits on evaluations and held-out rows."""
-    from client.received import receive
-
-    receive(request, [], site.session, site.gate, site.context)
+    site.receive(request, [])
     scored = site.gate.charge(0, site.session.scored_rows)
     scores = site.session.evaluate() if scored else {}
     site.progress.scored(request.server_round, scores) if scores else site.progress.say("no scores leave")
     return EvaluateReply(scores=scores)
 
 
+def deliver(site: "Site", request: DeliverRequest) -> DeliverReply:
+    """Write the federation's model; only its digest leaves."""
+    from client import delivery
+
+    models = site.models(request)
+    reply = delivery.deliver(request, site.session, site.gate, site.own(request), models, site.context)
+    where = "" if models is None else f"the model is in {models.folder}"
+    site.progress.say(where if reply.reason is None else f"the model is not written: {reply.reason}")
+    return reply
+
+
 app.query()(_answering(HelloRequest, hello))
+app.query("deliver")(_answering(DeliverRequest, deliver))
 app.train()(_answering(TrainRequest, train))
 app.evaluate()(_answering(EvaluateRequest, evaluate))
 app.query(ACTION)(_answering(ExchangeRequest, exchange))
@@ -239,9 +235,10 @@ def _of_site(context: Context) -> "Progress":
     return _progress[file]
 
 
-def _site(gate: "Gate", agreement: "Agreement", context: Context, progress: "Progress") -> Site:
+def _site(gate: "Gate", agreement: "Agreement", context: Context, progress: "Progress") -> "Site":
     """The parts that answer a message whose settings the site has agreed to."""
     from client.masked import Member
+    from client.site import Site
 
     identity = _path(context, IDENTITY_KEY)
     member = Member(gate.site.name, context.run_id, agreement, identity, gate.site.privacy)

@@ -1,8 +1,9 @@
 """The work of a site as its own people see it: lines of its log, and a small file for its status and its page.
 
 Nothing of this leaves the site. The file is JSON: run, federation, strategy, rounds, doing ("loading", "training",
-"evaluating" or "exchanging"; null: nothing), round of it, since (Unix time), step and steps of the training that goes
-on, trained (a list of round, loss, seconds), scored (a list of scores and after, the number of rounds behind the
+"evaluating", "exchanging" or "writing the model"; null: nothing), round of it, since (Unix time), step and steps of the
+training that goes on, trained (a list of round, loss, seconds), scored (a list of scores and after, the number of
+rounds behind the
 model), refused (the reason of the last refusal; null: none since) and time. During training it is written once a
 second.
 """
@@ -22,6 +23,7 @@ from common.text import size
 
 PROGRESS = "FEDSPAN_PROGRESS"  # environment variable: path of the file; without it none is written
 _DOING = {"hello": "loading", "train": "training", "evaluate": "evaluating", "exchange": "exchanging"}
+_DOING["deliver"] = "writing the model"
 _PAUSE = 1.0  # seconds between two writes for steps
 log = logging.getLogger("site")
 
@@ -49,7 +51,7 @@ class Progress:
         return cls(Path(file) if file else None)
 
     def begin(self, run: int, federation: FederationConfig, message: str, number: int | None) -> None:
-        """Note the work that begins: a "hello", a "train" or an "evaluate" message.
+        """Note the work that begins: a "hello", "train", "evaluate" or "deliver" message.
 
         Args:
             run: Flower's number of the run.

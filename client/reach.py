@@ -198,6 +198,11 @@ class Known:
     def __init__(self, first: Tensors) -> None:
         self._first, self._last, self._after = first, first, 0
 
+    @property
+    def last(self) -> Tensors | None:
+        """The last accepted state; None: there was none."""
+        return None if self._last is self._first else self._last
+
     def take(self, tensors: Tensors, after: int, reach: Reach) -> None:
         """Check a state, and remember it as the last accepted one.
 

@@ -23,7 +23,6 @@ LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more
 # Records of the context; records of steps have the same names as in messages.
 _FROZEN = "frozen"  # tensors kept for the next message
 _HELD, _VERSION = "held", "version"  # name of the version that the kept steps lead to
-_KEPT = "kept"  # tensors that never leave the site: a local head, optimizer moments
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
         StaleStateError: this site lacks tensors that the state builds on; the server then resends everything.
         WireError: a tensor cannot be read, was not expected, or cannot be the result of training.
     """
-    session.kept = wire.decode(get_record(context.state, _KEPT, ArrayRecord))
     after, rounds = state.server_round - isinstance(state, TrainRequest), session.federation.rounds
     if not 0 <= after <= state.server_round <= rounds:
         raise WireError(f"this is a message of round {state.server_round}; allowed: up to {rounds}")
@@ -61,11 +59,7 @@ def receive(state: State, active: list[str], session: Session, gate: Gate, conte
     gate.receive({f"{STEP.format(s.server_round)}/{name}": t for s in steps for name, t in s.tensors.items()} | sent)
     weights = session.weights
     if weights is not None and state.since is not None and state.version is not None:
-        held = get_record(context.state, _HELD, ConfigRecord).get(_VERSION)
-        if (
-            weights.version == weights.first and held is not None
-        ):  # a new process: apply the steps that the last process kept
-            session.follow(_steps(_kept_steps(context)), weights.first, str(held))
+        catch_up(session, context)
         session.follow(steps, state.since, state.version)
         return _keep_steps(session.weights or weights, state.steps, context)
     kept = wire.decode(get_record(context.state, _FROZEN, ArrayRecord))
@@ -92,9 +86,11 @@ def _read(state: State, session: Session) -> tuple[Tensors, list[Step]]:
     return {}, [Step(number, wire.decode(state.steps[number], weights.most)) for number in sorted(state.steps)]
 
 
-def keep(tensors: Tensors, context: Context) -> None:
-    """Keep tensors that never leave the site for the site's next process."""
-    context.state[_KEPT] = wire.encode(tensors)
+def catch_up(session: Session, context: Context) -> None:
+    """In a new process: apply the steps that the last process has kept."""
+    weights, held = session.weights, get_record(context.state, _HELD, ConfigRecord).get(_VERSION)
+    if weights is not None and weights.version == weights.first and held is not None:
+        session.follow(_steps(_kept_steps(context)), weights.first, str(held))
 
 
 def _keep_steps(weights: Weights, sent: Mapping[int, ArrayRecord], context: Context) -> Held:

@@ -60,6 +60,7 @@ class Session:
         kept: tensors that the site keeps for its next round and never sends: a local head, optimizer moments. They must
             be carried over to a new session.
         update_norm: L2 norm of the last update, in the form to send.
+        model: the model.
         aside: error of the last training that is hidden from the operator (`privacy`); None: no error.
         on_step: called after every step of training, with the number of steps done and of all.
     """
@@ -70,7 +71,7 @@ class Session:
         self.site, self._site_file, self.federation = site, site_file, federation
         self._task = make_task(federation.task)
         self._seconds: dict[str, float] = {}
-        self._model = SiteModel(site, site_file, federation, self._task, bases, self._seconds)
+        self.model = SiteModel(site, site_file, federation, self._task, bases, self._seconds)
         self._max_batch_size, self._left_out = site.max_batch_size, 0  # rows: smaller after memory ran out; left out
         self.kept: Tensors = {}
         self.update_norm: float | None = None
@@ -84,17 +85,18 @@ class Session:
             DataError: the shard cannot be used.
             ModelError: the base model cannot be used.
         """
-        (train_rows, held_out), (model, tokenizer) = self._rows, self._model.digests
-        check_length(self._model.base.model, self.federation.training.max_length)
+        (train_rows, held_out), (model, tokenizer) = self._rows, self.model.digests
+        check_length(self.model.base.model, self.federation.training.max_length)
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out),
-            device=describe(self._model.device),
-            rank=self._model.rank,
+            device=describe(self.model.device),
+            rank=self.model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
             version=installed("fedspan"),
+            keeps=None if self.site.keep is None else self.site.keep.when,
             privacy=None if self.site.privacy is None else Declared.of(self.site.privacy, self.federation.shared_noise),
         )
 
@@ -105,21 +107,21 @@ class Session:
             StaleStateError: the site does not hold ``since``.
             WireError: a step does not match the weights, or is larger than a round's training can make.
         """
-        if since == self._model.weights.first and self._model.weights.version not in (since, version):
-            self._model.start_anew()
-        self._model.weights.follow(steps, since, version, self._reach)
-        self._tuned.set(cut(self._model.weights.tensors, self._model.rank))
-        self._set_local()
+        if since == self.model.weights.first and self.model.weights.version not in (since, version):
+            self.model.start_anew()
+        self.model.weights.follow(steps, since, version, self._reach)
+        self._tuned.set(cut(self.model.weights.tensors, self.model.rank))
+        self.model.set_local(self.kept)
 
     @property
     def weights(self) -> Weights | None:
         """The federation's weights and their version; None for strategies that change no base weight."""
-        return self._model.weights if self.federation.strategy.changes_base else None
+        return self.model.weights if self.federation.strategy.changes_base else None
 
     @property
     def exchanged(self) -> Mapping[str, torch.Tensor]:
         """The federation's tensors in this site's rank, by name."""
-        return self._model.exchanged
+        return self.model.exchanged
 
     def set_state(
         self, tensors: Tensors, frozen_digest: str | None, active: list[str], version: str = "unknown", after: int = 0
@@ -138,7 +140,7 @@ class Session:
             WireError: training cannot have made this state (``client.reach``).
         """
         if self.weights is not None and after < self.weights.after:
-            self._model.start_anew()
+            self.model.start_anew()
         weights, exchanged = self.weights, self.exchanged  # made from the base model, so before it is overwritten
         missing = exchanged.keys() - tensors.keys()
         if missing:
@@ -149,25 +151,24 @@ class Session:
         if frozen_digest is not None and tensors_digest(frozen) != frozen_digest:
             raise StaleStateError("the frozen tensors kept from an earlier round are out of date; send them in full")
         if weights is None:
-            self._model.known.take(tensors, after, self._reach)
+            self.model.known.take(tensors, after, self._reach)
         else:
             self._reach.check_like(tensors, exchanged)
             self._reach.check(tensors, exchanged, after - weights.after, weights.after == 0)
             weights.replace(tensors, version, after)
         self._tuned.set(tensors)
-        self._set_local()
+        self.model.set_local(self.kept)
         return frozen
 
-    def _set_local(self) -> None:
-        """Write the site's kept parameters, such as a local head, into the model."""
-        with torch.no_grad():
-            for name, parameter in self._tuned.local.items():
-                if name in self.kept:
-                    parameter.copy_(self.kept[name])
+    def refill(self) -> None:
+        """Write the held state into the model again, after something else was written into it."""
+        held = self.model.known.last if self.weights is None else cut(self.weights.tensors, self.model.rank)
+        self._tuned.set(held or {})
+        self.model.set_local(self.kept)
 
     def work(self, server_round: int, active: list[str]) -> Work:
         """Plan a round's work from the state set before; no row is read."""
-        return Work(self._model, self.federation, self.site.privacy, server_round, active, self.train_rows)
+        return Work(self.model, self.federation, self.site.privacy, server_round, active, self.train_rows)
 
     def train(self, server_round: int, active: list[str]) -> tuple[Tensors, dict[str, float]]:
         """Train the active tensors for one round, from the state set before.
@@ -218,14 +219,14 @@ class Session:
             self._tuned.model,
             optimizer,
             encoded,
-            self._task.collater(self._model.base.tokenizer),
+            self._task.collater(self.model.base.tokenizer),
             self._task.loss_sum,
             training,
             server_round=work.server_round,
             rounds=federation.rounds,
             max_batch_size=self._max_batch_size,
-            device=self._model.device,
-            autocast=pick_autocast(self.site.precision, self._model.device),
+            device=self.model.device,
+            autocast=pick_autocast(self.site.precision, self.model.device),
             seed=seed,
             go_on=self.site.privacy is not None,
             on_step=self.on_step,
@@ -251,10 +252,10 @@ class Session:
         started, held_out, config = time.monotonic(), self._rows[1], self.federation.evaluation
         if min(config.generate, len(held_out)) < self.site.policy.min_held_out:
             config = config.model_copy(update={"generate": 0})
-        device, length = self._model.device, self.federation.training.max_length
+        device, length = self.model.device, self.federation.training.max_length
         autocast = pick_autocast(self.site.precision, device)
         settings = EvalSettings(config, length, device, self.site.data.system, autocast)
-        metrics = self._task.evaluate(self._tuned.model, self._model.base.tokenizer, held_out, settings)
+        metrics = self._task.evaluate(self._tuned.model, self.model.base.tokenizer, held_out, settings)
         self._seconds["evaluate"] = time.monotonic() - started
         return {key: value for key, value in metrics.items() if not key.startswith(COUNTS)}
 
@@ -282,7 +283,7 @@ class Session:
 
     @property
     def _tuned(self) -> Tuned:
-        return self._model.tuned
+        return self.model.tuned
 
     @property
     def _reach(self) -> Reach:
@@ -296,4 +297,4 @@ class Session:
     @cached_property
     def _encoded(self) -> list[Any]:
         length = self.federation.training.max_length
-        return self._task.examples(self._model.base.tokenizer, self._rows[0], self.site.data.system, length)
+        return self._task.examples(self.model.base.tokenizer, self._rows[0], self.site.data.system, length)

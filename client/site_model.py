@@ -19,11 +19,13 @@ from client.reach import Known
 from client.training.settings import lora_rank, model_source, pick_device
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
+from common.config.strategy import StrategyConfig
 from common.data.tasks import Task
 from common.errors import ModelError
 from common.model import tuning
 from common.model.adapters import cut
 from common.model.base_model import Base
+from common.model.finished import About, source_folder, write_model
 from common.protocol.digest import base_digest, tokenizer_digest
 from common.protocol.factors import Exchange
 
@@ -66,6 +68,13 @@ def unshare(parameters: Iterable[nn.Parameter]) -> None:
 def digests(base: Base) -> Digests:
     """Digests of a base model; call before training changes it."""
     return base_digest(base.model), tokenizer_digest(base.tokenizer)
+
+
+def written_bytes(tuned: tuning.Tuned, strategy: StrategyConfig, rank: int) -> int:
+    """Bytes of one model that a site keeps, without its tokenizer; ``rank``: that of the site."""
+    if strategy.trains == "weights" or strategy.changes_base:
+        return sum(p.nbytes for p in tuned.model.parameters())
+    return sum(p.nbytes for p in (tuned.parameters | tuned.local).values()) * strategy.rank // rank
 
 
 class SiteModel:
@@ -132,9 +141,47 @@ class SiteModel:
         seed = self._federation.training.seed
         tuned = tuning.tune(self.base.model, self._federation.strategy, self._task.peft_type, rank=self.rank, seed=seed)
         tuned.model.to(self.device)
+        self._local = {name: parameter.detach().cpu().clone() for name, parameter in tuned.local.items()}
         if self._bases is not None:
             unshare((tuned.parameters | tuned.local).values())
         return tuned
+
+    @property
+    def source(self) -> Path | None:
+        """The base model's folder on this machine."""
+        return source_folder(*self._source)
+
+    def set_local(self, kept: Mapping[str, Tensor]) -> None:
+        """Write the site's own parameters, such as a local head, into the model; those not in ``kept`` as at first."""
+        with torch.no_grad():
+            for name, parameter in self.tuned.local.items():
+                parameter.copy_(kept.get(name, self._local[name]))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the site trains with a smaller rank than the federation's."""
+        return self.rank != self._federation.strategy.rank
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of one model that the site keeps."""
+        return written_bytes(self.tuned, self._federation.strategy, self.rank)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], about: About, own: Mapping[str, Tensor]) -> None:
+        """Write a model to keep; afterwards the model in memory is in no certain state.
+
+        Args:
+            folder: the folder, which appears complete or not at all.
+            tensors: the federation's tensors.
+            about: how the model is used, and its card.
+            own: the site's own parameters; those that are missing are written as at first.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        local = self.tuned.local  # made from the base model, if it is not made yet
+        mine = {name: own.get(name, self._local[name]) for name in local}
+        write_model(folder, self.tuned, {**tensors, **mine}, self.base.tokenizer, about.use, about.card, self.source)
 
     @cached_property
     def weights(self) -> Weights:

@@ -93,7 +93,6 @@ def _run(
     from server.loop.checkpoint import newest
     from server.loop.rounds import RoundLoop
     from server.loop.server_model import ServerModel
-    from server.run.outcome import outcome_of
     from strategies.flower.named import make_strategy
 
     check_source(config, source)
@@ -106,8 +105,10 @@ def _run(
     )
     if resume:
         folder.same_models({"base_digest": server_model.base_digest, "tokenizer_digest": server_model.tokenizer_digest})
-        folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
-        folder.event("resumed", round=0 if checkpoint is None else checkpoint.round, lost=site_state_lost(config))
+        done = 0 if checkpoint is None else checkpoint.round
+        if checkpoint is None or folder.fact("last_round") != done:  # else all is measured, and only not delivered
+            folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
+        folder.event("resumed", round=done)
     trained = {name: tensor for name, tensor in state.items() if not name.endswith(BASE_WEIGHT)}
     folder.model_info(
         {
@@ -133,9 +134,12 @@ def _run(
         server_optimizer=config.server_optimizer,
     )
     settings = HelloRequest(
-        federation=settings_for_sites(config), signatures=from_supervisor.kept_signatures(folder.path)
+        federation=settings_for_sites(config),
+        signatures=from_supervisor.kept_signatures(folder.path),
+        run=folder.fact("id"),
     )
-    state = RoundLoop(grid, config, settings, strategy, server_model, folder).run(state, checkpoint)
+    loop = RoundLoop(grid, config, settings, strategy, server_model, folder)
+    state = loop.run(state, checkpoint)
     after = server_model.answers(state)
     folder.samples(
         [
@@ -144,17 +148,5 @@ def _run(
         ]
     )
     if keep_model:
-        card = server_model.card(state, outcome_of(folder.path, config.rounds))
-        server_model.export(state, folder.path, card)
+        loop.deliver(state)
     folder.finish()
-
-
-def site_state_lost(config: FederationConfig) -> str | None:
-    """The state that sites keep in Flower's context and lose in a new Flower run, in words; None: sites keep none."""
-    strategy = config.strategy
-    kept = {
-        "optimizer moments": strategy.optimizer_state == "keep",
-        "local heads": strategy.head == "local",
-        f"their own {strategy.stays_at_site}": strategy.stays_at_site is not None,
-    }
-    return " and ".join(what for what, is_kept in kept.items() if is_kept) or None

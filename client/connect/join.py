@@ -201,6 +201,8 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
         raise ConfigError(
             f"{file}: {site.name} has agreed to no federation; fedspan site agree FEDERATION.yaml --site {file.name}"
         )
+    for federation in agreements:
+        site.check_model_folder(file, federation)
     home = (options.home or home_of(site, file)).resolve()
     try:
         make_private(home)

@@ -56,6 +56,7 @@ def all_checks() -> dict[str, Check]:
         "selection": Check(model.selection, "ask the operator to correct `strategy`, or correct `max_rank` here"),
         "row lengths": Check(shard.lengths, in_data),
         "memory": Check(machine.training_memory, "correct the federation file with the operator"),
+        "kept model": Check(model.kept, "correct `keep` in the site file"),
         "trust": Check(promises.trust, "correct `trust` in the site file"),
         "agreement": Check(promises.agreement, "correct `agreements` in the site file, or agree anew"),
         "ledger": Check(promises.ledger, "find out who changed it; the site sends nothing until it is whole"),

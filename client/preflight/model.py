@@ -1,12 +1,17 @@
 """The site's base model: complete, of a kind that can be trained, the federation's; and what of it is trained."""
 
+import shutil
+import tempfile
 from collections.abc import Iterable
 
 from client.preflight.context import CheckContext
-from client.preflight.finding import Finding
+from client.preflight.finding import Finding, Skip
+from client.site_model import written_bytes
+from client.training.settings import lora_rank
 from common.errors import ModelError
 from common.model.base_model import check_length
 from common.model.families import blocks_of, kind_of, linear_layers
+from common.text import size
 
 
 def files(subject: CheckContext) -> Finding:
@@ -47,6 +52,30 @@ def selection(subject: CheckContext) -> Finding:
     if tuned.local:
         text += f"; {len(tuned.local)} more stay here"
     return Finding("ok", f"{settings.strategy.name} trains {text}")
+
+
+def kept(subject: CheckContext) -> Finding:
+    """The folder for the federation's model is free or ours, and its disk has room."""
+    keep, settings = subject.site.keep, subject.settings
+    folder = subject.site.model_folder(subject.site_file, settings.name)
+    if keep is None or folder is None:
+        raise Skip("the site file has no `keep`: the federation's model does not come here")
+    subject.site.check_model_folder(subject.site_file, settings.name)
+    rank = lora_rank(subject.site, settings.strategy)
+    one = written_bytes(subject.tuned, settings.strategy, rank) * (1 + bool(subject.tuned.local))
+    # A new model is written before an old one is removed; what may be the best round's is held until it is judged.
+    need = one * {"end": 2, "best": 4, "every": settings.rounds + 1}[keep.when]
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        return Finding("FAIL", f"{there} cannot be written ({error.strerror})", "name another folder in `keep.model`")
+    found = f"{size(one)} go to {folder} ({keep.when}); with all that is kept on the way {size(need)}"
+    if free < need:
+        mend = "make room, name a folder on another disk in `keep.model`, or keep fewer (`keep.when: end`)"
+        return Finding("FAIL", f"{found}, {size(free)} are free", mend)
+    return Finding("ok", found)
 
 
 def _count(numbers: Iterable[int]) -> str:

@@ -75,6 +75,8 @@ class Totals:
             PolicyError: a limit does not allow the message; the text names the limit.
         """
         policy, name, day = site.policy, federation.name, _today()
+        if message == "deliver":  # nothing of the rows leaves
+            return
         if message == "evaluate":
             if self.evaluations_left(policy, federation, agreement) <= 0:
                 most = most_evaluations(policy, federation)

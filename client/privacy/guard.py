@@ -52,10 +52,13 @@ class Gate:
     Args:
         site: the site file's content.
         site_file: the site file's path.
-        message: "hello", "train", "evaluate" or "exchange".
+        message: "hello", "train", "evaluate", "exchange" or "deliver".
         run: Flower's number of the run.
         agreements: file with the site's agreements; None: the path in the site file.
         ledgers: folder for the ledger; None: the path in the site file.
+
+    Attributes:
+        own: folder for what the site trains and never sends, by federation.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Gate:
         ledgers: Path | None = None,
     ) -> None:
         self.site = site
+        self.own = ledger_of(site, site_file, ledgers).parent / f"{site.name}-own"
         self._agreements = agreements or agreements_of(site, site_file)
         book = ledger_of(site, site_file, ledgers), site.name
         if book not in _books:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, ServerOptimizerConfig
 from common.config.cohort import AdmissionConfig, CohortConfig, SecureAggregationConfig, single_updates_needed
+from common.config.outcome import BestConfig, CheckpointConfig, DeliveryConfig, measured
 from common.config.section import DataConfig, Digest, ModelSource, Name, Section, resolve
 from common.config.strategy import StrategyConfig
 from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
@@ -81,13 +82,6 @@ class EvaluationConfig(Section):
     server: DataConfig | None = Field(None, description="The server's own evaluation set; null: sites evaluate only.")
 
 
-class CheckpointConfig(Section):
-    """Checkpoints, from which a run resumes after the server died."""
-
-    every: int = Field(1, ge=1, description="Rounds between two checkpoints.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept; each is as large as the federation's tensors.")
-
-
 class LocalConfig(Section):
     """Only for ``fedspan run``: the sites to start on this machine."""
 
@@ -119,7 +113,9 @@ class FederationConfig(Section):
     )
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    best: BestConfig = BestConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
     tracking: TrackingConfig | None = Field(None, description="Trackers that the server feeds beside TensorBoard.")
     local: LocalConfig | None = None
 
@@ -149,7 +145,13 @@ class FederationConfig(Section):
     def _possible(self) -> Self:
         for reason in _contradictions(self):
             raise ValueError(reason)
+        self.deciding_scores()
         return self
+
+    def deciding_scores(self) -> list[str]:
+        """The scores that may decide about the best round, the task's default first; see ``outcome.measured``."""
+        classifies = isinstance(self.task, ClassificationTask)
+        return measured(self.best, classifies=classifies, generates=self.evaluation.generate > 0)
 
 
 def resolved(federation: FederationConfig, source: Path) -> FederationConfig:
@@ -179,7 +181,7 @@ def settings_for_sites(federation: FederationConfig) -> str:
     a round's change of the state, because a site accepts no larger change (``client.reach``).
     """
     settings = federation.model_dump(mode="json")
-    for key in ("local", "checkpoint", "aggregation", "tracking"):
+    for key in ("local", "checkpoint", "aggregation", "best", "delivery", "tracking"):
         del settings[key]
     settings["admission"] = {key: settings["admission"][key] for key in ("max_noise", "max_rows")}
     settings["cohort"] = {"min_clients": federation.cohort.min_clients}

@@ -9,9 +9,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from common.config.outcome import KeepConfig
 from common.config.section import SERVER, Digest, ModelSource, Name, Section, SiteDataConfig, resolve
 from common.config.strategy import names
+from common.errors import ConfigError
 
+MARK = "delivered.json"  # in a folder for a federation's models; a folder without it is somebody else's
 _Names = Annotated[list[str], Field(min_length=1)]
 #: ``model: models/x`` is short for ``model: {path: models/x}``.
 _Model = Annotated[
@@ -175,6 +178,9 @@ class SiteConfig(Section):
     )
     policy: PolicyConfig = PolicyConfig()
     privacy: PrivacyConfig | None = None
+    keep: KeepConfig | None = Field(
+        None, description="Where the site keeps the federation's model; null: it keeps none."
+    )
     agreements: str | None = Field(
         None,
         description="File with the site's agreements (`fedspan site agree`), relative to this file; default: "
@@ -206,6 +212,23 @@ class SiteConfig(Section):
     def ledger_file(self, site_file: Path) -> Path:
         """Path of the site's ledger, behind all links; ``site_file`` is the file that relative paths refer to."""
         return resolve(self.ledger or self.ledger_name, site_file).resolve()
+
+    def model_folder(self, site_file: Path, federation: str) -> Path | None:
+        """Folder for a federation's models; None: the site keeps none. ``site_file`` as above."""
+        return None if self.keep is None else resolve(self.keep.model, site_file) / federation
+
+    def check_model_folder(self, site_file: Path, federation: str) -> None:
+        """Raise a ConfigError when the folder for a federation's models holds something else."""
+        folder = self.model_folder(site_file, federation)
+        try:
+            free = folder is None or (folder / MARK).is_file() or not folder.exists() or not any(folder.iterdir())
+        except OSError as error:
+            raise ConfigError(f"{site_file}: `keep.model`: {folder} cannot be read ({error.strerror})") from None
+        if not free:
+            raise ConfigError(
+                f"{site_file}: `keep.model`: {folder} exists and holds no model of a federation; move it away, or name "
+                "another folder"
+            )
 
     @property
     def shares_metrics(self) -> bool:

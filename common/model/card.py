@@ -4,7 +4,7 @@ The server collects the facts and sends them to the sites, so that all of them w
 """
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -123,8 +123,11 @@ class Card(CardSection):
         return self.model_dump_json()
 
 
-def read_card(text: str) -> Card:
-    """Read a card that comes from the other side as JSON.
+S = TypeVar("S", bound=Section)
+
+
+def read_told(text: str, section: type[S]) -> S:
+    """Read a section of facts about a model that comes from the other side as JSON.
 
     Raises:
         WireError: it is too long, no JSON, or holds a key or value that is not allowed.
@@ -132,7 +135,7 @@ def read_card(text: str) -> Card:
     if len(text) > _LONGEST:
         raise WireError(f"the model card has {len(text)} characters; allowed: up to {_LONGEST}")
     try:
-        return parse(json.loads(text), Card, "model card")
+        return parse(json.loads(text), section, "model card")
     except (ValueError, RecursionError):
         raise WireError("the model card is no JSON") from None
     except ConfigError as error:  # its text quotes values

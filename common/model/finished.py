@@ -13,12 +13,13 @@ import json
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
+from torch import Tensor
 
 from common.config.federation import FederationConfig
 from common.config.load import parse
@@ -26,6 +27,8 @@ from common.config.section import DataConfig, Digest, Section
 from common.config.task import ClassificationTask
 from common.errors import ConfigError, ModelError
 from common.model.card import BaseFacts, Card, Licence, render
+from common.model.export import save
+from common.model.tuning import Tuned
 from common.system.files import built
 
 FACTS, README = "fedspan.json", "README.md"
@@ -60,23 +63,37 @@ class Use(Section):
         )
 
 
-class Finished(Section):
+class About(Section):
+    """What the server tells the sites about a model that they write."""
+
+    use: Use
+    card: Card
+
+
+class Finished(About):
     """The content of fedspan.json."""
 
     format: Literal[1] = 1
-    use: Use
-    card: Card
     files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$", max_length=256)], Digest] = Field(
         description="SHA-256 of the other files, but for README.md."
     )
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, use: Use, card: Card, base: Path | None) -> None:  # noqa: ANN401
+def write_model(
+    folder: Path,
+    tuned: Tuned,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no useful type
+    use: Use,
+    card: Card,
+    base: Path | None,
+) -> None:
     """Write a finished model's folder, complete or not at all; an old folder is replaced.
 
     Args:
         folder: where.
-        model: a transformers model, or a PEFT model, of which the adapter is written.
+        tuned: the model, whose parameters may have other values afterwards.
+        tensors: values of the trained parameters, those that stay at a site included.
         tokenizer: the tokenizer, or the image processor.
         use: how the model is asked.
         card: the facts about the model.
@@ -86,10 +103,9 @@ def write_model(folder: Path, model: Any, tokenizer: Any, use: Use, card: Card, 
         OSError: it cannot be written.
     """
     with built(folder) as new:
-        model.save_pretrained(new)
-        if isinstance(card.task, ClassificationTask):  # with an adapter, whose head has as many rows, in this order
-            model.config.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        labelled, merged = isinstance(card.task, ClassificationTask), card.form == "model"
+        how = card.strategy, tokenizer
+        save(new, tuned, tensors, *how, base=card.base, labelled=labelled, merged=merged)
         for file in _licence_files(base):
             shutil.copyfile(file, new / file.name)
         finished = Finished(use=use, card=card, files=digests(new))
@@ -107,9 +123,19 @@ def digests(folder: Path) -> dict[str, str]:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in (FACTS, README) and not re.search(r"(^|/)\.", name):
-            with file.open("rb") as opened:
-                found[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[name] = _digest(file)
     return found
+
+
+def files_digest(folder: Path) -> str:
+    """Digest of the names and contents of all files of a model's folder (hex)."""
+    every = digests(folder) | {name: _digest(folder / name) for name in (FACTS, README) if (folder / name).is_file()}
+    return hashlib.sha256("".join(f"{name} {every[name]}\n" for name in sorted(every)).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_finished(folder: Path) -> Finished:

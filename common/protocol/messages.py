@@ -20,21 +20,19 @@ from typing import TYPE_CHECKING, Annotated
 from common.config.section import NAME, SERVER
 from common.config.site import PrivacyConfig
 from common.errors import AT_A_SITE, FedSpanError, WireError
-from common.metrics import SCORES
 from common.protocol.fields import (
     CONFIG as CONFIG,
     METRICS as METRICS,
     Arrays,
     Content,
     Entry,
-    Measure,
     Numbered,
     Numbers,
     Part,
-    Stays,
     plain,
 )
-from common.protocol.kinds import AMOUNT, FLAG, LOSS, POSITIVE, line, matching, names, share, text, whole
+from common.protocol.kinds import FLAG, POSITIVE, line, matching, names, text, whole
+from common.protocol.measures import CLOCK, EVALUATED as EVALUATED, SECONDS, TRAINING as TRAINING, WITHOUT_SCORES
 from common.text import SENTENCE, one_line
 
 if TYPE_CHECKING:
@@ -44,45 +42,10 @@ ARRAYS, PRIVACY, STEP = "arrays", "privacy", "step-{:06}"
 NUM_EXAMPLES, LORA_ALPHA = "num-examples", "lora-alpha"  # Flower's name, and ours beside it
 SIGNATURES = "bundle-signatures"  # ``client.connect.verify`` has a copy, because it imports nothing of a bundle
 _JSON, _LINE = text(2**20), line(256)
-_DIGEST = line(64)
+_DIGEST, _ABOUT = line(64), text(2**17)
+_KEEPS = matching("end|best|every", "end, best or every")
 _SITE = matching(rf"(?!{SERVER}$){NAME}", f"letters, digits, '.', '_' and '-', up to 64, but not {SERVER}")
 _NAMES = names(longest=512, most=2**17)
-_SCORE: Stays = "without scores"
-_OPEN: Stays = "with privacy"
-
-#: Numbers of a round's training, all without their prefix.
-TRAINING = {
-    "loss": Measure("mean training loss", LOSS, _SCORE),
-    "loss_first": Measure("training loss of the first step", LOSS, _SCORE),
-    "loss_last": Measure("training loss of the last step", LOSS, _SCORE),
-    "steps": Measure("optimizer steps", AMOUNT),
-    "learning_rate": Measure("learning rate of the last step", AMOUNT),
-    "wire_error": Measure("relative rounding error of the factors", share(0.0)),
-    "tokens": Measure("input tokens, or images, that were trained on", AMOUNT, _OPEN),
-    "seconds": Measure("seconds in the training loop", AMOUNT, _OPEN),
-    "peak_memory_bytes": Measure("peak memory of the GPU", AMOUNT, _OPEN),
-    "micro_batch": Measure("rows per forward pass", AMOUNT, _OPEN),
-    "rows_left_out": Measure("images left out, because they cannot be read", AMOUNT, _OPEN),
-    "clipped": Measure("numbers clipped to the bounds of a masked sum", AMOUNT, _OPEN),
-}
-#: Numbers of an evaluation on the site's held-out rows.
-EVALUATED = {
-    name: Measure(f"{score.in_text} on held-out rows", share(score.least) if score.bounded else LOSS, _SCORE)
-    for name, score in SCORES.items()
-} | {
-    "examples": Measure("held-out rows that were evaluated", AMOUNT, _SCORE),
-    "tokens": Measure("tokens of their answers", AMOUNT, _SCORE),
-    "generated": Measure("held-out rows that were answered by generation", AMOUNT, _SCORE),
-}
-_SECONDS = {
-    "load": Measure("seconds to load the base model", AMOUNT, _OPEN),
-    "train": Measure("seconds to train", AMOUNT, _OPEN),
-    "evaluate": Measure("seconds to evaluate", AMOUNT, _OPEN),
-}
-_CLOCK = {
-    "started": Measure("when the site began with the message, by its clock", POSITIVE),
-    "finished": Measure("when it was done, by its clock", POSITIVE, _OPEN),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +56,9 @@ class HelloRequest(Content):
         str, Entry("federation", _JSON, "the federation file, but for what concerns the server alone")
     ]
     signatures: Annotated[str | None, Entry(SIGNATURES, _JSON, "who vouches for the code that came", optional=True)]
+    run: Annotated[
+        str | None, Entry("run-identity", _DIGEST, "which run it is, also when it was resumed", optional=True)
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +92,17 @@ class TrainRequest(HelloRequest, State):
     """A round's work: train from a state."""
 
     evaluate: Annotated[bool, Entry("evaluate", FLAG, "whether to evaluate the state first")]
+    best: Annotated[int | None, Entry("best-round", whole(1), "the best round so far", optional=True)] = None
+    about: Annotated[
+        str | None, Entry("about-model", _ABOUT, "the state's model card, for a site that keeps all", optional=True)
+    ] = None
 
     @classmethod
-    def of(cls, settings: HelloRequest, state: State, *, evaluate: bool) -> "TrainRequest":
+    def of(
+        cls, settings: HelloRequest, state: State, best: int | None = None, about: str | None = None, *, evaluate: bool
+    ) -> "TrainRequest":
         """Make the request to train from a state; ``settings`` gives the fields of every request."""
-        return cls(**vars(settings), **vars(state), evaluate=evaluate)
+        return cls(**vars(settings), **vars(state), evaluate=evaluate, best=best, about=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +113,15 @@ class EvaluateRequest(HelloRequest, State):
     def of(cls, settings: HelloRequest, state: State) -> "EvaluateRequest":
         """Make the request to evaluate a state; ``settings`` gives the fields of every request."""
         return cls(**vars(settings), **vars(state))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliverRequest(HelloRequest, State):
+    """Write a round's model to keep; the state is empty unless the site has answered that it lacks it."""
+
+    about: Annotated[
+        str, Entry("about-model", _ABOUT, "how the model is used, and its card with the digest of its tensors")
+    ]
 
 
 @dataclass(frozen=True)
@@ -163,10 +144,10 @@ class Declared(Content):
 class Reply(Content):
     """The fields of every reply."""
 
-    seconds: Annotated[Mapping[str, float], Numbers("seconds.", _SECONDS, "by what they were spent on")] = field(
+    seconds: Annotated[Mapping[str, float], Numbers("seconds.", SECONDS, "by what they were spent on")] = field(
         default_factory=dict
     )
-    clock: Annotated[Mapping[str, float], Numbers("clock.", _CLOCK, "Unix times of the site")] = field(
+    clock: Annotated[Mapping[str, float], Numbers("clock.", CLOCK, "Unix times of the site")] = field(
         default_factory=dict
     )
 
@@ -177,12 +158,17 @@ class Hello(Reply):
 
     site: Annotated[str, Entry("site", _SITE, "the site's name")]
     train_rows: Annotated[int, Entry("train_rows", whole(1), "number of training rows")]
-    held_out_rows: Annotated[int, Entry("held_out_rows", whole(0), "number of held-out rows", stays=_SCORE, instead=0)]
+    held_out_rows: Annotated[
+        int, Entry("held_out_rows", whole(0), "number of held-out rows", stays=WITHOUT_SCORES, instead=0)
+    ]
     device: Annotated[str, Entry("device", _LINE, "the device")]
     rank: Annotated[int, Entry("rank", whole(0), "rank of LoRA or GaLore here")]
     base_digest: Annotated[str, Entry("base_digest", _DIGEST, "digest of the base model")]
     tokenizer_digest: Annotated[str, Entry("tokenizer_digest", _DIGEST, "digest of the tokenizer")]
     version: Annotated[str, Entry("version", _LINE, "version of FedSpan that is installed here")]
+    keeps: Annotated[str | None, Entry("keeps-model", _KEEPS, "which models it keeps (`keep.when`)", optional=True)] = (
+        None
+    )
     privacy: Annotated[Declared | None, Part(PRIVACY, Declared, "its `privacy`")] = None
 
     @classmethod
@@ -190,6 +176,19 @@ class Hello(Reply):
         """The site's name in a hello that is otherwise unreadable, for the error; None: the name is unreadable, too."""
         site = dict(content.get(CONFIG, {})).get("site")
         return str(site) if _SITE.holds(site) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliverReply(Reply):
+    """A site's answer when it was to write a model."""
+
+    files: Annotated[
+        str | None,
+        Entry(
+            "files-digest", _DIGEST, "digest of all files of the model as written; absent: not written", optional=True
+        ),
+    ] = None
+    reason: Annotated[str | None, Entry("not-written", _LINE, "why it is not written", optional=True)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
         facts: see ``start``; cells of earlier versions have no ``digests``, so their data is not compared.
     """
     file = folder / FEDERATION
-    if not file.exists() or not (is_settled(folder, facts) or _goes_on(folder, federation, facts)):
+    if not file.exists() or not (is_settled(folder, facts) or _goes_on(folder, facts)):
         return
     before, now = yaml.safe_load(file.read_text(encoding="utf-8")), federation.model_dump(mode="json")
     how = changes(before, now)
@@ -73,15 +73,13 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
         raise RunFolderError(f"{folder}: the experiment has changed since this cell began: {how}; choose another --out")
 
 
-def _goes_on(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> bool:
+def _goes_on(folder: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a killed cell is resumed after its last round.
 
     A final cell is not resumed: its new sites would hold nothing, so the server would send tensors again, and the bytes
-    of the run would not be those of an uninterrupted one. Nor is a cell whose sites have lost their own state.
+    of the run would not be those of an uninterrupted one.
     """
-    from server.app import site_state_lost
-
-    return not facts["final"] and status(folder) == "running" and site_state_lost(federation) is None
+    return not facts["final"] and status(folder) == "running"
 
 
 def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], threads: int) -> BaseProcess:
@@ -94,7 +92,7 @@ def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], 
             its data, by name.
         threads: number of threads that PyTorch may use.
     """
-    resume = _goes_on(folder, federation, facts)
+    resume = _goes_on(folder, facts)
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -7,15 +7,18 @@ import yaml
 
 from common.config.federation import FederationConfig
 from common.config.load import load
+from common.config.outcome import KeepConfig
 from common.config.site import SiteConfig
 from common.errors import ConfigError
 
 FILL_IN = "FILL-IN"
-_KEYS = {"name", "data", "model", "trust", "policy"}
+_KEYS = {"name", "data", "model", "trust", "policy", "keep"}
+_KEEP = {"model": "models"}  # beside the site file
 _HEAD = f"""\
 # Site {{site}} in federation {{federation}}. What says {FILL_IN} is yours to fill in:
 #   data.path     your rows, relative to this file        data.prompt, data.answer   columns, or templates of columns
 #   model         your copy of the base model; its digests are in federation.yaml
+# The federation's model comes to the folder that `keep` names, beside this file; without `keep` you get none.
 # Limits on what leaves (`policy`, `privacy`) and all other keys: docs/privacy.md and docs/reference.md.
 """
 
@@ -35,6 +38,7 @@ def site_file(site: str, federation: FederationConfig, values: dict[str, Any]) -
     if values.get("trust"):
         content["trust"] = values["trust"]
     content["policy"] = {"federations": [federation.name]}
+    content["keep"] = _KEEP
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return _HEAD.format(site=site, federation=federation.name) + text
 
@@ -50,4 +54,6 @@ def proposed(file: Path) -> SiteConfig:
     if keys or (site.model is not None and site.model.path not in (None, FILL_IN)):
         what = min(keys, default="model.path")
         raise ConfigError(f"{file}: sets `{what}`, which is for the site alone to decide")
+    if site.keep not in (None, KeepConfig.model_validate(_KEEP)):
+        raise ConfigError(f"{file}: `keep` is for the site alone to decide; allowed in an invitation: {_KEEP}")
     return site

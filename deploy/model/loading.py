@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.config.federation import EvaluationConfig
+from common.config.site import MARK
 from common.errors import ModelError
 from common.model.finished import Finished, read_finished, source_folder
 
@@ -116,6 +117,7 @@ def _base_of(folder: Path, finished: Finished, given: Path | None) -> Path:
     named = [
         _named(folder / ADAPTER, "base_model_name_or_path"),
         _named(folder.parent / "federation.yaml", "model", "path"),
+        _named(folder.parent / MARK, "base"),
     ]
     found = [Path(name) for name in named if name and Path(name).is_absolute()]
     if base.revision is not None:

@@ -36,6 +36,10 @@ def merge(folder: Path, out: Path, base: Path | None) -> None:
         ConfigError: ``out`` exists, or its disk has no room.
         ModelError: ``folder`` holds no adapter, its files have changed, or the base model is missing or another one.
     """
+    from peft import get_peft_model_state_dict
+
+    from common.model.tuning import Tuned
+
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder with --out")
     finished = read_finished(folder)
@@ -48,7 +52,8 @@ def merge(folder: Path, out: Path, base: Path | None) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(f"the disk of {out} has {size(free)} free; the merged model needs {size(needed)}")
     card = finished.card.model_copy(update={"form": "model"})
-    write_model(out, loaded.model.merge_and_unload(), loaded.tokenizer, finished.use, card, loaded.base)
+    factors = get_peft_model_state_dict(loaded.model)
+    write_model(out, Tuned(loaded.model, {}, {}), factors, loaded.tokenizer, finished.use, card, loaded.base)
 
 
 MERGE = Command(

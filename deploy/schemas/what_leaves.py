@@ -8,6 +8,8 @@ from common import errors
 from common.protocol.exchanges import ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest
 from common.protocol.fields import Arrays, Content, Entry, Measure, Numbered, Numbers, Part
 from common.protocol.messages import (
+    DeliverReply,
+    DeliverRequest,
     EvaluateReply,
     Hello,
     HelloRequest,
@@ -53,13 +55,15 @@ _REPLIES: dict[str, type[Content]] = {
         MaskedTrainReply
     ),
     "When it takes part in the other exchanges of `secure_aggregation`": ExchangeReply,
+    "When it was to write the model that it keeps": DeliverReply,
 }
 _REQUESTS: dict[str, type[Content]] = {
     "In every request, and nothing else to learn who it is": HelloRequest,
-    "To train or to evaluate": State,
+    "To train, to evaluate, or to write the model": State,
     "To train": TrainRequest,
     "To train under `secure_aggregation`": MaskedTrainRequest,
     "To take part in the other exchanges of `secure_aggregation`": ExchangeRequest,
+    "To write the model": DeliverRequest,
 }
 
 

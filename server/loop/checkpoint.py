@@ -5,6 +5,9 @@
         state.safetensors      the global state
         steps.safetensors      the last steps that led to the state
         moments.safetensors    the server optimizer's moments, if there is a server optimizer
+    checkpoints/best-000002/
+        best.json              version, SHA-256 of the file below
+        state.safetensors      the best round's state; it stays when its checkpoint is removed
 
 A folder appears complete or not at all (``common.system.files``); every file is compared with its digest before it is
 used. Nothing is pickled.
@@ -87,6 +90,49 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
         raise FederationError(f"round {checkpoint.round}: checkpoint {final} cannot be written: {error}") from None
     for old in _all(run_dir)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_best(run_dir: Path, number: int, state: Tensors, version: str | None) -> None:
+    """Keep the state after round ``number``, the best one so far, beside the checkpoints.
+
+    Raises:
+        FederationError: it cannot be written.
+    """
+    final = run_dir / CHECKPOINTS / f"best-{number:06}"
+    file = "state.safetensors"
+    try:
+        with built(final) as new:
+            try:
+                (new / file).hardlink_to(run_dir / CHECKPOINTS / f"round-{number:06}" / file)  # the same bytes
+            except OSError:
+                save_file({key: tensor.contiguous() for key, tensor in state.items()}, new / file)
+            told = {"version": version, "sha256": _digest(new / file)}
+            (new / "best.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise FederationError(f"round {number}: the best state {final} cannot be written: {error}") from None
+
+
+def best_state(run_dir: Path, number: int) -> tuple[Tensors, str | None]:
+    """The state that ``keep_best`` has kept, and its version.
+
+    Raises:
+        FederationError: it cannot be read, or is damaged.
+    """
+    folder = run_dir / CHECKPOINTS / f"best-{number:06}"
+    try:
+        told = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+        if _digest(folder / "state.safetensors") != told["sha256"]:
+            raise ValueError("state.safetensors does not fit its digest")
+        return load_file(folder / "state.safetensors"), told["version"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FederationError(f"the best state {folder} cannot be read: {error}") from None
+
+
+def drop_best(run_dir: Path, number: int | None) -> None:
+    """Remove the states that ``keep_best`` has kept, but for that after round ``number``."""
+    for folder in (run_dir / CHECKPOINTS).glob("best-*"):
+        if folder.name != f"best-{number or 0:06}":
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -178,6 +178,8 @@ class Clients:
             return
         self.hellos[node_id] = hello
         self._up.add(site)
+        if self._folder.fact("keeps", {}).get(site) != hello.keeps:  # also of a site that is away at the delivery
+            self._folder.model_info({"keeps": {**self._folder.fact("keeps", {}), site: hello.keeps}})
         self._folder.event(
             "client_joined",
             client=site,

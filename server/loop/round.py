@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from common.config.section import SERVER
 from common.errors import AggregationError, FederationError, RefusedUpdate, StaleStateError, WireError, kind_of
 from common.protocol.fields import Content
 from common.protocol.messages import Failure, HelloRequest, TrainReply, TrainRequest
+from server.loop.best import BestRound, Told
 from server.loop.clients import Clients
 from server.loop.inflight import LOST, SUPERLINKS, InFlight, Sent, failure_in
 from server.loop.pending_updates import PendingUpdates
@@ -44,6 +45,8 @@ class Parts:
     clients: Clients
     quarantine: Quarantine
     folder: RunFolder
+    best: BestRound
+    told: Callable[[int, int, Tensors], Told]  # what a site is told for the model that it keeps
     run: int = 0  # Flower's number of the run
     capped: set[str] = field(default_factory=set)  # sites of which it was told that they weigh less than they declare
 
@@ -104,7 +107,8 @@ class Round:
         """Send the round's work to the given nodes."""
         parts, messages = self._parts, []
         for node_id, state in parts.strategy.train_states(self._number, self._state, nodes):
-            request = self._request(node_id, TrainRequest.of(parts.settings, state, evaluate=self._evaluate))
+            told = parts.told(node_id, self._number - 1, self._state)
+            request = self._request(node_id, TrainRequest.of(parts.settings, state, *told, evaluate=self._evaluate))
             messages.append(parts.message(request, node_id, self.kind, self._number))
             self._given[parts.strategy.client(node_id).name] += 1
             self.recorder.asked(node_id, request.num_bytes)

@@ -12,8 +12,10 @@ from common.config.federation import FederationConfig
 from common.config.section import SERVER
 from common.errors import WireError
 from common.protocol.messages import EvaluateReply, EvaluateRequest, Failure, HelloRequest
+from server.loop.best import BestRound
 from server.loop.checkpoint import Checkpoint, save
 from server.loop.clients import Clients
+from server.loop.delivery import Delivery, telling
 from server.loop.inflight import InFlight, failure_in
 from server.loop.masked_round import MaskedRound
 from server.loop.recorder import record_evaluation
@@ -64,8 +66,10 @@ class RoundLoop:
             tokenizer_digest=server_model.tokenizer_digest,
             expected=None if config.local is None else len(config.local.sites),
         )
-        run = 0 if config.secure_aggregation is None else grid.run.run_id
-        self._parts = Parts(config, settings, strategy, self._in_flight, self._clients, self._quarantine, folder, run)
+        self._best = BestRound(config, folder)
+        told = telling(server_model, folder.path, self._clients, self._best)
+        shared = settings, strategy, self._in_flight, self._clients, self._quarantine, folder, self._best, told
+        self._parts = Parts(config, *shared, 0 if config.secure_aggregation is None else grid.run.run_id)
         self._slowest: deque[float] = deque(maxlen=_MEMORY)
 
     def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
@@ -77,20 +81,44 @@ class RoundLoop:
 
         Raises:
             FederationError: a round, or the start, had too few valid sites, or the disk is full.
+            ConfigError: nobody measures the score that is to decide about the best round.
         """
         done, versions, moments = 0, None, None
         if resumed is not None:
             done, versions, moments, state = resumed.round, resumed.versions, resumed.moments, resumed.state
             self._quarantine.counts = dict(resumed.refusals)
+            self._best.go_on()
         self._strategy.begin(state, versions, moments)
+        if done and self._folder.fact("last_round") == done:  # all but the delivery was done
+            return state
         self._clients.wait_for(self._config.cohort)
-        for number in range(done + 1, self._config.rounds + 1):
+        self._best.check_measured(self._clients.hellos.values())
+        number = done
+        while not self._is_last(number):
+            number, before, version = number + 1, state, self._version()
             state = self._train(number, state)
-            if number % self._config.checkpoint.every == 0:
+            self._best.judge(number - 1, before, version)
+            if number % self._config.checkpoint.every == 0 or self._is_last(number):
                 self._save(number, state)
-        self._evaluate(self._config.rounds, state)
+        if (reason := self._best.reason_to_stop) is not None and number < self._config.rounds:
+            self._folder.event("stopped_early", round=number, reason=reason)
+            self._folder.model_info({"stopped_early": reason})
+        self._evaluate(number, state)
+        self._best.judge(number, state, self._version())
         self._note_late()
+        self._folder.model_info({"last_round": number})
         return state
+
+    def deliver(self, state: Tensors) -> None:
+        """Write the models, and have them written at the sites; ``state``: as ``run`` has returned it."""
+        Delivery(self._parts, self._server_model, self._folder.fact("last_round"), state).run()
+
+    def _is_last(self, number: int) -> bool:
+        return number == self._config.rounds or self._best.reason_to_stop is not None
+
+    def _version(self) -> str | None:
+        versions = self._strategy.versions
+        return None if versions is None else versions.latest
 
     def _train(self, number: int, state: Tensors) -> Tensors:
         """One round: the sites evaluate the state, if an evaluation is due, and train (decision 002)."""
@@ -118,6 +146,7 @@ class RoundLoop:
         moments = {} if optimizer is None else optimizer.moments
         checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._quarantine.counts, moments)
         save(self._folder.path, checkpoint, self._config.checkpoint.keep)
+        self._best.saved()
 
     def _cohort(self, number: int) -> list[int]:
         """The sites of a round, sampled from those that are connected."""

@@ -1,7 +1,6 @@
 """The server's own model: gives the first state, evaluates the global state, exports the result."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,6 +45,7 @@ class ServerModel:
         self._tuned = tuning.tune(self._base.model, config.strategy, self._task.peft_type, seed=seed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tuned.model.to(device)
+        self._local = {name: tensor.detach().cpu().clone() for name, tensor in self._tuned.local.items()}
         system = data.system if data is not None else None
         self._settings = EvalSettings(config.evaluation, config.training.max_length, device, system)
 
@@ -87,22 +87,24 @@ class ServerModel:
             **vars(outcome),
         )
 
-    def export(self, state: Tensors, run_dir: Path, card: Card) -> None:
-        """Write the fine-tuned result with its tokenizer as ``model/``; with ``merge``, also ``merged/``.
+    def export(self, state: Tensors, folder: Path, card: Card) -> None:
+        """Write a state's model with its tokenizer; see ``common.model.finished``.
 
-        ``model/`` is a full model where base weights change, otherwise a PEFT adapter. A folder appears complete or not
-        at all.
+        Args:
+            state: the model's state.
+            folder: the folder; with ``strategy.merge`` an adapter is also written merged, into ``merged`` beside it.
+            card: the card.
         """
-        self._tuned.set(state)
         strategy = self._config.strategy
-        if strategy.trains == "lora" and strategy.changes_base:
-            self._write(self._tuned.model.merge_and_unload(), run_dir / "model", card)
-            return
-        self._write(self._tuned.model, run_dir / "model", card)
-        if strategy.trains == "lora" and strategy.merge:
-            merged = card.model_copy(update={"form": "model"})
-            self._write(self._tuned.model.merge_and_unload(), run_dir / "merged", merged)
+        self._write(state, folder, card)
+        if card.form == "adapter" and strategy.trains == "lora" and strategy.merge:
+            self._write(state, folder.with_name("merged"), card.model_copy(update={"form": "model"}))
 
-    def _write(self, model: Any, folder: Path, card: Card) -> None:  # noqa: ANN401 - a transformers or a peft model
-        use = Use.of(self._config, self._config.evaluation.server)
-        write_model(folder, model, self._base.tokenizer, use, card, source_folder(*self._source))
+    def _write(self, state: Tensors, folder: Path, card: Card) -> None:
+        source = source_folder(*self._source)
+        write_model(folder, self._tuned, {**state, **self._local}, self._base.tokenizer, self.use, card, source)
+
+    @property
+    def use(self) -> Use:
+        """How the model was evaluated here."""
+        return Use.of(self._config, self._config.evaluation.server)

@@ -19,12 +19,13 @@ def check_sites(files: Iterable[Path], federation: FederationConfig, source: Pat
         source: the federation file's path, for errors.
 
     Raises:
-        ConfigError: a file is wrong, two sites have the same name or the same ledger, or there are too few sites.
+        ConfigError: a file is wrong, two sites share a name, a ledger or a folder for models, or there are too few.
         DataError: a shard does not exist.
         ModelError: a model's folder does not exist.
     """
     sites: dict[str, Path] = {}
     ledgers: dict[Path, Path] = {}
+    models: dict[Path, Path] = {}
     for path in files:
         site = load(path, SiteConfig)
         if site.name in sites:
@@ -38,6 +39,11 @@ def check_sites(files: Iterable[Path], federation: FederationConfig, source: Pat
             _check_model(str(resolve(site.model.path, path)), path)
         if (ledger := site.ledger_file(path)) in ledgers:
             raise ConfigError(f"{path}: `ledger` {ledger} is also that of {ledgers[ledger]}; each site needs its own")
+        site.check_model_folder(path, federation.name)
+        if (folder := site.model_folder(path, federation.name)) is not None:
+            if folder in models:
+                raise ConfigError(f"{path}: `keep.model` is also that of {models[folder]}; each site needs its own")
+            models[folder] = path
         sites[site.name] = ledgers[ledger] = path
     if federation.cohort.min_clients > len(sites):
         needed = federation.cohort.min_clients

@@ -54,11 +54,6 @@ def _started(event: Event) -> str:
     return f"{event['strategy']}: {event['rounds']} rounds, training {what}"
 
 
-def _resumed(event: Event) -> str:
-    lost = f"; the sites' {event['lost']} start anew" if event.get("lost") else ""
-    return f"resumed after round {event['round']}{lost}"
-
-
 def _joined(event: Event) -> str:
     told = f"{event['held_out']} held out" if event["held_out"] else "held-out rows not told"
     return f"{event['client']} joined: {event['num_examples']} rows, {told}, {event['device']}"
@@ -77,6 +72,11 @@ def _evaluated(event: Event) -> str:
     return f"after round {event['round']}: {event['client']} held-out {told}"
 
 
+def _delivered(event: Event) -> str:
+    other = "" if event["same"] else "; its files are not the same, byte for byte, as the server's"
+    return f"{event['client']} has the model of round {event['round']}{other}"
+
+
 def _round_finished(event: Event) -> str:
     moved = f"{size(event['bytes_down'])} down, {size(event['bytes_up'])} up"
     return f"round {event['round']} done in {event['seconds']:.1f} s, {moved}"
@@ -85,9 +85,11 @@ def _round_finished(event: Event) -> str:
 KINDS: dict[str, Kind] = {
     # the run
     "started": Kind("rounds strategy trained_tensors trained_parameters model_parameters", _started),
-    "resumed": Kind("round lost", _resumed, stays=True),
+    "resumed": Kind("round", "resumed after round {round}", stays=True),
     "checkpoint_damaged": Kind("reason", "checkpoint damaged: {reason}", WARNING),
     "tracker_failed": Kind("reason", "{reason}", WARNING),
+    "best_round": Kind("round metric score", "round {round} is the best so far: {metric} {score:.4g}"),
+    "stopped_early": Kind("round reason", "stopped after round {round}: {reason}", stays=True),
     "finished": Kind("seconds", state="done"),
     "failed": Kind("reason kind causes", level=ERROR),
     "interrupted": Kind("reason", level=ERROR),
@@ -154,6 +156,12 @@ KINDS: dict[str, Kind] = {
     "weight_capped": Kind("client reason", "weight capped: {reason}", WARNING, problem="weight capped"),
     "late_reply": Kind("client reason", "late reply: {reason}", WARNING, problem="too late"),
     "evaluated": Kind("round client scores", _evaluated, seen=True),
+    # the delivery
+    "delivering": Kind(
+        "clients deadline", lambda event: f"the model goes to {', '.join(event['clients'])}", state="gets the model"
+    ),
+    "model_delivered": Kind("client round same", _delivered, stays=True, state="has the model", seen=True),
+    "model_missing": Kind("client reason", "no model at {reason}", WARNING, state="no model", problem="no model yet"),
     "round_finished": Kind("round seconds bytes_down bytes_up", _round_finished, stays=True),
 }
 _UNKNOWN = Kind("")

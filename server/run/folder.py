@@ -10,7 +10,8 @@
     checkpoints/      the state after the last rounds, to resume from
     samples.json      the server's own questions, answered before and after
     tensorboard/      the same numbers for TensorBoard; wandb/ for W&B, if the federation file wants it
-    model/            the fine-tuned result
+    model/            the fine-tuned result: the last round's model
+    best/             the best round's, if that is another
     report.html       the report: one page about the run
     supervisor.json   the process that supervises the run (``server.run.supervisor_lock``)
 
@@ -42,9 +43,9 @@ from server.tracking.trackers import Trackers, flat
 FEDERATION = "federation.yaml"
 CHECKPOINTS = "checkpoints"  # see server.loop.checkpoint
 #: A folder that holds any of these holds a run, or the rest of one.
-_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "report.html", CHECKPOINTS)
+_RESULTS = ("run.json", "events.jsonl", "metrics.jsonl", "samples.json", "model", "best", "report.html", CHECKPOINTS)
 _LOCK = ".lock"
-_MAY_CHANGE = ("local", "tracking")  # sections of the federation file that may be others when a run is resumed
+_MAY_CHANGE = ("local", "delivery", "tracking")  # sections that may be others when a run is resumed
 
 
 class RunFolder:
@@ -59,6 +60,7 @@ class RunFolder:
         self._started = time.time()
         self._run: dict[str, Any] = {}
         self._trackers: Trackers | None = None
+        self.evaluations: dict[int, dict[str, Any]] = {}  # metrics by round and site, until the round is judged
 
     @classmethod
     def create(cls, path: Path, federation: FederationConfig) -> "RunFolder":
@@ -96,13 +98,13 @@ class RunFolder:
 
         Args:
             path: the run's folder.
-            federation: the federation file's content, with absolute paths; ``local`` and ``tracking`` may have changed.
+            federation: the federation file's content, with absolute paths; see ``check_resumable``.
 
         Raises:
             RunFolderError: there is no run to resume, or the federation file has changed; the text names the change.
         """
         check_resumable(path, federation)
-        folder = cls(path)  # from here on this process holds the folder's lock
+        folder = cls(path)  # which locks the folder
         folder._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         folder.model_info({"status": "running", "reason": None})
         folder._track(federation)
@@ -141,6 +143,10 @@ class RunFolder:
         self._run |= facts
         write_atomically(self.path / "run.json", json.dumps(_plain(self._run), indent=2) + "\n")
 
+    def fact(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - any JSON value
+        """A fact of run.json."""
+        return self._run.get(key, default)
+
     def event(self, kind: str, /, **fields: object) -> None:
         """Write an event, and log it; see ``server.run.events.KINDS``."""
         event = new_event(kind, fields)
@@ -150,6 +156,8 @@ class RunFolder:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Write the numbers of one round, client and phase (train, evaluate or aggregate), also for the trackers."""
         self._append("metrics.jsonl", dict(record))
+        if record["phase"] == "evaluate":
+            self.evaluations.setdefault(record["round"], {})[record["client"]] = record["evaluate"]
         if self._trackers is not None:
             self._trackers.log(record)
 
@@ -190,10 +198,7 @@ class RunFolder:
     def _end(self, status: str, reason: str | None, **error: object) -> None:
         self._end_trackers(status)
         seconds = round(time.time() - self._started, 3)
-        if reason is None:
-            self.event("finished", seconds=seconds)
-        else:
-            self.event(status, reason=reason, **error)
+        self.event("finished", seconds=seconds) if reason is None else self.event(status, reason=reason, **error)
         ended = {"status": status, "reason": reason, **error}
         self.model_info({**ended, "finished": time.time(), "seconds": seconds})
 
@@ -239,7 +244,7 @@ def check_resumable(path: Path, federation: FederationConfig) -> None:
         before = yaml.safe_load((path / FEDERATION).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         raise RunFolderError(f"{path} holds no run that could go on; leave out --resume") from None
-    if run.get("status") == "completed":
+    if run.get("status") == "completed" and not run.get("undelivered"):
         raise RunFolderError(f"{path}: the run has ended well, nothing is left to do")
     how = changes(before, federation.model_dump(mode="json"))
     if how:
@@ -259,8 +264,8 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         RunFolderError: it cannot be read.
     """
-    file = path / "run.json"
     try:
+        file = path / "run.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from None

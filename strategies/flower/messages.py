@@ -14,6 +14,7 @@ holds the first version (decision 005).
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from flwr.app import ArrayRecord
 
@@ -156,6 +157,31 @@ class RuleMessages:
                     steps={step.server_round: records[step.server_round] for step in steps or []},
                 ),
             )
+
+    def model_state(
+        self, number: int, state: Tensors, version: str | None, node_id: int, form: Literal["name", "steps", "whole"]
+    ) -> State:
+        """The state after round ``number``, for a site that is to write its model.
+
+        Args:
+            number: the round.
+            state: the state, which is sent in the federation's rank.
+            version: the state's version; None under a strategy without versions.
+            node_id: the node.
+            form: "name": nothing but the version; "steps": the steps to it, or, where there are none, all of it.
+        """
+        self._state, steps, since = state, None, None
+        if form == "steps":
+            since, steps = self._steps_for(self.client(node_id))
+        whole = form == "whole" or (form == "steps" and steps is None)
+        return State(
+            server_round=number,
+            active=[],
+            version=version,
+            since=since,
+            arrays=wire.encode(self.rule.state_for(state, None, None) if whole else {}, bundled=self._bundled),
+            steps={step.server_round: wire.encode(step.tensors, bundled=True) for step in steps or []},
+        )
 
     def _steps_for(self, client: Client) -> tuple[str | None, list[Step] | None]:
         """The version that the client holds and the steps from there to the latest; (None, None): send tensors."""

@@ -120,7 +120,7 @@ COMMON = [f"acute pain {'abcdefghij'[i % 10]}" for i in range(24)]
 def overflowing(site: Site) -> State:
     """A LoRA A so large that only rows with a token of the prefix overflow: two directions that cancel, unless inf."""
     session = site.session()
-    tokenizer, tensors = session._model.base.tokenizer, dict(session._tuned.get())
+    tokenizer, tensors = session.model.base.tokenizer, dict(session._tuned.get())
     model = session._tuned.model.get_base_model()
     assert isinstance(model, torch.nn.Module)
     embedded = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
@@ -342,7 +342,7 @@ def test_update_of_one_row_is_refused_before_the_row_is_read(tmp_path: Path) -> 
         before = wire.decode(state.arrays)
         after = wire.decode(TrainReply.read(site.train(state).content).arrays)
         session, cosines = site.session(), []
-        collate = session._task.collater(session._model.base.tokenizer)
+        collate = session._task.collater(session.model.base.tokenizer)
         moved = torch.cat([(before[name] - after[name]).flatten() for name in after])
         for example in session._encoded:
             for name, parameter in session._tuned.parameters.items():

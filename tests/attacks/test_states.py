@@ -200,7 +200,7 @@ def test_step_that_goes_further_than_a_round_is_refused(tmp_path: Path, strategy
 
     def sent(size: float, number: int = 1) -> dict[str, Any]:
         change = Factors(1.0, [(torch.ones(rows, 1), torch.full((1, columns), size))])
-        step = Step(number, pack(name, change, weights.tensors[name], made.own._model.exchange(1)))
+        step = Step(number, pack(name, change, weights.tensors[name], made.own.model.exchange(1)))
         steps = {number: wire.encode(step.tensors, bundled=True)}
         return {"steps": steps, "since": weights.first, "version": step.next(weights.first)}
 

@@ -71,7 +71,7 @@ def test_sites_follow_the_server_from_the_base_model_for_three_rounds(
     late.set_state(rule.state_for(versions.state, 4, 8.0), None, [], versions.latest, 3)  # all at once
     assert torch.equal(logits(late), logits(sites[0]))
     assert not torch.allclose(before, logits(late))
-    server_model.export(versions.state, tmp_path, server_model.card(versions.state, Outcome(1, sites=2)))
+    server_model.export(versions.state, tmp_path / "model", server_model.card(versions.state, Outcome(1, sites=2)))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)

@@ -58,7 +58,7 @@ def test_model_is_read_once_and_no_site_sees_what_another_made_of_it(
     assert second.hello() == alone.hello() == second.hello()
     theirs = _trained(second)
     assert all(torch.equal(theirs[name], tensor) for name, tensor in _trained(alone).items())
-    assert second._model.base.tokenizer is first._model.base.tokenizer
+    assert second.model.base.tokenizer is first.model.base.tokenizer
     assert len(read) == 2  # one for both, one for the site that is alone
 
     weights = [{name: p.data_ptr() for name, p in site._tuned.model.named_parameters()} for site in (first, second)]

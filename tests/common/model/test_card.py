@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from common.config.load import parse
 from common.errors import WireError
-from common.model.card import Card, read_card, render
+from common.model.card import Card, read_told, render
 
 D1, D2, D3 = ("1" * 64, "2" * 64, "a" * 64)
 
@@ -68,7 +68,9 @@ def test_page_tells_the_facts() -> None:
     ):
         assert told in page
     assert page == render(
-        read_card(card(privacy={"sites": 2, "epsilon": 7.5, "delta": 1e-5}, base={"revision": "c0ffee"}).to_json())
+        read_told(
+            card(privacy={"sites": 2, "epsilon": 7.5, "delta": 1e-5}, base={"revision": "c0ffee"}).to_json(), Card
+        )
     )
     assert "above 500" in render(card(privacy={"sites": 1, "epsilon": None, "delta": 1e-5}))
     assert "after round 2, the best by loss" in render(card(round=2, chosen="best", by="loss"))
@@ -112,10 +114,10 @@ def test_no_text_breaks_out_of_its_place() -> None:
 )
 def test_reader_refuses(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(WireError, match=told):
-        read_card(json.dumps(facts(**changes)))
+        read_told(json.dumps(facts(**changes)), Card)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 60_000, '"' + "a" * 70_000 + '"'])
 def test_reader_refuses_what_is_no_card(text: str) -> None:
     with pytest.raises(WireError, match="model card"):
-        read_card(text)
+        read_told(text, Card)

@@ -30,7 +30,7 @@ def exported(folder: Path, **changes: Any) -> tuple[Path, Card]:
     server_model = ServerModel(resolved(load(file, FederationConfig), file), file)
     state = server_model.initial_state()
     card = server_model.card(state, Outcome(2, sites=3))
-    server_model.export(state, folder / "run", card)
+    server_model.export(state, folder / "run" / "model", card)
     return folder / "run", card
 
 

@@ -123,7 +123,7 @@ def test_server_evaluates_and_exports_a_model_with_such_a_head(tmp_path: Path, s
     state |= {name: torch.randn(tensor.shape, generator=g) for name, tensor in head(state).items()}
     before = server_model.evaluate(state)
     assert 0 < before["loss"] < 100
-    server_model.export(state, tmp_path, server_model.card(state, Outcome(1, sites=1)))
+    server_model.export(state, tmp_path / "model", server_model.card(state, Outcome(1, sites=1)))
     if strategy == "rolora":
         saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
         assert head(saved).keys() == head(state).keys()

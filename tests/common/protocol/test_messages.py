@@ -23,10 +23,11 @@ from common.errors import DataError, DivergedAverage, RefusedUpdate, WireError
 from common.metrics import SCORES
 from common.protocol import messages
 from common.protocol.fields import Content
+from common.protocol.measures import EVALUATED, TRAINING
 from common.protocol.messages import (
-    EVALUATED,
-    TRAINING,
     Declared,
+    DeliverReply,
+    DeliverRequest,
     EvaluateReply,
     EvaluateRequest,
     Failure,
@@ -70,6 +71,8 @@ ONE_OF_EACH: list[Content] = [
         version="b" * 64,
     ),
     EvaluateReply(scores={"loss": math.inf, "examples": 2.0}),
+    DeliverRequest(**vars(SETTINGS), **vars(STATE), about="{}"),
+    DeliverReply(files="f" * 64),
 ]
 
 

@@ -56,7 +56,8 @@ def finish(file: Path, size: float = 0.3) -> Made:
     g = torch.Generator().manual_seed(0)
     state = {name: t + size * torch.randn(t.shape, generator=g) for name, t in server.initial_state().items()}
     scores, answers = server.evaluate(state), server.answers(state)
-    server.export(state, file.parent / "run", server.card(state, Outcome(2, sites=1)))
+    server._tuned.set(state)
+    server.export(state, file.parent / "run" / "model", server.card(state, Outcome(2, sites=1)))
     return Made(file.parent, server, scores, answers)
 
 
@@ -245,7 +246,8 @@ def test_merged_model_is_the_servers_and_pefts(
     pefts = peft.PeftModel.from_pretrained(base, str(made.model)).merge_and_unload().state_dict()
     ours = auto.from_pretrained(out, dtype=options.get("dtype", torch.float32)).state_dict()
     assert ours.keys() == pefts.keys()
-    assert [name for name, tensor in ours.items() if not torch.equal(tensor, pefts[name])] == []
+    for name, tensor in ours.items():  # PEFT's product is rounded as the processor likes
+        torch.testing.assert_close(tensor, pefts[name])
     stored = {tensor.dtype for name, tensor in load_file(out / "model.safetensors").items() if "classifier" not in name}
     assert stored == {options.get("dtype", torch.float32)}
 
