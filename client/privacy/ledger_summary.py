@@ -30,6 +30,7 @@ class RunStory:
     told: set[str] = field(default_factory=set)
     bundles: set[str] = field(default_factory=set)
     noised: int = 0
+    masked: int = 0
 
 
 class Story:
@@ -78,6 +79,7 @@ class Story:
             run.rounds.add(entry["round"])
             run.updates += 1
             run.noised += entry["privacy"] is not None
+            run.masked += bool(entry.get("masked"))
             self.privacy = entry["privacy"] or self.privacy
             run.charged += "charged" not in entry  # by a version that counted what had left
         if entry.get("aside"):
@@ -118,6 +120,11 @@ def _run(federation: str, number: str, run: RunStory) -> list[str]:
         one_line(f"Federation {federation}, strategy {run.strategy}, run {number}", SENTENCE),
         f"  from, to         {_minute(run.begun)}, {_minute(run.ended)} UTC",
         f"  rounds trained   {rounds}; {run.charged} charged, {run.updates} updates sent, {run.noised} of them noised",
+        *(
+            [f"  masked           {run.masked} of these updates: the server sees sums of them alone"]
+            if run.masked
+            else []
+        ),
         f"  evaluations      {run.evaluations} of held-out rows",
         f"  bytes of tensors {run.bytes:,}",
         f"  training rows    {rows} (the number leaves, the rows do not)",

@@ -79,7 +79,7 @@ class MaskedRound(Round):
     def begin(self, cohort: list[int]) -> None:
         """Exchange keys and shares with the nodes of a cohort, then send the round's work to those that are left."""
         try:
-            self._open(cohort[: 2 * self._secure.threshold - 1])
+            self._open(cohort)
         except AggregationError as error:
             self._broken = f"round {self._number}: {error}{self._reasons()}"
 

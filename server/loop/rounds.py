@@ -153,8 +153,9 @@ class RoundLoop:
         cohort = self._config.cohort
         self._clients.wait_for(cohort)
         self._clients.register_with(self._strategy)
-        nodes = self._clients.connected()
-        return sample(nodes, cohort.fraction, cohort.min_clients, self._config.training.seed, number)
+        seed, secure = self._config.training.seed, self._config.secure_aggregation
+        nodes = sample(self._clients.connected(), cohort.fraction, cohort.min_clients, seed, number)
+        return nodes if secure is None else sample(nodes, 0.0, 2 * secure.threshold - 1, seed, number)
 
     def _deadline(self) -> float:
         """Seconds after which a round closes once it has ``min_clients`` updates."""

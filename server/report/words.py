@@ -123,7 +123,7 @@ def security(run: Run) -> list[tuple[str, str, str]]:
     names = {"base_digest": "Base model", "tokenizer_digest": "Tokenizer", "federation_digest": "Federation file"}
     models = [(title, "SHA-256", str(run.info[key])) for key, title in names.items() if key in run.info]
     if not run.security:
-        return [("Code and link", "not recorded for this run", ""), *models]
+        return [("Code and link", "not recorded for this run", ""), ("Updates", _updates(run), ""), *models]
     last = run.security[-1]
     earlier = sum(entry["bundle"] != last["bundle"] for entry in run.security)
     changed = f"SHA-256; the run began with other code ({earlier} times changed)" if earlier else "SHA-256"
@@ -133,8 +133,15 @@ def security(run: Run) -> list[tuple[str, str, str]]:
         *(signers or [("Signed by", "nobody; a site with `trust` runs only what it lists or what is signed", "")]),
         ("Settings the sites agreed to", "SHA-256, as `fedspan site agree` shows it", last["settings"]),
         *_link(last["link"]),
+        ("Updates", _updates(run), ""),
         *models,
     ]
+
+
+def _updates(run: Run) -> str:
+    if not (secure := run.config.get("secure_aggregation")):
+        return "the server saw each site's own"
+    return f"masked: the server saw sums of at least {secure['threshold']} sites' updates, and no single one"
 
 
 def _link(link: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from flwr.app import Context, Message
 
 from client import masked
 from client.app import app
+from client.privacy.ledger_summary import summary
 from common.errors import WorkerDied
 from common.masking import parts
 from common.masking.parts import DROPPED, Listing, SumId
@@ -20,7 +21,9 @@ from common.protocol.exchanges import SHARES, SURVIVORS, UNMASK, ExchangeRequest
 from common.protocol.messages import Failure, TrainRequest
 from deploy.sandbox.tiny import make_federation
 from server.loop.checkpoint import newest
+from server.report.words import security
 from server.run.folder import read_lines
+from server.run.read import read_all
 from tests.harness.in_one_process import in_one_process
 from tests.harness.masking import identity
 from tests.harness.results import events
@@ -94,6 +97,10 @@ def test_mean_is_that_of_the_sites_left_whenever_one_dies(tmp_path: Path) -> Non
     assert {fact[0] for e in sent for fact in e["out"]["tensors"].values()} == {"int32"}
     asked = [(e["round"], e["stage"]) for e in ledger if e["event"] == "sent" and e["message"] == "exchange"]
     assert asked[:4] == [(1, stage) for stage in ("keys", "shares", "survivors", "unmask")]
+    assert "3 of these updates: the server sees sums of them alone" in summary(tmp_path / "masked" / "c-ledger.jsonl")
+    shown = {folder: dict(row[:2] for row in security(read_all(folder))) for folder in (run, plain)}
+    assert shown[run]["Updates"] == "masked: the server saw sums of at least 2 sites' updates, and no single one"
+    assert shown[plain]["Updates"] == "the server saw each site's own"
 
 
 # A server that lies to site a
