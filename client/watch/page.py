@@ -1,6 +1,7 @@
 """A site's own page: ``fedspan site watch SITE.yaml``. Reads the site's files; asks nobody and tells nobody."""
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from client.watch.chart import chart
 from client.watch.limits import limits
 from client.watch.status import WHOLE, home_of, read_status, takes_part
 from common.config.load import load
-from common.config.section import resolve
-from common.config.site import SiteConfig
+from common.config.site import MARK, SiteConfig
 from common.errors import ConfigError, FedSpanError, LedgerError
 from common.metrics import SCORES
 from common.system.command import Command
@@ -200,13 +200,14 @@ def _agreed(site: SiteConfig, agreements: dict[str, Agreement]) -> Markup:
 
 def _model(site: SiteConfig, file: Path, names: list[str]) -> Markup:
     """The folder of the kept models, and those that are there."""
-    keep = site.model_dump(mode="json").get("keep")
-    folder = None if keep is None else resolve(str(keep["model"]), file)
-    kept = []
-    for name in names:
-        if folder is not None:
-            kept += [(path, "") for path in sorted((folder / name).glob("*/")) if path.name[0] != "."]
-    return fill(_HERE / "model.html", folder=folder, kept=kept)
+    kept, folders = [], [folder for name in names if (folder := site.model_folder(file, name)) is not None]
+    for folder in folders:
+        try:
+            models = json.loads((folder / MARK).read_text(encoding="utf-8"))["models"]
+            kept += [(folder / name, model["round"], model["files"]) for name, model in sorted(models.items())]
+        except (OSError, ValueError, KeyError, TypeError):  # there is none yet, or an earlier version's
+            continue
+    return fill(_HERE / "model.html", keep=site.keep, folders=folders, kept=kept)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -122,6 +122,8 @@ def _progress(run: Run, state: RunState) -> str:
         return "The server is starting."
     if run.events[-1]["event"] == "waiting":
         return describe(run.events[-1]).capitalize()
+    if run.event("delivering").get("time", 0.0) > run.event("round_started").get("time", 0.0):
+        return "The rounds are over; the model goes to the sites."
     if not state.round:
         return "No round has begun."
     begun = f"Round {state.round} of {state.rounds} is under way" if state.round > run.done else "Between two rounds"

@@ -118,6 +118,18 @@ def versions(run: Run) -> list[tuple[str, str]]:
     return lines
 
 
+def delivered(run: Run) -> list[tuple[str, str, str]]:
+    """The sites that keep the model: triples (site, in words, tone)."""
+    found: dict[str, tuple[str, str]] = {}
+    for event in run.events:
+        if event["event"] == "model_delivered":
+            same = "the same files as the server's" if event["same"] else "files that differ from the server's"
+            found[event["client"]] = f"of round {event['round']}, {same}", "good" if event["same"] else "bad"
+        elif event["event"] == "model_missing":
+            found[event["client"]] = f"not yet: {without_paths(event['reason'])}", "bad"
+    return [(site, *found[site]) for site in records.order(found)]
+
+
 def security(run: Run) -> list[tuple[str, str, str]]:
     """Everything that secures the run: triples (name, in words, a digest or fingerprint)."""
     names = {"base_digest": "Base model", "tokenizer_digest": "Tokenizer", "federation_digest": "Federation file"}

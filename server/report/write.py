@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from common.errors import RunFolderError
-from common.metrics import ANSWERS
+from common.metrics import ANSWERS, SCORES
 from common.system.files import write_atomically
 from common.web.template import Page, Section, fill
 from server.report import words
@@ -126,6 +126,21 @@ def _sites(run: Run) -> dict[str, Any]:
     return {"rounds": rounds, "sites": records.sites(run.events, rounds), "noise": words.noise(run)}
 
 
+def _model(run: Run) -> dict[str, Any] | None:
+    best, models = run.info.get("best"), run.info.get("models", {})
+    sites = words.delivered(run)
+    if not (best or models or sites):
+        return None
+    return {
+        "best": best,
+        "metric": SCORES[best["metric"]].in_text if best and best["metric"] in SCORES else "",
+        "models": models,
+        "sites": sites,
+        "stopped": run.info.get("stopped_early"),
+        "ended": run.info.get("status") == "completed",
+    }
+
+
 def _problems(run: Run) -> dict[str, Any]:
     found = records.problems(run.events)
     return {"problems": found[-_MOST_PROBLEMS:], "count": len(found), "shown": words.without_paths}
@@ -147,6 +162,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Run], dict[str, Any] | None]]] = [
     ("costs", "Time and bytes", "Time and bytes", _costs),
     ("answers", "Answers", "The same questions, before and after", _answers),
     ("drift", "Updates", "What the updates looked like", _drift),
+    ("model", "Model", "The model, and who has it", _model),
     ("sites", "Sites", "Sites and rounds", _sites),
     ("problems", "Problems", "Refusals and failures", _problems),
     ("security", "Security", "Security", _security),

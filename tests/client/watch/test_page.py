@@ -1,5 +1,6 @@
 """A site's page says what its files say, from before the first round to after the last, and when a file is damaged."""
 
+import json
 import re
 import shutil
 import time
@@ -109,6 +110,20 @@ def test_page_follows_ledger_and_status_and_says_what_is_damaged(site: Path) -> 
     site.with_name(f"{SITE}-agreements.json").write_text("{")
     with pytest.raises(ConfigError, match="no file that `fedspan site agree` wrote"):
         page()
+
+
+def test_models_that_are_kept_are_told_with_their_digests(site: Path) -> None:
+    agree(site)
+    site.write_text(site.read_text() + "keep: {model: models}\n")
+    folder = site.parent / "models" / "coding"
+    assert f"No model is here yet. It will be in {folder} ." in text(page_of(site), "model")
+    folder.mkdir(parents=True)
+    for note in ({"run": "77"}, [], {"run": "77", "models": {"model": {"round": 14}}}):
+        (folder / "delivered.json").write_text(json.dumps(note))
+        assert "No model is here yet" in text(page_of(site), "model")
+    models = {"model": {"round": 14, "trained": "aa" * 32, "files": "bb" * 32}}
+    (folder / "delivered.json").write_text(json.dumps({"run": "77", "base": None, "models": models}))
+    assert f"{folder / 'model'} 14 {'bb' * 32}" in text(page_of(site), "model")
 
 
 def test_command_serves_it_and_names_a_file_that_is_wrong(

@@ -119,3 +119,15 @@ def test_run_whose_server_is_only_starting_has_a_page(tmp_path: Path) -> None:
         page = LivePage(tmp_path / "run")()
         assert page.title.startswith("run: starting")
         assert "The server is starting." in page.sections[0].html
+
+
+def test_delivery_is_told_as_it_goes(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "run")
+    play_round(folder, 1)
+    folder.event("delivering", clients=["site-a", "site-b"], deadline=60)
+    folder.event("model_delivered", client="site-a", round=1, same=True)
+    page = LivePage(folder.path)()
+    assert "The rounds are over; the model goes to the sites." in page.sections[0].html
+    assert "has the model" in line_of(page, "site-a")
+    assert "gets the model" in line_of(page, "site-b")
+    folder.close()

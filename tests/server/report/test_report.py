@@ -308,3 +308,30 @@ def test_code_signer_link_and_keys_are_told(tmp_path: Path) -> None:
     security.note(run, b"changed", OwnSuperLink(Path("socket"), "0.0.0.0:9092"), sample_run.federation())
     assert "the run began with other code" in text_of(run)
     assert "WITHOUT TLS" in text_of(run)
+
+
+def test_models_and_who_has_them_are_told(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "run")
+    assert 'id="model"' not in render(read_all(folder.path))
+    play_round(folder, 1)
+    folder.event("best_round", round=1, metric="loss", score=3.26)
+    folder.model_info(
+        {"best": {"round": 1, "metric": "loss", "score": 3.26}, "stopped_early": "no better for 2 rounds"}
+    )
+    assert "Round 1 is the best so far: loss 3.260." in text_of(folder.path)
+    digests = {"trained_digest": "aa" * 32, "files_digest": "bb" * 32}
+    folder.model_info({"models": {"model": {"round": 2, **digests}, "best": {"round": 1, **digests}}})
+    folder.event("delivering", clients=["site-a", "site-b", "site-c"], deadline=60)
+    folder.event("model_delivered", client="site-a", round=2, same=True)
+    folder.event("model_missing", client="site-b", reason=f"site-b: {tmp_path}/models is full")
+    folder.event("model_delivered", client="site-c", round=2, same=False)
+    folder.close()
+    text = text_of(folder.path)
+    for told in (
+        "The run ended before its last round: no better for 2 rounds.",
+        f"best 1 {'aa' * 32} {'bb' * 32}",
+        "site-a of round 2, the same files as the server's",
+        "site-b not yet: site-b: …/models is full",
+        "site-c of round 2, files that differ from the server's",
+    ):
+        assert told in text
