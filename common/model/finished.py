@@ -15,11 +15,10 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
-from torch import Tensor
 
 from common.config.federation import FederationConfig
 from common.config.load import parse
@@ -27,9 +26,12 @@ from common.config.section import DataConfig, Digest, Section
 from common.config.task import ClassificationTask
 from common.errors import ConfigError, ModelError
 from common.model.card import BaseFacts, Card, Licence, render
-from common.model.export import save
-from common.model.tuning import Tuned
 from common.system.files import built
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.model.tuning import Tuned
 
 FACTS, README = "fedspan.json", "README.md"
 _LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*")  # files that go along with a model
@@ -81,8 +83,8 @@ class Finished(About):
 
 def write_model(
     folder: Path,
-    tuned: Tuned,
-    tensors: Mapping[str, Tensor],
+    tuned: "Tuned",
+    tensors: "Mapping[str, Tensor]",
     tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no useful type
     use: Use,
     card: Card,
@@ -102,6 +104,8 @@ def write_model(
     Raises:
         OSError: it cannot be written.
     """
+    from common.model.export import save  # here, so that a look at a card does not load PyTorch
+
     with built(folder) as new:
         labelled, merged = isinstance(card.task, ClassificationTask), card.form == "model"
         how = card.strategy, tokenizer
