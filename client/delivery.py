@@ -40,7 +40,7 @@ def deliver(
 
     Raises:
         StaleStateError: the site does not hold the tensors of this round; the server then sends them.
-        WireError: what was sent cannot be read, or training cannot have made it.
+        WireError: the sent tensors cannot be read, or training cannot have made them.
     """
     about = read_told(request.about, About)
     if (keep := session.site.keep) is None or models is None:
@@ -124,7 +124,7 @@ def _tensors(
 
     Raises:
         StaleStateError: the site does not hold them.
-        WireError: what was sent cannot be read, or training cannot have made it.
+        WireError: the sent tensors cannot be read, or training cannot have made them.
     """
     for tensors in _possible(request, card, session, gate, models, context):
         if _digest(tensors) == card.trained_digest:
@@ -139,7 +139,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def _possible(
     request: DeliverRequest, card: Card, session: Session, gate: Gate, models: KeptModels, context: Context
 ) -> Iterator[Tensors]:
-    """What was sent; else the states that the site holds and that may be the one."""
+    """The sent tensors; else the states that the site holds and that may be the one."""
     if request.num_bytes or request.since is not None:
         if request.since is None and session.model.is_cut:
             yield _whole(request, session, gate)

@@ -1,4 +1,4 @@
-"""What becomes of a run's states: checkpoints, the best round, early stopping, the delivery to the sites."""
+"""The use of a run's states: checkpoints, the best round, early stopping, the delivery to the sites."""
 
 from typing import Literal
 

@@ -66,7 +66,7 @@ class Use(Section):
 
 
 class About(Section):
-    """What the server tells the sites about a model that they write."""
+    """The facts that the server tells the sites about a model that they write."""
 
     use: Use
     card: Card

@@ -52,7 +52,7 @@ class Model:
 
 
 def telling(server_model: ServerModel, run_dir: Path, clients: Clients, best: BestRound) -> Callable[..., Told]:
-    """A function of node, round and state: what is told a site with the round's work, for the model that it keeps."""
+    """A function of node, round and state: the facts that go with a round's work for the models that a site keeps."""
     about: dict[int, str] = {}
 
     def told(node_id: int, number: int, state: Tensors) -> Told:

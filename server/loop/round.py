@@ -46,7 +46,7 @@ class Parts:
     quarantine: Quarantine
     folder: RunFolder
     best: BestRound
-    told: Callable[[int, int, Tensors], Told]  # what a site is told for the model that it keeps
+    told: Callable[[int, int, Tensors], Told]  # tells a site about the model that it keeps
     run: int = 0  # Flower's number of the run
     capped: set[str] = field(default_factory=set)  # sites of which it was told that they weigh less than they declare
 

@@ -1,0 +1,41 @@
+"""A site that is killed before the end, and comes back, has the model; by registered processes and a true SuperLink."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.sandbox.flower import Flower, kill, wait_for
+from deploy.sandbox.tiny import make_federation
+from tests.faults.conftest import Note
+from tests.faults.test_returning_clients import QUIET, SIZES, happened, site, submit
+from tests.federations.test_delivery import digests, keeping
+from tests.harness.results import events
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["fedsa-lora", {"name": "fedftg", "rank": 2}], ids=["fedsa-lora", "fedftg"])
+def test_site_killed_in_the_last_round_has_the_model_after_it_returns(
+    tmp_path: Path, injected: Note, strategy: object
+) -> None:
+    cohort, evaluation = {"min_clients": 1, "round_deadline": 180.0}, {**QUIET, "server": None}
+    settings = {"strategy": strategy, "cohort": cohort, "evaluation": evaluation, "training": {"local_steps": 1}}
+    file = keeping(make_federation(tmp_path, SIZES, **settings))
+    with Flower(tmp_path) as flower:
+        flower.start_node("a", site(tmp_path, "site-a"))
+        first = flower.start_node("b", site(tmp_path, "site-b"))
+        submit(flower, file)
+        wait_for(lambda: happened(tmp_path, event="reply", round=1, client="site-b"), 300)
+        wait_for(lambda: happened(tmp_path, event="round_started", round=2), 300)
+        kill(first)
+        injected("site killed in the last round")
+        wait_for(lambda: happened(tmp_path, event="model_delivered", client="site-a"), 300)
+        flower.start_node("b-again", site(tmp_path, "site-b"))
+        flower.wait(420)
+    run = tmp_path / "run"
+    assert {(e["client"], e["same"]) for e in events(run, "model_delivered")} == {("site-a", True), ("site-b", True)}
+    wanted = digests(run / "model")
+    for name in ("site-a", "site-b"):
+        folder = tmp_path / f"models-{name}" / "tiny"
+        assert digests(folder / "model") == wanted
+        assert (folder / "personal").exists() == (strategy == "fedsa-lora")
