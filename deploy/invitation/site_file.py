@@ -37,8 +37,8 @@ def site_file(site: str, federation: FederationConfig, values: dict[str, Any]) -
     content: dict[str, Any] = {"name": site, "data": {**data, "held_out": 0.1}, "model": model}
     if values.get("trust"):
         content["trust"] = values["trust"]
-    content["policy"] = {"federations": [federation.name]}
     content["keep"] = _KEEP
+    content["policy"] = {"federations": [federation.name]}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return _HEAD.format(site=site, federation=federation.name) + text
 

@@ -49,6 +49,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: ((f / "other").symlink_to("site-a-ledger.jsonl"), add_site(f, "site-b", ledger="other")),
         "site-a-ledger.jsonl is also that of",
     ),
+    "two sites of one folder for models": (
+        lambda f: (edit(f / "site-a.yaml", keep={"model": "models"}), add_site(f, "site-b")),
+        "site-b.yaml: `keep.model` is also that of",
+    ),
+    "somebody else's folder for models": (
+        lambda f: (edit(f / "site-a.yaml", keep={"model": "."}), (f / "tiny").mkdir(), (f / "tiny" / "x").touch()),
+        "tiny exists and holds no model of a federation; move it away, or name another folder",
+    ),
     "more clients than sites": (
         lambda f: edit(f / "federation.yaml", cohort={"min_clients": 3}),
         "`cohort.min_clients` is 3, but `local.sites` lists 1",

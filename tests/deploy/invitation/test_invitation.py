@@ -189,6 +189,13 @@ def add_to_site(text: str) -> Callable[[dict[str, bytes]], None]:
     return change
 
 
+def keep_in(folder: str) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        files["site.yaml"] = files["site.yaml"].replace(b"model: models\n", f"model: {folder}\n".encode())
+
+    return change
+
+
 def set_in_federation(**keys: Any) -> Callable[[dict[str, bytes]], None]:
     def change(files: dict[str, bytes]) -> None:
         files["federation.yaml"] = yaml.safe_dump({**yaml.safe_load(files["federation.yaml"]), **keys}).encode()
@@ -217,6 +224,7 @@ def nothing(files: dict[str, bytes]) -> None:
         (lambda files: files.update({"reviewer.pub": b"none"}), {}, "reviewer.pub: no public key in PEM"),
         (add_to_site("ledger: /tmp/x\n"), {}, "site.yaml: sets `ledger`, which is for the site alone to decide"),
         (add_to_site("  max_rounds: 9\n"), {}, "site.yaml: sets `policy.max_rounds`"),
+        (keep_in("/etc"), {}, "site.yaml: `keep` is for the site alone to decide; allowed in an invitation: {'model'"),
         (
             set_in_federation(model={"path": "/etc", "digest": "0" * 64}),
             {},
