@@ -201,8 +201,13 @@ def plan(options: argparse.Namespace, socket: Path) -> tuple[Member, dict[str, s
         raise ConfigError(
             f"{file}: {site.name} has agreed to no federation; fedspan site agree FEDERATION.yaml --site {file.name}"
         )
-    for federation in agreements:
+    for federation, agreed in agreements.items():
         site.check_model_folder(file, federation)
+        if agreed.federation.secure_aggregation is not None and options.auth_supernode_private_key is None:
+            raise ConfigError(
+                f"{file}: `secure_aggregation` of {federation} signs with the site's key; give "
+                "--auth-supernode-private-key FILE"
+            )
     home = (options.home or home_of(site, file)).resolve()
     try:
         make_private(home)

@@ -216,3 +216,12 @@ def test_noise_is_shared_and_the_ledger_says_against_whom(tmp_path: Path) -> Non
     norms = [r["diagnostics"]["mean-norm"] for r in read_lines(run / "metrics.jsonl") if r["phase"] == "aggregate"]
     numbers = moved(run).numel() * 2  # A and B have as many
     assert all(0.3 < norm / (0.002 / 3**0.5 * numbers**0.5) < 3 for norm in norms)
+
+
+@pytest.mark.long
+def test_killed_server_goes_on_with_fresh_keys(tmp_path: Path) -> None:
+    whole = in_one_process(federation(tmp_path / "whole", 4, secure_aggregation={"threshold": 2}))
+    file = federation(tmp_path / "killed", 4, secure_aggregation={"threshold": 2})
+    in_one_process(file, killed_in=3)
+    run = in_one_process(file, resume=True)
+    assert float((moved(run) - moved(whole)).norm() / moved(whole).norm()) < 1e-5

@@ -155,6 +155,8 @@ def test_sums_are_made_with_named_peers_alone(folder: Path, capsys: pytest.Captu
     assert agree(folder, "--yes") == 0  # other settings, the same peers
     (agreement,) = read_agreements(folder / "site-a-agreements.json").values()
     assert (agreement.peers, agreement.least_peers) == (known, 2)
+    assert main(["site", "join", str(folder / "site-a.yaml"), "--superlink", "127.0.0.1:1", "--insecure"]) == 2
+    assert "`secure_aggregation` of tiny signs with the site's key; give --auth-supernode" in capsys.readouterr().err
     change(folder / "federation.yaml", secure_aggregation=None)
     assert agree(folder, "--yes", *peers) == 2
     assert "which this federation does not have" in capsys.readouterr().err
