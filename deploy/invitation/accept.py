@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.errors import ConfigError, FedSpanError
 from common.system.command import Command
 from common.system.files import keep_private, make_private
@@ -92,6 +94,8 @@ def left_to_do(folder: Path, manifest: archive.Manifest, files: Mapping[str, byt
     if FILL_IN.encode() in b"\n".join(line for line in files[archive.SITE].splitlines() if line[:1] != b"#"):
         lines += [f"${{EDITOR:-vi}} {archive.SITE}    # fill in what says {FILL_IN}"]
     signature = f" --signature {archive.SIGNATURE}" if archive.SIGNATURE in files else ""
+    if (yaml.safe_load(files[archive.FEDERATION]) or {}).get("secure_aggregation"):
+        lines += ["# add --peer FILE.pub to the next line for every other site, whose key you compare with its people"]
     lines += [f"fedspan site agree {archive.FEDERATION} --site {archive.SITE}{signature}"]
     lines += [f"fedspan site check {archive.SITE} --federation {archive.FEDERATION} {link}"]
     lines += [f"# send {site}.pub to the operator, who runs: fedspan sites add sites.json {site} {site}.pub"]

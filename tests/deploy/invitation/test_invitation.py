@@ -115,6 +115,17 @@ def test_commands_that_are_left_to_do_are_in_order_and_understood(operator: Path
     assert fedspan("sites", "add", folder / "sites.json", "site-a", folder / "site-a.pub")[0] == 0
 
 
+def test_where_updates_are_masked_the_other_sites_keys_are_asked_for(operator: Path, tmp_path: Path) -> None:
+    sent, config = tmp_path / "tiny-site-a.zip", yaml.safe_load((operator / "federation.yaml").read_text())
+    strategy = {"name": "fedftg", "subspace": "shared", "rank": 2}
+    masked = {**config, "strategy": strategy, "secure_aggregation": {"threshold": 2}}
+    (operator / "masked.yaml").write_text(yaml.safe_dump(masked))
+    assert invite(operator, sent, federation="masked.yaml")[0] == 0
+    code, said = accept(sent, "--model", operator / "model")
+    assert code == 0
+    assert " ".join(said.split()).index("# add --peer FILE.pub to the next line") < said.index("fedspan site agree")
+
+
 def test_reviewers_signature_of_the_settings_goes_along_and_is_agreed_with(operator: Path, tmp_path: Path) -> None:
     sent, signature = tmp_path / "tiny-site-a.zip", tmp_path / "s.sig"
     sign = ["code", "sign", "--key", operator / "reviewer.key", "--federation", operator / "federation.yaml"]
