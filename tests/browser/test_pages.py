@@ -51,6 +51,18 @@ def test_report_is_one_file_that_can_be_read_by_everybody(
     looks(report.as_uri(), f"report-{sites}", opened, picture)
 
 
+def test_nothing_of_a_report_is_cut_off_on_paper(tmp_path: Path, opened: Open) -> None:
+    page = opened(write_report(scenes.finished(tmp_path / "run", 50)).as_uri(), width=720)  # A4 with its margins
+    page.emulate_media(media="print")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    wide = page.evaluate(
+        "[...document.querySelectorAll('table, figure, pre')].filter((one) => one.scrollWidth > innerWidth)"
+        ".map((one) => one.textContent.trim().slice(0, 60))"
+    )
+    assert wide == []
+    expect(page.get_by_role("navigation")).to_be_hidden()
+
+
 def test_page_of_a_site_can_be_read_by_everybody(tmp_path: Path, serve: Serve, opened: Open, picture: Picture) -> None:
     site = sample_site.site_folder(tmp_path / "site", max_rounds=20, max_upload_bytes_per_day=60_000_000)
     status = site.parent / f".{sample_site.SITE}" / "status.json"
