@@ -22,7 +22,7 @@ from common.errors import StaleStateError, WireError
 from common.model import second_moments
 from common.model.adapters import LORA_A, LORA_B
 from common.model.card import Card, read_told
-from common.model.finished import About
+from common.model.finished import About, Use
 from common.protocol import wire
 from common.protocol.digest import tensors_digest
 from common.protocol.messages import DeliverReply, DeliverRequest, TrainRequest
@@ -54,7 +54,8 @@ def deliver(
             tensors = _tensors(request, about.card, session, gate, models, context)
             digest = _write(models, name, tensors, about, session)
         if personal:
-            mine = about.model_copy(update={"card": about.card.model_copy(update={"personal": True})})
+            use = Use.of(session.federation, session.site.data)  # the server may know no rows like this site's
+            mine = About(use=use, card=about.card.model_copy(update={"personal": True}))
             _write(models, "personal", tensors, mine, session, own.after(about.card.round))
         models.let_go()
     except OSError as error:

@@ -1,6 +1,7 @@
 """Every site that keeps the model has the server's own, byte for byte; a personal one is usable alone."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from common.config.site import SiteConfig
+from common.data.rows import load_rows, split_held_out
+from deploy import cli
 from deploy.sandbox.tiny import make_federation
 from tests.harness.in_one_process import in_one_process
 from tests.harness.results import events, lines, outcome
@@ -108,7 +112,9 @@ def test_every_rounds_model_can_be_kept(tmp_path: Path) -> None:
         assert first == digests(before / "model")["model.safetensors"]
 
 
-def test_personal_model_has_the_sites_own_factors_and_answers_alone(tmp_path: Path) -> None:
+def test_personal_model_has_the_sites_own_factors_and_answers_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     strategy = {"name": "fedsa-lora", **LORA}
     file = make_federation(tmp_path, SIZES, strategy=strategy, evaluation={"server": None})
     run = in_one_process(keeping(file))
@@ -128,7 +134,26 @@ def test_personal_model_has_the_sites_own_factors_and_answers_alone(tmp_path: Pa
         assert "one site's own LoRA factor B" in (folder / "personal" / "README.md").read_text()
         (own,) = (tmp_path / f"{site}-own" / "tiny").glob("*-round-000002.safetensors")
         assert own.stat().st_mode & 0o777 == 0o600
+        told = next(
+            r for r in lines(run / "metrics.jsonl") if (r["client"], r["phase"], r["round"]) == (site, "evaluate", 2)
+        )
+        command = ["model", "score", str(folder / "personal"), "--data", str(held_out(tmp_path, site)), "--json"]
+        assert cli.main([*command, "--generate=0", "--rows=4"]) == 0
+        scores = json.loads(capsys.readouterr().out)["scores"]
+        assert scores["loss"] == pytest.approx(
+            told["evaluate"]["loss"], abs=2e-6
+        )  # with the site's own columns and base
     assert any(not torch.equal(found["site-a"][name], found["site-b"][name]) for name in found["site-a"])
+
+
+def held_out(folder: Path, site: str) -> Path:
+    """A file of the rows that a site keeps for evaluation."""
+    data = SiteConfig.model_validate(yaml.safe_load((folder / f"{site}.yaml").read_text())).data
+    terms = {row.prompt for row in split_held_out(load_rows(data, folder / "x").rows, data.held_out)[1]}
+    file = folder / f"{site}-held-out.jsonl"
+    rows = (folder / f"{site}.jsonl").read_text().splitlines()
+    file.write_text("\n".join(row for row in rows if json.loads(row)["term"] in terms))
+    return file
 
 
 def test_image_site_with_a_head_of_its_own_has_both_models(tmp_path: Path) -> None:
