@@ -17,11 +17,11 @@ from server.run.events import describe, event_kind
 from server.run.read import Run, read_all
 from server.run.state import RunState, SiteState, state_of
 
-_FILES = ("run.json", "events.jsonl", "samples.json", "security.json", "nodes.json", "federation.yaml")
-_METRICS = "metrics.jsonl"
+_RUN, _METRICS = "run.json", "metrics.jsonl"
+_FILES = (_METRICS, "events.jsonl", "samples.json", "security.json", "nodes.json", "federation.yaml")
 _EVENTS = 12  # the last so many are shown
 _LONGEST = 240  # bytes of an event's words; a round of many sites names them all
-_REST = 20  # times as long as drawing took, before anything is drawn again
+_REST, _DRAWING_REST = 4, 20  # times as long as it took, before files are read, or figures are drawn, again
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class LivePage:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._run: Run | None = None
-        self._seen: object = None
+        self._seen: tuple[object, object] | None = None
         self._sections: list[Section] = []
         self._drawn: dict[str, list[Figure]] = {}
         self._measured: object = None
-        self._draw_after = 0.0
+        self._read_after = self._draw_after = 0.0
 
     def __call__(self) -> Page:
         """The page as of now.
@@ -75,17 +75,20 @@ class LivePage:
         return Page(f"{run.name}: {state.state}{done}", head(run, state, live=True), [*here, *self._sections])
 
     def _read(self) -> Run:
-        measured = _stamp(self._run_dir / _METRICS)
-        seen = [_stamp(self._run_dir / name) for name in _FILES]
-        redraw = measured != self._measured and time.monotonic() >= self._draw_after
-        if self._run is None or (measured, seen) != self._seen or redraw:
-            self._run = read_all(self._run_dir)
+        measured, began = _stamp(self._run_dir / _METRICS), time.monotonic()
+        status, rest = _stamp(self._run_dir / _RUN), [_stamp(self._run_dir / name) for name in _FILES]
+        redraw = measured != self._measured and began >= self._draw_after
+        ended = self._seen is None or self._seen[0] != status  # begun, ended, or something else that cannot wait
+        if self._run is None or ended or ((self._seen != (status, rest) or redraw) and began >= self._read_after):
+            self._run, took = read_all(self._run_dir), 0.0
             if redraw:
-                began = time.monotonic()
+                drawing = time.monotonic()
                 self._drawn, self._measured = figures(self._run), measured
-                self._draw_after = time.monotonic() + _REST * (time.monotonic() - began)
+                took = time.monotonic() - drawing
+                self._draw_after = time.monotonic() + _DRAWING_REST * took
             self._sections = sections(self._run, self._drawn)
-            self._seen = (measured, seen)
+            self._seen = (status, rest)
+            self._read_after = time.monotonic() + _REST * (time.monotonic() - began - took)
         return self._run
 
 

@@ -17,6 +17,7 @@ from tests.harness.sample_run import SITES, begin, evaluate, play_round, train
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "figures", lambda run: {})
+    monkeypatch.setattr(live, "_REST", 0)
 
 
 def line_of(page: Page, site: str) -> str:
@@ -58,6 +59,7 @@ def test_how_far_a_site_is_follows_from_its_last_round(tmp_path: Path, monkeypat
     assert "its first round" in line_of(page(), "site-a")
     monkeypatch.undo()
     monkeypatch.setattr(live, "figures", lambda run: {})
+    monkeypatch.setattr(live, "_REST", 0)
     for site in SITES:
         train(folder, 1, site)  # site-a takes 78 seconds by its reply
     assert "waiting" in line_of(page(), "site-a")
@@ -98,7 +100,7 @@ def test_page_follows_the_folder_and_reads_it_only_when_it_has_changed(
 def test_figures_are_drawn_again_only_after_a_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, drawn = begin(tmp_path / "run"), []
     monkeypatch.setattr(live, "figures", lambda run: drawn.append(len(run.metrics)) or {})
-    monkeypatch.setattr(live, "_REST", 1e9)
+    monkeypatch.setattr(live, "_DRAWING_REST", 1e9)
     page = LivePage(folder.path)
     play_round(folder, 1)
     page()
@@ -131,3 +133,17 @@ def test_delivery_is_told_as_it_goes(tmp_path: Path) -> None:
     assert "has the model" in line_of(page, "site-a")
     assert "gets the model" in line_of(page, "site-b")
     folder.close()
+
+
+def test_large_run_is_read_again_only_after_a_rest_but_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_REST", 1e9)
+    folder = begin(tmp_path / "run")
+    page = LivePage(folder.path)
+    page()
+    play_round(folder, 1)
+    assert "No round has begun." in page().sections[0].html
+    folder.finish()
+    folder.close()
+    assert page().title == "run: completed"
