@@ -314,3 +314,20 @@ def test_server_without_a_supervisor_is_left_to_flower(tmp_path: Path, capsys: p
 def test_mistakes_are_told(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_run_is_watched_on_the_terminal_until_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completed(tmp_path / "run")
+    looks: list[float] = []
+
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", pause)
+    assert main(["watch", "run", "--runs", str(tmp_path)]) == 0
+    assert looks == [2.0] * 3
+    assert capsys.readouterr().out.count("run  completed  round 4 of 4") == 3
