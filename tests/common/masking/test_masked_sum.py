@@ -1,5 +1,7 @@
 """The oracle: the unmasked sum is the survivors' own, whoever drops out and when; and no vector is seen."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -7,7 +9,7 @@ from scipy.stats import chi2
 
 from common.errors import AggregationError
 from common.masking import primitives
-from common.masking.fixed_point import Words, decode, encode, encoded_weight, largest
+from common.masking.fixed_point import WORD_BYTES, Words, decode, encode, encoded_weight, largest
 from common.masking.parts import SumId
 from common.masking.site import pair_key, self_key
 from tests.harness.masking import ABOUT, Together, uniform
@@ -162,3 +164,22 @@ def test_masks_differ_between_rounds_attempts_and_pairs() -> None:
         together.share()
         seen |= {tuple(one.tolist()) for one in together.mask([np.zeros(4, np.uint32)] * 3)}
     assert len(seen) == 9
+
+
+def test_server_holds_one_vector_whatever_the_number_of_members() -> None:
+    words = 2**18
+    together = Together(9, 5, words)
+    together.share()
+    tracemalloc.start()
+    try:
+        for k, site in enumerate(together.sites):
+            site.receive(together.server.shares_for(together.ids[k]))
+            together.server.add_vector(together.ids[k], site.mask(np.full(words, k, np.uint32), ABOUT))
+        together.sign()
+        total = together.unmask()
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert set(total.tolist()) == {36}
+    assert held < WORD_BYTES * words  # the sum was there before; the vectors are gone
+    assert peak < 4 * WORD_BYTES * words  # a member's own, and chunks of a mask
