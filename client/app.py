@@ -88,7 +88,7 @@ def _answering(
             request = kind.read(message.content)
             known["round"] = number = getattr(request, "server_round", None)
             agreement = gate.agreed(request)
-            progress.begin(context.run_id, agreement.federation, name or handler.__name__, number)
+            progress.begin(context.run_id, agreement.federation, name or handler.__name__, number, request.run)
             site = _site(gate, agreement, context, progress)
             site.session.on_step = progress.step
             gate.check(site.session.federation, request)
@@ -184,7 +184,9 @@ def _trained(site: "Site", request: TrainRequest, most_bytes: int) -> tuple["Ten
 
 
 def evaluate(site: "Site", request: EvaluateRequest) -> EvaluateReply:
-    """Evaluate the received state, within the limits on evaluations and held-out rows."""
+    """Evaluate the last round's state, within the limits on evaluations and held-out rows."""
+    if site.gate.site.keep is None:  # else the model comes next
+        site.progress.ended(request.server_round)
     site.receive(request, [])
     scored = site.gate.charge(0, site.session.scored_rows)
     scores = site.session.evaluate() if scored else {}
@@ -197,9 +199,8 @@ def deliver(site: "Site", request: DeliverRequest) -> DeliverReply:
     from client import delivery
 
     models = site.models(request)
-    reply = delivery.deliver(request, site.session, site.gate, site.own(request), models, site.context)
-    where = "" if models is None else f"the model is in {models.folder}"
-    site.progress.say(where if reply.reason is None else f"the model is not written: {reply.reason}")
+    reply, folder = delivery.deliver(request, site.session, site.gate, site.own(request), models, site.context)
+    site.progress.ended(request.server_round, folder, reply.reason)
     return reply
 
 

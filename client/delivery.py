@@ -35,8 +35,11 @@ _SPARE = 50_000_000  # bytes that stay free: the ledger and the log go on
 
 def deliver(
     request: DeliverRequest, session: Session, gate: Gate, own: OwnTensors, models: KeptModels | None, context: Context
-) -> DeliverReply:
+) -> tuple[DeliverReply, Path | None]:
     """Write the model that a request names, and beside it the site's personal one if the strategy makes such.
+
+    Returns:
+        The reply; the model's folder, None: it is not written.
 
     Raises:
         StaleStateError: the site does not hold the tensors of this round; the server then sends them.
@@ -44,7 +47,7 @@ def deliver(
     """
     about = read_told(request.about, About)
     if (keep := session.site.keep) is None or models is None:
-        return DeliverReply(reason="it keeps no model (`keep` in its site file)")
+        return DeliverReply(reason="it keeps no model (`keep` in its site file)"), None
     every = f"round-{about.card.round:03}" if keep.when == "every" else "model"
     name = "best" if "best" in (keep.when, about.card.chosen) else every
     try:
@@ -60,8 +63,8 @@ def deliver(
         models.let_go()
     except OSError as error:
         log.error("the model cannot be written: %s", error)
-        return DeliverReply(reason=f"the model cannot be written ({error.strerror or type(error).__name__})")
-    return DeliverReply(files=digest)
+        return DeliverReply(reason=f"the model cannot be written ({error.strerror or type(error).__name__})"), None
+    return DeliverReply(files=digest), models.folder / name
 
 
 def hold(request: TrainRequest, session: Session, models: KeptModels | None) -> None:

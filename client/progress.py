@@ -3,9 +3,9 @@
 Nothing of this leaves the site. The file is JSON: run, federation, strategy, rounds, doing ("loading", "training",
 "evaluating", "exchanging" or "writing the model"; null: nothing), round of it, since (Unix time), step and steps of the
 training that goes on, trained (a list of round, loss, seconds), scored (a list of scores and after, the number of
-rounds behind the
-model), refused (the reason of the last refusal; null: none since) and time. During training it is written once a
-second.
+rounds behind the model), refused (the reason of the last refusal; null: none since), ended (the last round of a run
+that has ended; null: it goes on), model (folder of the model that it left here) and time. During training it is written
+once a second.
 """
 
 import json
@@ -50,7 +50,9 @@ class Progress:
         file = os.environ.get(PROGRESS)
         return cls(Path(file) if file else None)
 
-    def begin(self, run: int, federation: FederationConfig, message: str, number: int | None) -> None:
+    def begin(
+        self, run: int, federation: FederationConfig, message: str, number: int | None, identity: str | None = None
+    ) -> None:
         """Note the work that begins: a "hello", "train", "evaluate" or "deliver" message.
 
         Args:
@@ -58,12 +60,22 @@ class Progress:
             federation: the run's settings.
             message: the kind of message.
             number: the round; None: the message is of no round.
+            identity: which run it is, also when it was resumed under another number; None: not told.
         """
         name, strategy, rounds = federation.name, federation.strategy.name, federation.rounds
-        if self._now.get("federation") != name:
+        known = self._now.get("identity")
+        if self._now.get("federation") != name or (identity is not None and known not in (None, identity)):
             self._now = {"federation": name, "trained": [], "scored": []}
+        if message == "train" or self._now.get("run") != str(run):
+            self._now |= {"ended": None, "model": None}
         if self._now.get("run") != str(run):
-            self._now |= {"run": str(run), "strategy": strategy, "rounds": rounds, "refused": None}
+            self._now |= {
+                "run": str(run),
+                "identity": identity,
+                "strategy": strategy,
+                "rounds": rounds,
+                "refused": None,
+            }
             count = f"{rounds} round" if rounds == 1 else f"{rounds} rounds"
             log.info("%s asks this site to take part: %s, %s", name, strategy, count, extra=self.known)
         self._words.clear()
@@ -94,6 +106,12 @@ class Progress:
         known = [(SCORES[name], value) for name, value in scores.items() if name in SCORES]
         told = ", ".join(f"{score.in_text} {value:.3f}" for score, value in known if score.headline)
         self.say(f"the model after round {after} has here: {told}")
+
+    def ended(self, number: int, model: Path | None = None, why_not: str | None = None) -> None:
+        """Note that the run has ended after so many rounds, and where its model is, or why it is not here."""
+        self._now |= {"ended": number, "model": model and str(model)}
+        left = "" if model is None else f"; the model is in {model}"
+        self.say("the run has ended" + left + (f"; the model is not written: {why_not}" if why_not else ""))
 
     def end(self, sent_bytes: int) -> None:
         """Note that the message is answered with so many bytes of tensors, and log what was done."""

@@ -158,6 +158,9 @@ def _next(told: dict[str, Any], work: dict[str, Any], trained: int, *, here: boo
     if not work:
         return "The server asks this site to take part, once its run begins."
     rounds = work["rounds"]
+    if work.get("ended") and not work.get("doing"):
+        model = f", its model is in {work['model']}" if work.get("model") else ""
+        return f"The run has ended after round {work['ended']} of {rounds}{model}. The next one begins by itself."
     if work.get("doing") == "training":
         return f"The update of round {work['round']} leaves, if the limits below allow it."
     if work.get("doing"):

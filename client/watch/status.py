@@ -68,6 +68,8 @@ def in_words(told: dict[str, Any]) -> Iterator[str]:
     work = told.get("work") or {}
     if "federation" in work:
         yield _work(work, now=takes_part(told))
+        if work.get("model"):
+            yield f"the model is in {work['model']}"
         yield from _results(work)
     elif takes_part(told):
         yield "not asked yet"
@@ -76,10 +78,11 @@ def in_words(told: dict[str, Any]) -> Iterator[str]:
 def _work(work: dict[str, Any], *, now: bool) -> str:
     """The federation, the round, and what the site does for it now."""
     trained = work.get("trained") or []
-    number = work.get("round") or (trained[-1]["round"] if trained else 0)
+    number = work.get("round") or work.get("ended") or (trained[-1]["round"] if trained else 0)
     where = f"{work['federation']} ({work.get('strategy')}), round {number} of {work.get('rounds')}"
     if not now or work.get("doing") is None:
-        return f"{where}; {'waits to be asked' if now else 'as it was then'}"
+        waits = "the run has ended" if work.get("ended") else "waits to be asked" if now else "as it was then"
+        return f"{where}; {waits}"
     steps = f", step {work['step']} of {work['steps']}" if work.get("steps") else ""
     return f"{where}; {work['doing']} for {clock(time.time() - work['since'])}{steps}"
 

@@ -54,12 +54,16 @@ def test_log_says_in_a_line_what_was_done_in_a_round(
     progress.end(1_500_000)
     progress.begin(1, federation, "train", 2)
     progress.refuse("this site's policy: `max_rounds` is 1")
+    progress.begin(1, federation, "deliver", 14)
+    progress.ended(14, Path("models/coding/model"))
+    progress.end(0)
     assert [record.getMessage() for record in caplog.records] == [
         "coding asks this site to take part: fedftg, 14 rounds",
         "ready: 30 training rows",
         "round 1 of 14: the model after round 0 has here: loss 3.250, ROUGE-L 0.125; 20 steps in 4 s, "
         "training loss 2.500; 1.5 MB leave",
         "round 2 of 14: refused: this site's policy: `max_rounds` is 1",
+        "round 14 of 14: the run has ended; the model is in models/coding/model",
     ]
 
 
@@ -82,6 +86,21 @@ def test_work_is_kept_over_a_restart_and_a_resumed_run_counts_a_round_once(
     kept = json.loads(file.read_text())
     assert [(line["round"], line["loss"]) for line in kept["trained"]] == [(1, 1.0), (2, 9.0)]
     assert (kept["doing"], kept["round"], kept["step"]) == (None, None, None)
+
+
+def test_next_run_of_a_federation_begins_anew(federation: FederationConfig, tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "work.json")
+    seen = []
+    for number, run, message in ((1, "a", "train"), (1, "a", "evaluate"), (2, "a", "train"), (3, "b", "hello")):
+        progress.begin(number, federation, message, None if message == "hello" else 4, run)
+        if message == "train":
+            progress.trained(ROUND_ONE)
+        if message == "evaluate":
+            progress.ended(4)
+        progress.end(0)
+        work = json.loads((tmp_path / "work.json").read_text())
+        seen.append((len(work["trained"]), work["ended"]))
+    assert seen == [(1, None), (1, 4), (1, None), (0, None)]  # the second is resumed after it had ended
 
 
 def test_progress_that_cannot_be_written_ends_no_training(
@@ -125,6 +144,13 @@ def test_status_says_what_a_site_does(tmp_path: Path, capsys: pytest.CaptureFixt
     assert first.startswith("site-a: connected to fl:9092 since 2023-11-1")
     assert doing == "coding (fedftg), round 3 of 14; training for 0:00:40, step 12 of 20"
     assert results == ["training loss by round: 2.500", "loss of the federation's model here: 3.250 after round 0"]
+    work |= {"doing": None, "round": None, "ended": 12, "model": "/kept/coding/best"}
+    for told in ({"work": work, "time": time.time()}, {"work": work, "time": NOW}):
+        _, ended, where, *_ = in_words({"worker": {"state": "idle"}, **told})
+        assert (ended, where) == (
+            "coding (fedftg), round 12 of 14; the run has ended",
+            "the model is in /kept/coding/best",
+        )
 
 
 def test_link_that_is_refused_is_not_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
