@@ -285,7 +285,7 @@ def test_what_rounding_adds_to_a_share_is_taken_away() -> None:
 
 def test_numbers_have_the_names_that_training_and_tasks_give_them() -> None:
     made = {one.name for one in fields(TrainResult)} - {"not_finite"}  # of which nothing is told
-    assert made == TRAINING.keys() - {"wire_error", "rows_left_out"}
+    assert made == TRAINING.keys() - {"wire_error", "rows_left_out", "clipped"}
     assert SCORES.keys() < EVALUATED.keys()
 
 
@@ -322,7 +322,7 @@ def test_training_code_knows_the_page_without_flower() -> None:
     assert done.stdout.strip() == "False"
 
 
-PAGE = ("common/protocol/messages.py", "common/protocol/fields.py")
+PAGE = ("common/protocol/messages.py", "common/protocol/exchanges.py", "common/protocol/fields.py")
 PRODUCT = ("client", "common", "deploy", "server", "strategies")
 #: Keys that are everyday words, too: what else in the product has that name.
 ELSEWHERE = {
@@ -342,6 +342,7 @@ ELSEWHERE = {
     "noise": "a check before joining",
     "max_epsilon": "a key of the ledger",
     "train.tsv": "a file of GLUE",
+    "since": "a key of a site's status",
 }
 #: Files that import nothing of ours, with the copy of a key that they hold.
 COPIES = {"client/connect/verify.py": "bundle-signatures", "client/connect/worker_process.py": "config"}
