@@ -17,7 +17,7 @@ from common.data.rows import load_rows, split_held_out
 from deploy import cli
 from deploy.sandbox.tiny import make_federation
 from tests.harness.in_one_process import in_one_process
-from tests.harness.results import events, lines, outcome
+from tests.harness.results import events, lines, outcome, same_bits
 from tests.harness.tiny_images import make_image_federation
 
 SIZES = {"site-a": 9, "site-b": 17}
@@ -184,3 +184,22 @@ def test_site_says_why_it_has_written_no_model(tmp_path: Path) -> None:
     assert [e["client"] for e in events(run, "model_delivered")] == ["site-a", "site-b"]
     assert len(events(run, "round_started")) == 2
     assert outcome(run)["undelivered"] == []
+
+
+def test_sites_own_tensors_outlive_a_killed_run(tmp_path: Path) -> None:
+    """All processes die in round 2, and with them Flower's contexts; the result is that of a run in one go."""
+    strategy, evaluation = {"name": "fedsa-lora", "optimizer_state": "keep", **LORA}, {"server": None}
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    wanted = in_one_process(
+        keeping(make_federation(straight, SIZES, strategy=strategy, evaluation=evaluation, rounds=3))
+    )
+    file = keeping(make_federation(tmp_path, SIZES, strategy=strategy, evaluation=evaluation, rounds=3))
+    in_one_process(file, killed_in=3)
+    run = in_one_process(file, resume=True)
+    same_bits(run, wanted)
+    for site in SIZES:
+        folders = [folder / f"models-{site}" / "tiny" for folder in (tmp_path, straight)]
+        for name in ("model", "personal"):
+            one, other = (digests(folder / name)["adapter_model.safetensors"] for folder in folders)
+            assert one == other
