@@ -21,19 +21,20 @@ def test_site_killed_before_the_end_has_the_model_after_it_returns(
     tmp_path: Path, injected: Note, strategy: object
 ) -> None:
     settings: dict[str, Any] = {"strategy": strategy, "rounds": 1, "training": {"local_steps": 1}}
-    settings |= {"cohort": {"min_clients": 1, "round_deadline": 180.0}, "evaluation": {**QUIET, "server": None}}
+    settings |= {"cohort": {"min_clients": 2, "round_deadline": 900.0}, "evaluation": {**QUIET, "server": None}}
     file = keeping(make_federation(tmp_path, SIZES, **settings))
     agree_all(file)
     with Flower(tmp_path) as flower:
-        flower.start_node("a", site(tmp_path, "site-a"))
-        first = flower.start_node("b", site(tmp_path, "site-b"))
+        flower.start_warm_node("a", site(tmp_path, "site-a"), tmp_path / "a.json")
+        first = flower.start_warm_node("b", site(tmp_path, "site-b"), tmp_path / "b.json")
         submit(flower, file)
-        wait_for(lambda: happened(tmp_path, event="reply", round=1, client="site-b"), 300)
-        kill(first)
+        wait_for(lambda: happened(tmp_path, event="reply", round=1, client="site-b"), 600)
+        for process in first:
+            kill(process)
         injected("site killed before the last evaluation")
-        wait_for(lambda: happened(tmp_path, event="client_disconnected", client="site-b"), 300)
-        flower.start_node("b-again", site(tmp_path, "site-b"))
-        flower.wait(420)
+        wait_for(lambda: happened(tmp_path, event="client_disconnected", client="site-b"), 600)
+        flower.start_warm_node("b-again", site(tmp_path, "site-b"), tmp_path / "b-again.json")
+        flower.wait(600)
     run = tmp_path / "run"
     assert {(e["client"], e["same"]) for e in events(run, "model_delivered")} == {("site-a", True), ("site-b", True)}
     wanted = digests(run / "model")
