@@ -22,6 +22,7 @@ from benchmarks import (
     toy,
     wire_bytes,
 )
+from benchmarks.scale import run as scale
 from benchmarks.table import Table, publish
 
 
@@ -40,6 +41,7 @@ BENCHMARKS = {
     "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),
     "masked-sums": Benchmark(masked_sums.run, "3 minutes"),
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
+    "scale": Benchmark(scale.run, "40 minutes"),
     "server-memory": Benchmark(server_memory.run, "15 minutes"),
     "shared-noise": Benchmark(shared_noise.run, "2 minutes"),
     "stock-flower": Benchmark(stock_flower.run, "35 minutes"),
