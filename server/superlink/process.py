@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,6 @@ from common.system.processes import ProcessGroup, Started, last_lines, listens, 
 
 DATABASE = "superlink.sqlite"
 NOTE = "socket"  # file in Flower's folder that holds the path of the SuperLink's socket
-#: Tables of the SuperLink's database about messages; the messages' content is in memory alone.
-MESSAGES = ("message_ins", "message_res", "object_push_sessions")
 #: For the SuperLink and the ServerApp, its child (decision 008): glibc would keep freed tensors in one arena per thread
 #: that pulls replies, and memory would grow with the number of clients. With these settings it returns them.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -142,7 +139,7 @@ def wait_for(superlink: OwnSuperLink, started: Started | None = None) -> None:
 
 @contextlib.contextmanager
 def sockets(home: Path) -> Iterator[Path]:
-    """A folder for the sockets of a SuperLink with its database in ``home``; it must have ended before this does.
+    """A folder for the sockets of a SuperLink with its files in ``home``; it must have ended before this does.
 
     Raises:
         LaunchError: the folder's path would be too long.
@@ -152,22 +149,6 @@ def sockets(home: Path) -> Iterator[Path]:
             yield folder
         finally:
             (home / NOTE).unlink(missing_ok=True)
-            forget_messages(home / DATABASE)
-
-
-def forget_messages(database: Path) -> None:
-    """Take what is left of messages, texts of errors by now, out of the database of a SuperLink that has ended.
-
-    A database that cannot be read is left as it is: the next start of a SuperLink says what is wrong with it.
-    """
-    if not database.exists():
-        return
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as base:
-        for table in MESSAGES:
-            base.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
-        base.commit()
-        base.execute("VACUUM")  # pages that are free still hold what they held
-        base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def environment(home: Path, federation: FederationConfig | None, share: int = 1) -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""``flower-superlink`` for one account: its Control API and Runtime API on a Unix socket, its messages in memory.
+"""``flower-superlink`` for one account: its Control API and Runtime API on a Unix socket, its nodes on the disk.
 
     python -P server/superlink/program.py --socket PATH [options of flower-superlink]
 
-The database keeps nodes, runs and apps when the SuperLink dies. It keeps no messages: an interrupted round is trained
-again, so messages would lie on the disk for nothing. With ``--fleet-api-address unix:PATH`` sites of this machine
-connect over a socket, too, and nothing listens on a port (decision 025).
+The database keeps the nodes when the SuperLink dies, and nothing else (``server.superlink.state``). With
+``--fleet-api-address unix:PATH`` sites of this machine connect over a socket, too, and nothing listens on a port
+(decision 025).
 """
 
 import argparse
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from flwr.server.superlink.linkstate import LinkStateFactory
-from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import FederationManager
 
 from common.system import flower_socket
 from common.system.files import keep_private
-from server.superlink.process import MESSAGES
+from server.superlink.state import Objects, State
 
 _cli: Any = import_module("flwr.superlink.cli.flower_superlink")  # the package has a function of the same name
 _main: Any = import_module("flwr.superlink.main")
@@ -29,13 +28,11 @@ _parse, _in_use = _cli._format_address, _grpc.is_port_in_use
 
 
 def _factories(database: str, manager: FederationManager) -> tuple[ObjectStoreFactory, LinkStateFactory]:
-    """Flower's ``get_objectstore_linkstate_factories``, with the content of messages in memory alone."""
+    """Flower's ``get_objectstore_linkstate_factories``, with FedSpan's state."""
     objects = ObjectStoreFactory()
     links = LinkStateFactory(database, manager, objects)
-    state = links.state()
-    if isinstance(state, SqlLinkState):
-        for table in MESSAGES:  # entries from before a restart: the content of these messages is gone
-            state.query(f"DELETE FROM {table}")  # noqa: S608 - our own names
+    objects.store_instance = store = Objects()
+    links.state_instance = State(database, manager, store)
     return objects, links
 
 
