@@ -68,7 +68,10 @@ def federate(
 
     Raises:
         FedSpanError: with the reason, after it was written to the run folder.
+        SuperLinkLost: calls to the SuperLink fail for good.
     """
+    from server.loop.transport import SuperLinkLost
+
     config = resolved(load(source, FederationConfig), source)
     folder = RunFolder.reopen(run_dir, config) if resume else RunFolder.create(run_dir, config)
     folder.model_info({} if flower_run is None else {"flower_run": flower_run})
@@ -76,6 +79,8 @@ def federate(
         _run(grid, config, source, folder, resume=resume, keep_model=keep_model)
     except FedSpanError as error:
         folder.fail(str(error), kind_of(error), error.causes if isinstance(error, FederationError) else None)
+        raise
+    except SuperLinkLost:  # no outcome: whoever supervises the run sees that its server has died
         raise
     except (SystemExit, KeyboardInterrupt):  # Flower raises these after `flwr stop`, and when the SuperLink ends
         folder.interrupt()

@@ -12,6 +12,7 @@ from common.errors import FederationError, WireError, kind_of
 from common.protocol.messages import Hello, HelloRequest
 from common.text import SENTENCE, one_line
 from server.loop.inflight import LOST, POLL_SECONDS, InFlight, failure_in
+from server.loop.transport import patient
 from server.run import from_supervisor
 from server.run.folder import RunFolder
 from server.run.quarantine import Quarantine
@@ -73,7 +74,7 @@ class Clients:
         """
         for site in self._quarantine.readmitted():
             self._folder.event("client_readmitted", client=site, reason=f"{site}: takes part again")
-        online = set(self._grid.get_node_ids())
+        online = set(patient(self._grid.get_node_ids))
         self._note_connections(online)
         for node_id in self.returned(_GROUP):
             self._in_flight.forget(_GROUP, node_id)
@@ -215,7 +216,7 @@ class Clients:
 
     def _online(self) -> list[int]:
         """Admitted nodes that are connected now, by site name."""
-        online = set(self._grid.get_node_ids()) & self.hellos.keys()
+        online = set(patient(self._grid.get_node_ids)) & self.hellos.keys()
         return sorted(online, key=lambda node_id: self.hellos[node_id].site)
 
     def _refuse(self, node_id: int, site: str, reason: str, kind: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """Messages in flight: sent, and waiting for a reply. Replies are yielded one at a time, as they arrive."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -7,13 +8,15 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.serverapp import Grid
 
-from common.errors import FederationError, WireError, WorkerDied
+from common.errors import WireError, WorkerDied
 from common.protocol.messages import Failure
+from server.loop.transport import FAILURES, answered, patient
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # the SuperLink is on this machine: asking costs little
-_POLL_SECONDS_EACH = 0.02  # per message in flight: asking for one reply takes about as long
 #: So long a pull may hold up the other replies; a pull that takes longer goes on in its thread (decision 010).
 _PULL_SECONDS = 2.0
 #: Codes of the SuperLink's own replies: no site has answered.
@@ -53,34 +56,46 @@ class Sent:
     at: float
 
 
-class _Pull(threading.Thread):
+class _Pull:
     """Pulls the reply to one message from the SuperLink, in a thread.
 
-    Flower's ``pull_messages`` blocks until a reply is uploaded completely, up to two hours over a slow link. In the
-    server's main thread one slow site would hold up all others and the deadline (decision 010).
+    Flower's pull blocks until a reply is uploaded completely, up to two hours over a slow link. In the server's main
+    thread one slow site would hold up all others and the deadline (decision 010).
+
+    Attributes:
+        over: the pull has ended well, with a reply or without.
     """
 
-    def __init__(self, grid: Grid, message_id: str) -> None:
-        super().__init__(daemon=True)
-        self._grid, self._message_id = grid, message_id
+    def __init__(self, pull: Callable[[], list[Message]]) -> None:
+        self.over = False
+        self._pull = pull
+        self._thread: threading.Thread | None = None
         self._found: list[Message] = []
         self._error: Exception | None = None
-        self.start()
-        self.join(_PULL_SECONDS)
 
-    def run(self) -> None:
-        try:
-            self._found = list(self._grid.pull_messages([self._message_id]))
-        except Exception as error:  # noqa: BLE001 - raised where the result is asked for
-            self._error = error
-
-    def result(self) -> list[Message]:
-        """The reply, if the pull has ended with one; else no message."""
-        if self.is_alive():
+    def reply(self) -> list[Message]:
+        """The reply, if it is there; else no message, and a pull that failed on the way is made again next time."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+            self._thread.join(_PULL_SECONDS)
+        if self._thread.is_alive():
             return []
-        if self._error is not None:
-            raise self._error
-        return self._found
+        self._thread, found, error = None, self._found, self._error
+        self._found, self._error = [], None
+        if isinstance(error, FAILURES):
+            log.warning("a reply could not be pulled, and is pulled again: %s", error)
+            return []
+        if error is not None:
+            raise error
+        self.over = True
+        return found
+
+    def _run(self) -> None:
+        try:
+            self._found = self._pull()
+        except Exception as error:  # noqa: BLE001 - raised where the reply is asked for
+            self._error = error
 
 
 class InFlight:
@@ -90,35 +105,51 @@ class InFlight:
         self._grid = grid
         self._open: dict[str, Sent] = {}
         self._late: dict[str, Sent] = {}
-        self._pulls: dict[str, _Pull] = {}  # unfinished pulls, by message id: the reply is still being uploaded
+        self._pulls: dict[str, _Pull] = {}  # by message id: not begun, or the upload goes on, or the last one failed
+        self._undelivered: list[tuple[Sent, Message]] = []  # messages whose node left just before, with the error
 
     def push(self, messages: Iterable[Message], group: str) -> None:
-        """Send messages to the SuperLink.
+        """Send messages to the SuperLink; one that it does not take is answered as by a node that is gone.
 
         Raises:
-            FederationError: the SuperLink did not take all of them.
+            SuperLinkLost: the SuperLink does not answer, or does not take what belongs to the messages.
         """
         outgoing = list(messages)
-        ids = list(self._grid.push_messages(outgoing))
-        if len(ids) != len(outgoing) or not all(ids):
-            raise FederationError(f"the SuperLink took {sum(map(bool, ids))} of {len(outgoing)} messages of {group}")
+        ids = patient(lambda: list(self._grid.push_messages(outgoing)))
         now = time.time()
         for message_id, message in zip(ids, outgoing, strict=True):
-            self._open[message_id] = Sent(message.metadata.dst_node_id, group, now)
+            sent = Sent(message.metadata.dst_node_id, group, now)
+            if message_id:
+                self._open[message_id] = sent
+            else:
+                self._undelivered.append(
+                    (sent, create_message_error_unavailable_res_message(message.metadata, "node_unavail"))
+                )
 
     def arrived(self, group: str) -> Iterator[tuple[Sent, Message]]:
         """The replies of a group that have arrived by now."""
-        for message_id in [i for i, sent in self._open.items() if sent.group == group]:
+        gone = [(sent, error) for sent, error in self._undelivered if sent.group == group]
+        self._undelivered = [(sent, error) for sent, error in self._undelivered if sent.group != group]
+        yield from gone
+        asked = [i for i, sent in self._open.items() if sent.group == group]
+        for message_id in self._answered(asked):
             replies = self._pull(message_id)
             if replies:
                 yield self._open.pop(message_id), replies.pop()
 
+    def _answered(self, message_ids: list[str]) -> list[str]:
+        """Those messages whose replies may be pulled; the SuperLink is asked once for all."""
+        new = [i for i in message_ids if i not in self._pulls]
+        self._pulls |= {i: _Pull(pull) for i, pull in patient(lambda: answered(self._grid, new)).items()}
+        return [i for i in message_ids if i in self._pulls]
+
     def _pull(self, message_id: str) -> list[Message]:
         """The reply to a message, if it has arrived."""
-        pull = self._pulls.pop(message_id, None) or _Pull(self._grid, message_id)
-        if pull.is_alive():
-            self._pulls[message_id] = pull
-        return pull.result()
+        pull = self._pulls[message_id]
+        replies = pull.reply()
+        if pull.over:
+            del self._pulls[message_id]
+        return replies
 
     def replies(
         self, group: str, deadline: Callable[[], float], more: Callable[[], bool] = lambda: False
@@ -135,7 +166,7 @@ class InFlight:
                 return
             going_on = more() or bool(self.waiting(group))
             if going_on:
-                time.sleep(max(POLL_SECONDS, _POLL_SECONDS_EACH * len(self._open)))
+                time.sleep(POLL_SECONDS)
 
     def waiting(self, group: str) -> list[int]:
         """Nodes that have not answered the messages of a group."""
@@ -160,7 +191,8 @@ class InFlight:
         """
         now = time.time()
         self._late = {i: sent for i, sent in self._late.items() if now < sent.at + lifetime}
-        for message_id in list(self._late):
+        self._pulls = {i: pull for i, pull in self._pulls.items() if i in self._open or i in self._late}
+        for message_id in self._answered(list(self._late)):
             for reply in self._pull(message_id):
                 sent = self._late.pop(message_id)
                 if not reply.has_error():  # e.g. that the node is gone

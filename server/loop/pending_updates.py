@@ -6,12 +6,14 @@ On disk, because memory must not grow with the number of updates (decision 008).
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import FederationError
+from common.linalg.subspace import projects_right
 from common.protocol.tensors import Tensors, flatten, unflatten
 from strategies.rule import Update
 
@@ -27,6 +29,7 @@ class PendingUpdates:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._bases: Tensors = {}  # by tensor, where all sites share the round's basis
         self._kept: dict[
             str, tuple[Path, Update]
         ] = {}  # by client: file of the tensors, and the update without tensors
@@ -48,8 +51,12 @@ class PendingUpdates:
         groups: dict[str, Tensors] = {_WHOLE: dict(update.tensors)}
         for name, factors in update.factors.items():
             for number, (left, right) in enumerate(factors.terms):
-                groups.setdefault(f"{_LEFT}{number}", {})[name] = left
-                groups.setdefault(f"{_RIGHT}{number}", {})[name] = right
+                pair = {_LEFT: left, _RIGHT: right}
+                if factors.common:  # all updates of a round have the same basis in memory
+                    basis = _RIGHT if projects_right((len(left), right.shape[1])) else _LEFT
+                    self._bases[name] = pair.pop(basis)
+                for side, factor in pair.items():
+                    groups.setdefault(f"{side}{number}", {})[name] = factor
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({key: tensor.contiguous() for key, tensor in flatten(groups).items()}, file)
@@ -61,15 +68,17 @@ class PendingUpdates:
     def updates(self) -> Iterator[Update]:
         """All updates, sorted by the clients' names; tensors are memory-mapped and read as they are used."""
         for _, (file, update) in sorted(self._kept.items()):
-            yield _loaded(file, update)
+            yield _loaded(file, update, self._bases)
 
 
-def _loaded(file: Path, update: Update) -> Update:
+def _loaded(file: Path, update: Update, bases: Tensors) -> Update:
     """The update with its tensors."""
-    groups, number = unflatten(load_file(file)), 0
+    groups = unflatten(load_file(file))
     factors = {name: replace(one, terms=[]) for name, one in update.factors.items()}
-    while lefts := groups.get(f"{_LEFT}{number}"):
-        for name, left in lefts.items():
-            factors[name].terms.append((left, groups[f"{_RIGHT}{number}"][name]))
-        number += 1
+    for name, one in factors.items():
+        for number in count():
+            left, right = (groups.get(f"{side}{number}", {}).get(name) for side in (_LEFT, _RIGHT))
+            if left is None and right is None:
+                break
+            one.terms.append((bases[name] if left is None else left, bases[name] if right is None else right))
     return replace(update, tensors=groups.get(_WHOLE, {}), factors=factors)

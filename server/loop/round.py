@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 #: Error codes after which the server resends the round's work to the client, once: stale state, or a process that
 #: crashed (decisions 003, 011).
 _ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
+_LOST_TIMES = 4  # a round's work is sent at most so many times to a site whose answers are lost on their way
 _MOST_TIMES = 10  # a round's work is sent to a site at most so many times, however often the site reconnects
 
 
@@ -208,7 +209,9 @@ class Round:
             if failure.code in _ONCE_MORE and name not in self._again:
                 self._again.add(name)
                 self._lost[name] = failure
-            elif failure.code == ErrorCode.NODE_UNAVAILABLE:
+            elif failure.code == ErrorCode.NODE_UNAVAILABLE or (
+                failure.code == ErrorCode.MESSAGE_UNAVAILABLE and self._given[name] < _LOST_TIMES
+            ):
                 self._lost[name] = failure
             else:
                 self._fail(name, failure)

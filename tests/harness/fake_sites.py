@@ -230,9 +230,10 @@ def run(
     resume: bool = False,
     late: Late = never_late,
     start: dict[str, torch.Tensor] | None = None,
+    grid: Any = None,
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """A whole run from ``start``, or ``base()``; ``changes`` are of the federation file."""
+    """A whole run from ``start``, or ``base()``, on a grid of its own; ``changes`` are of the federation file."""
     settings = {
         "name": "x",
         "model": {"path": "m"},
@@ -250,7 +251,7 @@ def run(
         folder.rewind(0 if checkpoint is None else checkpoint.metrics_bytes)
     else:
         folder = RunFolder.create(tmp_path / "run", config)
-    grid: Any = Grid(dict(enumerate(sites, start=1)), late)
+    grid = grid or Grid(dict(enumerate(sites, start=1)), late)
     server_model: Any = ServerModel()
     strategy = make_strategy(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer

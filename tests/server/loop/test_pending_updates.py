@@ -11,11 +11,13 @@ from server.loop.pending_updates import PendingUpdates
 from strategies.rule import Update
 from tests.harness.full_disk import no_space
 
+BASIS = torch.arange(4.0).reshape(1, 4)  # all sites share it in a round
+
 
 def make(client: str, seed: int) -> Update:
     g = torch.Generator().manual_seed(seed)
     terms = [(torch.randn(6, 2, generator=g), torch.randn(2, 4, generator=g)) for _ in range(2)]
-    more = (torch.randn(6, 1, generator=g), torch.randn(1, 4, generator=g))
+    more = (torch.randn(6, 1, generator=g), BASIS)
     factors = {"a.weight": Factors(0.99, terms), "b.weight": Factors(1.0, [more], common=True)}
     return Update(client, seed, {"c.weight": torch.randn(3, 5, generator=g).bfloat16()}, 16.0, factors)
 
@@ -44,6 +46,7 @@ def test_updates_come_back_by_name_as_they_were(tmp_path: Path) -> None:
         back = list(pending.updates())
         assert [update.client for update in back] == ["site-a", "site-b", "site-c"]
         assert all(same(update, updates[update.client]) for update in back)
+        assert all(update.factors["b.weight"].terms[0][1] is BASIS for update in back)
     assert not (tmp_path / "incoming").exists()
 
 
