@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import WireError
+from common.linalg.remembered import square_norm, times_left, times_right
 from common.linalg.subspace import SharedBasis, projects_right, shared_basis
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -49,12 +50,17 @@ class Factors:
         square = float(((left.T @ left).double() * (right @ right.T).double()).sum())
         shrunk = self.decay - 1.0
         if shrunk:
-            weight = start.to(torch.float32)
-            square += 2 * shrunk * float(((weight @ right.T) * left).sum(dtype=torch.float64))
-            square += (
-                shrunk * shrunk * float(weight.square().sum(dtype=torch.float64))
-            )  # ** would raise OverflowError; * gives inf
+            square += 2 * shrunk * self._inner(start, left, right)
+            square += shrunk * shrunk * square_norm(start)  # ** would raise OverflowError; * gives inf
         return max(square, 0.0)
+
+    def _inner(self, start: Tensor, left: Tensor, right: Tensor) -> float:
+        """Inner product of W_0 and the terms; W_0 times a basis that all sites share is computed once a round."""
+        if self.common and projects_right(start.shape):
+            return float((times_right(start, self.terms[0][1]) * left).sum(dtype=torch.float64))
+        if self.common:
+            return float((times_left(start, self.terms[0][0]) * right).sum(dtype=torch.float64))
+        return float(((start.to(torch.float32) @ right.T) * left).sum(dtype=torch.float64))
 
     def change(self, start: Tensor) -> Tensor:
         """W - W_0 (m, n), in float32, for W_0 = ``start`` (m, n)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.config.strategy import StrategyConfig
 from common.config.training import TrainingConfig
 from common.errors import RefusedUpdate
+from common.linalg.remembered import square_norm
 from common.model.families import in_head
 from common.model.second_moments import is_second_moment, without
 from common.protocol.factors import Factors
@@ -120,7 +121,9 @@ def _path_from_zero(steps: int) -> float:
 
 def _shrinking(base: Tensor, order: float, training: TrainingConfig) -> float:
     """Norm of the given order of the change by one step of weight decay, for learning rate 1."""
-    return training.weight_decay * size(base, order) if training.weight_decay else 0.0
+    if not training.weight_decay:
+        return 0.0
+    return training.weight_decay * (math.sqrt(square_norm(base)) if order == 2 else size(base, order))
 
 
 def size(tensor: Tensor, order: float) -> float:
@@ -233,7 +236,7 @@ def update_size(
         return UpdateSize(norm, norm, 0.0)
     decay = 0.0
     if training.weight_decay and strategy.trains == "weights":  # sites clip the update without its decay
-        start = total({name: float(base[name].float().norm()) for name in norms})
+        start = math.sqrt(sum(square_norm(base[name]) for name in norms))
         decay = training.steps(rows) * training.learning_rate * training.weight_decay * start
     return UpdateSize(
         norm, min(norm, privacy.clip + decay), noise_in({name: base[name] for name in norms}, strategy, privacy)

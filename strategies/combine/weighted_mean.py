@@ -18,6 +18,7 @@ from common.protocol.tensors import Tensors
 
 Changed = Mapping[str, Tensor | Factors]
 Means = dict[str, Tensor | Factors]
+_PENDING = 8  # beside a dense sum, factors may take this part of the sum's memory
 NO_UPDATE = "no update to average: every client failed or was refused"
 
 
@@ -62,16 +63,21 @@ def applied(means: Changed, base: Mapping[str, Tensor]) -> Tensors:
 
 
 class _Sum:
-    """Weighted sum of one tensor's changes, in factors while the factors are smaller than the tensor."""
+    """Weighted sum of one tensor's changes, in factors while the factors are smaller than the tensor.
+
+    Later factors are collected, too, and added to the dense sum by one product for several clients.
+    """
 
     def __init__(self, base: Tensor) -> None:
         self._base = base
         self._whole: Tensor | None = None
-        self._factors = Factors(1.0, [])  # the sum in factors; its decay is 1 + sum of w_k (c_k - 1)
+        self._factors = Factors(
+            1.0, []
+        )  # the rest of the sum, beside ``_whole``; the decay is 1 + sum of w_k (c_k - 1)
 
     def add(self, value: Tensor | Factors, weight: float) -> None:
         if isinstance(value, Tensor):
-            self._whole = self._densified().add_(_change(value, self._base), alpha=weight)
+            self._densify().add_(_change(value, self._base), alpha=weight)
             return
         terms = value.scaled(self._base.shape, weight).terms
         if value.common and self._factors.terms:  # all clients share one basis, so only the other factors are added
@@ -80,27 +86,34 @@ class _Sum:
         else:
             terms = self._factors.terms + terms
         self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, value.common)
-        if self._whole is not None or sum(len(r) for _, r in terms) * sum(self._base.shape) >= self._base.numel():
-            self._whole = self._densified()
+        most = self._base.numel() if self._whole is None else self._base.numel() // _PENDING
+        if sum(len(r) for _, r in terms) * sum(self._base.shape) >= most:
+            self._densify()
 
     def mean(self, weight: float) -> Tensor | Factors:
-        if self._whole is not None:
-            return (self._base.to(torch.float32) + self._whole / weight).to(self._base.dtype)
-        return self._factors.scaled(self._base.shape, 1.0 / weight)
+        if self._whole is None:
+            return self._factors.scaled(self._base.shape, 1.0 / weight)
+        return (self._base.to(torch.float32) + self._total() / weight).to(self._base.dtype)
 
     def square(self) -> float:
         """Squared Frobenius norm of the sum."""
         if self._whole is None:
             return self._factors.square(self._base)
-        return float(self._whole.square().sum(dtype=torch.float64))
+        return float(self._total().square().sum(dtype=torch.float64))
 
-    def _densified(self) -> Tensor:
-        """The sum as a dense tensor; empties ``_factors``."""
-        factors, self._factors = self._factors, Factors(1.0, [])
-        if not factors.terms and factors.decay == 1.0:
-            return torch.zeros(self._base.shape) if self._whole is None else self._whole
-        change = factors.change(self._base)
-        return change if self._whole is None else self._whole.add_(change)
+    def _densify(self) -> Tensor:
+        """The sum without decay as a dense tensor; the factors in it are let go."""
+        if self._whole is None:
+            self._whole = torch.zeros(self._base.shape)
+        if self._factors.terms:
+            self._whole.addmm_(*self._factors.stacked(tuple(self._base.shape)))
+            self._factors = Factors(self._factors.decay, [])
+        return self._whole
+
+    def _total(self) -> Tensor:
+        """The sum as a dense tensor."""
+        whole, shrunk = self._densify(), self._factors.decay - 1.0
+        return whole.add(self._base, alpha=shrunk) if shrunk else whole
 
 
 class Drift:

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from common.config.aggregation import MedianConfig
 from common.errors import AggregationError
+from common.protocol.factors import Factors
 from strategies.fedftg import FedFTGRule
 from strategies.fedit import FedITRule
 from strategies.ffa_lora import FFALoRARule
@@ -161,3 +162,31 @@ def test_drift_is_that_of_the_clients_changes() -> None:
         cosines = [units[i] @ units[j] for i, j in ((0, 1), (0, 2), (1, 2))]
         assert found[f"client-norm/{group}"] == pytest.approx(np.mean([np.linalg.norm(m) for m in moves]), rel=1e-5)
         assert found[f"client-cosine/{group}"] == pytest.approx(np.mean(cosines), abs=1e-5)
+
+
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("clients", [1, 3, 40])
+def test_factors_average_exactly_also_where_their_sum_becomes_dense(clients: int, common: bool) -> None:
+    """Forty clients of rank 2 have more directions than the weight; each decays by another factor, one came dense."""
+    g, name, shape = torch.Generator().manual_seed(clients), "model.layers.0.up_proj.weight", (24, 16)
+    state, basis = {name: torch.randn(shape, generator=g)}, torch.linalg.qr(torch.randn(16, 2, generator=g)).Q.T
+    updates, changes = [], []
+    for k in range(1, clients + 1):
+        pair = (1e-2 * torch.randn(24, 2, generator=g), basis if common else torch.randn(2, 16, generator=g))
+        factors = Factors(1 - 1e-3 * k, [pair], common)
+        change = (factors.decay - 1) * state[name].double() + pair[0].double() @ pair[1].double()
+        dense = k == 2 and not common
+        whole = {name: (state[name].double() + change).float()} if dense else {}
+        updates.append(Update(f"{k}", k, whole, None, {} if dense else {name: factors}))
+        changes.append(change.numpy())
+    got = aggregate(FedFTGRule(shared=(0, 2) if common else None, whole=True), 1, state, updates)
+    exact = weighted_mean(changes, range(1, clients + 1))
+    assert close(got.state[name].double().numpy() - state[name].double().numpy(), exact, 1e-4)
+    norms = [np.linalg.norm(change) for change in changes]
+    assert got.diagnostics["client-norm/model.layers.0"] == pytest.approx(np.mean(norms), rel=1e-5)
+    if clients > 1:
+        units = np.stack([(change / norm).ravel() for change, norm in zip(changes, norms, strict=True)])
+        pairs = (units @ units.T).sum() - clients
+        assert got.diagnostics["client-cosine/model.layers.0"] == pytest.approx(
+            pairs / (clients * (clients - 1)), abs=1e-5
+        )

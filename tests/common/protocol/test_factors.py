@@ -200,3 +200,22 @@ def test_tensor_that_is_no_matrix_comes_whole() -> None:
     parts = {"bias/left": torch.ones(2, 1), "bias/right": torch.ones(1, 2), "bias/decay": torch.ones(())}
     with pytest.raises(WireError, match=r"bias: shape \(4,\) has no factors; send it whole"):
         unpack(parts, {"bias": (4,)}, OWN)
+
+
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_square_is_that_of_the_change_also_when_start_or_basis_is_another(shape: tuple[int, int], common: bool) -> None:
+    """What is remembered of W_0 holds for its contents and for one basis alone."""
+    g = torch.Generator().manual_seed(3)
+    start = torch.randn(shape, generator=g)
+
+    def told(left: Tensor, right: Tensor) -> tuple[float, float]:
+        change = (0.9 - 1) * start.double() + left.double() @ right.double()
+        return Factors(0.9, [(left, right)], common).square(start), float(change.square().sum())
+
+    left, right = torch.randn(shape[0], 2, generator=g), torch.randn(2, shape[1], generator=g)
+    for ours, exact in (told(left, right), told(left * 2, right), told(left, right * 3), told(left * 2, right * 3)):
+        assert ours == pytest.approx(exact, rel=1e-5)
+    start[0] += 5
+    ours, exact = told(left, right)
+    assert ours == pytest.approx(exact, rel=1e-5)
