@@ -28,11 +28,10 @@ from strategies.flower.messages import RuleMessages
 from strategies.rule import RoundResult, Tensors, Update
 
 log = logging.getLogger(__name__)
-#: Error codes after which the server resends the round's work to the client, once: stale state, or a process that
-#: crashed (decisions 003, 011).
+#: Error codes after which a client is sent the round's work once more: stale state, a crash (decisions 003, 011).
 _ONCE_MORE = LOST - {ErrorCode.NODE_UNAVAILABLE} | {StaleStateError.code}
-_LOST_TIMES = 4  # a round's work is sent at most so many times to a site whose answers are lost on their way
 _MOST_TIMES = 10  # a round's work is sent to a site at most so many times, however often the site reconnects
+_TIMES = {ErrorCode.NODE_UNAVAILABLE: _MOST_TIMES, ErrorCode.MESSAGE_UNAVAILABLE: 4}  # the second: its answer is lost
 
 
 @dataclass(frozen=True)
@@ -209,9 +208,7 @@ class Round:
             if failure.code in _ONCE_MORE and name not in self._again:
                 self._again.add(name)
                 self._lost[name] = failure
-            elif failure.code == ErrorCode.NODE_UNAVAILABLE or (
-                failure.code == ErrorCode.MESSAGE_UNAVAILABLE and self._given[name] < _LOST_TIMES
-            ):
+            elif self._given[name] < _TIMES.get(failure.code, 0):
                 self._lost[name] = failure
             else:
                 self._fail(name, failure)
