@@ -43,9 +43,9 @@ def deliver(
 
     Raises:
         StaleStateError: the site does not hold the tensors of this round; the server then sends them.
-        WireError: the sent tensors cannot be read, or training cannot have made them.
+        WireError: the sent tensors cannot be read, or training cannot have made them; or the card is of another model.
     """
-    about = read_told(request.about, About)
+    about = _told(request.about, session)
     if (keep := session.site.keep) is None or models is None:
         return DeliverReply(reason="it keeps no model (`keep` in its site file)"), None
     every = f"round-{about.card.round:03}" if keep.when == "every" else "model"
@@ -78,7 +78,7 @@ def hold(request: TrainRequest, session: Session, models: KeptModels | None) -> 
         return
     try:
         if keep.when == "every" and request.about is not None:
-            about = read_told(request.about, About)
+            about = _told(request.about, session)
             name = f"round-{about.card.round:03}"
             if about.card.round == after and models.digest(name, about.card.trained_digest) is None:
                 if _digest(tensors) == about.card.trained_digest:
@@ -87,6 +87,7 @@ def hold(request: TrainRequest, session: Session, models: KeptModels | None) -> 
                 else:
                     log.warning("the model of round %d is not kept: this site does not hold all of it", after)
         elif keep.when == "best" and (session.weights is None or session.weights.steps is None):
+            _check_room(models, session)
             models.hold(after, tensors, request.best)
     except OSError as error:
         log.error("the state of round %d is not kept: %s", after, error)
@@ -105,10 +106,7 @@ def _write(
     Raises:
         OSError: there is no room, or it cannot be written.
     """
-    need, free = session.model.written_bytes, shutil.disk_usage(_there(models.folder)).free
-    if free < need + _SPARE:
-        raise OSError(0, f"no room: it takes {size(need)}")
-
+    _check_room(models, session)
     models.base = session.model.source
 
     def make(folder: Path) -> None:
@@ -117,8 +115,34 @@ def _write(
     return models.write(name, about.card.round, about.card.trained_digest, make)
 
 
-def _there(folder: Path) -> Path:
-    return next(one for one in (folder, *folder.parents) if one.is_dir())
+def _check_room(models: KeptModels, session: Session) -> None:
+    """Raise an OSError when the disk has no room for one more model, or for a state, which is no larger."""
+    there = next(one for one in (models.folder, *models.folder.parents) if one.is_dir())
+    need = session.model.written_bytes
+    if shutil.disk_usage(there).free < need + _SPARE:
+        raise OSError(0, f"no room: it takes {size(need)}")
+
+
+def _told(text: str, session: Session) -> About:
+    """The facts about a model, if they are of the federation that this site has agreed to.
+
+    So a site writes no more models than the agreement has rounds, and none that says that it is another one's.
+
+    Raises:
+        WireError: they cannot be read, or are not.
+    """
+    about, agreed = read_told(text, About), session.federation
+    card = about.card
+    facts: dict[str, tuple[object, object]] = {
+        "federation": (card.federation, agreed.name),
+        "task": (card.task, agreed.task),
+        "strategy": (card.strategy, agreed.strategy),
+        "rounds": (card.rounds, agreed.rounds),
+    }
+    for key, (told, known) in facts.items():
+        if told != known:
+            raise WireError(f"the model card's `{key}` is not that of the federation that this site has agreed to")
+    return about
 
 
 def _tensors(

@@ -64,10 +64,8 @@ class KeptModels:
         Raises:
             OSError: it cannot be written; an older one is unchanged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._begin()
         before, now = self._note(), self._told()
-        if not (self.folder / MARK).exists():
-            self._write_note({})
         make(self.folder / name)
         digest = files_digest(self.folder / name)
         self._write_note({**now, name: {"round": server_round, "trained": trained_digest, "files": digest}})
@@ -83,9 +81,7 @@ class KeptModels:
             OSError: it cannot be written.
         """
         final = self._held / f"round-{server_round:06}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / MARK).exists():
-            self._write_note({})
+        self._begin()
         with built(final) as new:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
         for old in self._held.glob("round-*"):
@@ -102,6 +98,14 @@ class KeptModels:
     def let_go(self) -> None:
         """Let go of all held states: the run has ended."""
         shutil.rmtree(self._held, ignore_errors=True)
+
+    def _begin(self) -> None:
+        """Make the federation's folder, if it is not there; one that holds something else is left alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / MARK).exists():
+            if any(self.folder.iterdir()):
+                raise FileExistsError(0, "its folder holds something else; move that away")
+            self._write_note({})
 
     def _note(self) -> dict[str, Any]:
         try:
