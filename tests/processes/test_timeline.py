@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from tests.harness.processes import FEDSPAN, ROOT, SECONDS, environment
 
 pytestmark = pytest.mark.timeout(1200)
 SITES = ("site-a", "site-b")
-ENDLESS = (["server", "start"], ["site", "join"])
+ENDLESS = (["server", "start"], ["site", "join"], ["site", "watch"])
 
 
 def commands(page: str, section: int) -> list[list[str]]:
@@ -85,6 +86,17 @@ def check_log(log: str) -> None:
         assert sum(part in line for line in lines) == 1 + (part == "site: round 1 of 1: "), (part, log)
 
 
+def check_page(log: Path) -> None:
+    """The site's page is at the address that its command prints."""
+
+    def address() -> str | None:
+        found = re.search(r"http://\S+", log.read_text()) if log.exists() else None
+        return None if found is None else found.group()
+
+    wait_for(lambda: address() is not None, SECONDS)
+    assert "1 of 1 rounds are trained here" in httpx.get(str(address())).text
+
+
 def test_documents_lead_from_empty_folders_to_a_trained_model(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     with ProcessGroup(tmp_path / "logs") as group:
@@ -114,6 +126,7 @@ def test_documents_lead_from_empty_folders_to_a_trained_model(tmp_path: Path) ->
         operator.follow("operators.md", 9)
         for site, hospital in hospitals.items():
             hospital.follow("hospitals.md", 6, site)
+            check_page(tmp_path / "logs" / f"{site}-watch.log")
             check_log((tmp_path / "logs" / f"{site}-join.log").read_text())
         for site, hospital in hospitals.items():
             hospital.follow("hospitals.md", 7, site)
