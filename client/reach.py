@@ -216,7 +216,7 @@ class Known:
         """
         reach.check_like(tensors, self._first)
         strategy = reach.federation.strategy
-        known, since = (self._last, self._after) if after >= self._after else (self._first, 0)
+        known, since = (self._last, self._after) if after > self._after else (self._first, 0)
         reach.check(tensors, known, after - since, since == 0)
         # A state that was cut to a smaller rank is not remembered: the part that was cut off is unknown.
         if after >= self._after and not (strategy.splits_anew and _rank(tensors) < strategy.rank):

@@ -139,7 +139,7 @@ class Session:
             StaleStateError: a tensor is neither sent nor kept from an earlier round, or a kept one is out of date.
             WireError: training cannot have made this state (``client.reach``).
         """
-        if self.weights is not None and after < self.weights.after:
+        if self.weights is not None and 0 < self.weights.after >= after:  # also the same state, in other last bits
             self.model.start_anew()
         weights, exchanged = self.weights, self.exchanged  # made from the base model, so before it is overwritten
         missing = exchanged.keys() - tensors.keys()

@@ -39,6 +39,8 @@ class Site:
         return receive(request, active, self.session, self.gate, self.context)
 
     def models(self, request: HelloRequest) -> KeptModels | None:
-        """The models that the site keeps of a request's federation; None: it keeps none."""
+        """The models that the site keeps of a request's federation; None: it keeps none, as in an experiment."""
+        if self.context.node_config.get("ledgers") is not None:
+            return None
         folder = self.gate.site.model_folder(Path(str(self.context.node_config["site"])), self.session.federation.name)
         return None if folder is None else KeptModels(folder, request.run)
