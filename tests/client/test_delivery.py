@@ -26,8 +26,8 @@ from tests.harness.agreements import agree_all
 class Asked:
     """A site that holds nothing yet, and a server's request for the model of ``state``."""
 
-    def __init__(self, folder: Path) -> None:
-        file = make_federation(folder, {"site-a": 9}, strategy={"name": "fedit", "modules": "linear", "rank": 2})
+    def __init__(self, folder: Path, strategy: dict[str, Any]) -> None:
+        file = make_federation(folder, {"site-a": 9}, strategy=strategy)
         site = folder / "site-a.yaml"
         site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "keep": {"model": "models"}}))
         agree_all(file)
@@ -55,20 +55,26 @@ class Asked:
         return site_app.app(message, self._context)
 
 
+LORA = {"name": "fedit", "modules": "linear", "rank": 2}
+
+
 @pytest.fixture
 def asked(tmp_path: Path) -> Asked:
     site_app._sessions.clear()
-    return Asked(tmp_path)
+    return Asked(tmp_path, LORA)
 
 
-def test_site_writes_what_it_is_sent_if_the_digest_says_so(asked: Asked) -> None:
+@pytest.mark.parametrize("strategy", [LORA, {"name": "fedftg", "rank": 2}], ids=["fedit", "fedftg"])
+def test_site_writes_what_it_is_sent_if_the_digest_says_so(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    site_app._sessions.clear()
+    asked = Asked(tmp_path, strategy)
     assert asked.ask().error.code == StaleStateError.code
     other = {name: tensor + 1e-4 for name, tensor in asked.state.items()}
     assert asked.ask(other).error.code == StaleStateError.code
     assert not asked.models.exists()
     told = DeliverReply.read(asked.ask(asked.state).content)
     assert told.reason is None
-    assert (asked.models / "tiny" / "model" / "adapter_model.safetensors").is_file()
+    assert list((asked.models / "tiny" / "model").glob("*model.safetensors"))
     assert DeliverReply.read(asked.ask().content).files == told.files  # it is there already
 
 
