@@ -18,7 +18,7 @@ from flwr.common.constant import ErrorCode
 
 from common.config.load import load
 from common.config.site import SiteConfig
-from common.errors import ConfigError, FedSpanError, PolicyError, place_of
+from common.errors import ConfigError, FedSpanError, PolicyError, StaleStateError, place_of
 from common.protocol.exchanges import ACTION, ExchangeReply, ExchangeRequest, MaskedTrainReply, MaskedTrainRequest
 from common.protocol.messages import (
     ARRAYS,
@@ -104,6 +104,7 @@ def _answering(
         except Exception as error:  # noqa: BLE001 - whatever happens at a site, the operator gets an answer
             failure = _failure(error, gate)
             event = "refused" if isinstance(error, PolicyError) else "failed"
+            event = "not yet" if isinstance(error, StaleStateError) else event
             progress.refuse(failure.reason, event, None if isinstance(error, FedSpanError) else error)
             return Message(failure.to_error(), reply_to=message)
         return Message(content, reply_to=message)

@@ -79,6 +79,7 @@ class Progress:
             count = f"{rounds} round" if rounds == 1 else f"{rounds} rounds"
             log.info("%s asks this site to take part: %s, %s", name, strategy, count, extra=self.known)
         self._words.clear()
+        number = None if message == "deliver" else number  # the model's may be an earlier one
         self._write(doing=_DOING[message], round=number, since=time.time(), step=None, steps=None)
 
     def step(self, done: int, steps: int) -> None:
@@ -108,10 +109,18 @@ class Progress:
         self.say(f"the model after round {after} has here: {told}")
 
     def ended(self, number: int, model: Path | None = None, why_not: str | None = None) -> None:
-        """Note that the run has ended after so many rounds, and where its model is, or why it is not here."""
-        self._now |= {"ended": number, "model": model and str(model)}
-        left = "" if model is None else f"; the model is in {model}"
-        self.say("the run has ended" + left + (f"; the model is not written: {why_not}" if why_not else ""))
+        """Note that the run has ended, and where its model is, or why it is not here.
+
+        Args:
+            number: the last round, or that of the model, which may be an earlier one.
+            model: the model's folder.
+            why_not: the reason why it is not written.
+        """
+        last = max([number, *(line["round"] for line in self._now["trained"])])
+        self._now |= {"ended": last, "model": model and str(model)}
+        left = "" if model is None else f"; the model after round {number} is in {model}"
+        left += f"; the model is not written: {why_not}" if why_not else ""
+        self.say(f"the run has ended after round {last} of {self._now['rounds']}{left}")
 
     def end(self, sent_bytes: int) -> None:
         """Note that the message is answered with so many bytes of tensors, and log what was done."""
@@ -121,7 +130,7 @@ class Progress:
         self._rest(refused=None)
 
     def refuse(self, reason: str, event: str = "refused", unexpected: Exception | None = None) -> None:
-        """Note that the message is answered with an error ("refused" or "failed"), and log the reason."""
+        """Note that the message is answered with an error, or "not yet" when it is asked again, and log the reason."""
         level = logging.WARNING if unexpected is None else logging.ERROR
         log.log(level, "%s%s: %s", self._where(), event, reason, exc_info=unexpected, extra=self.known)
         self._rest(refused=reason)

@@ -62,18 +62,20 @@ def application(look: Look, token: str) -> "ASGIApp":
     """
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, PlainTextResponse, Response
+    from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
     fresh = _Fresh(look)
 
     async def answer(request: Request) -> Response:
         _, _, rest = request.url.path.partition("/")
-        given, _, what = rest.partition("/")
+        given, slash, what = rest.partition("/")
         right = secrets.compare_digest(given.encode(), token.encode())
         if not right or _host(request.headers.get("host", "")) not in _HOSTS:
             return PlainTextResponse("forbidden\n", 403)
         if what not in ("", "parts") or request.method not in ("GET", "HEAD"):
             return PlainTextResponse("not found\n", 404)
+        if not slash:  # its parts would be asked for elsewhere
+            return RedirectResponse(f"/{token}/")
         try:
             page = await run_in_threadpool(fresh.page)
         except FedSpanError as error:  # a file that is damaged or gone; it may come back

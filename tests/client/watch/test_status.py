@@ -53,9 +53,10 @@ def test_log_says_in_a_line_what_was_done_in_a_round(
     progress.trained(ROUND_ONE)
     progress.end(1_500_000)
     progress.begin(1, federation, "train", 2)
+    progress.trained({"steps": 20.0})
     progress.refuse("this site's policy: `max_rounds` is 1")
-    progress.begin(1, federation, "deliver", 14)
-    progress.ended(14, Path("models/coding/model"))
+    progress.begin(1, federation, "deliver", 1)
+    progress.ended(1, Path("models/coding/best"))
     progress.end(0)
     assert [record.getMessage() for record in caplog.records] == [
         "coding asks this site to take part: fedftg, 14 rounds",
@@ -63,7 +64,7 @@ def test_log_says_in_a_line_what_was_done_in_a_round(
         "round 1 of 14: the model after round 0 has here: loss 3.250, ROUGE-L 0.125; 20 steps in 4 s, "
         "training loss 2.500; 1.5 MB leave",
         "round 2 of 14: refused: this site's policy: `max_rounds` is 1",
-        "round 14 of 14: the run has ended; the model is in models/coding/model",
+        "the run has ended after round 2 of 14; the model after round 1 is in models/coding/best",
     ]
 
 

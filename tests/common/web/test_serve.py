@@ -94,6 +94,8 @@ def test_own_names_are_answered_also_through_a_tunnel(client: Client, host: str)
 
 def test_nothing_but_the_page_is_there_and_it_can_only_be_read(client: Client) -> None:
     assert client.get(f"/{TOKEN}/other").status_code == 404
+    without = client.get(f"/{TOKEN}")
+    assert (without.status_code, without.headers["Location"]) == (307, f"/{TOKEN}/")
     assert client.get(f"/{TOKEN}/../etc/passwd").status_code == 403
     assert client.request("POST", f"/{TOKEN}/").status_code == 404
 
