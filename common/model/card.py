@@ -106,6 +106,8 @@ class Card(CardSection):
         unknown = self.scores.keys() - SCORES.keys()
         if unknown:
             raise ValueError(f"{min(unknown)[:64]!r} is no score; allowed: {', '.join(SCORES)}")
+        if self.by is not None and self.by not in (allowed := [score.in_text for score in SCORES.values()]):
+            raise ValueError(f"`by` is {self.by[:64]!r}, which is no score; allowed: {', '.join(allowed)}")
         if self.round > self.rounds:
             raise ValueError(f"`round` is {self.round}; allowed: up to `rounds`, {self.rounds}")
         if (self.chosen == "best") != (self.by is not None):

@@ -104,6 +104,7 @@ def test_no_text_breaks_out_of_its_place() -> None:
         ({"trained_digest": D3[:-1]}, "`trained_digest`"),
         ({"chosen": "best"}, "`by`"),
         ({"by": "loss"}, "`by`"),
+        ({"chosen": "best", "by": "[loss](https://example.org)"}, "`by`"),
         ({"scores": {"luck": {"mean": 1.0, "sites": 1}}}, "'luck' is no score"),
         ({"scores": {"loss": {"mean": float("nan"), "sites": 1}}}, "`scores.loss.mean`"),
         ({"scores": {"loss": {"mean": 1.0, "deviation": -1.0, "sites": 1}}}, "`scores.loss.deviation`"),
