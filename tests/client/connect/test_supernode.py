@@ -32,6 +32,18 @@ def test_pause_is_cut_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slept == [0.5, 0.2]
 
 
+def test_pauses_beside_the_exchanges_of_a_masked_sum_are_short_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock, now = _Clock(1.0), [100.0]
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for wanted, later in ((False, 0.0), (True, 0.0), (True, 19.0), (True, 21.0), (False, 0.0)):
+        clock.hurry(wanted)
+        now[0] += later
+        clock.sleep(3)
+    assert slept == [1.0, 0.1, 0.1, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("poll", ["0", "-1", "nan", "61"])
 def test_pause_outside_its_limits_is_refused(poll: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["site", "supernode", "--poll", poll]) == 2
