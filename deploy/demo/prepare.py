@@ -78,12 +78,21 @@ def _make(packages: Path, result: Path) -> None:
 
 
 def is_complete(cache: Path, sources: Sequence[Path]) -> bool:
-    """Whether every file that the manifest names is there as it was written, by today's recipe."""
+    """Whether every file that the manifest names is there as it was written, by today's recipe.
+
+    Files beside them are others', e.g. the ledgers of sites whose rows are there.
+    """
     try:
         manifest = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(manifest == _manifest(cache, sources))
+    if not isinstance(manifest, dict) or manifest.get("recipe") != _recipe(sources):
+        return False
+    wanted = manifest.get("files")
+    try:
+        return isinstance(wanted, dict) and all(_entry(cache / name) == entry for name, entry in wanted.items())
+    except OSError:
+        return False
 
 
 def install(target: Path, requirements: Path) -> None:
@@ -128,11 +137,16 @@ def convert_model(package: Path, folder: Path) -> None:
 
 def _manifest(folder: Path, sources: Sequence[Path]) -> dict[str, object]:
     """Recipe, and size and SHA-256 of every file in ``folder``."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {"recipe": _recipe(sources), "files": {str(file.relative_to(folder)): _entry(file) for file in files}}
+
+
+def _recipe(sources: Sequence[Path]) -> str:
+    """Digest of the files that say how a cache is made."""
     recipe = hashlib.sha256()
     for source in sources:
         recipe.update(source.read_bytes())
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {"recipe": recipe.hexdigest(), "files": {str(file.relative_to(folder)): _entry(file) for file in files}}
+    return recipe.hexdigest()
 
 
 def _entry(file: Path) -> dict[str, object]:

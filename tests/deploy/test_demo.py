@@ -74,6 +74,7 @@ def test_cache_with_a_changed_file_is_not_complete(tmp_path: Path) -> None:
 
     (tmp_path / "a").write_text("1")
     (tmp_path / MANIFEST).write_text(json.dumps(_manifest(tmp_path, SOURCES)))
+    (tmp_path / "site-a-ledger.jsonl").write_text("{}\n")  # a site's own: nobody makes the cache anew for it
     assert is_complete(tmp_path, SOURCES)
     (tmp_path / "a").write_text("2")
     assert not is_complete(tmp_path, SOURCES)
