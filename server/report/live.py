@@ -77,8 +77,8 @@ class LivePage:
     def _read(self) -> Run:
         measured, began = _stamp(self._run_dir / _METRICS), time.monotonic()
         status, rest = _stamp(self._run_dir / _RUN), [_stamp(self._run_dir / name) for name in _FILES]
-        redraw = measured != self._measured and began >= self._draw_after
         ended = self._seen is None or self._seen[0] != status  # begun, ended, or something else that cannot wait
+        redraw = measured != self._measured and (ended or began >= self._draw_after)
         if self._run is None or ended or ((self._seen != (status, rest) or redraw) and began >= self._read_after):
             self._run, took = read_all(self._run_dir), 0.0
             if redraw:

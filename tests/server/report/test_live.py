@@ -111,6 +111,10 @@ def test_figures_are_drawn_again_only_after_a_rest(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(page, "_draw_after", 0.0)
     page()
     assert len(drawn) == 2
+    play_round(folder, 3)
+    folder.finish()
+    page()
+    assert len(drawn) == 3, "the end is drawn at once"
     folder.close()
 
 
