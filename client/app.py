@@ -164,7 +164,8 @@ def exchange(site: "Site", request: ExchangeRequest) -> ExchangeReply:
     """Take part in one of the exchanges of keys, shares and signatures that go with a masked sum."""
     site.gate.note(stage=request.stage)
     site.progress.say(f"{request.stage} of the masked sum")
-    return ExchangeReply(payload=site.member.exchange(request))
+    unmasked = site.gate.totals.unmasked[str(site.member.run)]
+    return ExchangeReply(payload=site.member.exchange(request, unmasked))
 
 
 def _trained(site: "Site", request: TrainRequest, most_bytes: int) -> tuple["Tensors", dict[str, Any]]:

@@ -15,7 +15,7 @@ from client.privacy.guarantee import in_federation
 from client.session import Session
 from common.config.site import PrivacyConfig
 from common.errors import ConfigError, PolicyError, StaleStateError
-from common.masking.fixed_point import encoded_weight
+from common.masking.fixed_point import encoded_weight, largest
 from common.masking.parts import SumId
 from common.masking.site import SiteSum
 from common.protocol.digest import tensors_digest
@@ -26,6 +26,9 @@ from strategies.combine.masked import Vector, agreed_text, weight_of
 
 LONG_LIVED = "FEDSPAN_WORKER"  # environment variable: this process answers more than one message
 HOLDS = "FEDSPAN_HOLDS"  # environment variable for the worker's supervisor: this process has keys of a round
+#: Steps of the grid up to what the site's own training can reach, at least. On a coarser grid, which a server could ask
+#: for by a number of rows that no site has, small sites' numbers would all be 0, and the sum a large site's own.
+_LEAST_STEPS = 2**12
 _sums: dict[tuple[int, str], tuple[SumId, SiteSum]] = {}  # the current sum, by run and site
 
 
@@ -47,8 +50,12 @@ class Member:
     identity: Path | None
     privacy: PrivacyConfig | None
 
-    def exchange(self, request: ExchangeRequest) -> bytes:
+    def exchange(self, request: ExchangeRequest, unmasked: int = 0) -> bytes:
         """Answer one of the exchanges.
+
+        Args:
+            request: the exchange.
+            unmasked: the run's last round whose sum the site has helped to unmask, as its ledger tells; 0: none.
 
         Raises:
             ConfigError: the site has no identity key, or no process that outlives a message.
@@ -56,7 +63,7 @@ class Member:
             StaleStateError: this process has no keys of the round.
         """
         if request.stage == KEYS:
-            return self._begin(request.server_round, request.attempt)
+            return self._begin(request.server_round, request.attempt, unmasked)
         found = self._sum(request.server_round, request.attempt)
         if request.stage == SHARES:
             return found.share(request.payload)
@@ -77,9 +84,16 @@ class Member:
             raise PolicyError(f"round {request.server_round}: the most rows of a site are {request.rows}, {rows} here")
         found = self._sum(request.server_round, request.attempt)
         found.receive(request.sealed)
+        steps = self.agreement.federation.training.steps
+        shrunk = weight_of(rows, request.heaviest) * steps(rows) / steps(request.rows)
+        if largest(found.members) * shrunk < _LEAST_STEPS:
+            raise PolicyError(
+                f"round {request.server_round}: the most rows of a site are {request.rows}, of which "
+                f"{request.heaviest} weigh 1; beside them an update of {rows} rows would be rounded to nothing"
+            )
         return Part(request, session, found, self.agreement.digest)
 
-    def _begin(self, server_round: int, attempt: int) -> bytes:
+    def _begin(self, server_round: int, attempt: int, unmasked: int) -> bytes:
         """Make the keys of a round; those of the round before are forgotten."""
         which = SumId(self.run, server_round, attempt, self._threshold)
         before = _sums.get((self.run, self.site))
@@ -94,6 +108,11 @@ class Member:
             raise PolicyError("this site has agreed to no peers; its people do so with: fedspan site agree --peer FILE")
         # A second sum of the round, of other survivors, would differ from the first by somebody's update.
         again = None if before is None or before[0].server_round != server_round else before[1].unmasked
+        if again is None and server_round <= unmasked:
+            raise PolicyError(
+                f"{which}: this site has helped to unmask a sum of this round or a later one, and its worker no longer "
+                "knows which"
+            )
         made = SiteSum(
             which,
             self._identity,

@@ -63,6 +63,8 @@ def proposed(
             f"{federation_file}: `secure_aggregation` adds this site's update to those of others; give --peer FILE.pub "
             f"for each, {federation.secure_aggregation.threshold - 1} at least; {len(known)} known"
         )
+    if least_peers is not None and least_peers > len(known):
+        raise ConfigError(f"--least-peers is {least_peers}; {len(known)} peers known; give --peer FILE.pub for each")
     reviewer = _reviewer(site_file, site, agreement.digest, signature)
     told = {"reviewer": reviewer, "peers": known, "least_peers": least_peers or before.least_peers}
     return agreement.model_copy(update=told)

@@ -17,6 +17,7 @@ from common.config.federation import FederationConfig
 from common.config.site import PolicyConfig, PrivacyConfig, SiteConfig
 from common.errors import PolicyError
 from common.metrics import ANSWERS, SCORES
+from common.protocol.exchanges import UNMASK
 
 CEILING = 20.0  # nats
 _LOSS, _PERPLEXITY = "loss", "perplexity"
@@ -37,6 +38,7 @@ class Totals:
         day_bytes: upper limit of the bytes of tensors that have left, by day (UTC).
         mu_squared: sum of mu^2 over all updates with noise (``common.accountant``).
         worst_squared: the same with only the site's own part of the noise (``client.privacy.guarantee``).
+        unmasked: the last round whose masked sum the site has helped to unmask, by Flower's number of the run.
     """
 
     def __init__(self) -> None:
@@ -44,9 +46,12 @@ class Totals:
         self.under = Counter[tuple[str | None, str]]()
         self.day_rounds, self.day_bytes = Counter[str](), Counter[str]()
         self.mu_squared = self.worst_squared = 0.0
+        self.unmasked = Counter[str]()
 
     def add(self, entry: Entry) -> None:
         """Count an entry."""
+        if entry["event"] == "sent" and entry.get("stage") == UNMASK:
+            self.unmasked[entry["run"]] = max(self.unmasked[entry["run"]], entry["round"])
         if entry["event"] == "charged":
             self.evaluations[entry["federation"]] += entry["evaluation"]
             self.under[entry.get("agreement"), "evaluations"] += entry["evaluation"]

@@ -59,6 +59,7 @@ class Gate:
 
     Attributes:
         own: folder for what the site trains and never sends, by federation.
+        totals: the use that the ledger tells of, up to date after ``check``.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Gate:
         if book not in _books:
             totals = Totals()
             _books[book] = Ledger(book[0], totals.add, site.name), totals
-        self._ledger, self._totals = _books[book]
+        self._ledger, self.totals = _books[book]
         self._active: frozenset[str] = frozenset()
         self._received = _facts([])
         self._about: dict[str, Any] = {"message": message, "run": str(run), "federation": None, "strategy": None}
@@ -123,10 +124,9 @@ class Gate:
         for name in active:
             self._check_name(name)
         self._check_touched(federation.training.rows_touched(sys.maxsize))
-        if self._about["message"] == "exchange":  # belongs to a round, which is checked and charged as such
-            return
         with self._ledger.opened():
-            self._totals.check(self.site, federation, self._about["agreement"], self._about["message"])
+            if self._about["message"] != "exchange":  # it belongs to a round, which is checked and charged as such
+                self.totals.check(self.site, federation, self._about["agreement"], self._about["message"])
 
     def note(self, **facts: object) -> None:
         """Add facts to all entries of the ledger about this message."""
@@ -161,11 +161,11 @@ class Gate:
         assert self._federation is not None  # noqa: S101 - ``check`` comes first
         message, federation = self._about["message"], self._federation
         with self._ledger.opened():
-            self._totals.check(self.site, federation, self._about["agreement"], message, most_bytes)
+            self.totals.check(self.site, federation, self._about["agreement"], message, most_bytes)
             scores = self._may_score(scored_rows)
             if message == "train" or scores:
                 privacy = self.site.privacy if message == "train" else None
-                spent = None if privacy is None else self._totals.spent(privacy, federation)
+                spent = None if privacy is None else self.totals.spent(privacy, federation)
                 facts = {"bytes": most_bytes, "evaluation": scores, "privacy": spent}
                 self._append({"event": "charged", **self._about, **facts})
                 self._charged = {**facts, "line": self._ledger.lines}
@@ -264,7 +264,7 @@ class Gate:
         policy = self.site.policy
         if 0 < rows < policy.min_held_out:
             why = f"of {rows} held-out rows, `policy.min_held_out` is {policy.min_held_out}"
-        elif rows > 0 and self._totals.evaluations_left(policy, self._federation, self._about["agreement"]) <= 0:
+        elif rows > 0 and self.totals.evaluations_left(policy, self._federation, self._about["agreement"]) <= 0:
             why = "all evaluations that `policy.max_evaluations` allows are made"
         else:
             return rows > 0

@@ -150,6 +150,8 @@ class MaskedRound(Round):
         self._parts.strategy.acknowledge(told, node_id)
         if told.num_examples != this.rows[site]:
             raise RefusedUpdate(f"{site}: num-examples is {told.num_examples}, it declared {this.rows[site]} rows")
+        if told.weight >= 2**32:
+            raise RefusedUpdate(f"{site}: masked-weight is {told.weight}; allowed: 0 to 2^32 - 1")
         try:
             vector = this.vector.join(wire.decode(told.arrays, this.vector.most))
         except WireError as error:

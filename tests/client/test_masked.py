@@ -57,6 +57,13 @@ def test_process_without_the_rounds_keys_drops_out(member: Member) -> None:
     refused(member, ask(SHARES, 2), StaleStateError, "no keys of round 2")
 
 
+def test_worker_that_is_new_after_a_sum_was_unmasked_gives_no_keys_for_another(member: Member) -> None:
+    for number in (1, 2):
+        with pytest.raises(PolicyError, match=f"round {number}: this site has helped to unmask a sum of this round"):
+            member.exchange(ask(KEYS, number, 1), unmasked=2)
+    assert member.exchange(ask(KEYS, 3), unmasked=2)
+
+
 def test_nothing_is_given_without_identity_peers_worker_or_agreement(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,11 @@ LIES = {
     5: "too few signatures",
     6: "keys again",
     7: "without masks",
+    8: "many rows",
+    9: "a second sum for a new worker",
 }
+#: Where the first answer is kept, and another asked for.
+TWICE = {"keys again": "keys", "a second sum for a new worker": UNMASK}
 _kept: dict[str, bytes] = {}
 
 
@@ -136,11 +140,33 @@ def unmasked(message: Message) -> Message:
     return plain
 
 
+def trained_with_a_lie(message: Message, context: Context, number: int) -> Message:
+    asked = site_of(context), LIES.get(number)
+    if asked == ("a", "without masks"):
+        message = unmasked(message)
+    if asked == ("a", "many rows"):
+        message.content["config"].update({"most-rows": 10**9, "heaviest": 10**9})  # type: ignore[call-arg]
+    reply = app(message, context)
+    if site_of(context) == "c" and number == 10:  # here it is the site that lies
+        reply.content["config"]["masked-weight"] = 2**40
+    return reply
+
+
+def false_survivors(message: Message, context: Context, lie: str) -> Message:
+    payload = ExchangeRequest.read(message.content).payload
+    states = dict(parts.read_survivors(payload))
+    other = next(member for member in states if member != _own_id())
+    if lie == "two lists":
+        app(message, context)
+        return changed(message, payload=parts.write_survivors({**states, other: DROPPED}))
+    return changed(message, payload=payload + other + DROPPED)
+
+
 def lied_to(message: Message, context: Context) -> Message:
     number, stage = stage_of(message)
     lie = LIES.get(number, "")
-    if site_of(context) == "a" and (lie, stage) == ("without masks", "train"):
-        return app(unmasked(message), context)
+    if stage == "train":
+        return trained_with_a_lie(message, context, number)
     if site_of(context) != "a" or stage not in ("keys", SHARES, SURVIVORS, UNMASK):
         return app(message, context)
     payload = ExchangeRequest.read(message.content).payload
@@ -155,20 +181,15 @@ def lied_to(message: Message, context: Context) -> Message:
         if lie == "replayed":
             message = changed(message, payload=Listing([*mine, *_adverts(_kept["others"])]).raw)
     if stage == SURVIVORS and lie in ("two lists", "alive and dropped"):
-        states = dict(parts.read_survivors(payload))
-        other = next(member for member in states if member != _own_id())
-        if lie == "two lists":
-            app(message, context)
-            payload = parts.write_survivors({**states, other: DROPPED})
-        else:
-            payload += other + DROPPED
-        message = changed(message, payload=payload)
+        message = false_survivors(message, context, lie)
     if stage == UNMASK and lie == "too few signatures":
         message = changed(message, payload=payload[: len(payload) // 3])
-    reply = app(message, context)
-    if stage == "keys" and lie == "keys again":
-        return app(message, context)
-    return reply
+    if TWICE.get(lie) == stage:
+        app(message, context)
+    if lie == "a second sum for a new worker" and stage == UNMASK:
+        masked._sums.pop((1, "a"))
+        message = changed(message, stage="keys", attempt=1, payload=b"")
+    return app(message, context)
 
 
 def _own_id() -> bytes:
@@ -181,8 +202,9 @@ def _adverts(raw: bytes) -> list[parts.Advert]:
 
 
 def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Path) -> None:
-    run = in_one_process(federation(tmp_path / "lies", 7, secure_aggregation={"threshold": 2}), app=lied_to)
-    reasons = {e["round"]: e["reason"] for e in events(run, "client_failed")}
+    run = in_one_process(federation(tmp_path / "lies", 10, secure_aggregation={"threshold": 2}), app=lied_to)
+    failed = [(e["round"], e["reason"]) for e in events(run, "client_failed")]
+    reasons = {number: reason for number, reason in failed if reason.startswith("a: ")}
     for number, text in {
         1: "shares: round 1: SHA256:",
         2: "shares: round 2: the keys of ",
@@ -191,13 +213,17 @@ def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Pa
         5: "unmask: round 5: 1 have signed the list of survivors, 2 are needed",
         6: "keys: round 6: keys of this round, or a later one, were given already",
         7: "this site has agreed to `secure_aggregation`: its update leaves masked, or not at all",
+        8: "round 8: the most rows of a site are 1000000000, of which 1000000000 weigh 1; ",
+        9: "unmask: round 9: this site has helped to unmask a sum of this round or a later one",
     }.items():
         assert reasons[number].startswith(f"a: {text}"), reasons[number]
     assert "is no peer that this site has agreed to" in reasons[1]
     assert "are not signed for this round" in reasons[2]
     assert "is named both alive and dropped" in reasons[4]
     refused = [json.loads(line) for line in (tmp_path / "lies" / "a-ledger.jsonl").read_text().splitlines()]
-    assert [e["round"] for e in refused if e["event"] == "refused"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [e["round"] for e in refused if e["event"] == "refused"] == list(LIES)
+    refusals = [e["reason"] for e in events(run, "update_refused")]
+    assert refusals == ["c: masked-weight is 1099511627776; allowed: 0 to 2^32 - 1"]
 
 
 def test_noise_is_shared_and_the_ledger_says_against_whom(tmp_path: Path) -> None:

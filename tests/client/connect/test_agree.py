@@ -145,6 +145,8 @@ def test_sums_are_made_with_named_peers_alone(folder: Path, capsys: pytest.Captu
     assert "give --peer FILE.pub for each, 1 at least; 0 known" in capsys.readouterr().err
     known = {name: make_site(folder / name) for name in ("site-b", "site-c")}
     peers = [word for name in known for word in ("--peer", str(folder / f"{name}.pub"))]
+    assert agree(folder, "--yes", *peers, "--least-peers", "3") == 2
+    assert "--least-peers is 3; 2 peers known; give --peer FILE.pub for each" in capsys.readouterr().err
     assert agree(folder, "--yes", *peers, "--least-peers", "2") == 0
     told = capsys.readouterr().out
     assert "only the sum of its update and those of at least 2 of these sites" in told
