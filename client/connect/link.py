@@ -9,7 +9,7 @@ Four more differences to Flower 1.39:
 - The Runtime API is a Unix socket, so that no other account of this machine can answer in the site's name
   (``common.system.flower_socket``).
 - ``--poll`` sets the pause between two polls for messages. Flower waits three seconds, which on a fast link is most of
-  a short round. Beside the exchanges of a masked sum it polls ten times a second.
+  a short round. Beside the exchanges of a masked sum it polls five times a second.
 - When a run is stopped while a message of it is still being pulled, the message's task ends. Flower keeps the task, and
   the worker that takes it waits for the content for ever.
 - The next message is pulled when the last one is answered. Flower pulls it after any answer: an answer to a stopped run
@@ -50,7 +50,7 @@ from common.system.keys import fingerprint, read_private
 
 _PROBE_SECONDS = 10.0
 _AGAIN_SECONDS = 2.0
-_HURRY, _HURRIES = 0.1, 20.0  # seconds between two polls beside a masked sum's exchanges, and for how long after one
+_HURRY, _HURRIES = 0.2, 20.0  # seconds between two polls beside a masked sum's exchanges, and for how long after one
 _receive, _send = start_client_internal._pull_and_store_message, start_client_internal._push_messages
 _make_retry_invoker = start_client_internal._make_fleet_connection_retry_invoker
 

@@ -41,7 +41,7 @@ def test_pauses_beside_the_exchanges_of_a_masked_sum_are_short_and_end(monkeypat
         clock.hurry(wanted)
         now[0] += later
         clock.sleep(3)
-    assert slept == [1.0, 0.1, 0.1, 1.0, 1.0]
+    assert slept == [1.0, 0.2, 0.2, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("poll", ["0", "-1", "nan", "61"])
