@@ -39,7 +39,15 @@ class Check(NamedTuple):
 
 def all_checks() -> dict[str, Check]:
     """All checks in order; imported in the function, because they import PyTorch."""
-    from client.preflight import certificates, link, machine, model, shard, traffic, trust_and_ledger as promises
+    from client.preflight import (
+        certificates,
+        link,
+        machine,
+        model,
+        shard,
+        traffic,
+        trust_and_ledger as promises,
+    )
 
     in_data = "correct the shard, or `data` in the site file"
     in_model = "fetch the model folder again, or correct `model` in the site file; the operator says which model it is"
@@ -60,6 +68,7 @@ def all_checks() -> dict[str, Check]:
         "trust": Check(promises.trust, "correct `trust` in the site file"),
         "agreement": Check(promises.agreement, "correct `agreements` in the site file, or agree anew"),
         "ledger": Check(promises.ledger, "find out who changed it; the site sends nothing until it is whole"),
+        "masked sums": Check(promises.peers, "give the site's private key"),
         "noise": Check(promises.noise, "correct the federation file with the operator"),
         "limits": Check(promises.limits, "change `policy` or `privacy` in the site file, or do not take part"),
         "root certificate": Check(certificates.root, ""),

@@ -1,8 +1,10 @@
-"""Checks of trust, agreement, ledger, noise and limits: what the site promises itself, and what may leave."""
+"""Checks of trust, agreement, peers, ledger, noise and limits: what the site promises itself, and what may leave."""
 
 import math
 import tempfile
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.connect.trust import read_trust
 from client.preflight.context import CheckContext
@@ -16,6 +18,7 @@ from common.config.federation import FederationConfig
 from common.config.site import PrivacyConfig
 from common.protocol import wire
 from common.protocol.messages import Declared, TrainRequest
+from common.system.keys import fingerprint, read_private
 from strategies.admission.bounds import noised_numbers
 from strategies.flower.named import make_rule
 
@@ -48,6 +51,34 @@ def agreement(subject: CheckContext) -> Finding:
             "FAIL", f"agreed to settings {pinned.digest[:12]} of it; the file's are {wanted.digest[:12]}", mend
         )
     return Finding("ok", f"agreed to federation {subject.federation.name}, settings {wanted.digest}")
+
+
+def peers(subject: CheckContext) -> Finding:
+    """The peers in the agreement, without the site itself, and the key with which the site signs.
+
+    Raises:
+        ConfigError: the private key cannot be read.
+    """
+    secure = subject.settings.secure_aggregation
+    if secure is None:
+        raise Skip("the federation has no `secure_aggregation`")
+    agreed = read_agreements(agreements_of(subject.site, subject.site_file)).get(subject.settings.name)
+    if agreed is None:
+        raise Skip("not agreed to the federation yet")
+    if subject.private_key is None:
+        raise Skip("needs --auth-supernode-private-key")
+    key = read_private(subject.private_key)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        mend = "make one: fedspan keys site; then send its .pub to the operator"
+        return Finding("FAIL", f"{subject.private_key} is no ECDSA P-384 key, which signs a masked sum's keys", mend)
+    own = fingerprint(key.public_key())
+    others = sorted(name for name, mark in agreed.peers.items() if mark != own)
+    needed = max(secure.threshold - 1, agreed.least_peers)
+    found = f"{len(others)} other site(s) known ({', '.join(others)})" if others else "no other site is known"
+    if len(others) < needed:
+        again = f"fedspan site agree FEDERATION.yaml --site {subject.site_file.name} --peer FILE.pub"
+        return Finding("FAIL", f"{found}; a sum needs {needed} beside this one", f"{again}, for each of them")
+    return Finding("ok", f"{found}; at least {needed} of them are in every sum beside this one")
 
 
 def ledger(subject: CheckContext) -> Finding:
