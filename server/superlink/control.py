@@ -66,10 +66,10 @@ def stop_runs(superlink: OwnSuperLink | str, run_dir: Path) -> None:
 
 
 def is_over(superlink: OwnSuperLink | str, run_id: int) -> bool:
-    """Whether a run has ended, well or not.
+    """Whether a run has ended, well or not; one that began before the SuperLink was started again has.
 
     Raises:
-        LaunchError: the SuperLink cannot be reached, or does not know the run.
+        LaunchError: the SuperLink cannot be reached, or is Flower's own and does not know the run.
     """
     from flwr.proto.control_pb2 import ListRunsRequest
 

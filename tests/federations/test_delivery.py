@@ -46,8 +46,8 @@ def digests(folder: Path) -> dict[str, str]:
     [
         {"name": "fedftg", "rank": 4},
         {"name": "fedftg", "rank": 4, "subspace": "shared"},
-        {"name": "fedit", **LORA},
-        {"name": "fedex-lora", **LORA},
+        pytest.param({"name": "fedit", **LORA}, marks=pytest.mark.long),
+        pytest.param({"name": "fedex-lora", **LORA}, marks=pytest.mark.long),
         {"name": "flora", **LORA},
         {"name": "flexlora", **LORA},
     ],

@@ -54,8 +54,7 @@ def test_runs_start_and_stop(idle: Idle, tmp_path: Path) -> None:
 
     with pytest.raises(LaunchError, match="refused: Invalid run configuration"):
         idle.start(tmp_path, speed=9)
-    with pytest.raises(LaunchError, match="refused: Run ID not found"):
-        is_over(idle.link, 1)
+    assert is_over(idle.link, 1), "a run that the SuperLink does not know began before its restart"
 
     idle.process.process.kill()
     with pytest.raises(LaunchError, match="cannot be reached"):
