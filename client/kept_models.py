@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from common.config.site import MARK
 from common.model.finished import files_digest
 from common.protocol.tensors import Tensors
-from common.system.files import built, write_atomically
+from common.system.files import built, read_object, write_atomically
 
 log = logging.getLogger("site")
 
@@ -65,7 +65,7 @@ class KeptModels:
             OSError: it cannot be written; an older one is unchanged.
         """
         self._begin()
-        before, now = self._note(), self._told()
+        before, now = read_object(self.folder / MARK), self._told()
         make(self.folder / name)
         digest = files_digest(self.folder / name)
         self._write_note({**now, name: {"round": server_round, "trained": trained_digest, "files": digest}})
@@ -107,16 +107,9 @@ class KeptModels:
                 raise FileExistsError(0, "its folder holds something else; move that away")
             self._write_note({})
 
-    def _note(self) -> dict[str, Any]:
-        try:
-            told = json.loads((self.folder / MARK).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return told if isinstance(told, dict) else {}
-
     def _told(self) -> dict[str, Any]:
         """The models of this run."""
-        note = self._note()
+        note = read_object(self.folder / MARK)
         return dict(note.get("models", {})) if note.get("run") == self._run else {}
 
     def _write_note(self, models: dict[str, Any]) -> None:

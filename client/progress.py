@@ -18,7 +18,7 @@ from typing import Any
 
 from common.config.federation import FederationConfig
 from common.metrics import SCORES
-from common.system.files import write_atomically
+from common.system.files import read_object, write_atomically
 from common.text import size
 
 PROGRESS = "FEDSPAN_PROGRESS"  # environment variable: path of the file; without it none is written
@@ -42,7 +42,8 @@ class Progress:
         self._file, self._written = file, 0.0
         self.known: Mapping[str, object] = {}
         self._words: list[str] = []  # for the log's line about this message
-        self._now: dict[str, Any] = {} if file is None else read_progress(file)
+        kept = {} if file is None else read_object(file)
+        self._now: dict[str, Any] = kept if _is_ours(kept) else {}
 
     @classmethod
     def of_process(cls) -> "Progress":
@@ -154,10 +155,9 @@ class Progress:
             self._file = None
 
 
-def read_progress(file: Path) -> dict[str, Any]:
-    """The content of a progress file; empty when there is none, or it cannot be read."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _is_ours(kept: Mapping[str, Any]) -> bool:
+    """Whether a file has the form of this version's, so that what it has is added to."""
+    lists = kept.get("trained"), kept.get("scored")
+    lines = [line for one in lists if isinstance(one, list) for line in one]
+    whole = all(isinstance(one, list) for one in lists) and all(isinstance(line, dict) for line in lines)
+    return whole and all(isinstance(line.get("round", line.get("after")), int) for line in lines) and "rounds" in kept

@@ -30,7 +30,7 @@ from common.config.section import resolve
 from common.config.site import SiteConfig
 from common.errors import ConfigError, DataError, LaunchError, LedgerError
 from common.system.command import FAILED, WRONG, Command, add_tries, address, number, start_log
-from common.system.files import keep_private, make_private, write_atomically
+from common.system.files import keep_private, make_private, read_object, write_atomically
 from common.system.flower import environment
 from common.system.processes import ProcessGroup, Started, socket_folder
 
@@ -130,7 +130,7 @@ class Member:
 
     def state(self) -> dict[str, Any]:
         """The status file's content (``client.watch.status``)."""
-        link, worker = _read(self.home / LINK), _read(self.home / WORKER)
+        link, worker = read_object(self.home / LINK), read_object(self.home / WORKER)
         up = link.get("state") == UP and _connected(self.link.started, self.superlink)
         down = link.get("state") if link.get("state") in (REFUSED, WAITING) else LOST
         return {
@@ -144,17 +144,8 @@ class Member:
             "link_deaths": self.link.deaths,
             "worker": worker if self.worker.started is not None else {"state": "being started again"},
             "worker_deaths": self.worker.deaths,
-            "work": _read(self.home / WORK),
+            "work": read_object(self.home / WORK),
         }
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A process's own status; empty until there is one."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _connected(link: Started | None, superlink: str) -> bool:

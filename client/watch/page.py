@@ -1,7 +1,6 @@
 """A site's own page: ``fedspan site watch SITE.yaml``. Reads the site's files; asks nobody and tells nobody."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from common.config.site import MARK, SiteConfig
 from common.errors import ConfigError, FedSpanError, LedgerError
 from common.metrics import SCORES
 from common.system.command import Command
+from common.system.files import read_object
 from common.web.serve import add_page_options, serve
 from common.web.template import Page, Section, fill
 
@@ -206,9 +206,9 @@ def _model(site: SiteConfig, file: Path, names: list[str]) -> Markup:
     kept, folders = [], [folder for name in names if (folder := site.model_folder(file, name)) is not None]
     for folder in folders:
         try:
-            models = json.loads((folder / MARK).read_text(encoding="utf-8"))["models"]
+            models = read_object(folder / MARK)["models"]
             kept += [(folder / name, model["round"], model["files"]) for name, model in sorted(models.items())]
-        except (OSError, ValueError, KeyError, TypeError):  # there is none yet, or an earlier version's
+        except (KeyError, TypeError, AttributeError):  # there is none yet, or an earlier version's
             continue
     return fill(_HERE / "model.html", keep=site.keep, folders=folders, kept=kept)
 

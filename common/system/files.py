@@ -6,12 +6,14 @@ Errors are OSErrors that name the file. The kernel frees a lock when the process
 
 import contextlib
 import fcntl
+import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _FLUSHES = 32  # at a time: a disk confirms many files at once (10,000 small ones in 1.5 s, one by one in 42 s)
@@ -67,6 +69,15 @@ def write_new(path: Path, content: str | bytes, mode: int = 0o644, *, durable: b
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that a process of ours keeps; empty when there is none, or it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

@@ -104,6 +104,20 @@ def test_next_run_of_a_federation_begins_anew(federation: FederationConfig, tmp_
     assert seen == [(1, None), (1, 4), (1, None), (0, None)]  # the second is resumed after it had ended
 
 
+@pytest.mark.parametrize(
+    "kept",
+    ["", "{", "[]", '{"federation": "coding"}', '{"rounds": 3, "trained": 1, "scored": []}'],
+)
+def test_file_of_another_form_is_begun_anew(federation: FederationConfig, tmp_path: Path, kept: str) -> None:
+    file = tmp_path / "work.json"
+    file.write_text(kept)
+    progress = Progress(file)
+    progress.begin(1, federation, "train", 1)
+    progress.trained(ROUND_ONE)
+    progress.end(10)
+    assert [line["round"] for line in json.loads(file.read_text())["trained"]] == [1]
+
+
 def test_progress_that_cannot_be_written_ends_no_training(
     federation: FederationConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
