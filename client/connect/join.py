@@ -8,6 +8,8 @@ API listens on a socket that no other account of this machine can reach (decisio
 import argparse
 import json
 import logging
+import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from common.system.processes import ProcessGroup, Started, socket_folder
 POLL_SECONDS = 0.5
 _LONGEST_PAUSE = 30.0  # seconds before a dead process is restarted; the first pause is one second
 _SETTLED = 300.0  # seconds after which earlier deaths no longer count
+_MOST_LOG = 10_000_000  # bytes of Flower's lines; as many earlier ones are kept beside them
 log = logging.getLogger("join")
 
 
@@ -124,6 +127,7 @@ class Member:
                 state = self.state()
                 self.link.proven |= state["link"] == "up"
                 self.worker.proven |= "state" in state["worker"]
+                trim(self.link.log)
                 for file in filter(None, (self.home / WHOLE, self.status)):
                     _write(file, state)
                 time.sleep(POLL_SECONDS)
@@ -146,6 +150,16 @@ class Member:
             "worker_deaths": self.worker.deaths,
             "work": read_object(self.home / WORK),
         }
+
+
+def trim(file: Path, most: int = _MOST_LOG) -> None:
+    """Empty a log that has grown too long, once its content is in ``<file>.1``; its writers append, and go on."""
+    try:
+        if file.exists() and file.stat().st_size > most:
+            shutil.copyfile(file, file.with_name(f"{file.name}.1"))
+            os.truncate(file, 0)
+    except OSError as error:  # e.g. a full disk: the site works on
+        log.warning("%s cannot be shortened (%s)", file, error.strerror)
 
 
 def _connected(link: Started | None, superlink: str) -> bool:
