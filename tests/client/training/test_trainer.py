@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from client.training.galore import GaLore
-from client.training.trainer import Batch, _shuffled, schedule_factor, train
+from client.training.passes import Batch
+from client.training.trainer import _shuffled, schedule_factor, train
 from common.config.training import TrainingConfig
 from common.errors import TrainingError
 
