@@ -176,8 +176,9 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     # Masked sums are what a site hides its update with: nobody should have to take them on trust.
     # The delivery: a site writes the model that it holds, and keeps what is its own; the server judges the best round.
     # Calls to the SuperLink that fail are made again; norms of weights are computed once a round (decision 035).
-    assert len(code) <= 150
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 19_250
+    # Several devices of a site train together: a process each, and what these exchange (decision 037).
+    assert len(code) <= 154
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 19_900
 
 
 def test_only_named_files_know_flower() -> None:
