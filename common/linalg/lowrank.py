@@ -23,6 +23,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from common.errors import AggregationError, DivergedAverage
+from common.linalg.gram import gram
 
 ZERO = 1e-7  # singular values below this share of the largest w_k |B_k| |A_k| are rounding
 RANK = 1e-6  # singular values above this share of the largest one count for the numerical rank
@@ -30,7 +31,6 @@ LARGE = 512  # from this many columns on, only the wanted part of the spectrum i
 SPARE = 8  # extra directions that power iteration carries, so that the wanted ones converge faster
 STEPS = 4  # steps of power iteration before the first test of convergence
 TINY = 1e-38  # smallest divisor: a factor of zeros is not divided by zero
-TILE = 256  # columns of a Gram matrix that are computed together
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def inner_products(terms: Sequence[Term], name: str = "dW") -> Tensor:
         AggregationError: the factors' shapes do not match.
     """
     b, a, sizes = _stack(terms, name)
-    return _between(_gram(b.double()) * _gram(a.T.double()), terms) * torch.outer(sizes, sizes)
+    return _between(gram(b.double()) * gram(a.T.double()), terms) * torch.outer(sizes, sizes)
 
 
 def _stack(terms: Sequence[Term], name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +167,7 @@ def _leading(
     terms, weighted = b.shape[1], a * weights[:, None]
     large, short = terms >= LARGE, min(b.shape[0], a.shape[1])
     precision = b.dtype if large else torch.float64
-    gram_b, gram_a = _gram(b.to(precision)), _gram(a.T.to(precision))
+    gram_b, gram_a = gram(b.to(precision)), gram(a.T.to(precision))
     inner = gram_b * gram_a
     energy = float(weights.double() @ inner.double() @ weights.double())
     gram_a *= torch.outer(weights, weights)
@@ -230,7 +230,7 @@ def _from_product(product: Tensor, rank: int, count: int) -> tuple[Tensor, Tenso
     """Basis (in, rank) and ``count`` squared singular values from dW itself, when dW is no larger than the core."""
     tall = product.shape[0] >= product.shape[1]
     double = product.double()
-    values, vectors = _largest(_gram(double if tall else double.T), count)
+    values, vectors = _largest(gram(double if tall else double.T), count)
     return vectors[:, :rank] if tall else double.T @ vectors[:, :rank], values
 
 
@@ -239,14 +239,3 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     last = len(matrix) - 1
     values, vectors = linalg.eigh(matrix.double().numpy(), subset_by_index=(max(0, last + 1 - count), last))
     return torch.from_numpy(values).flip(0).clamp_min(0.0), torch.from_numpy(vectors).flip(1)
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    """``matrix.T @ matrix``; blocks below the diagonal are copied from those above."""
-    columns = matrix.shape[1]
-    gram = matrix.new_empty(columns, columns)
-    for start in range(0, columns, TILE):
-        rows = slice(start, start + TILE)
-        gram[rows, start:] = matrix[:, rows].T @ matrix[:, start:]
-        gram[start + TILE :, rows] = gram[rows, start + TILE :].T
-    return gram

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import WireError
+from common.linalg.gram import gram
 from common.linalg.remembered import square_norm, times_left, times_right
 from common.linalg.subspace import SharedBasis, projects_right, shared_basis
 
@@ -44,22 +45,29 @@ class Factors:
         """W (m, n), in float32, from W_0 = ``start`` (m, n)."""
         return self._add_terms(start.to(torch.float32) * self.decay)
 
-    def square(self, start: Tensor) -> float:
-        """Squared Frobenius norm of the change; without decay computed from the factors alone."""
+    def square(self, start: Tensor, inner: float | None = None) -> float:
+        """Squared Frobenius norm of the change; without decay computed from the factors alone.
+
+        Args:
+            start: W_0 (m, n).
+            inner: ``self.inner(start)``, where it is known; used with decay only.
+        """
         left, right = self.stacked(tuple(start.shape))
-        square = float(((left.T @ left).double() * (right @ right.T).double()).sum())
-        shrunk = self.decay - 1.0
+        square, shrunk = float((gram(left).double() * gram(right.T).double()).sum()), self.decay - 1.0
         if shrunk:
-            square += 2 * shrunk * self._inner(start, left, right)
+            square += 2 * shrunk * (self.inner(start) if inner is None else inner)
             square += shrunk * shrunk * square_norm(start)  # ** would raise OverflowError; * gives inf
         return max(square, 0.0)
 
-    def _inner(self, start: Tensor, left: Tensor, right: Tensor) -> float:
+    def inner(self, start: Tensor) -> float:
         """Inner product of W_0 and the terms; W_0 times a basis that all sites share is computed once a round."""
+        if not self.terms:
+            return 0.0
         if self.common and projects_right(start.shape):
-            return float((times_right(start, self.terms[0][1]) * left).sum(dtype=torch.float64))
+            return float((times_right(start, self.terms[0][1]) * self.terms[0][0]).sum(dtype=torch.float64))
         if self.common:
-            return float((times_left(start, self.terms[0][0]) * right).sum(dtype=torch.float64))
+            return float((times_left(start, self.terms[0][0]) * self.terms[0][1]).sum(dtype=torch.float64))
+        left, right = self.stacked(tuple(start.shape))
         return float(((start.to(torch.float32) @ right.T) * left).sum(dtype=torch.float64))
 
     def change(self, start: Tensor) -> Tensor:
@@ -74,6 +82,8 @@ class Factors:
 
     def stacked(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """[left_1 left_2 ...] (m, R) and [right_1; right_2; ...] (R, n), on the CPU."""
+        if len(self.terms) == 1:
+            return self.terms[0][0].cpu(), self.terms[0][1].cpu()
         lefts, rights = [left.cpu() for left, _ in self.terms], [right.cpu() for _, right in self.terms]
         return torch.cat([*lefts, torch.zeros(shape[0], 0)], 1), torch.cat([*rights, torch.zeros(0, shape[1])], 0)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import AggregationError
+from common.linalg.remembered import square_norm
 from common.linalg.subspace import projects_right
 from common.model.second_moments import without
 from common.protocol.factors import Factors
@@ -71,11 +72,13 @@ class _Sum:
     def __init__(self, base: Tensor) -> None:
         self._base = base
         self._whole: Tensor | None = None
-        self._factors = Factors(
-            1.0, []
-        )  # the rest of the sum, beside ``_whole``; the decay is 1 + sum of w_k (c_k - 1)
+        # The rest of the sum, beside ``_whole``; the decay is 1 + sum of w_k (c_k - 1).
+        self._factors = Factors(1.0, [])
+        self._inner: float | None = 0.0  # ``Factors.inner`` of all factors so far; None: of some it was not told
 
-    def add(self, value: Tensor | Factors, weight: float) -> None:
+    def add(self, value: Tensor | Factors, weight: float, inner: float | None = None) -> None:
+        """Add one client's change; ``inner``: ``Factors.inner`` of it, which a later ``square`` needs not compute."""
+        self._inner = None if inner is None or self._inner is None else self._inner + weight * inner
         if isinstance(value, Tensor):
             self._densify().add_(_change(value, self._base), alpha=weight)
             return
@@ -98,8 +101,13 @@ class _Sum:
     def square(self) -> float:
         """Squared Frobenius norm of the sum."""
         if self._whole is None:
-            return self._factors.square(self._base)
-        return float(self._total().square().sum(dtype=torch.float64))
+            return self._factors.square(self._base, self._inner)
+        whole, shrunk = self._densify(), self._factors.decay - 1.0
+        square = square_norm(whole)
+        if shrunk:
+            inner = torch.linalg.vecdot(self._base.to(torch.float32), whole).sum(dtype=torch.float64)
+            square += shrunk * (2 * float(inner) + shrunk * square_norm(self._base))
+        return square
 
     def _densify(self) -> Tensor:
         """The sum without decay as a dense tensor; the factors in it are let go."""
@@ -133,13 +141,13 @@ class Drift:
         for name in without(tensors):
             groups.setdefault(layer_group(name), []).append(name)
         for group, names in groups.items():
-            norm = math.sqrt(sum(change_square(tensors[name], self._base[name]) for name in names))
+            values = [(name, tensors[name], self._base[name]) for name in names]
+            inner = {name: v.inner(base) for name, v, base in values if isinstance(v, Factors) and v.decay != 1.0}
+            norm = math.sqrt(sum(change_square(v, base, inner.get(name)) for name, v, base in values))
             self._norms.setdefault(group, []).append(norm)
             units = self._units.setdefault(group, {})
-            for name in names if norm > 0 else []:
-                if name not in units:
-                    units[name] = _Sum(self._base[name])
-                units[name].add(tensors[name], 1.0 / norm)
+            for name, value, base in values if norm > 0 else []:
+                units.setdefault(name, _Sum(base)).add(value, 1.0 / norm, inner.get(name))
 
     def diagnostics(self) -> dict[str, float]:
         """``client-norm/<group>``: mean L2 norm; ``client-cosine/<group>`` when at least two clients moved."""
@@ -164,8 +172,8 @@ def _change(value: Tensor, base: Tensor) -> Tensor:
     return value.to(torch.float32) - base.to(torch.float32)
 
 
-def change_square(value: Tensor | Factors, base: Tensor) -> float:
-    """Squared Frobenius norm of a change."""
+def change_square(value: Tensor | Factors, base: Tensor, inner: float | None = None) -> float:
+    """Squared Frobenius norm of a change; ``inner``: see ``Factors.square``."""
     if isinstance(value, Factors):
-        return value.square(base)
+        return value.square(base, inner)
     return float(_change(value, base).square_().sum(dtype=torch.float64))
