@@ -135,7 +135,7 @@ class Reach:
         rows = admission.max_rows or _ROWS * self.rows
         noise = admission.max_noise + MOST_NOISE * federation.shared_noise
         if self._by_entry(name) if by_entry is None else by_entry:
-            step = largest_entry(tensor, rows, training, strategy) + DEVIATIONS * noise
+            step = largest_entry(name, tensor, rows, training, strategy) + DEVIATIONS * noise
             return self._served(step, 1)
         step = largest_change(name, tensor, rows, training, strategy)
         if noise and not is_second_moment(name):

@@ -17,7 +17,7 @@ import torch
 from client.held_weights import Weights
 from client.reach import Reach
 from client.site_model import Bases, SiteModel
-from client.training.moments import capture, restore
+from client.training.between_rounds import capture, restore
 from client.training.settings import describe, pick_autocast
 from client.training.trainer import train
 from client.update import PreparedUpdate, Work

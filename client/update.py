@@ -18,7 +18,6 @@ from common.config.federation import FederationConfig
 from common.config.site import PrivacyConfig
 from common.linalg.subspace import projects_right
 from common.model import second_moments
-from common.model.families import in_head
 from common.protocol.factors import Exchange, Factors, pack, packed_bytes, rounding_error
 from common.protocol.tensors import Tensors
 
@@ -83,8 +82,8 @@ def changed_weights(
         privacy: the site file's section ``privacy``; None: the exact change is sent.
         moments: whether to send Adam's second moments, too.
     """
-    changes = {name: optimizer.factors(name) for name in names if not in_head(name)}
-    whole = {name: optimizer.whole(name, start[name]) for name in names if in_head(name)}
+    changes = {name: optimizer.factors(name) for name in names if name in optimizer.projected}
+    whole = {name: optimizer.whole(name, start[name]) for name in names if name not in optimizer.projected}
     update = factored_weights(changes, whole, start, exchange, privacy)
     if not moments:
         return update
@@ -236,7 +235,7 @@ class Work:
         if self._privacy is not None and exchange.basis is None:
             return sum(whole.values())
         directions = strategy.rank * strategy.bases(self.steps)
-        factored = [name for name in self.parameters if not in_head(name)]
+        factored = [name for name in self.parameters if strategy.projects(name)]
         return sum({**whole, **{n: packed_bytes(weights[n].shape, directions, exchange) for n in factored}}.values())
 
     def start(self) -> Tensors:
@@ -272,8 +271,8 @@ class Work:
         weights, decay = self._model.weights.tensors, 1.0
         for rate in rates:
             decay *= 1.0 - rate * training.weight_decay
-        changes = {name: Factors(decay, [], common=True) for name in self.parameters if not in_head(name)}
-        whole = {name: weights[name] for name in self.parameters if in_head(name)}
+        changes = {name: Factors(decay, [], common=True) for name in self.parameters if strategy.projects(name)}
+        whole = {name: weights[name] for name in self.parameters if not strategy.projects(name)}
         return factored_weights(
             changes, whole, weights, self._model.exchange(self.server_round), self._privacy
         ), numbers

@@ -178,8 +178,9 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     # Calls to the SuperLink that fail are made again; norms of weights are computed once a round (decision 035). A Gram
     # matrix with half of the products is a file without scipy, which no site needs.
     # Several devices of a site train together: a process each, and what these exchange (decision 037).
-    assert len(code) <= 155
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 19_940
+    # A site's optimizer goes on between rounds, GaLore's as well as LoRA's.
+    assert len(code) <= 156
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in code) <= 20_040
 
 
 def test_only_named_files_know_flower() -> None:

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from common.config.federation import FederationConfig
 from common.config.strategy import GaLoreConfig, StrategyConfig
 from common.config.training import TrainingConfig
-from common.model.families import in_head
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes
 
@@ -122,7 +121,7 @@ def estimate(
 
 def _galore(name: str, weight: Tensor, strategy: GaLoreConfig, training: TrainingConfig, terms: int) -> int:
     """Bytes of GaLore's state for one weight: bases and updates of every term, both moments, the projected gradient."""
-    if in_head(name):  # unprojected: the same sums, without basis, over the complete tensor
+    if not strategy.projects(name):  # the same sums, without basis, over the complete tensor
         long, short, rank, terms = weight.numel(), 0, 1, 1
     else:
         long, short, rank = max(weight.shape), min(weight.shape), strategy.rank

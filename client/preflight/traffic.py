@@ -9,7 +9,6 @@ from common.config.aggregation import MedianConfig, TrimmedMeanConfig
 from common.config.federation import FederationConfig
 from common.config.strategy import GaLoreConfig
 from common.model import second_moments
-from common.model.families import in_head
 from common.protocol.factors import Factors, num_bytes, pack
 from common.text import size
 from strategies.flower.named import make_rule
@@ -45,7 +44,7 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
 
 def _packed(name: str, weight: Tensor, terms: int, strategy: GaLoreConfig) -> int:
     """Bytes of one weight's change in factors with ``terms`` bases."""
-    if in_head(name) or second_moments.is_second_moment(name):
+    if second_moments.is_second_moment(name) or not strategy.projects(name):
         return 4 * weight.numel()
     (rows, columns), rank = weight.shape, strategy.rank * terms
     left, other = weight.new_zeros(rows, rank).float(), weight.new_zeros(rank, columns).float()

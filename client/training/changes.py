@@ -28,18 +28,13 @@ def begun(weight: Tensor, *, projected: bool) -> State:
     return state
 
 
-def begin_again(state: State, weight: Tensor) -> None:
-    """Start a new round: the weight becomes W_0; the current basis is kept."""
-    state.update(decay=1.0, bases=state["bases"][-1:], updates=[torch.zeros_like(state["updates"][-1])])
-    if "start" in state:
-        state["start"] = weight.detach().clone()
-
-
 def open_term(state: State, basis: Tensor, shape: Size) -> None:
     """Switch to another basis, (r, n) or (m, r), of a weight (m, n)."""
     rows, columns = shape
     low = (rows, len(basis)) if projects_right(shape) else (basis.shape[1], columns)
     update = torch.zeros(low, dtype=torch.float32, device=basis.device)
+    if state["bases"] and not state["updates"][-1].any():  # a kept basis that is refreshed in the round's first step
+        state.update(bases=state["bases"][:-1], updates=state["updates"][:-1])
     state["bases"].append(basis)  # last, because the lines before may run out of memory: a term must not be half-opened
     state["updates"].append(update)
 

@@ -38,7 +38,7 @@ class GaLore(torch.optim.Optimizer):
         params: the weights by name; all but the unprojected ones must be 2-D. The names seed the range finder and
             appear in errors.
         lr: learning rate.
-        rank: r, at most the smaller side of every weight.
+        rank: r, at most the smaller side of every weight; None: nothing is projected.
         update_proj_gap: steps between two refreshes of the basis.
         scale: factor of the projected-back step (the paper's alpha).
         inner: "adamw", or "sgd" (plain, without momentum).
@@ -54,6 +54,7 @@ class GaLore(torch.optim.Optimizer):
         seed: seed of the range finder.
 
     Attributes:
+        projected: names of the tensors that are projected.
         last_backward: the caller sets it to False while more backward passes of the same step follow.
 
     Raises:
@@ -76,7 +77,7 @@ class GaLore(torch.optim.Optimizer):
         params: Mapping[str, nn.Parameter],
         *,
         lr: float,
-        rank: int,
+        rank: int | None,
         update_proj_gap: int,
         scale: float,
         inner: Literal["adamw", "sgd"] = "adamw",
@@ -91,17 +92,17 @@ class GaLore(torch.optim.Optimizer):
         refresh_batches: int = 1,
         seed: int = 0,
     ) -> None:
-        projected = {name: parameter for name, parameter in params.items() if name not in unprojected}
-        if not projected:
+        projected = {n: p for n, p in params.items() if rank is not None and n not in unprojected}
+        if not projected and rank is not None:
             raise TrainingError("GaLore has no weight to project; `modules` and `blocks` must select at least one")
         for name, parameter in projected.items():
             if parameter.ndim != 2:
                 raise TrainingError(f"{name}: GaLore projects matrices, this has shape {tuple(parameter.shape)}")
-            if not 1 <= rank <= min(parameter.shape):
+            if rank is not None and not 1 <= rank <= min(parameter.shape):
                 shape = tuple(parameter.shape)
                 raise TrainingError(f"{name}: GaLore rank {rank}; allowed for shape {shape}: 1 to {min(shape)}")
         self._names = {parameter: name for name, parameter in params.items()}
-        self._projected = set(projected.values())
+        self.projected, self._projected = frozenset(projected), set(projected.values())
         self._seed = seed
         self._basis, self._max_norm = basis, max_grad_norm
         self._inner = Inner(moments, second_moments)
@@ -239,7 +240,7 @@ class GaLore(torch.optim.Optimizer):
         state["refreshed"] = state["step"]
 
     def factors(self, name: str) -> Factors:
-        """The exact change of a projected weight since the optimizer was built or ``start_round`` was called.
+        """The exact change of a projected weight since the optimizer was built.
 
         Raises:
             KeyError: no weight of this name.
@@ -271,12 +272,6 @@ class GaLore(torch.optim.Optimizer):
     def _of(self, name: str) -> tuple[nn.Parameter, dict[str, Any]]:
         parameter = {n: p for p, n in self._names.items()}[name]
         return parameter, self.state[parameter]
-
-    def start_round(self) -> None:
-        """Start a new round: the weights become W_0; moments, current bases and the step counter are kept."""
-        for parameter, state in self.state.items():
-            if state:
-                changes.begin_again(state, parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free all gradients, also those that are projected already."""

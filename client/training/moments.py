@@ -3,14 +3,12 @@
 Between steps: float32, or 8 bits by bitsandbytes (arXiv 2110.02861). Between rounds: as named tensors at the site.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import TrainingError
-from common.protocol.tensors import Tensors, flatten, unflatten
 
 Moments = Literal["float32", "8bit"]
 _NAMES = ("exp_avg", "exp_avg_sq")
@@ -81,27 +79,3 @@ def moment_store(moments: Moments) -> Float32Moments | EightBitMoments:
         TrainingError: the format needs bitsandbytes, which is not installed.
     """
     return Float32Moments() if moments == "float32" else EightBitMoments()
-
-
-def capture(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensors:
-    """Copy the optimizer's state to the CPU, grouped by key (``exp_avg`` ...)."""
-    groups: dict[str, Tensors] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            if value is not None:
-                groups.setdefault(key, {})[name] = torch.as_tensor(value).detach().cpu().clone()
-    return flatten(groups)
-
-
-def restore(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Restore captured state; a parameter without captured state, or of another shape by now, starts with none."""
-    groups = unflatten(tensors)
-    for name, parameter in parameters.items():
-        found = {key: named[name] for key, named in groups.items() if name in named}
-        if found and all(t.ndim == 0 or t.shape == parameter.shape for t in found.values()):
-            optimizer.state[parameter] = {
-                key: tensor.clone() if tensor.ndim == 0 else tensor.to(parameter.device, copy=True)
-                for key, tensor in found.items()
-            }

@@ -15,7 +15,6 @@ from common.config.strategy import StrategyConfig, names
 from common.config.training import TrainingConfig
 from common.errors import ModelError, TrainingError
 from common.linalg.subspace import SharedBasis
-from common.model.families import in_head
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -76,11 +75,29 @@ def make_optimizer(
     Raises:
         TrainingError: GaLore cannot train these parameters.
     """
+    optimizer = _optimizer(parameters, training, strategy, server_round, basis, moments)
+    head = [parameter for name, parameter in parameters.items() if training.rate(name) != training.learning_rate]
+    if head:
+        rest = optimizer.param_groups[0]["params"]
+        rest[:] = [parameter for parameter in rest if all(parameter is not one for one in head)]
+        optimizer.add_param_group({"params": head, "lr": training.head_learning_rate})
+    return optimizer
+
+
+def _optimizer(
+    parameters: Mapping[str, torch.nn.Parameter],
+    training: TrainingConfig,
+    strategy: StrategyConfig,
+    server_round: int,
+    basis: SharedBasis | None,
+    moments: SecondMoments | None,
+) -> torch.optim.Optimizer:
+    """The optimizer with one learning rate for all parameters; see ``make_optimizer``."""
     if strategy.trains == "weights":
         return GaLore(
             parameters,
             lr=training.learning_rate,
-            rank=strategy.rank,
+            rank=strategy.rank if strategy.projection == "galore" else None,
             update_proj_gap=strategy.update_proj_gap,
             scale=strategy.scale,
             inner=training.optimizer,
@@ -90,7 +107,7 @@ def make_optimizer(
             basis=basis,
             second_moments=moments,
             refresh_batches=strategy.refresh_batches,
-            unprojected=[name for name in parameters if in_head(name)],
+            unprojected=[name for name in parameters if not strategy.projects(name)],
             seed=training.seed + server_round,
         )
     if training.optimizer == "sgd":

@@ -19,9 +19,12 @@ class _Clipping(Section):
 
 
 class MeanConfig(_Clipping):
-    """The mean, weighted by examples."""
+    """The mean, weighted by examples unless ``weights`` says otherwise."""
 
     method: Literal["mean"] = "mean"
+    weights: Literal["rows", "uniform"] = Field(
+        "rows", description="`rows`: a site counts by its training rows. `uniform`: all sites count alike."
+    )
 
 
 class TrimmedMeanConfig(_Clipping):

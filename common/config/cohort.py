@@ -101,7 +101,9 @@ def single_updates_needed(
     where, threshold, clients = "`secure_aggregation`", secure.threshold, cohort.min_clients
     if (reason := strategy.single_updates_needed()) is not None:
         yield f"{where} shows the server nothing but a sum, and `strategy` {strategy.name} {reason}"
-    if aggregation != MeanConfig():
+    if isinstance(aggregation, MeanConfig) and aggregation.weights != "rows":
+        yield f"{where} weights a site by its rows; allowed with it: `aggregation` mean with `weights` rows"
+    elif aggregation != MeanConfig():
         yield (
             f"{where} shows the server no single update, which `aggregation` {aggregation.method}"
             f"{' with `clip_norm`' if isinstance(aggregation, MeanConfig) else ''} needs; allowed with it: mean "

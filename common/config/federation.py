@@ -231,7 +231,7 @@ def _aggregation(federation: FederationConfig) -> Iterator[str]:
     if strategy.plain_mean_only is not None and method != MeanConfig():
         yield (
             f"`strategy` {strategy.name} {strategy.plain_mean_only}; allowed with it: `aggregation` mean without "
-            "`clip_norm`"
+            "`clip_norm`, weighted by rows"
         )
     if not strategy.takes_server_optimizer and optimizer is not None:
         yield (

@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.traits import Selection, StrategySection
+from common.config.traits import HEAD, Head, LoraConfig, StrategySection
 
 if TYPE_CHECKING:
     from common.protocol.factors import Exchange
 
-Head = Literal["train", "freeze", "local"]
 _GAP = 200  # optimizer steps; the default of GaLore's authors
-_HEAD = (
-    "How the classification head is treated; required with a classification task: `train` (trained in full, and "
-    "averaged), `freeze` (kept as in the base model, or as drawn at random), or `local` (trained, kept at the site)."
-)
 
 
 class GaLoreConfig(StrategySection):
@@ -30,6 +25,11 @@ class GaLoreConfig(StrategySection):
     changes_base: ClassVar = True
 
     name: str
+    projection: Literal["galore", "none"] = Field(
+        "galore",
+        description="`galore`: gradients are projected, and changes are sent in low-rank factors. `none`: the weights "
+        "are trained and sent whole, as the reference that GaLore is compared with; `rank` has no meaning then.",
+    )
     rank: int = Field(16, ge=1, description="Rank of the GaLore projection.")
     subspace: Literal["own", "shared"] = Field(
         "own",
@@ -53,13 +53,14 @@ class GaLoreConfig(StrategySection):
         "float32",
         description="Number format of the factors on the wire; float32 is exact, the error of the others is reported.",
     )
-    optimizer_state: Literal["reset", "averaged"] = Field(
+    optimizer_state: Literal["reset", "keep", "averaged"] = Field(
         "reset",
-        description="Adam's moments between rounds. `reset`: every round starts with zeros. `averaged`: the server "
-        "averages the sites' second moments, and the next round starts with the average (after arXiv 2602.01746); "
-        "needs `subspace` shared and `moments` float32.",
+        description="Adam's moments between rounds. `reset`: every round starts with zeros. `keep`: every site goes on "
+        "with its moments and its basis, which is refreshed every `update_proj_gap` steps of the run; needs `subspace` "
+        "own. `averaged`: the server averages the sites' second moments, and the next round starts with the average "
+        "(after arXiv 2602.01746); needs `subspace` shared and `moments` float32.",
     )
-    head: Head | None = Field(None, description=_HEAD)
+    head: Head | None = Field(None, description=HEAD)
 
     @field_validator("update_proj_gap", mode="before", json_schema_input_type=Annotated[int, Field(ge=1)] | None)
     @classmethod
@@ -68,6 +69,13 @@ class GaLoreConfig(StrategySection):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
+        if self.projection == "none" and (self.subspace, self.scale, self.wire_precision) != ("own", 0.25, "float32"):
+            raise ValueError(
+                "`projection` none takes no `subspace`, `scale` and `wire_precision`: nothing is projected and sent in "
+                "factors; leave them out"
+            )
+        if self.projection == "none" and (self.update_proj_gap != _GAP or self.refresh_batches != 1):
+            raise ValueError("`projection` none takes no `update_proj_gap` and no `refresh_batches`; leave them out")
         if self.subspace == "shared" and (self.update_proj_gap != _GAP or self.refresh_batches != 1):
             raise ValueError("`subspace` shared takes no `update_proj_gap` and no `refresh_batches`; leave them out")
         if self.optimizer_state == "averaged" and (self.subspace != "shared" or self.moments != "float32"):
@@ -75,7 +83,18 @@ class GaLoreConfig(StrategySection):
                 f"`optimizer_state` averaged with `subspace` {self.subspace} and `moments` {self.moments}; allowed "
                 "with it: shared, whose moments can be compared, and float32"
             )
+        if self.optimizer_state == "keep" and self.subspace == "shared":
+            raise ValueError(
+                "`optimizer_state` keep with `subspace` shared, whose bases are new in every round; allowed with it: "
+                "reset and averaged"
+            )
         return self
+
+    def projects(self, name: str) -> bool:
+        """See ``StrategySection.projects``; a classification head is trained whole."""
+        from common.model.families import in_head
+
+        return self.projection == "galore" and not in_head(name)
 
     @property
     def shares_basis(self) -> bool:
@@ -84,6 +103,8 @@ class GaLoreConfig(StrategySection):
 
     def single_updates_needed(self) -> str | None:
         """See ``StrategySection.single_updates_needed``."""
+        if self.projection == "none":
+            return "with `projection` none sends whole weights; allowed with it: `subspace` shared"
         if not self.shares_basis:
             return "with `subspace` own has other bases at every site; allowed with it: `subspace` shared"
         if self.optimizer_state == "averaged":
@@ -93,8 +114,12 @@ class GaLoreConfig(StrategySection):
         return self.needs_updates
 
     def bases(self, steps: int) -> int:
-        """Number of bases that a site uses in a round of ``steps`` optimizer steps."""
-        return 1 if self.shares_basis else math.ceil(steps / self.update_proj_gap)
+        """Most bases that a site uses in a round of ``steps`` optimizer steps."""
+        if self.shares_basis:
+            return 1
+        # A kept basis may be refreshed within the round: a round begins at a multiple of what both numbers share.
+        late = self.update_proj_gap - math.gcd(steps, self.update_proj_gap) if self.optimizer_state == "keep" else 0
+        return math.ceil((late + steps) / self.update_proj_gap)
 
     def shared(self, seed: int) -> tuple[int, int] | None:
         """Seed and rank from which all sites draw the shared bases; None: each site has its own bases."""
@@ -116,23 +141,6 @@ class FedFTGConfig(GaLoreConfig):
     needs_updates: ClassVar = None
 
     name: Literal["fedftg"] = "fedftg"
-
-
-class LoraConfig(StrategySection):
-    """Keys of all LoRA strategies."""
-
-    trains: ClassVar[Literal["lora"]] = "lora"
-
-    blocks: str = Field("all", description=Selection.model_fields["blocks"].description)
-    modules: str | list[str] = Field("attention", description=Selection.model_fields["modules"].description)
-    rank: int = Field(8, ge=1, description="LoRA rank; a site file may cap it where the strategy allows mixed ranks.")
-    lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is lora_alpha / rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
-    rslora: bool = Field(False, description="true: the scaling is lora_alpha / sqrt(rank).")
-    head: Head | None = Field(None, description=_HEAD)
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
-    merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
-    name: str
 
 
 class FlexLoRAConfig(LoraConfig):

@@ -18,6 +18,9 @@ class TrainingConfig(Section):
         "adamw", description="Local optimizer; under FedFTG it runs inside the projection."
     )
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of a trained classification head; null: `learning_rate`."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Schedule of the learning rate over all rounds of the run."
     )
@@ -44,6 +47,14 @@ class TrainingConfig(Section):
     def rows_per_step(self) -> int:
         """Rows per optimizer step."""
         return self.batch_size * self.gradient_accumulation
+
+    def rate(self, name: str) -> float:
+        """The peak learning rate of a tensor, by its name in messages."""
+        from common.model.families import in_head
+
+        if self.head_learning_rate is None or not in_head(name):
+            return self.learning_rate
+        return self.head_learning_rate
 
     def steps(self, rows: int) -> int:
         """Optimizer steps per round at a client with ``rows`` training rows."""

@@ -1,4 +1,4 @@
-"""Traits of strategies: the facts about a strategy that code outside its rule may ask for."""
+"""Traits of strategies: the facts that code outside a rule may ask for; and the keys of all LoRA strategies."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -8,6 +8,12 @@ from common.config.section import Section
 
 if TYPE_CHECKING:
     from common.protocol.factors import Exchange
+
+Head = Literal["train", "freeze", "local"]
+HEAD = (
+    "How the classification head is treated; required with a classification task: `train` (trained in full, and "
+    "averaged), `freeze` (kept as in the base model, or as drawn at random), or `local` (trained, kept at the site)."
+)
 
 
 class Selection(Section):
@@ -62,6 +68,11 @@ class StrategySection(Selection):
         """Whether the changes of all sites lie in one random subspace per weight and round."""
         return False
 
+    def projects(self, name: str) -> bool:
+        """Whether sites train a base weight of this name in a projection of its gradient."""
+        del name
+        return False
+
     def single_updates_needed(self) -> str | None:
         """The reason why these settings need single updates at the server, for the end of a sentence; None: none."""
         return self.needs_updates
@@ -76,3 +87,20 @@ class StrategySection(Selection):
         from common.protocol.factors import Exchange
 
         return Exchange()
+
+
+class LoraConfig(StrategySection):
+    """Keys of all LoRA strategies."""
+
+    trains: ClassVar[Literal["lora"]] = "lora"
+
+    blocks: str = Field("all", description=Selection.model_fields["blocks"].description)
+    modules: str | list[str] = Field("attention", description=Selection.model_fields["modules"].description)
+    rank: int = Field(8, ge=1, description="LoRA rank; a site file may cap it where the strategy allows mixed ranks.")
+    lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is lora_alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
+    rslora: bool = Field(False, description="true: the scaling is lora_alpha / sqrt(rank).")
+    head: Head | None = Field(None, description=HEAD)
+    optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
+    merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
+    name: str

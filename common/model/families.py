@@ -39,6 +39,7 @@ class SelectedLayer:
     transposed: bool
 
 
+_PEFT = "base_model.model."  # before the names of the model within a PeftModel
 _HEADS = ("classifier", "score", "pre_classifier", "pooler", "head")  # names of a classifier's head in transformers
 _ATTENTION = re.compile(r"(^|[._])(\w*attn|\w*attention)\b")
 _EXPERTS = re.compile(r"(^|\.)\w*experts\b")
@@ -171,8 +172,8 @@ def freeze_all_but(model: nn.Module, layers: list[SelectedLayer]) -> dict[str, n
 
 
 def in_head(name: str) -> bool:
-    """Whether a parameter of a base model belongs to a classification head."""
-    return name.partition(".")[0] in _HEADS
+    """Whether a parameter of a base model, or of PEFT's around it, belongs to a classification head."""
+    return name.removeprefix(_PEFT).partition(".")[0] in _HEADS
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.strategy import GaLoreConfig, LoraConfig
+from common.config.strategy import GaLoreConfig
+from common.config.traits import LoraConfig
 from common.errors import ModelError, WireError
 from common.model import families, second_moments
 from common.model.adapters import BASE_WEIGHT, FACTORS, LORA_A, LORA_B, fresh_a

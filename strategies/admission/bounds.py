@@ -63,24 +63,24 @@ def largest_change(name: str, base: Tensor, rows: int, training: TrainingConfig,
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm**2 / strategy.rank
         return _TOLERANCE * (limit + float(base.sum()))
     entries, scale, steps = base.numel(), 1.0, training.steps(rows)
-    if strategy.trains == "weights" and not in_head(name):
+    if strategy.trains == "weights" and strategy.projects(name):
         # A GaLore step has the norm of its projection (rank, larger side): the basis is orthonormal.
         entries, scale = min(strategy.rank, *base.shape) * max(base.shape), strategy.scale
     if training.optimizer == "adamw":
         path = scale * adam_path(steps, strategy) * math.sqrt(entries)
     else:
         path = math.inf if training.max_grad_norm is None else steps * scale * training.max_grad_norm
-    return _TOLERANCE * training.learning_rate * (path + steps * _shrinking(base, 2, training))
+    return _TOLERANCE * training.rate(name) * (path + steps * _shrinking(base, 2, training))
 
 
-def largest_entry(base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
+def largest_entry(name: str, base: Tensor, rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
     """Largest change that one round's training can make to an entry of a tensor that is bounded ``by_entry``.
 
     Aggregation entry by entry cannot exceed this bound, so the bound holds for the next state, too.
     """
     steps = training.steps(rows)
     path = adam_path(steps, strategy) + steps * _shrinking(base, math.inf, training)
-    return _TOLERANCE * training.learning_rate * path
+    return _TOLERANCE * training.rate(name) * path
 
 
 def largest_projected(rows: int, training: TrainingConfig, strategy: StrategyConfig) -> float:
@@ -98,8 +98,7 @@ def largest_projected(rows: int, training: TrainingConfig, strategy: StrategyCon
 
 def by_entry(name: str, training: TrainingConfig, strategy: StrategyConfig) -> bool:
     """Whether each entry of a tensor has its own bound: Adam trains the tensor directly, not in a projection."""
-    direct = strategy.trains == "lora" or in_head(name)
-    return direct and training.optimizer == "adamw" and not is_second_moment(name)
+    return not strategy.projects(name) and training.optimizer == "adamw" and not is_second_moment(name)
 
 
 def adam_path(steps: int, strategy: StrategyConfig) -> float:
@@ -157,7 +156,7 @@ def check_possible(
         if not math.isfinite(norm):  # the bound itself may be infinite
             raise RefusedUpdate(f"{update.client}: {name} moved by {norm}; allowed: a finite number")
         if name in update.tensors and by_entry(name, training, strategy):
-            entry = largest_entry(base[name], update.num_examples, training, strategy)
+            entry = largest_entry(name, base[name], update.num_examples, training, strategy)
             entry += 0.0 if privacy is None else DEVIATIONS * privacy.noise
             furthest = size(update.tensors[name].float() - base[name].float(), math.inf)
             if not furthest <= entry:  # within the norm, but all in a few places

@@ -21,7 +21,6 @@ from common.config.federation import FederationConfig
 from common.errors import WireError
 from common.masking.fixed_point import WORD_BYTES, Words, decode
 from common.masking.noise import Numbers, check_hidden, encode_hidden
-from common.model.families import in_head
 from common.protocol.factors import Exchange, Factors, common_part, in_factors, parts_of
 from common.protocol.tensors import Tensors
 from strategies.admission.bounds import DEVIATIONS, by_entry, largest_change, largest_entry, largest_projected
@@ -180,9 +179,9 @@ class Vector:
     def _pieces_of(self, name: str) -> list[_Piece]:
         training, strategy, base = self._federation.training, self._federation.strategy, self._base[name]
         noise, shape = DEVIATIONS * self._federation.admission.max_noise, tuple(base.shape)
-        if strategy.trains == "lora" or in_head(name) or not in_factors(shape, self._exchange):
+        if not strategy.projects(name) or not in_factors(shape, self._exchange):
             if by_entry(name, training, strategy):
-                bound = largest_entry(base, self._rows, training, strategy)
+                bound = largest_entry(name, base, self._rows, training, strategy)
             else:
                 bound = largest_change(name, base, self._rows, training, strategy)
             return [_Piece(name, "", shape, bound + noise)]

@@ -58,7 +58,9 @@ def combine(
     Raises:
         AggregationError: there is no contribution, or fewer than Krum needs.
     """
-    if method == MeanConfig():
+    if isinstance(method, MeanConfig) and method.weights == "uniform":
+        contributions = (one._replace(num_examples=1) for one in contributions)
+    if isinstance(method, MeanConfig) and method.clip_norm is None:
         return _mean(base, contributions), {}
     kept = sorted(contributions, key=lambda one: one.client)
     if not kept:

@@ -1,4 +1,4 @@
-"""A site under the strategies that change base weights or leave B to it, against the server's rule, in one process."""
+"""A site under the strategies that change base weights or leave B or moments to it, against the server's rule."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from client.preflight.traffic import bytes_per_round
 from client.session import Session
 from common.errors import ModelError
 from common.model import tuning
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B
+from common.protocol.factors import num_bytes, unpack
 from common.protocol.tensors import Tensors
 from server.loop.server_model import ServerModel
 from server.run.outcome import Outcome
+from strategies.admission.bounds import change_norms, check_possible
 from strategies.flower.named import make_rule
 from strategies.flower.versions import Versions
 from strategies.rule import Update
@@ -113,3 +116,48 @@ def test_fedsas_b_stays_at_the_site_and_is_trained_on(tmp_path: Path) -> None:
     other.kept = kept  # as the caller carries it over to a new process
     other.set_state(trained, None, list(state), after=1)
     assert torch.equal(logits(other), after)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"projection": "none"},
+        {"projection": "none", "optimizer_state": "keep"},
+        {"rank": 4, "update_proj_gap": 2, "scale": 1.0, "optimizer_state": "keep"},
+    ],
+)
+def test_fedftg_sends_what_was_counted_and_goes_on_with_what_it_kept(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    """Two rounds at one site, the second one also in a new process that was given what the site had kept."""
+    whole, updates = strategy.get("projection") == "none", []
+    own = session(tmp_path, strategy={"name": "fedftg", "blocks": "lower half", **strategy})
+    config = own.federation
+    rule = make_rule(config.strategy, seed=config.training.seed)
+    versions = Versions({name: tensor.clone() for name, tensor in own.exchanged.items()})
+    active = rule.active(1, versions.state)
+    for server_round in (1, 2):
+        kept, weights = dict(own.kept), own.weights
+        assert weights is not None
+        steps = versions.since(weights.version)
+        if steps is None:  # they would be as large as the weights
+            own.set_state(dict(versions.state), None, active, versions.latest, server_round - 1)
+        else:
+            own.follow(steps, weights.version, versions.latest)
+        sent, _ = own.train(server_round, active)
+        assert (sent.keys() == set(active)) == whole
+        assert num_bytes(sent.values()) <= own.work(server_round, active).most_bytes()
+        if whole:
+            assert num_bytes(sent.values()) == own.work(server_round, active).most_bytes()
+            assert num_bytes(sent.values()) == bytes_per_round(config, dict(own._tuned.parameters), 3)[1]
+        shapes = {name: tuple(tensor.shape) for name, tensor in versions.state.items()}
+        dense, factors = unpack(sent, shapes, config.strategy.exchange(0, server_round))
+        update = Update("site-a", 9, dense, None, factors)
+        check_possible(update, change_norms(update, versions.state), versions.state, config.training, config.strategy)
+        updates.append((versions, kept, sent))
+        if server_round == 1:
+            versions.advance(rule.aggregate(server_round, versions.state, iter([update])))
+    assert bool(own.kept) == (strategy.get("optimizer_state") == "keep")
+    late = session(tmp_path, strategy={"name": "fedftg", "blocks": "lower half", **strategy})
+    late.kept = updates[1][1]
+    late.set_state(dict(versions.state), None, active, versions.latest, 1)
+    again, _ = late.train(2, active)
+    assert all(torch.equal(again[name], tensor) for name, tensor in updates[1][2].items())

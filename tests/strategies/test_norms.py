@@ -71,7 +71,7 @@ def test_no_training_moves_further_than_the_bound(
     bound = largest_change(NAME, start, 100, config.training, config.strategy)
     assert 0 < moved <= 1.0001 * bound / 2  # half of it is for rounding
     if strategy is not FEDFTG:
-        entry = largest_entry(start, 100, config.training, config.strategy)
+        entry = largest_entry(NAME, start, 100, config.training, config.strategy)
         assert float((weight.detach() - start).abs().max()) <= 1.0001 * entry / 2
 
 

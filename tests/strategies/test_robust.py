@@ -31,6 +31,7 @@ from tests.harness.rounds import aggregate, doubles
 Shape = tuple[int, ...]
 SHAPES: list[Shape] = [(60, 40), (40, 60), (7,)]  # a right and a left projection, and what has no factors
 METHODS: dict[str, AggregationConfig] = {
+    "mean, uniform, clipped": MeanConfig(weights="uniform", clip_norm=1.0),
     "mean, clipped": MeanConfig(clip_norm=1.0),
     "mean, clipped short": MeanConfig(clip_norm=0.3),
     "trimmed mean": TrimmedMeanConfig(trim=0.25),
@@ -126,11 +127,18 @@ def expected(method: AggregationConfig, changes: np.ndarray, examples: Sequence[
         bound = method.clip_norm * np.sort(norms)[(count - 1) // 2]
         changes = changes * np.minimum(1.0, bound / norms)[:, None]
     if isinstance(method, MeanConfig):
-        return np.average(changes, axis=0, weights=examples)  # type: ignore[no-any-return]
+        return np.average(changes, axis=0, weights=examples if method.weights == "rows" else None)  # type: ignore[no-any-return]
     if isinstance(method, MedianConfig):
         return np.median(changes, axis=0)  # type: ignore[no-any-return]
     drop = int(method.trim * count + 1e-9)
     return np.sort(changes, axis=0)[drop : count - drop].mean(axis=0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["factors", "decayed", "dense"])
+def test_uniform_mean_counts_every_client_alike(kind: str) -> None:
+    state = base()
+    replies = cohort([kind] * 5, state)
+    check(MeanConfig(weights="uniform"), state, replies)
 
 
 def check(method: AggregationConfig, state: Tensors, replies: Sequence[Contribution], *others: np.ndarray) -> None:

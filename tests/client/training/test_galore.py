@@ -142,16 +142,6 @@ def test_weight_without_gradient_sends_zeros_of_the_shared_rank(shape: tuple[int
     assert torch.equal(made["w"].apply(start), start)
 
 
-def test_start_round_takes_the_present_weight_as_start() -> None:
-    parameter = weight((12, 7))
-    optimizer = galore(parameter, update_proj_gap=100)
-    run(parameter, optimizer, gradients((12, 7), 3))
-    start = parameter.detach().clone()
-    optimizer.start_round()
-    run(parameter, optimizer, gradients((12, 7), 3, seed=5))
-    torch.testing.assert_close(optimizer.factors("w").apply(start), parameter.detach(), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_save_load_continue_is_bit_identical(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -73,6 +73,19 @@ def test_server_optimizer_may_be_one_word_or_none(tmp_path: Path) -> None:
         ("fedftg", "{name: rolora, optimizer_state: keep}", "`strategy.optimizer_state` is 'keep'"),
         (
             "fedftg",
+            "{name: fedftg, projection: none, scale: 1.0}",
+            "`projection` none takes no `subspace`, `scale` and",
+        ),
+        ("fedftg", "{name: fedftg, projection: none, update_proj_gap: 5}", "takes no `update_proj_gap` and no"),
+        (
+            "fedftg",
+            "{name: fedftg, subspace: shared, optimizer_state: keep}",
+            "keep with `subspace` shared, whose bases",
+        ),
+        ("rounds: 3", "rounds: 3\naggregation: {method: mean, weights: equal}", "`aggregation.weights` is 'equal'"),
+        ("fedftg", "flexlora\naggregation: {method: mean, weights: uniform}", "flexlora averages products"),
+        (
+            "fedftg",
             "{name: fedftg, optimizer_state: averaged}",
             "averaged with `subspace` own and",
         ),

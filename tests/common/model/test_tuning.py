@@ -11,7 +11,8 @@ from torch import Tensor
 
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
-from common.config.strategy import FedExLoRAConfig, FLoRAConfig, LoraConfig, RoLoRAConfig
+from common.config.strategy import FedExLoRAConfig, FLoRAConfig, RoLoRAConfig
+from common.config.traits import LoraConfig
 from common.model.tuning import Tuned, first_state, tune
 from server.loop.server_model import ServerModel
 from server.run.outcome import Outcome
