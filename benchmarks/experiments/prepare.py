@@ -91,13 +91,12 @@ def _sentences(table: Path, folder: Path) -> None:
     rows.sort(key=lambda row: _draw(str(row["text"])))
     if len(rows) < _VALIDATION + _TEST:
         raise DataError(f"{table} holds {len(rows)} sentences of Rotten Tomatoes, more are expected")
-    _write(folder / "validation.jsonl", rows[:_VALIDATION])
-    _write(folder / "test.jsonl", rows[_VALIDATION : _VALIDATION + _TEST])
+    write(folder / "validation.jsonl", rows[:_VALIDATION])
+    write(folder / "test.jsonl", rows[_VALIDATION : _VALIDATION + _TEST])
     train = rows[_VALIDATION + _TEST :]
     for clients in CLIENTS:
         for alpha in ALPHAS:
-            parts = dirichlet(train, "label", clients, alpha)
-            _site_files(folder / f"{clients}-{alpha}", parts, prompt="text", answer="label", system=None)
+            deal(folder / f"{clients}-{alpha}", train, "label", clients, alpha, prompt="text", answer="label")
 
 
 def _terms(folder: Path) -> None:
@@ -112,21 +111,20 @@ def _terms(folder: Path) -> None:
             drawn[split, label] += 1
             splits[split].append({"term": row["term"], "chapter": label})
     for split in ("validation", "test"):
-        _write(folder / f"{split}.jsonl", splits[split])
+        write(folder / f"{split}.jsonl", splits[split])
     for clients in CLIENTS:
-        parts = dirichlet(splits["train"], "chapter", clients, TERMS_ALPHA)
-        _site_files(folder / str(clients), parts, prompt="term", answer="chapter", system=None)
+        deal(folder / str(clients), splits["train"], "chapter", clients, TERMS_ALPHA, prompt="term", answer="chapter")
 
 
 def _coding(folder: Path) -> None:
     """The demo's terms: its server's set is the test set, some categories of its sites' rows the validation set."""
-    _write(folder / "test.jsonl", _read(DEMO / "icd" / "server.jsonl"))
+    write(folder / "test.jsonl", _read(DEMO / "icd" / "server.jsonl"))
     rows = [row for site in DEPARTMENTS for row in _read(DEMO / "icd" / f"{site}.jsonl")]
     kept: dict[bool, list[Row]] = {False: [], True: []}
     for row in rows:
         category = str(row["code"]).partition(".")[0]
         kept[int(_draw(category), 16) % _CODING_SHARE == 0].append(row)
-    _write(folder / "validation.jsonl", sorted(kept[True], key=lambda row: _draw(str(row["term"]))))
+    write(folder / "validation.jsonl", sorted(kept[True], key=lambda row: _draw(str(row["term"]))))
     departments = [[row for row in kept[False] if row["chapter"] in chapters] for chapters in DEPARTMENTS.values()]
     system = "Give the official ICD-10-CM description."
     for parts in (departments, dirichlet(kept[False], "chapter", 4, CODING_ALPHA)):
@@ -138,13 +136,12 @@ def _images(folder: Path) -> None:
     splits = mnist(Path(), folder)
     train = sorted(splits.train, key=lambda row: _draw(str(row["image"])))
     last = _IMAGES + _VALIDATION_IMAGES
-    _write(folder / "test.jsonl", splits.test)
-    _write(folder / "validation.jsonl", train[_IMAGES:last])
+    write(folder / "test.jsonl", splits.test)
+    write(folder / "validation.jsonl", train[_IMAGES:last])
     for row in train[last:]:
         (folder / str(row["image"])).unlink()
     beside: list[Row] = [{"image": f"../{row['image']}", "label": str(row["label"])} for row in train[:_IMAGES]]
-    parts = dirichlet(beside, "label", 4, _IMAGES_ALPHA)
-    _site_files(folder / f"4-{_IMAGES_ALPHA}", parts, prompt="image", answer="label", system=None)
+    deal(folder / f"4-{_IMAGES_ALPHA}", beside, "label", 4, _IMAGES_ALPHA, prompt="image", answer="label")
 
 
 def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[list[Row]]:
@@ -159,16 +156,22 @@ def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[l
     return [partitioner.load_partition(number).to_list() for number in range(clients)]
 
 
+def deal(folder: Path, rows: list[Row], label: str, clients: int, alpha: float, *, prompt: str, answer: str) -> None:
+    """Rows and site files of ``clients`` sites, by ``dirichlet``."""
+    _site_files(folder, dirichlet(rows, label, clients, alpha), prompt=prompt, answer=answer, system=None)
+
+
 def _site_files(folder: Path, parts: list[list[Row]], *, prompt: str, answer: str, system: str | None) -> None:
     for number, rows in enumerate(parts, start=1):
         name = f"site-{number:02}"
-        _write(folder / f"{name}.jsonl", rows)
+        write(folder / f"{name}.jsonl", rows)
         data = {"path": f"{name}.jsonl", "prompt": prompt, "answer": answer, "held_out": 0.0}
         data |= {} if system is None else {"system": system}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "data": data}), encoding="utf-8")
 
 
-def _write(file: Path, rows: Iterable[Row]) -> None:
+def write(file: Path, rows: Iterable[Row]) -> None:
+    """Rows as JSONL."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

@@ -26,6 +26,7 @@ from common.system.files import write_atomically
 from common.web.format import precise, score, seconds
 from common.web.template import fill
 from deploy.experiment import compare_plots as plots
+from deploy.experiment.compare_claims import claims
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from deploy.experiment.compare_text import headline, notes, unscored
 from server.report.diagnostics import MEANINGS
@@ -62,7 +63,7 @@ def write_comparison(out: Path) -> Path:
 def markdown(found: Comparison) -> str:
     """The final tables of every setting: at equal rounds, and at equal bytes."""
     parts = [f"# {found.name}", *(line for note in notes(found) for line in ("", note))]
-    for title, heads, rows in (table for group in found.groups for table in _tables(group)):
+    for title, heads, rows in (*claims(found), *(table for group in found.groups for table in _tables(group))):
         parts += ["", f"**{title}**", "", _cells(heads), _cells(["---", *["---:"] * (len(heads) - 1)])]
         parts += [_cells([f"**{text}**" if best else text for text, best in row]) for row in rows]
     return "\n".join(parts) + "\n"
@@ -76,7 +77,8 @@ def render(found: Comparison) -> str:
     ]
     samples_title, samples = _samples(found.groups)
     diagnostics = {name for group in found.groups for name in _diagnostics(group)}
-    contents = [("result", "Result"), ("curves", "Round by round")]
+    contents = [("claims", "Claims")] if found.claims else []
+    contents += [("result", "Result"), ("curves", "Round by round")]
     contents += [("updates", "Updates")] if diagnostics else []
     contents += [("partitions", "Who holds what")] if partitions else []
     contents += [("answers", "Answers")] if samples else []
@@ -91,6 +93,7 @@ def render(found: Comparison) -> str:
         headline=headline(found),
         notes=notes(found),
         contents=contents,
+        claims=list(claims(found)),
         groups=groups,
         scores=[s for s in SCORES.values() if any(s in group.scores() for group in found.groups)],
         any_diagnostics=bool(diagnostics),
@@ -144,22 +147,23 @@ def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[st
             *((a, False) for a in after),
         ]
 
-    rows = []
+    rows, stopped = [], any(line.until is not None for line in group.lines)
     for line in group.lines:
         moved, spent = line.final(BYTES), line.final(SECONDS)
-        rounds = max((seed.last() for seed in line.seeds), default=0)
+        rounds = max((line.last(seed) for seed in line.seeds), default=0)
         rate = "–" if line.rate is None else f"{line.rate:g}{'†' if line.edge else ''}"
         after = ["–" if moved is None or not rounds else units.size(moved.mean / rounds / group.clients)]
         after += ["–" if spent is None or not rounds else seconds(spent.mean / rounds)] if timed else []
-        rows.append(row(line, [rate, str(len(line.seeds))], after))
+        before = [rate, f"{rounds}{'‡' if line.unfinished else ''}", str(len(line.seeds))]
+        rows.append(row(line, before if stopped else [rate, str(len(line.seeds))], after))
     last = ["Moved per site and round", *(["Seconds per round"] if timed else [])]
-    yield group.title, ["Strategy", "Rate", "Seeds", *heads, *last], rows
+    yield group.title, ["Strategy", "Rate", *(["Round"] if stopped else []), "Seeds", *heads, *last], rows
 
     most, rows = group.thriftiest(), []
     for line in [line for line in group.lines if line.seeds]:
         moved = line.final(BYTES, most)
         after = ["–" if moved is None else units.size(moved.mean / group.clients)]
-        rows.append(row(line, [str(max(seed.last(most) for seed in line.seeds))], after, most))
+        rows.append(row(line, [str(max(line.last(seed, most) for seed in line.seeds))], after, most))
     if len(rows) > 1:
         title = f"{group.title}, at equal bytes: at most {units.size(most / group.clients)} per site"
         yield title, ["Strategy", "Rounds", *heads, "Moved per site"], rows

@@ -58,9 +58,10 @@ class Seed:
     examples: int | None
     generated: int | None
 
-    def last(self, most: float = math.inf) -> int:
-        """The last evaluated version that was reached with at most ``most`` bytes."""
-        return max((version for version in self.versions if self.bytes.get(version, math.inf) <= most), default=0)
+    def last(self, most: float = math.inf, until: float = math.inf) -> int:
+        """The last evaluated version up to ``until`` that was reached with at most ``most`` bytes."""
+        reached = [v for v in self.versions if v <= until and self.bytes.get(v, math.inf) <= most]
+        return max(reached, default=0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Line:
     Attributes:
         rate: the selected learning rate; None: no tried rate gave a result.
         tried: number of rates tried; 0: one rate was given.
+        until: the round whose state is scored, selected on the validation set; None: the last one.
         edge: whether the selected rate is the smallest or largest of several rates tried.
         unscored: rates without a score on the validation set, each with the trial's status.
         missing: number of final runs that are missing or failed.
@@ -79,6 +81,7 @@ class Line:
     rate: float | None
     tried: int
     edge: bool
+    until: int | None
     unscored: dict[float, str]
     seeds: list[Seed]
     missing: int
@@ -95,9 +98,23 @@ class Line:
         """Mean bytes or seconds so far, by version."""
         return {v: e.mean for v, e in _over_seeds([getattr(seed, key) for seed in self.seeds]).items()}
 
+    def last(self, seed: Seed, most: float = math.inf) -> int:
+        """The version of a seed's run that is scored: the last one up to ``until`` and within ``most`` bytes."""
+        return seed.last(most, math.inf if self.until is None else self.until)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the selected round is the last one, so that more rounds might have been better."""
+        return self.until is not None and any(self.until >= seed.last() for seed in self.seeds)
+
+    def by_seed(self, key: str) -> dict[int, float]:
+        """A score by seed, in the state that is scored."""
+        scored = {seed.seed: seed.scores.get(key, {}).get(self.last(seed)) for seed in self.seeds}
+        return {seed: value for seed, value in scored.items() if value is not None}
+
     def final(self, key: str, most: float = math.inf) -> Estimate | None:
-        """A score, or what the run cost, after the last round, or at the last evaluation within ``most`` bytes."""
-        values = [self._of(seed, key).get(seed.last(most)) for seed in self.seeds]
+        """A score, or what the run cost, in the state that is scored, or in the last one within ``most`` bytes."""
+        values = [self._of(seed, key).get(self.last(seed, most)) for seed in self.seeds]
         known = [value for value in values if value is not None]
         return Estimate.of(known) if known and len(known) == len(values) else None
 
@@ -131,7 +148,7 @@ class Group:
     def thriftiest(self) -> float:
         """Bytes of a whole run of the strategy that sent fewest."""
         ran = [line for line in self.lines if line.seeds]
-        return min((max(seed.bytes[seed.last()] for seed in line.seeds) for line in ran), default=0)
+        return min((max(seed.bytes[line.last(seed)] for seed in line.seeds) for line in ran), default=0)
 
     def best(self, score: Score, most: float = math.inf) -> list[str]:
         """The strategies with the best mean, to the three decimals that are shown; none when all are the same."""
@@ -167,6 +184,7 @@ class Comparison:
 
     name: str
     select_by: str
+    claims: list[dict[str, Any]]
     groups: list[Group]
     partitions: list[Partition]
 
@@ -191,7 +209,8 @@ def read_comparison(out: Path) -> Comparison:
         group = groups.setdefault(tuple(about.values()), Group(**about, lines=[]))
         group.lines.append(_line(out, setting, seeds))
     partitions = [Partition(p["clients"], p["alpha"], p["sites"]) for p in summary["partitions"]]
-    return Comparison(summary["name"], summary["select_by"], list(groups.values()), partitions)
+    claims = summary.get("claims", [])
+    return Comparison(summary["name"], summary["select_by"], claims, list(groups.values()), partitions)
 
 
 def _line(out: Path, setting: dict[str, Any], wanted: int) -> Line:
@@ -200,7 +219,8 @@ def _line(out: Path, setting: dict[str, Any], wanted: int) -> Line:
     rates = [tried["learning_rate"] for tried in setting["tried"]]
     edge = len(rates) > 1 and setting["learning_rate"] in (min(rates), max(rates))
     unscored = {t["learning_rate"]: t.get("status", "no result") for t in setting["tried"] if t["score"] is None}
-    return Line(setting["strategy"], setting["learning_rate"], len(rates), edge, unscored, seeds, wanted - len(seeds))
+    until, missing = setting.get("round"), wanted - len(seeds)
+    return Line(setting["strategy"], setting["learning_rate"], len(rates), edge, until, unscored, seeds, missing)
 
 
 def _seed(folder: Path) -> Seed:

@@ -42,6 +42,12 @@ def notes(found: Comparison) -> list[str]:
         )
     else:
         first.append("One learning rate was given, and none picked.")
+    if any(line.until is not None for line in lines):
+        first[0] = (
+            "On the test set, in the round that was best on the validation set: mean ± sample standard deviation."
+        )
+    if any(line.unfinished for line in lines):
+        first.append("‡ marks a round that was the last one: no plateau was seen.")
     if any(line.edge for line in lines):
         first.append("† marks the smallest or largest of those tried, beyond which there may be a better one.")
     without = [

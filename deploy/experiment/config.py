@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from common.config.load import load, parse
 from common.config.section import DataConfig, Name, Section
@@ -56,6 +56,12 @@ class GridConfig(Section):
     ranks: list[Count] | None = Field(None, min_length=1, description="Default: each strategy's own.")
     local_steps: list[Count] | None = Field(None, min_length=1, description="Default: the federation's.")
     learning_rates: list[Rate] = Field(min_length=1, description="Learning rates for strategies without their own.")
+    extend: int = Field(
+        0,
+        ge=0,
+        description="Most further learning rates of a setting: as long as the best one is the smallest or the largest "
+        "of those tried, the next one in the same ratio is tried, too.",
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
 
     @field_validator("clients", "alphas", "ranks", "local_steps", "learning_rates", "seeds")
@@ -90,6 +96,13 @@ class ExperimentData(Section):
     )
 
 
+class ClaimConfig(Section):
+    """A claim that one strategy is better than others, tested over the seeds of each setting."""
+
+    better: str = Field(description="The strategy's name in the comparison.")
+    than: list[str] = Field(min_length=1, description="Names of the others, each compared with it.")
+
+
 class ExperimentConfig(Section):
     """An experiment: a federation, its data, and a grid."""
 
@@ -101,6 +114,14 @@ class ExperimentConfig(Section):
         "loss",
         description="Score by which the learning rate is selected: on the validation set, after the last round.",
         json_schema_extra=lambda schema: schema.update(enum=[*_selectable()]),
+    )
+    score_at: Literal["last", "best"] = Field(
+        "last",
+        description="Round whose state is scored. `last`: the last one. `best`: the one that has the best `select_by` "
+        "on the validation set with the selected learning rate, among those that are evaluated.",
+    )
+    claims: list[ClaimConfig] = Field(
+        [], description="Claims that the comparison tests by `select_by`, with a paired t-test over the seeds."
     )
     scales: dict[Name, dict[str, Any]] = Field(
         {}, description="Variants by name: sections of this file, of which they replace single keys."
@@ -122,6 +143,15 @@ class ExperimentConfig(Section):
             if isinstance(within, Mapping) and leaf in within:
                 raise ValueError(f"`{key}` is decided by the experiment; give {instead}")
         return federation
+
+    @model_validator(mode="after")
+    def _claims_name_strategies(self) -> Self:
+        known = {choice.called for choice in self.grid.strategies}
+        for claim in self.claims:
+            for name in (claim.better, *claim.than):
+                if name not in known:
+                    raise ValueError(f"`claims` names {name!r}; strategies of the grid: {', '.join(sorted(known))}")
+        return self
 
 
 def _selectable() -> list[str]:

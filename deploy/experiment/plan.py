@@ -79,6 +79,7 @@ class Plan:
 
     def __init__(self, config: ExperimentConfig, source: Path) -> None:
         self.config, self.source = config, source
+        self._further: dict[Setting, list[float]] = {}  # learning rates beyond the file's
         grid = config.grid
         alphas: list[float | None] = [*grid.alphas] if grid.alphas else [None]
         ranks: list[int | None] = [*grid.ranks] if grid.ranks else [None]
@@ -117,13 +118,30 @@ class Plan:
                 yield from self.final(setting, rate)
 
     def rates(self, setting: Setting) -> list[float]:
-        """The learning rates to pick from."""
-        return self._choices[setting.strategy].learning_rates or self.config.grid.learning_rates
+        """The learning rates to pick from: those of the file, then those that were added."""
+        given = self._choices[setting.strategy].learning_rates or self.config.grid.learning_rates
+        return [*given, *self._further.get(setting, [])]
+
+    def beyond(self, setting: Setting, best: float | None) -> Cell | None:
+        """Add a learning rate beyond the best one, if that is the smallest or largest; None when none is to be tried.
+
+        Args:
+            setting: the setting.
+            best: its best learning rate so far; None: training diverged with all of them.
+        """
+        rates, added = sorted(self.rates(setting)), self._further.setdefault(setting, [])
+        if len(rates) == 1 or len(added) == self.config.grid.extend or best not in (None, rates[0], rates[-1]):
+            return None
+        rate = rates[-1] ** 2 / rates[-2] if best == rates[-1] else rates[0] ** 2 / rates[1]
+        added.append(float(f"{rate:.4g}"))
+        return Cell(setting, added[-1], self.config.grid.seeds[0], final=False)
 
     def selection(self, setting: Setting) -> list[Cell]:
-        """The cells that pick a setting's learning rate; none when there is nothing to pick."""
+        """The cells that pick a setting's learning rate and round; none when there is nothing to pick."""
         rates = self.rates(setting)
-        return [Cell(setting, rate, self.config.grid.seeds[0], final=False) for rate in rates] if len(rates) > 1 else []
+        if len(rates) == 1 and self.config.score_at == "last":
+            return []
+        return [Cell(setting, rate, self.config.grid.seeds[0], final=False) for rate in rates]
 
     def final(self, setting: Setting, rate: float) -> list[Cell]:
         """The cells that judge a setting."""

@@ -69,6 +69,10 @@ class Experiment:
         self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
         self._write()  # an interrupt leaves what earlier calls have found
         self._cells("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
+        while further := [cell for s in plan.settings if (cell := plan.beyond(s, self._pick(s))) is not None]:
+            for cell in further:
+                cells.refuse_changed(self._out / cell.folder, plan.federation(cell), plan.facts(cell))
+            self._cells("further learning rates", further)
         self._rates = {setting: self._pick(setting) for setting in plan.settings}
         self._write()
         self._cells("seeds", self._final())
@@ -125,7 +129,8 @@ class Experiment:
         status = cells.status(folder)
         if status == "completed":
             key = self._plan.config.select_by
-            return f"{key} {last_scores(folder).get(key, math.nan):.4f}"
+            scored = scores_by_round(folder)
+            return f"{key} {scored[max(scored)].get(key, math.nan):.4f}"
         reason = cells.outcome(folder).get("reason") if process.exitcode == 1 else None
         reason = reason or f"its process ended with {process.exitcode}: {last_lines(folder / cells.LOG)}"
         return f"{'diverged' if status == 'diverged' else 'failed'}: {reason}"
@@ -150,34 +155,49 @@ class Experiment:
 
     def _tried(self, setting: Setting) -> list[dict[str, Any]]:
         """Every learning rate with its score on the validation set, or with the cell's status when it has no score."""
-        key, found = self._plan.config.select_by, []
+        found = list[dict[str, Any]]()
         for cell in self._plan.selection(setting):
             folder = self._out / cell.folder
-            score, status = last_scores(folder).get(key), cells.status(folder)
-            if score is None and status == "completed":  # the score was not finite
+            status, (at, score) = cells.status(folder), self._scored(folder)
+            if score is None and status == "completed":  # the last score was not finite
                 status = "diverged"
-            found.append({"learning_rate": cell.learning_rate, "score": score, "status": status})
+            found.append({"learning_rate": cell.learning_rate, "score": score, "status": status, "round": at})
         return found
+
+    def _scored(self, folder: Path) -> tuple[int | None, float | None]:
+        """The round whose score counts, and its score; None both when the cell did not end with a finite score."""
+        key, by_round = self._plan.config.select_by, scores_by_round(folder)
+        scored = {number: told[key] for number, told in by_round.items() if key in told}
+        last = max(by_round, default=None)
+        if last not in scored:
+            return None, None
+        sign = 1 if SCORES[key].lower_is_better else -1
+        best = min(scored, key=lambda number: (sign * scored[number], number))
+        number = best if self._plan.config.score_at == "best" else max(scored)
+        return number, scored[number]
 
     def _write(self) -> None:
         settings = []
         for setting, rate in self._rates.items():
             final = [] if rate is None else self._plan.final(setting, rate)
-            about = {**asdict(setting), "learning_rate": rate, "tried": self._tried(setting)}
+            tried = self._tried(setting)
+            at = next((t["round"] for t in tried if t["learning_rate"] == rate), None)
+            at = at if self._plan.config.score_at == "best" else None
+            about = {**asdict(setting), "learning_rate": rate, "round": at, "tried": tried}
             settings.append({**about, "cells": [cell.folder for cell in final]})
         config = self._plan.config
         summary = {"name": config.name, "select_by": config.select_by, "seeds": config.grid.seeds}
+        summary |= {"claims": [claim.model_dump() for claim in config.claims]}
         summary |= {"settings": settings, "partitions": self._plan.partitions}
         write_atomically(self._out / cells.SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
-def last_scores(folder: Path) -> dict[str, float]:
-    """The server's scores of the final state; empty when the cell did not end well."""
+def scores_by_round(folder: Path) -> dict[int, dict[str, float]]:
+    """The server's finite scores by round; empty when the cell did not end well."""
     if cells.status(folder) != "completed":
         return {}
-    measured = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
-    newest = max(measured, key=lambda r: r["round"], default={})
-    return {key: value for key, value in newest.get("evaluate", {}).items() if value is not None}
+    found = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
+    return {r["round"]: {key: value for key, value in r["evaluate"].items() if value is not None} for r in found}
 
 
 @contextmanager
