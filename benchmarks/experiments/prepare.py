@@ -156,9 +156,16 @@ def dirichlet(rows: list[Row], label: str, clients: int, alpha: float) -> list[l
     return [partitioner.load_partition(number).to_list() for number in range(clients)]
 
 
-def deal(folder: Path, rows: list[Row], label: str, clients: int, alpha: float, *, prompt: str, answer: str) -> None:
-    """Rows and site files of ``clients`` sites, by ``dirichlet``."""
-    _site_files(folder, dirichlet(rows, label, clients, alpha), prompt=prompt, answer=answer, system=None)
+def deal(
+    folder: Path, rows: list[Row], label: str, clients: int, alpha: float | None, *, prompt: str, answer: str
+) -> None:
+    """Rows and site files of ``clients`` sites, by ``dirichlet``; without ``alpha`` in turns, by a hash of the rows."""
+    if alpha is not None:
+        parts = dirichlet(rows, label, clients, alpha)
+    else:
+        shuffled = sorted(rows, key=lambda row: _draw(json.dumps(row)))
+        parts = [shuffled[number::clients] for number in range(clients)]
+    _site_files(folder, parts, prompt=prompt, answer=answer, system=None)
 
 
 def _site_files(folder: Path, parts: list[list[Row]], *, prompt: str, answer: str, system: str | None) -> None:
