@@ -18,6 +18,7 @@ from client.held_weights import Weights
 from client.reach import Reach
 from client.site_model import Bases, SiteModel
 from client.training.between_rounds import capture, restore
+from client.training.ranks import Ranks
 from client.training.settings import describe, pick_autocast
 from client.training.trainer import train
 from client.update import PreparedUpdate, Work
@@ -184,8 +185,7 @@ class Session:
         started, self.aside = time.monotonic(), None
         work = self.work(server_round, active)
         start = work.start()
-        done = self._trained(work, start)
-        if done is None:
+        if (done := self._trained(work, start)) is None:
             release()
             done = work.nothing(start)
         update, numbers = done
@@ -225,7 +225,7 @@ class Session:
             server_round=work.server_round,
             rounds=federation.rounds,
             max_batch_size=self._max_batch_size,
-            device=self.model.device,
+            ranks=Ranks([self.model.device]),
             autocast=pick_autocast(self.site.precision, self.model.device),
             seed=seed,
             go_on=self.site.privacy is not None,
@@ -233,8 +233,8 @@ class Session:
         )
         self._max_batch_size = result.micro_batch
         numbers: dict[str, float] = asdict(result)
-        if not_finite := numbers.pop("not_finite"):
-            self.aside = f"{not_finite} losses or gradients were not finite and count as zero"
+        if found := numbers.pop("not_finite"):
+            self.aside = f"{found} losses or gradients were not finite and count as zero"
             log.warning("not told to the operator: %s", self.aside)
         update = work.update(optimizer, start)
         self.kept = {name: parameter.detach().cpu().clone() for name, parameter in self._tuned.local.items()}

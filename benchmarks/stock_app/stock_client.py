@@ -18,6 +18,7 @@ def train(message: Message, context: Context) -> Message:
     import torch
     from galore_torch import GaLoreAdamW
 
+    from client.training.ranks import Ranks
     from client.training.trainer import train as loop
     from common.config.federation import FederationConfig, resolved
     from common.config.load import load
@@ -56,7 +57,7 @@ def train(message: Message, context: Context) -> Message:
         server_round=number,
         rounds=config.rounds,
         max_batch_size=None,
-        device=torch.device("cpu"),
+        ranks=Ranks([torch.device("cpu")]),
         autocast=None,
         seed=f"{training.seed}/{site.name}/{number}",
     )

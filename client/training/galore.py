@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from client.training import changes
 from client.training.inner import Inner, SecondMoments
 from client.training.moments import Moments
-from client.training.range_finder import leading_basis
+from client.training.range_finder import common_basis
+from client.training.ranks import Ranks
 from common.config.training import TrainingConfig
 from common.errors import DivergedError, TrainingError
 from common.linalg.subspace import generator_for, projects_right
@@ -55,7 +56,9 @@ class GaLore(torch.optim.Optimizer):
 
     Attributes:
         projected: names of the tensors that are projected.
-        last_backward: the caller sets it to False while more backward passes of the same step follow.
+        last_backward: the caller sets it to False while gradients are incomplete: more backward passes of the step
+            follow, or other ranks have a part.
+        ranks: the processes whose gradients are summed: projected in every step, complete for a new basis.
 
     Raises:
         TrainingError: no weight would be projected, a weight is not 2-D, or the rank is above a weight's smaller side.
@@ -98,8 +101,8 @@ class GaLore(torch.optim.Optimizer):
         for name, parameter in projected.items():
             if parameter.ndim != 2:
                 raise TrainingError(f"{name}: GaLore projects matrices, this has shape {tuple(parameter.shape)}")
-            if rank is not None and not 1 <= rank <= min(parameter.shape):
-                shape = tuple(parameter.shape)
+            shape = tuple(parameter.shape)
+            if rank is not None and not 1 <= rank <= min(shape):
                 raise TrainingError(f"{name}: GaLore rank {rank}; allowed for shape {shape}: 1 to {min(shape)}")
         self._names = {parameter: name for name, parameter in params.items()}
         self.projected, self._projected = frozenset(projected), set(projected.values())
@@ -107,17 +110,9 @@ class GaLore(torch.optim.Optimizer):
         self._basis, self._max_norm = basis, max_grad_norm
         self._inner = Inner(moments, second_moments)
         self.refresh_batches = refresh_batches if basis is None else 1
-        self.last_backward = True
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "inner": inner,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
+        self.last_backward, self.ranks = True, Ranks([torch.device("cpu")])
+        defaults: dict[str, Any] = {"lr": lr, "rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
+        defaults |= {"inner": inner, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(params.values()), defaults)
 
     @overload
@@ -131,15 +126,15 @@ class GaLore(torch.optim.Optimizer):
         Raises:
             DivergedError: a gradient is not finite; no weight was changed.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        self.last_backward = True
         for parameter in self._names:
             self._absorb(parameter)
-        lows = [state["low"] for state in self.state.values() if "low" in state]
+        lows = [low for parameter in self._names if (low := self.state[parameter].get("low")) is not None]
+        self.ranks.sum(lows)
         if lows:
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(low) for low in lows]))
+            norm = nn.utils.get_total_norm(lows)
             if not torch.isfinite(norm):
                 raise DivergedError(f"{self._not_finite()}: its gradient is not finite; lower training.learning_rate")
             if self._max_norm is not None:
@@ -185,7 +180,7 @@ class GaLore(torch.optim.Optimizer):
         if parameter.grad is None:
             return
         due = self._due(parameter)
-        if due and not self.last_backward:
+        if due and self._basis is None and not self.last_backward:
             return
         state = self._state_of(parameter)
         low = gradient = parameter.grad.to(torch.float32)
@@ -227,15 +222,15 @@ class GaLore(torch.optim.Optimizer):
         changes.add(state, parameter, change, 1.0 - group["lr"] * group["weight_decay"], projected=projected)
 
     def _take_basis(self, parameter: nn.Parameter, state: dict[str, Any], gradient: Tensor) -> None:
-        """Set a new basis, from ``gradient`` (m, n) or the shared one, and open a new term of the factors."""
+        """Set a new basis, from ``gradient`` (m, n; summed in place) or the shared one, and open a new term."""
         name, rank = self._names[parameter], self.defaults["rank"]
         if self._basis is not None:
-            basis = self._basis(name, gradient.shape).to(gradient.device)
+            basis: Tensor | None = self._basis(name, gradient.shape).to(gradient.device)
         else:
-            if not torch.isfinite(gradient).all():
-                raise DivergedError(f"{name}: its gradient is not finite; lower training.learning_rate")
             last = state["bases"][-1] if state["bases"] else None
-            basis = leading_basis(gradient, rank, last, generator_for(self._seed, name, state["step"]))
+            basis = common_basis(self.ranks, gradient, rank, last, generator_for(self._seed, name, state["step"]))
+        if basis is None:
+            raise DivergedError(f"{name}: its gradient is not finite; lower training.learning_rate")
         changes.open_term(state, basis, gradient.shape)
         state["refreshed"] = state["step"]
 
@@ -290,6 +285,6 @@ class GaLore(torch.optim.Optimizer):
 
 
 def _to(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors, lists of tensors and numbers
-    if isinstance(value, Tensor):
-        return value.clone().to(device)
-    return [_to(item, device) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_to(item, device) for item in value]
+    return value.clone().to(device) if isinstance(value, Tensor) else value

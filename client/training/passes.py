@@ -1,4 +1,4 @@
-"""Forward and backward passes of one optimizer step. No Flower."""
+"""Forward and backward passes of one optimizer step, on one device or several. No Flower."""
 
 import logging
 import math
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from client.training.galore import GaLore
+from client.training.ranks import Ranks
 from common.errors import DivergedError, TrainingError
 from common.system.machine import attempt, release
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]
+_SAME = 1e-6  # relative difference of norms that the last bits of unlike devices may make
 log = logging.getLogger(__name__)
 
 
@@ -24,13 +26,14 @@ class Watch:
         self.found, self._optimizer, self._parameters = 0, optimizer, parameters
 
     def __enter__(self) -> None:
-        self._hooks = [p.register_post_accumulate_grad_hook(self._look) for p in self._parameters]
+        self._hooks = [p.register_post_accumulate_grad_hook(self.look) for p in self._parameters]
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _look(self, parameter: Tensor) -> None:  # as soon as a gradient is there, before GaLore projects it
+    def look(self, parameter: Tensor) -> None:
+        """Count a gradient that is not finite as zero, before GaLore projects it."""
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             parameter.grad.zero_()
             self.found += 1
@@ -38,8 +41,13 @@ class Watch:
     def fill(self) -> None:
         """Give a zero to parameters that got no gradient, because a loss was left out or no row reached them."""
         for parameter in self._parameters:
-            if parameter.grad is None and "low" not in self._optimizer.state.get(parameter, {}):
+            if not has_gradient(self._optimizer, parameter):
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def has_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has a gradient in this step, complete or projected already."""
+    return parameter.grad is not None or "low" in optimizer.state.get(parameter, {})
 
 
 class Passes(Generic[E]):
@@ -51,62 +59,121 @@ class Passes(Generic[E]):
         collate: Callable[[list[E]], Batch],
         loss_sum: Callable[[nn.Module, Batch], tuple[Tensor, int]],
         scaler: torch.amp.GradScaler,
-        device: torch.device,
+        ranks: Ranks,
         autocast: torch.dtype | None,
         micro: int,
         max_length: int,
         optimizer: torch.optim.Optimizer,
         watch: Watch | None,
     ) -> None:
-        self._watch = watch
+        self._watch, self._ranks, self._device = watch, ranks, ranks.devices[ranks.rank]
         self.tokens, self.micro, self.scaler = 0, micro, scaler
         self._model, self._collate, self._loss_sum = model, collate, loss_sum
-        self._device, self._autocast, self._max_length, self._optimizer = device, autocast, max_length, optimizer
+        self._autocast, self._max_length, self._optimizer = autocast, max_length, optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._projected = isinstance(optimizer, GaLore) and not scaler.is_enabled()
+        if isinstance(optimizer, GaLore):  # gradients that are scaled are summed before they are projected
+            optimizer.ranks = ranks if self._projected else Ranks([self._device])
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def backward(self, batches: list[list[E]], place: str) -> float:
         """Compute the gradient of the sum of each batch's mean loss; return the sum. No gradients may exist before.
+
+        With several ranks each computes its own rows' part. The parts are summed here; those that GaLore projects
+        already, in its step.
 
         Raises:
             DivergedError: the loss is not finite; the text names ``place``.
             TrainingError: a single row does not fit into memory; the text names ``place``.
         """
-        while (done := attempt(lambda: self._backward(batches, place))) is None:
-            most = min(self.micro, max(len(rows) for rows in batches))
-            if most == 1:
-                raise TrainingError(
-                    f"out of memory in {place}: one row of up to {self._max_length} tokens does not fit on "
-                    f"{self._device}; lower training.max_length or strategy.rank, set training.gradient_checkpointing, "
-                    "or take a larger device"
-                )
-            self.micro = most // 2
-            log.warning("out of memory in %s; from now on %d row(s) per forward pass", place, self.micro)
+        shares = [self._ranks.mine(rows) for rows in batches]
+        most = max(len(rows) for rows in shares)
+        parts = self._parts(shares)
+        labels = [sum(int((part["labels"] != -100).sum()) for part in batch) for batch in parts]
+        counted = [max(int(sum(number)), 1) for number in zip(*self._ranks.gather(labels), strict=True)]
+        while True:
+            done = attempt(lambda: self._backward(parts, counted))  # noqa: B023 - called at once
+            loss, tokens = done or (0.0, 0)
+            most = min(self.micro, most)
+            told = self._ranks.gather([done is None, most, loss, *self._have()])
+            if not any(short for short, *_ in told):
+                break
+            for (short, rows, *_), device in zip(told, self._ranks.devices, strict=True):
+                if short and rows <= 1:
+                    raise TrainingError(
+                        f"out of memory in {place}: one row of up to {self._max_length} tokens does not fit on "
+                        f"{device}; lower training.max_length or strategy.rank, set training.gradient_checkpointing, "
+                        "or take a larger device"
+                    )
+            if done is None:
+                self.micro = most // 2
+                log.warning("out of memory in %s; from now on %d row(s) per forward pass", place, self.micro)
+                parts = self._parts(shares)
             # A basis that GaLore computed in the failed attempt stays: it came from a complete gradient, and the
             # repeated attempt computes the same gradient.
             self._optimizer.zero_grad(set_to_none=True)
             release()
-        loss, tokens = done
+        total = sum(loss for _, _, loss, *_ in told)
+        if not math.isfinite(total) and self._watch is None:
+            raise DivergedError(f"loss is {total} in {place}; lower training.learning_rate")
         self.tokens += tokens
-        return loss
+        if self._ranks.size > 1:
+            self._share([any(have) for have in zip(*(have for _, _, _, *have in told), strict=True)])
+        return total
 
-    def _backward(self, batches: list[list[E]], place: str) -> tuple[float, int]:
-        """One attempt: the loss, and the number of input tokens that went through the model."""
+    def totals(self, place: str) -> tuple[int, int, int, int]:
+        """Tokens, the largest peak of memory (bytes), the fewest rows per forward pass, and what was not finite.
+
+        Raises:
+            TrainingError: the ranks' copies of the model are not the same any more; the text names ``place``.
+        """
+        squares = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) ** 2 for p in self._parameters]
+        norm = sum(map(float, squares)) ** 0.5
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        found = 0 if self._watch is None else self._watch.found
+        told = self._ranks.gather([self.tokens, peak, self.micro, found, norm])
+        tokens, peaks, micros, not_finite, norms = zip(*told, strict=True)
+        if max(norms) - min(norms) > _SAME * max(norms):
+            raise TrainingError(f"the copies of the model on {self._ranks.size} devices differ {place}")
+        return int(sum(tokens)), int(max(peaks)), int(min(micros)), int(sum(not_finite))
+
+    def _parts(self, batches: list[list[E]]) -> list[list[Batch]]:
+        size = self.micro
+        return [[self._collate(rows[i : i + size]) for i in range(0, len(rows), size)] for rows in batches]
+
+    def _have(self) -> list[bool]:
+        return [has_gradient(self._optimizer, parameter) for parameter in self._parameters]
+
+    def _share(self, wanted: list[bool]) -> None:
+        """Give a zero to parameters that only other ranks' rows have reached; sum the complete gradients."""
+        for parameter, somewhere, here in zip(self._parameters, wanted, self._have(), strict=True):
+            if somewhere and not here:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._projected:
+            return
+        self._ranks.sum([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        if self._watch is not None:
+            for parameter in self._parameters:
+                self._watch.look(parameter)
+
+    def _backward(self, batches: list[list[Batch]], counted: list[int]) -> tuple[float, int]:
+        """One attempt: the loss, and the number of input tokens that went through the model; ends at a bad loss."""
         loss, tokens = 0.0, 0
-        for rows in batches:
-            parts = [self._collate(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
-            counted = max(sum(int((part["labels"] != -100).sum()) for part in parts), 1)
+        for parts, count in zip(batches, counted, strict=True):
             for number, part in enumerate(parts, start=1):
                 if isinstance(self._optimizer, GaLore):
-                    self._optimizer.last_backward = number == len(parts)
+                    self._optimizer.last_backward = number == len(parts) and self._ranks.size == 1
                 on_device = {key: value.to(self._device) for key, value in part.items()}
                 with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
                     summed, _ = self._loss_sum(self._model, on_device)
-                so_far = loss + float(summed.detach()) / counted
+                so_far = loss + float(summed.detach()) / count
                 if math.isfinite(so_far):
                     loss = so_far
-                    self.scaler.scale(summed / counted).backward()
+                    self.scaler.scale(summed / count).backward()
                 elif self._watch is not None:
                     self._watch.found += 1
                 else:
-                    raise DivergedError(f"loss is {so_far} in {place}; lower training.learning_rate")
+                    return so_far, tokens
                 tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
         return loss, tokens

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from client.training.galore import GaLore
 from client.training.passes import Batch, Passes, Watch
+from client.training.ranks import Ranks
 from common.config.training import TrainingConfig
 from common.errors import TrainingError
 
@@ -31,8 +32,9 @@ class TrainResult:
         tokens: number of input tokens that went through the model, without padding; for images, number of images.
         seconds: wall-clock time of the loop.
         learning_rate: learning rate of the last step.
-        peak_memory_bytes: peak memory on the CUDA device; 0 on a CPU.
-        micro_batch: rows per forward pass at the end; fewer than at the start when memory ran out.
+        peak_memory_bytes: peak memory on the CUDA device, with several the largest; 0 on a CPU.
+        micro_batch: rows per forward pass at the end, with several devices the fewest; fewer than at the start when
+            memory ran out.
         not_finite: losses and gradients that were not finite and counted as zero.
     """
 
@@ -59,7 +61,7 @@ def train(
     server_round: int,
     rounds: int,
     max_batch_size: int | None,
-    device: torch.device,
+    ranks: Ranks,
     autocast: torch.dtype | None,
     seed: str,
     go_on: bool = False,
@@ -71,7 +73,7 @@ def train(
     rest of the round. The step's rows and its result are the same.
 
     Args:
-        model: already on ``device``; only parameters with ``requires_grad`` are in ``optimizer``.
+        model: already on its device; only parameters with ``requires_grad`` are in ``optimizer``.
         optimizer: built for this round's trained parameters.
         examples: the site's encoded training rows.
         collate: makes a padded batch of examples.
@@ -80,7 +82,7 @@ def train(
         server_round: Flower's round, from 1; with ``rounds`` it places this round in the schedule.
         rounds: number of rounds of the whole run.
         max_batch_size: the site's cap on rows per forward pass.
-        device: the model's device.
+        ranks: the processes that train together, each with such a call; the model is on this rank's device.
         autocast: dtype of forward and backward; None: the weights' own.
         seed: seed for the order of rows.
         go_on: count a loss or gradient that is not finite as zero, and let every parameter take part in every step; so
@@ -89,12 +91,15 @@ def train(
 
     Raises:
         DivergedError: the loss is not finite.
-        TrainingError: memory runs out with one row per forward pass, or ``precision`` float16 meets float16 weights.
+        TrainingError: memory runs out with one row per forward pass, ``precision`` float16 meets float16 weights, or
+            the ranks' copies of the model differ after the round.
+        WorkerDied: another rank is lost.
     """
+    device = ranks.devices[ranks.rank]
     micro = min(config.batch_size, max_batch_size or config.batch_size)
     steps = config.steps(len(examples))
     order = _shuffled(len(examples), config.rows_per_step, seed, carry_over=config.local_steps is not None)
-    peak = _base_rates(optimizer)
+    rates = _base_rates(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     galore = optimizer if isinstance(optimizer, GaLore) else None
@@ -104,16 +109,14 @@ def train(
             "float16: `precision` float32 or bfloat16; with `precision` float16: `model.dtype` float32"
         )
     watch = Watch(optimizer, parameters) if go_on else None
-    passes = Passes(model, collate, loss_sum, scaler, device, autocast, micro, config.max_length, optimizer, watch)
+    passes = Passes(model, collate, loss_sum, scaler, ranks, autocast, micro, config.max_length, optimizer, watch)
     for_bases = _shuffled(len(examples), config.rows_per_step, f"{seed}/bases", carry_over=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     model.train()
     losses: list[float] = []
     started = time.monotonic()
     with nullcontext() if watch is None else watch:
         for step, factor in enumerate(schedule(config, server_round, rounds, steps)):
-            for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             place = f"round {server_round}, step {step + 1}"
             optimizer.zero_grad(set_to_none=True)
@@ -136,17 +139,18 @@ def train(
                 on_step(step + 1, steps)
     optimizer.zero_grad(set_to_none=True)
     model.train(False)
+    tokens, peak_memory, micro, not_finite = passes.totals(f"after round {server_round}")
     return TrainResult(
         loss=sum(losses) / len(losses),
         loss_first=losses[0],
         loss_last=losses[-1],
         steps=steps,
-        tokens=passes.tokens,
+        tokens=tokens,
         seconds=time.monotonic() - started,
         learning_rate=float(optimizer.param_groups[0]["lr"]),
-        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-        micro_batch=passes.micro,
-        not_finite=0 if watch is None else watch.found,
+        peak_memory_bytes=peak_memory,
+        micro_batch=micro,
+        not_finite=not_finite,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from client.training.galore import GaLore
 from client.training.passes import Batch
+from client.training.ranks import Ranks
 from client.training.trainer import _shuffled, schedule_factor, train
 from common.config.training import TrainingConfig
 from common.errors import TrainingError
@@ -61,7 +62,7 @@ def run(config: TrainingConfig, count: int = 8, **options: Any) -> tuple[list[fl
         collate,
         loss_sum,
         config,
-        device=torch.device("cpu"),
+        ranks=Ranks([torch.device("cpu")]),
         autocast=None,
         **{**defaults, **options},
     )
@@ -145,7 +146,7 @@ def galore_run(refresh_batches: int, count: int = 40) -> tuple[Tensor, Any]:
         server_round=1,
         rounds=1,
         max_batch_size=1,
-        device=torch.device("cpu"),
+        ranks=Ranks([torch.device("cpu")]),
         autocast=None,
         seed="s",
     )
@@ -184,7 +185,7 @@ def half_run(loss_scale: float, dtype: torch.dtype = torch.float32) -> tuple[Ten
         server_round=1,
         rounds=1,
         max_batch_size=None,
-        device=torch.device("cpu"),
+        ranks=Ranks([torch.device("cpu")]),
         autocast=torch.float16,
         seed="s",
     )
@@ -248,7 +249,7 @@ def deep_run(cap: int | None, optimizer: str, refresh_batches: int = 1, **fault:
         server_round=3,
         rounds=3,
         max_batch_size=cap,
-        device=torch.device("cpu"),
+        ranks=Ranks([torch.device("cpu")]),
         autocast=None,
         seed="s",
     )
@@ -306,7 +307,7 @@ def test_tensors_of_a_failed_pass_are_freed_before_the_next() -> None:
     options: dict[str, Any] = {"server_round": 1, "rounds": 1, "max_batch_size": None, "autocast": None, "seed": "s"}
     gc.disable()
     try:
-        train(model, optimizer, rows(8), collate, fail, settings(), device=torch.device("cpu"), **options)
+        train(model, optimizer, rows(8), collate, fail, settings(), ranks=Ranks([torch.device("cpu")]), **options)
     finally:
         gc.enable()
     assert len(held) == 2 * 4  # of 4 rows, and of 2
