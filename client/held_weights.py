@@ -5,7 +5,7 @@ from collections.abc import Callable
 from client.reach import Reach
 from common.errors import StaleStateError, WireError
 from common.protocol.digest import tensors_digest
-from common.protocol.factors import Exchange, most_bytes, num_bytes, unpack
+from common.protocol.factors import Exchange, most_bytes, num_bytes
 from common.protocol.tensors import Tensors
 from common.protocol.versions import Step
 
@@ -74,7 +74,7 @@ class Weights:
             allowed = f"{after + 1} to {reach.federation.rounds}"
             raise WireError(f"a step of round {step.server_round}; allowed: {allowed}")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        whole, factors = unpack(step.tensors, shapes, self._exchange(step.server_round))
+        whole, factors = step.changes(shapes, self._exchange(step.server_round))
         reach.check_like(whole, self._like)
         reach.check({**whole, **factors}, tensors, 1, after == 0)
 

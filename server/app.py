@@ -95,6 +95,7 @@ def federate(
 def _run(
     grid: Grid, config: FederationConfig, source: Path, folder: RunFolder, *, resume: bool, keep_model: bool
 ) -> None:
+    from server.buffered.loop import BufferedLoop
     from server.loop.checkpoint import newest
     from server.loop.rounds import RoundLoop
     from server.loop.server_model import ServerModel
@@ -143,7 +144,8 @@ def _run(
         signatures=from_supervisor.kept_signatures(folder.path),
         run=folder.fact("id"),
     )
-    loop = RoundLoop(grid, config, settings, strategy, server_model, folder)
+    make_loop = BufferedLoop if config.cohort.buffered else RoundLoop
+    loop = make_loop(grid, config, settings, strategy, server_model, folder)
     state = loop.run(state, checkpoint)
     after = server_model.answers(state)
     folder.samples(

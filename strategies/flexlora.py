@@ -6,6 +6,7 @@ the client's scaling. dW is never formed (``common.linalg.lowrank``, decision 00
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -15,6 +16,7 @@ from common.config.strategy import FlexLoRAConfig
 from common.errors import AggregationError
 from common.linalg.lowrank import Term, TruncatedSVD, truncated_svd
 from common.model.adapters import scaling
+from strategies.combine.stale import added
 from strategies.combine.weighted_mean import Drift, WeightedMean, applied, layer_group
 from strategies.lora_names import LORA_A, LORA_B, pairs
 from strategies.rule import RoundResult, Rule, Setup, Tensors, Update
@@ -86,7 +88,7 @@ class FlexLoRARule(Rule):
         groups: dict[str, _Group] = {}
         for a, b in layers:
             terms = self._terms(kept, state, a, b)
-            rank = max(len(term.a) for term in terms)
+            rank = max([len(state[a]), *(len(update.tensors[a]) for update in kept if not update.age)])
             svd = truncated_svd(terms, rank, a.removesuffix(LORA_A))
             result[a], result[b] = split(svd, state[a], self._scaling(self.lora_alpha, rank))
             groups.setdefault(layer_group(a), _Group()).add(svd)
@@ -94,6 +96,27 @@ class FlexLoRARule(Rule):
         for name, group in groups.items():
             found |= {f"{key}/{name}": value for key, value in group.diagnostics().items()}
         return RoundResult(result, found)
+
+    def carried_over(
+        self, update: Update, start: Mapping[str, Tensor], state: Mapping[str, Tensor], share: float
+    ) -> Update:
+        """See ``Rule.carried_over``. The change is one of the product, which has a meaning beside any factors.
+
+        The update's new factors, of three times the rank, have the product s B A + share (s_k B_k A_k - s B_0 A_0):
+        [share s_k B_k, -share s B_0, s B] and [A_k; A_0; A], with B divided by the scaling of their rank.
+        """
+        rest = {name: t for name, t in update.tensors.items() if not name.endswith((LORA_A, LORA_B))}
+        tensors, alpha = added(rest, start, state, share), update.lora_alpha or self.lora_alpha
+        for a, b in pairs(state):
+            own, before, now = update.tensors, start, state
+            parts = [
+                (own[b].float() * (share * self._scaling(alpha, len(own[a]))), own[a]),
+                (before[b].float() * (-share * self._scaling(self.lora_alpha, len(before[a]))), before[a]),
+                (now[b].float() * self._scaling(self.lora_alpha, len(now[a])), now[a]),
+            ]
+            tensors[a] = torch.cat([right.float() for _, right in parts])
+            tensors[b] = torch.cat([left for left, _ in parts], 1) / self._scaling(alpha, len(tensors[a]))
+        return replace(update, tensors=tensors, lora_alpha=alpha)
 
     def _terms(self, updates: list[Update], state: Mapping[str, Tensor], a: str, b: str) -> list[Term]:
         """One term per client; the last term is the state, with weight 0. The scaling is multiplied into B."""

@@ -18,6 +18,7 @@ from common.config.strategy import FLoRAConfig
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, cut, fresh_a, scaling
 from common.protocol.factors import Factors
 from common.protocol.versions import Step
+from strategies.combine.stale import added
 from strategies.combine.weighted_mean import Means
 from strategies.lora_names import layers
 from strategies.rule import Averaging, RoundResult, Setup, Tensors, Update
@@ -78,6 +79,15 @@ class FLoRARule(Averaging):
         """See ``Rule.aggregate``."""
         found = layers(state)
         return super().aggregate(server_round, state, (self._merged(update, found) for update in updates))
+
+    def carried_over(
+        self, update: Update, start: Mapping[str, Tensor], state: Mapping[str, Tensor], share: float
+    ) -> Update:
+        """See ``Rule.carried_over``. The change is the product B A, whose A is the client's; B counts less."""
+        pairs = {name: tensor for name, tensor in update.tensors.items() if name.endswith((LORA_A, LORA_B))}
+        rest = {name: tensor for name, tensor in update.tensors.items() if name not in pairs}
+        scaled = {name: t.float() * share if name.endswith(LORA_B) else t for name, t in pairs.items()}
+        return replace(update, tensors={**scaled, **added(rest, start, state, share)})
 
     def finalize(
         self, server_round: int, state: Mapping[str, Tensor], means: Means, diagnostics: dict[str, float]

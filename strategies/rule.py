@@ -7,7 +7,7 @@ new instance of the rule. ``strategies.flower.strategy`` makes a Flower strategy
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from common.protocol.factors import Exchange, Factors
 from common.protocol.tensors import Tensors as Tensors
 from common.protocol.versions import Step
 from strategies.combine.robust import Contribution, combine
+from strategies.combine.stale import added, shrunk
 from strategies.combine.weighted_mean import Drift, Means, applied
 
 
@@ -33,6 +34,7 @@ class Update:
             round's active tensors.
         lora_alpha: the client's LoRA alpha; None when the rule has no LoRA or the client reported none.
         factors: changes of trained tensors that came as low-rank factors, by name.
+        age: number of versions that were made since the one that the client started from; see ``Rule.carried_over``.
     """
 
     client: str
@@ -40,6 +42,7 @@ class Update:
     tensors: Tensors
     lora_alpha: float | None = None
     factors: dict[str, Factors] = field(default_factory=dict)
+    age: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,23 @@ class Rule(ABC):
         """Form of the factors that clients send in ``server_round``. Default: float32, each client in its own basis."""
         del server_round
         return Exchange()
+
+    def carried_over(
+        self, update: Update, start: Mapping[str, Tensor], state: Mapping[str, Tensor], share: float
+    ) -> Update:
+        """An update of an earlier version as one of the current version (``strategies.combine.stale``).
+
+        Only for rules whose section allows it (``StrategySection.stale_updates_impossible``). Default: ``share`` of the
+        change is added to ``state``, tensor by tensor.
+
+        Args:
+            update: the update, whose ``age`` is known.
+            start: the state that the client started from.
+            state: the current state.
+            share: the part of the change that counts.
+        """
+        factors = shrunk(update.factors, state, share)
+        return replace(update, tensors=added(update.tensors, start, state, share), factors=factors)
 
     @abstractmethod
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:

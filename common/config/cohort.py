@@ -1,6 +1,7 @@
 """The sections of a federation file for a round's sites: how many, what they may send, whether one is seen alone."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,6 +14,21 @@ from common.config.training import TrainingConfig
 class CohortConfig(Section):
     """Clients of a round, and the time limits of a round."""
 
+    mode: Literal["rounds", "buffered"] = Field(
+        "rounds",
+        description="`rounds`: a round waits for its sites. `buffered` (FedBuff, arXiv 2106.06639): every connected "
+        "site trains all the time; a round is over when the first `size` updates are in, and slow sites go on with the "
+        "state that they have.",
+    )
+    size: int | None = Field(
+        None, ge=1, description="Updates of a round, with `mode` buffered; from `min_clients` to the number of sites."
+    )
+    max_age: int | None = Field(
+        None,
+        ge=0,
+        description="With `mode` buffered: an update is dropped when more rounds than this were finished since its "
+        "site started. The change in an update of age a counts 1 / sqrt(1 + a).",
+    )
     min_clients: int = Field(2, ge=1, description="A round needs this many valid updates.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the connected clients sampled each round.")
     join_deadline: float = Field(300.0, gt=0, description="Seconds to wait for `min_clients` to connect.")
@@ -24,6 +40,11 @@ class CohortConfig(Section):
         "slowest site in the last 5 rounds, at least 10 seconds. null: the round waits for all sites until "
         "`round_deadline`.",
     )
+
+    @property
+    def buffered(self) -> bool:
+        """Whether slow sites go on while the others begin the next round."""
+        return self.mode == "buffered"
 
 
 class AdmissionConfig(Section):
@@ -87,6 +108,32 @@ class SecureAggregationConfig(Section):
         description="Seconds for each of the four short exchanges around training: keys, shares of secrets, signatures "
         "of the list of survivors, unmasking.",
     )
+
+
+def waiting_needed(
+    cohort: CohortConfig, strategy: StrategyConfig, secure: SecureAggregationConfig | None
+) -> Iterator[str]:
+    """The contradictions between ``cohort.mode`` and the other keys and sections, one sentence each."""
+    if not cohort.buffered:
+        for key in ("size", "max_age"):
+            if getattr(cohort, key) is not None:
+                yield f"`cohort.{key}` is {getattr(cohort, key)}, with `cohort.mode` rounds; allowed with it: buffered"
+        return
+    where = "`cohort.mode` buffered"
+    if cohort.size is None or cohort.max_age is None:
+        yield f"{where} needs `cohort.size` and `cohort.max_age`"
+    elif cohort.size < cohort.min_clients:
+        least = cohort.min_clients
+        yield f"`cohort.size` is {cohort.size}, with `cohort.min_clients` {least}; allowed: that many and more"
+    if (reason := strategy.current_needed()) is not None:
+        yield f"{where} adds changes to a later state than they started from, and `strategy` {strategy.name} {reason}"
+    if secure is not None:
+        yield f"{where} takes each update when it comes, and `secure_aggregation` shows the sum of a round alone"
+    if cohort.fraction != 1.0:
+        yield f"{where} lets every connected site train; `cohort.fraction` is {cohort.fraction:g}; allowed with it: 1"
+    if cohort.deadline_factor is not None:
+        factor = cohort.deadline_factor
+        yield f"{where} waits for no slow site; `cohort.deadline_factor` is {factor:g}; allowed with it: null"
 
 
 def single_updates_needed(

@@ -12,7 +12,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.aggregation import AggregationConfig, KrumConfig, MeanConfig, MultiKrumConfig, ServerOptimizerConfig
-from common.config.cohort import AdmissionConfig, CohortConfig, SecureAggregationConfig, single_updates_needed
+from common.config.cohort import (
+    AdmissionConfig,
+    CohortConfig,
+    SecureAggregationConfig,
+    single_updates_needed,
+    waiting_needed,
+)
 from common.config.outcome import BestConfig, CheckpointConfig, DeliveryConfig, measured
 from common.config.section import DataConfig, Digest, ModelSource, Name, Section, resolve
 from common.config.strategy import StrategyConfig
@@ -215,6 +221,7 @@ def _contradictions(federation: FederationConfig) -> Iterator[str]:
     yield from _averaged_moments(federation)
     yield from _head(federation)
     yield from _secure(federation)
+    yield from waiting_needed(federation.cohort, federation.strategy, federation.secure_aggregation)
 
 
 def _secure(federation: FederationConfig) -> Iterator[str]:

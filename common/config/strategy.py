@@ -113,6 +113,15 @@ class GaLoreConfig(StrategySection):
             return f"with `wire_precision` {self.wire_precision} rounds every update; allowed with it: float32"
         return self.needs_updates
 
+    def current_needed(self) -> str | None:
+        """See ``StrategySection.current_needed``."""
+        if self.optimizer_state == "averaged":
+            return (
+                "with `optimizer_state` averaged has second moments, which a change could make negative beside later"
+                " ones; allowed with it: reset"
+            )
+        return self.needs_current
+
     def bases(self, steps: int) -> int:
         """Most bases that a site uses in a round of ``steps`` optimizer steps."""
         if self.shares_basis:
@@ -139,6 +148,7 @@ class FedFTGConfig(GaLoreConfig):
     source: ClassVar = "arXiv 2410.23111"
     private: ClassVar = True
     needs_updates: ClassVar = None
+    needs_current: ClassVar = None
 
     name: Literal["fedftg"] = "fedftg"
 
@@ -154,6 +164,7 @@ class FlexLoRAConfig(LoraConfig):
     plain_mean_only: ClassVar = "averages products"
     takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract
     needs_updates: ClassVar = "averages the products B A of every site"
+    needs_current: ClassVar = None
 
     name: Literal["flexlora"] = "flexlora"
     optimizer_state: Literal["reset"] = Field("reset", description="Moments are invalid after re-factorisation.")
@@ -166,6 +177,7 @@ class FFALoRAConfig(LoraConfig):
     source: ClassVar = "arXiv 2403.12313"
     private: ClassVar = True
     needs_updates: ClassVar = None
+    needs_current: ClassVar = None
 
     name: Literal["ffa-lora"] = "ffa-lora"
 
@@ -178,6 +190,7 @@ class FedSVDConfig(LoraConfig):
     private: ClassVar = True
     splits_anew: ClassVar = True
     needs_updates: ClassVar = None
+    needs_current: ClassVar = "draws A anew after every round, and a change of B counts beside its own A alone"
     takes_server_optimizer: ClassVar = False  # each round's SVD gives new bases: factors of two rounds do not subtract
 
     name: Literal["fedsvd"] = "fedsvd"
@@ -191,6 +204,9 @@ class RoLoRAConfig(LoraConfig):
     source: ClassVar = "arXiv 2502.01755"
     private: ClassVar = True
     needs_updates: ClassVar = None
+    needs_current: ClassVar = (
+        "trains B and A in turn, and a change of one counts beside its own state of the other alone"
+    )
 
     name: Literal["rolora"] = "rolora"
     optimizer_state: Literal["reset"] = Field("reset", description="Each phase trains other tensors.")
@@ -203,6 +219,7 @@ class FedITConfig(LoraConfig):
     source: ClassVar = "arXiv 2305.05644"
     private: ClassVar = True
     needs_updates: ClassVar = None
+    needs_current: ClassVar = None
 
     name: Literal["fedit"] = "fedit"
 
@@ -214,6 +231,7 @@ class FedSALoRAConfig(LoraConfig):
     source: ClassVar = "arXiv 2410.01463"
     stays_at_site: ClassVar = "B"
     needs_updates: ClassVar = None
+    needs_current: ClassVar = None
 
     name: Literal["fedsa-lora"] = "fedsa-lora"
     merge: Literal[False] = Field(False, description="There is no B outside the sites.")
@@ -237,6 +255,7 @@ class FedExLoRAConfig(MergingLoraConfig):
     plain_mean_only: ClassVar = "adds to the base weights what the means lose"
     takes_server_optimizer: ClassVar = False  # the residual is exact only beside the plain means of A and B
     needs_updates: ClassVar = "adds the products B A of every site to the base weights"
+    needs_current: ClassVar = "corrects the means of A and B, which takes sites that start from the same A and B"
 
     name: Literal["fedex-lora"] = "fedex-lora"
 
@@ -250,6 +269,7 @@ class FLoRAConfig(MergingLoraConfig):
     mixed_ranks: ClassVar = True
     takes_server_optimizer: ClassVar = False  # A and B are reset in every round
     needs_updates: ClassVar = "stacks the factors of every site"
+    needs_current: ClassVar = None
 
     name: Literal["flora"] = "flora"
     optimizer_state: Literal["reset"] = Field("reset", description="Every round trains a new A and B.")

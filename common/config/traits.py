@@ -46,6 +46,8 @@ class StrategySection(Selection):
         plain_mean_only: the reason why ``aggregation`` must be the plain mean; None: any aggregation is allowed.
         needs_updates: the reason why the server must see single updates, so that masked sums are not possible; None: a
             weighted sum of the updates is enough (see ``single_updates_needed``).
+        needs_current: the reason why every update of a round must start from the same state, so that slow sites cannot
+            be left to go on; None: a change counts beside a later state, too (see ``current_needed``).
         takes_server_optimizer: a round's change of the state is a mean of changes, so a server optimizer can take it
             as a gradient.
     """
@@ -61,6 +63,7 @@ class StrategySection(Selection):
     private: ClassVar[bool] = False
     plain_mean_only: ClassVar[str | None] = None
     needs_updates: ClassVar[str | None] = "does not say that a sum is enough"
+    needs_current: ClassVar[str | None] = "does not say that a change counts beside a later state"
     takes_server_optimizer: ClassVar[bool] = True
 
     @property
@@ -76,6 +79,10 @@ class StrategySection(Selection):
     def single_updates_needed(self) -> str | None:
         """The reason why these settings need single updates at the server, for the end of a sentence; None: none."""
         return self.needs_updates
+
+    def current_needed(self) -> str | None:
+        """The reason why these settings need updates of the current state, for the end of a sentence; None: none."""
+        return self.needs_current
 
     def exchange(self, seed: int, server_round: int) -> "Exchange":
         """The form in which a round's factors are sent, the same at the server and at every site.

@@ -8,7 +8,7 @@ share the round's basis (``common.linalg.subspace``), only R is sent (decisions 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -145,7 +145,7 @@ def pack(name: str, factors: Factors, start: Tensor, exchange: Exchange) -> dict
 
 
 def unpack(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], exchange: Exchange
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], exchange: Exchange, *, any_basis: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Factors]]:
     """Split received tensors into dense tensors and changes in factors: the inverse of ``pack``.
 
@@ -153,6 +153,7 @@ def unpack(
         tensors: the received tensors by name.
         shapes: shapes, by name, of the weights that may come in factors.
         exchange: the form in which factors are sent.
+        any_basis: whether a change may come with bases of its own although there is a shared one; see ``Step``.
 
     Raises:
         WireError: a factor is missing, not allowed, or does not match the weight's shape.
@@ -166,7 +167,8 @@ def unpack(
         if parts and len(shape) != 2:
             raise WireError(f"{name}: shape {tuple(shape)} has no factors; send it whole")
         if parts:
-            made[name] = _factors(name, parts, tuple(shape), exchange)
+            own = any_basis and common_part(tuple(shape)) in parts
+            made[name] = _factors(name, parts, tuple(shape), replace(exchange, basis=None) if own else exchange)
     return whole, made
 
 

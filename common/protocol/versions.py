@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.protocol.digest import tensors_digest
-from common.protocol.factors import Exchange, Factors, num_bytes, pack, unpack
+from common.protocol.factors import Exchange, Factors, Shape, num_bytes, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,23 @@ class Step:
         """The name of the version after this step, when ``version`` names the version before."""
         return hashlib.sha256(f"{version} {self.server_round} {tensors_digest(self.tensors)}".encode()).hexdigest()
 
+    def changes(self, shapes: Mapping[str, Shape], exchange: Exchange) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """The step's dense tensors, and its changes in factors, for weights of these shapes.
+
+        Where sites share a basis, a step that updates of several rounds have made brings their bases.
+
+        Raises:
+            WireError: the step's factors do not match the shapes.
+        """
+        return unpack(self.tensors, shapes, exchange, any_basis=True)
+
     def apply(self, state: Mapping[str, Tensor], exchange: Exchange) -> dict[str, Tensor]:
         """The next state, in the dtypes of ``state``.
 
         Raises:
             WireError: the step's factors do not match the state's shapes.
         """
-        whole, factors = unpack(self.tensors, {name: tuple(tensor.shape) for name, tensor in state.items()}, exchange)
+        whole, factors = self.changes({name: tuple(tensor.shape) for name, tensor in state.items()}, exchange)
         whole = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in whole.items()}
         made = {name: change.apply(state[name]).to(state[name].dtype) for name, change in factors.items()}
         return {**state, **whole, **made}

@@ -45,7 +45,7 @@ class BestRound:
     def go_on(self) -> None:
         """Judge the rounds of a resumed run once more, from its records."""
         for record in read_lines(self._folder.path / "metrics.jsonl"):
-            if record["phase"] == "evaluate":
+            if record["phase"] == "evaluate" and not record.get("age"):  # a late score has decided nothing
                 self._folder.evaluations.setdefault(record["round"], {})[record["client"]] = record["evaluate"]
         for number in sorted(self._folder.evaluations):
             self._take(number)

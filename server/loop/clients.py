@@ -16,7 +16,8 @@ from server.loop.transport import patient
 from server.run import from_supervisor
 from server.run.folder import RunFolder
 from server.run.quarantine import Quarantine
-from strategies.flower.messages import Client, RuleMessages
+from strategies.flower.clients import Client
+from strategies.flower.messages import RuleMessages
 
 _GROUP = "hello"
 _HELLOS = 3  # a node is asked for its hello so many times when its process dies before answering

@@ -29,7 +29,7 @@ class PendingUpdates:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._bases: Tensors = {}  # by tensor, where all sites share the round's basis
+        self._bases: dict[str, Tensors] = {}  # by client and tensor, where all sites share the basis of their round
         self._kept: dict[
             str, tuple[Path, Update]
         ] = {}  # by client: file of the tensors, and the update without tensors
@@ -52,9 +52,9 @@ class PendingUpdates:
         for name, factors in update.factors.items():
             for number, (left, right) in enumerate(factors.terms):
                 pair = {_LEFT: left, _RIGHT: right}
-                if factors.common:  # all updates of a round have the same basis in memory
+                if factors.common:  # all updates of a version have the same basis in memory
                     basis = _RIGHT if projects_right((len(left), right.shape[1])) else _LEFT
-                    self._bases[name] = pair.pop(basis)
+                    self._bases.setdefault(update.client, {})[name] = pair.pop(basis)
                 for side, factor in pair.items():
                     groups.setdefault(f"{side}{number}", {})[name] = factor
         try:
@@ -68,7 +68,7 @@ class PendingUpdates:
     def updates(self) -> Iterator[Update]:
         """All updates, sorted by the clients' names; tensors are memory-mapped and read as they are used."""
         for _, (file, update) in sorted(self._kept.items()):
-            yield _loaded(file, update, self._bases)
+            yield _loaded(file, update, self._bases.get(update.client, {}))
 
 
 def _loaded(file: Path, update: Update, bases: Tensors) -> Update:

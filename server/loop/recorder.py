@@ -25,6 +25,7 @@ class RoundRecorder:
         problems: the reason by site, for sites that failed, were rejected or did not answer.
         kinds: the kind of the error by site, for the same sites.
         elsewhere: seconds that the server did not spend on aggregation: waiting for replies, evaluating.
+        sent: bytes of tensors sent to each node.
     """
 
     def __init__(self, number: int, folder: RunFolder) -> None:
@@ -36,12 +37,12 @@ class RoundRecorder:
         self.elsewhere = 0.0
         self._folder = folder
         self._records: dict[str, tuple[float, dict[str, object]]] = {}  # site -> (when it was done, metrics record)
-        self._sent: dict[int, int] = {}  # node id -> bytes
+        self.sent: dict[int, int] = {}
         self._bytes_up = self._exchanged_down = 0
 
     def asked(self, node_id: int, num_bytes: int) -> None:
         """Note that the round's work is sent to a node, with ``num_bytes`` of tensors."""
-        self._sent[node_id] = self._sent.get(node_id, 0) + num_bytes
+        self.sent[node_id] = self.sent.get(node_id, 0) + num_bytes
 
     def exchanged(self, down: int, up: int) -> None:
         """Note bytes of the short messages that go with a masked sum."""
@@ -76,8 +77,16 @@ class RoundRecorder:
             self._records.pop(site, None)
         self._folder.event(event, round=self.number, client=site, reason=reason, kind=kind, **more)
 
-    def update(self, sent: Sent, reply: TrainReply, update: Update, heaviest: float) -> None:
-        """Note an admitted update; ``heaviest`` is the largest weight that counts, in rows."""
+    def update(self, sent: Sent, reply: TrainReply, update: Update, heaviest: float, down: int | None = None) -> None:
+        """Note an admitted update.
+
+        Args:
+            sent: the request.
+            reply: the reply.
+            update: the update in it.
+            heaviest: the largest weight that counts, in rows.
+            down: bytes of tensors in the request, if it was sent in an earlier round.
+        """
         spent, up = time.time() - sent.at, wire.num_bytes(reply.arrays)
         self._bytes_up += up
         trained = {**reply.training, "num_examples": update.num_examples}
@@ -90,13 +99,16 @@ class RoundRecorder:
             "client": update.client,
             "phase": "train",
             "train": trained,
-            "bytes": {"down": self._sent[sent.node_id], "up": up},
+            "bytes": {"down": self.sent[sent.node_id] if down is None else down, "up": up},
             "seconds": _possible(_transport(sent, reply) | dict(reply.seconds), spent),
         }
+        age = {"age": update.age} if update.age else {}  # it started in an earlier round
+        record |= age
         self._records[update.client] = (time.monotonic(), record)
         self.admitted[update.client] = round(spent, 3)
         loss = reply.training.get("loss")
-        self._folder.event("reply", round=self.number, client=update.client, loss=loss, seconds=round(spent, 3))
+        told = {"round": self.number, "client": update.client, "loss": loss, "seconds": round(spent, 3)}
+        self._folder.event("reply", **told, **age)
 
     def close(self, diagnostics: dict[str, float]) -> None:
         """Write the metrics records; each site's waiting time is known now that the round is over."""
@@ -120,18 +132,34 @@ class RoundRecorder:
             "round_finished",
             round=self.number,
             seconds=round(end - self.started, 3),
-            bytes_down=sum(self._sent.values()) + self._exchanged_down,
+            bytes_down=sum(self.sent.values()) + self._exchanged_down,
             bytes_up=self._bytes_up,
         )
 
 
 def record_evaluation(
-    folder: RunFolder, version: int, client: str, metrics: Mapping[str, float], seconds: float | None = None
+    folder: RunFolder,
+    version: int,
+    client: str,
+    metrics: Mapping[str, float],
+    seconds: float | None = None,
+    age: int = 0,
 ) -> None:
-    """Write down the metrics of ``client`` for the state after round ``version``; without metrics write nothing."""
+    """Write down the metrics of ``client`` for the state after round ``version``; without metrics write nothing.
+
+    Args:
+        folder: the run folder.
+        version: the round.
+        client: the site's name, or "server".
+        metrics: the metrics by name.
+        seconds: the evaluation's duration.
+        age: number of rounds that were finished since; the score of such a late one decides nothing.
+    """
     if not metrics:
         return
     record: dict[str, object] = {"round": version, "client": client, "phase": "evaluate", "evaluate": dict(metrics)}
+    if age:
+        record["age"] = age
     if seconds is not None:
         record["seconds"] = {"evaluate": seconds}
     folder.metrics(record)

@@ -219,19 +219,22 @@ class Round:
         except WireError as unreadable:
             client.forget()
             self._refuse(name, f"{name}: {unreadable}", kind_of(unreadable))
-            return None
         except RefusedUpdate as refusal:
             self._refuse(name, str(refusal), kind_of(refusal))
-            return None
         except Exception as error:  # an unforeseen content of a reply ends the round for its site, not for all
             log.exception("round %d: reading the reply of %s failed", self._number, name)
             reason = f"{name}: its reply cannot be used ({kind_of(error)}; the server's log says where)"
             self._refuse(name, reason, kind_of(error))
-            return None
+        else:
+            self._record(sent, told, update)
+            return update, how_far
+        return None
+
+    def _record(self, sent: Sent, told: TrainReply, update: Update) -> None:
+        """Note an admitted update, and its site's scores if they were asked for."""
         self.recorder.update(sent, told, update, self._heaviest)
         if self._evaluate:
-            record_evaluation(self._parts.folder, self._number - 1, name, told.scores)
-        return update, how_far
+            record_evaluation(self._parts.folder, self._number - 1, update.client, told.scores)
 
     def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, UpdateSize]:
         """Check the update in a reply; return it with its size.
@@ -256,10 +259,7 @@ class Round:
         returned = clients.returned(self._group)
         for node_id in in_flight.waiting(self._group):
             name = strategy.client(node_id).name
-            if node_id in returned or clients.node_of(name) not in (
-                node_id,
-                None,
-            ):  # the site reconnected, perhaps as a new node
+            if node_id in returned or clients.node_of(name) not in (node_id, None):  # it reconnected, or as a new node
                 in_flight.forget(self._group, node_id)
                 self._lost[name] = Failure(ErrorCode.NODE_UNAVAILABLE, "its connection was lost")
         for name in list(self._lost):

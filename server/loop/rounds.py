@@ -172,8 +172,8 @@ class RoundLoop:
             self._folder.event("late_reply", client=name, reason=reason)
 
     def _evaluate(self, version: int, state: Tensors) -> None:
-        """Evaluate the final state at every connected site and at the server."""
-        nodes = self._clients.connected()
+        """Evaluate the final state at the sites and at the server."""
+        nodes = self._to_evaluate()
         group = f"evaluate/{version}"
         seconds = self._config.cohort.round_deadline
         states = self._strategy.evaluate_states(version, state, nodes)
@@ -197,6 +197,10 @@ class RoundLoop:
             name = self._strategy.client(node_id).name
             failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no evaluation within {seconds:g} seconds")
             self._note_failure(version, name, failure)
+
+    def _to_evaluate(self) -> list[int]:
+        """The sites that evaluate the final state: all that are connected."""
+        return self._clients.connected()
 
     def _note_failure(self, version: int, name: str, failure: Failure) -> None:
         reason = f"{name}: {failure.reason}"

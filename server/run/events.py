@@ -26,7 +26,7 @@ class Kind:
     Attributes:
         fields: names of the event's fields, separated by spaces. ``client`` is the name of a site or "server",
             ``clients`` the names of several sites, ``reason`` a sentence, ``kind`` the kind of the error behind it,
-            ``counted`` whether the failure counts as a rejection.
+            ``counted`` whether the failure counts as a rejection. A field that ends with "?" may be absent.
         words: the event as a line for people: a template with the fields, or a function; "" for no line.
         level: level of the line in the log.
         stays: the line stays on the terminal, above the live display. Warnings and errors always stay.
@@ -61,7 +61,8 @@ def _joined(event: Event) -> str:
 
 def _reply(event: Event) -> str:
     loss = _number(event["loss"])
-    return f"round {event['round']}: {event['client']} trained, loss {loss}, {event['seconds']:.1f} s"
+    since = f" since round {event['round'] - event['age']}" if event.get("age") else ""
+    return f"round {event['round']}: {event['client']} trained{since}, loss {loss}, {event['seconds']:.1f} s"
 
 
 def _evaluated(event: Event) -> str:
@@ -129,7 +130,8 @@ KINDS: dict[str, Kind] = {
     "round_begun_anew": Kind(
         "round client reason", "the round begins anew: {reason}", WARNING, problem="round begun anew"
     ),
-    "reply": Kind("round client loss seconds", _reply, state="waiting", outcome="trained", seen=True),
+    "work_given": Kind("round client", state="training", outcome="asked"),
+    "reply": Kind("round client loss seconds age?", _reply, state="waiting", outcome="trained", seen=True),
     "update_refused": Kind(
         "round client reason kind",
         "update refused: {reason}",
@@ -138,6 +140,15 @@ KINDS: dict[str, Kind] = {
         outcome="refused",
         seen=True,
         problem="update refused",
+    ),
+    "update_dropped": Kind(
+        "round client age reason",
+        "update dropped: {reason}",
+        WARNING,
+        state="too old",
+        outcome="failed",
+        seen=True,
+        problem="too old",
     ),
     "client_failed": Kind(
         "round client reason kind counted",
@@ -175,7 +186,8 @@ def new_event(kind: str, fields: Mapping[str, object]) -> Event:
     """
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of event; allowed: {', '.join(KINDS)}")
-    if fields.keys() != set(KINDS[kind].fields.split()):
+    needed = {name for name in KINDS[kind].fields.split() if not name.endswith("?")}
+    if not needed <= fields.keys() <= {name.rstrip("?") for name in KINDS[kind].fields.split()}:
         raise ValueError(f"event {kind!r} has the fields {' '.join(fields)}; allowed: {KINDS[kind].fields}")
     shown = {key: one_line(value) if isinstance(value, str) else value for key, value in fields.items()}
     return {"time": round(time.time(), 3), "event": kind, **shown}

@@ -156,7 +156,7 @@ class RunFolder:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Write the numbers of one round, client and phase (train, evaluate or aggregate), also for the trackers."""
         self._append("metrics.jsonl", dict(record))
-        if record["phase"] == "evaluate":
+        if record["phase"] == "evaluate" and not record.get("age"):
             self.evaluations.setdefault(record["round"], {})[record["client"]] = record["evaluate"]
         if self._trackers is not None:
             self._trackers.log(record)

@@ -83,15 +83,26 @@ class _Sum:
             self._densify().add_(_change(value, self._base), alpha=weight)
             return
         terms = value.scaled(self._base.shape, weight).terms
-        if value.common and self._factors.terms:  # all clients share one basis, so only the other factors are added
-            ((left, right),), ((more_left, more_right),) = self._factors.terms, terms
-            terms = [(left + more_left, right) if projects_right(self._base.shape) else (left, right + more_right)]
-        else:
-            terms = self._factors.terms + terms
-        self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, value.common)
+        terms = self._joined(terms[0]) if value.common else self._factors.terms + terms
+        common = value.common and len(terms) == 1
+        self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, common)
         most = self._base.numel() if self._whole is None else self._base.numel() // _PENDING
         if sum(len(r) for _, r in terms) * sum(self._base.shape) >= most:
             self._densify()
+
+    def _joined(self, more: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The terms with one more in a shared basis: where the basis is that of a term, the other factors are added.
+
+        Updates of one version have one basis; beside updates of earlier versions there are several.
+        """
+        terms, (left, right) = list(self._factors.terms), more
+        on_right = projects_right(self._base.shape)
+        for position, (there_left, there_right) in enumerate(terms):
+            basis, there = (right, there_right) if on_right else (left, there_left)
+            if basis is there or torch.equal(basis, there):
+                terms[position] = (there_left + left, right) if on_right else (left, there_right + right)
+                return terms
+        return [*terms, more]
 
     def mean(self, weight: float) -> Tensor | Factors:
         if self._whole is None:

@@ -12,8 +12,8 @@ holds the first version (decision 005).
 ``common.protocol.messages`` declares the names and contents of the messages.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from flwr.app import ArrayRecord
@@ -26,28 +26,12 @@ from common.protocol.factors import Factors, unpack
 from common.protocol.messages import State, TrainReply
 from common.protocol.versions import Step
 from strategies.admission.well_formed import admit, admit_factors, most_bytes
+from strategies.combine.stale import staleness
+from strategies.flower.clients import Client, Start, check_acknowledged, lora_alpha_of
 from strategies.flower.versions import Versions
 from strategies.lora_names import check_state, rank_of
 from strategies.rule import RoundResult, Rule, Tensors, Update
 from strategies.server_optimizer import ServerOptimizer
-
-_ALPHAS = (1e-6, 1e6)  # allowed for an alpha that a client reports: products and rescaled states stay finite
-
-
-@dataclass
-class Client:
-    """The server's knowledge of one client node."""
-
-    name: str
-    rank: int | None = None
-    lora_alpha: float | None = None
-    held: dict[str, str] = field(default_factory=dict)  # frozen tensors at the client: name -> digest
-    has_base: bool = False  # whether the client has the base model, which is the first version
-    version: str | None = None  # the latest version that the client holds, beside the first
-
-    def forget(self) -> None:
-        """Assume that the client holds nothing but the base model, until its next reply shows more."""
-        self.held, self.version = {}, None
 
 
 class RuleMessages:
@@ -61,6 +45,7 @@ class RuleMessages:
     Attributes:
         clients: the server's knowledge of every node, by node id.
         versions: the state's versions, when clients are sent steps; None: clients are sent tensors.
+        earlier: the work of nodes that still train from an earlier version, by node id; see ``keep_open``.
 
     Raises:
         ValueError: the rule takes no server optimizer.
@@ -74,9 +59,10 @@ class RuleMessages:
         self.clients: dict[int, Client] = {}
         self.server_optimizer = None if server_optimizer is None else ServerOptimizer(server_optimizer)
         self.versions: Versions | None = None
+        self.earlier: dict[int, Start] = {}
+        self._given = Start()  # the work of all other nodes
         self._state: Tensors = {}
         self._active: list[str] = []
-        self._round = 0
         self._bundled = False  # any Flower client reads plain arrays
         self._mixed_alphas = rule.section.mixed_ranks
 
@@ -117,8 +103,37 @@ class RuleMessages:
         """
         if self.rule.section.trains == "lora":
             check_state(state, self.rule.section.stays_at_site)
-        self._state, self._active, self._round = state, self.rule.active(server_round, state), server_round
-        return list(self._states(server_round, node_ids, trained=True))
+        self._state, self._active = state, self.rule.active(server_round, state)
+        version = None if self.versions is None else self.versions.latest
+        self._given, nodes = Start(server_round, state, self._active, version), list(node_ids)
+        for node_id in nodes:
+            self.earlier.pop(node_id, None)
+        return list(self._states(server_round, nodes, trained=True))
+
+    def given(self, node_id: int) -> Start:
+        """The work that a node was given last."""
+        return self.earlier.get(node_id, self._given)
+
+    def keep_open(self, node_ids: Iterable[int], store: Callable[[int, Tensors], Tensors]) -> None:
+        """Remember the work of nodes that go on with it while the next version is made, and forget all other work.
+
+        Args:
+            node_ids: the nodes.
+            store: takes a round and the state that it started from; gives the state in a form that takes no memory.
+        """
+        going_on = {node_id: self.given(node_id) for node_id in node_ids}
+        if any(start is self._given for start in going_on.values()):
+            aside = replace(self._given, state=store(self._given.server_round, self._given.state))
+            going_on = {n: aside if start is self._given else start for n, start in going_on.items()}
+        self.earlier = going_on
+
+    def carried_over(self, update: Update, node_id: int, server_round: int, state: Tensors) -> Update:
+        """A node's admitted update for the version that ``server_round`` makes of ``state``."""
+        start = self.given(node_id)
+        age = server_round - start.server_round
+        if age == 0:
+            return update
+        return self.rule.carried_over(replace(update, age=age), start.state, state, staleness(age))
 
     def evaluate_states(self, version: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
         """The state to send to each node to evaluate the state after round ``version``: (node id, state) pairs."""
@@ -192,12 +207,12 @@ class RuleMessages:
         return None, None
 
     def base_of(self, node_id: int) -> Tensors:
-        """The state that a node trained from in the current round, in the rank and scaling of the node's last reply."""
+        """The state that a node trained from, in the rank and scaling of the node's last reply."""
         client = self.client(node_id)
-        return self.rule.state_for(self._state, client.rank, client.lora_alpha)
+        return self.rule.state_for(self.given(node_id).state, client.rank, client.lora_alpha)
 
     def admit(self, reply: TrainReply, node_id: int) -> Update:
-        """Check a reply to the current round and return the update in it.
+        """Check a reply to the work that a node was given and return the update in it.
 
         Args:
             reply: a training reply whose form was checked when it was read.
@@ -206,21 +221,21 @@ class RuleMessages:
         Raises:
             RefusedUpdate: the update is rejected; the text names the client and the reason.
         """
-        client = self._answered(reply, node_id)
-        expected = self.rule.state_for(self._state, None, None)
-        tensors, changes = self._read_tensors(client, reply.arrays, expected)
+        client, start = self._answered(reply, node_id), self.given(node_id)
+        expected = self.rule.state_for(start.state, None, None)
+        tensors, changes = self._read_tensors(client, reply.arrays, expected, start)
         admitted = admit(
             client.name,
             tensors,
             expected,
-            [name for name in self._active if name not in changes],
+            [name for name in start.active if name not in changes],
             any_rank=self.rule.section.mixed_ranks,
             max_rank=self.rule.max_rank,
         )
         admit_factors(client.name, changes)
-        frozen = {name: expected[name] for name in expected if name not in self._active}
+        frozen = {name: expected[name] for name in expected if name not in start.active}
         if self.versions is None and not frozen.keys() <= tensors.keys():
-            _check_acknowledged(client.name, reply.frozen_digest, frozen)
+            check_acknowledged(client.name, reply.frozen_digest, frozen)
             client.held = {name: tensor_digest(t) for name, t in frozen.items()}
         client.lora_alpha = self._lora_alpha(client, reply.lora_alpha)
         if self.rule.section.mixed_ranks:
@@ -228,46 +243,40 @@ class RuleMessages:
         return Update(client.name, reply.num_examples, admitted, client.lora_alpha, changes)
 
     def acknowledge(self, reply: TrainReply, node_id: int) -> None:
-        """Check all but the tensors of a reply to the current round: the numbers of a masked reply tell nothing.
+        """Check all but the tensors of a reply: those of a masked one tell nothing, those of one too late do not count.
 
         Raises:
             RefusedUpdate: the reply is of another round, or from another state, or of another alpha.
         """
-        client = self._answered(reply, node_id)
-        frozen = {name: tensor for name, tensor in self._state.items() if name not in self._active}
+        client, start = self._answered(reply, node_id), self.given(node_id)
+        frozen = {name: tensor for name, tensor in start.state.items() if name not in start.active}
         if self.versions is None:
             if frozen:
-                _check_acknowledged(client.name, reply.frozen_digest, frozen)
+                check_acknowledged(client.name, reply.frozen_digest, frozen)
             client.held = {name: tensor_digest(tensor) for name, tensor in frozen.items()}
         client.lora_alpha = self._lora_alpha(client, reply.lora_alpha)
 
     def _answered(self, reply: TrainReply, node_id: int) -> Client:
-        """The client of a reply, whose round is the current one; what it holds is what the reply says."""
-        client = self.client(node_id)
+        """The client of a reply, whose round is the one it was asked for; what it holds is what the reply says."""
+        client, start = self.client(node_id), self.given(node_id)
         client.forget()
-        if self.versions is not None and reply.version == self.versions.latest:
-            client.version = self.versions.latest  # also when the update is rejected later
+        if start.version is not None and reply.version == start.version:
+            client.version = start.version  # also when the update is rejected later
         about = reply.server_round
-        if about != self._round:
-            raise RefusedUpdate(f"{client.name}: the update is of round {about}, this is round {self._round}")
+        if about != start.server_round:
+            raise RefusedUpdate(f"{client.name}: the update is of round {about}, this is round {start.server_round}")
         return client
 
     def _lora_alpha(self, client: Client, told: float | None) -> float | None:
         """The client's alpha: as reported, else the federation's; base weights have no alpha to report."""
-        common = self.rule.lora_alpha
-        if told is None or self.rule.section.trains == "weights":
-            return common
-        if common not in (None, told) and not self._mixed_alphas:
-            raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; the federation's is {common}")
-        if told != common and not _ALPHAS[0] <= told <= _ALPHAS[1]:
-            raise RefusedUpdate(f"{client.name}: lora-alpha is {told}; allowed: {_ALPHAS[0]:g} to {_ALPHAS[1]:g}")
-        return told
+        reported = None if self.rule.section.trains == "weights" else told
+        return lora_alpha_of(client.name, reported, self.rule.lora_alpha, mixed=self._mixed_alphas)
 
     def _read_tensors(
-        self, client: Client, arrays: ArrayRecord, expected: Tensors
+        self, client: Client, arrays: ArrayRecord, expected: Tensors, start: Start
     ) -> tuple[Tensors, dict[str, Factors]]:
         """A reply's dense tensors, and its changes in factors."""
-        weights = self._active if self.rule.section.trains == "weights" else []  # LoRA's A and B are sent dense
+        weights = start.active if self.rule.section.trains == "weights" else []  # LoRA's A and B are sent dense
         shapes = {name: tuple(expected[name].shape) for name in weights}
         most = most_bytes(
             expected,
@@ -276,20 +285,6 @@ class RuleMessages:
             max_rank=self.rule.max_rank,
         )
         try:
-            return unpack(wire.decode(arrays, most), shapes, self.rule.exchange(self._round))
+            return unpack(wire.decode(arrays, most), shapes, self.rule.exchange(start.server_round))
         except WireError as error:
             raise RefusedUpdate(f"{client.name}: {error}") from None
-
-
-def _check_acknowledged(client: str, acknowledged: str | None, frozen: Tensors) -> None:
-    """Reject a reply whose digest of the frozen tensors is missing or not the federation's."""
-    if acknowledged is None:
-        raise RefusedUpdate(
-            f"{client}: the reply holds neither the {len(frozen)} frozen tensors nor their digest "
-            "('frozen-digest' in 'config')"
-        )
-    if acknowledged != (digest := tensors_digest(frozen)):
-        raise RefusedUpdate(
-            f"{client}: its frozen tensors differ from the federation's "
-            f"(digest {acknowledged[:16]}, expected {digest[:16]})"
-        )

@@ -171,7 +171,7 @@ class FlowerStrategy(RuleMessages, FedAvg):
         node_id = reply.metadata.src_node_id
         keys = self.arrayrecord_key, self.configrecord_key, self.weighted_by_key
         try:
-            told = TrainReply.of_any_client(reply.content, self._round, *keys)
+            told = TrainReply.of_any_client(reply.content, self.given(node_id).server_round, *keys)
         except WireError as error:
             client = self.client(node_id)
             client.forget()

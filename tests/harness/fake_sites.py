@@ -25,6 +25,7 @@ from common.protocol.messages import (
     TrainRequest,
 )
 from common.protocol.versions import Step
+from server.buffered.loop import BufferedLoop
 from server.loop.checkpoint import newest
 from server.loop.rounds import RoundLoop
 from server.run.folder import RunFolder
@@ -188,6 +189,30 @@ class Grid:
         return replies
 
 
+class Ordered(Grid):
+    """Delivers the sites' updates in a given order, one after another; all else at once.
+
+    Args:
+        sites: by number.
+        order: the numbers of the sites whose updates arrive; later ones are never there.
+    """
+
+    def __init__(self, sites: dict[int, Site], order: Sequence[int]) -> None:
+        super().__init__(sites)
+        self.order = list(order)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for i in message_ids:
+            message = self._open[i]
+            if message.metadata.message_type == MessageType.TRAIN:
+                if self.order[:1] != [message.metadata.dst_node_id]:
+                    continue
+                del self.order[0]
+            replies += super().pull_messages([i])
+        return replies
+
+
 class Clock:
     """The server's time: it passes while the server sleeps, and only then.
 
@@ -199,6 +224,7 @@ class Clock:
         self.now = 1e9
         for module in ("clients", "inflight", "recorder", "round", "rounds"):
             monkeypatch.setattr(f"server.loop.{module}.time", self)
+        monkeypatch.setattr("server.buffered.round.time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -256,8 +282,9 @@ def run(
     strategy = make_strategy(
         config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=config.server_optimizer
     )
+    make_loop = BufferedLoop if config.cohort.buffered else RoundLoop
     try:
-        return RoundLoop(grid, config, settings_of(config), strategy, server_model, folder).run(
+        return make_loop(grid, config, settings_of(config), strategy, server_model, folder).run(
             start or base(), checkpoint
         )
     finally:

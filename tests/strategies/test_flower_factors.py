@@ -13,7 +13,7 @@ from common.errors import RefusedUpdate
 from common.protocol import wire
 from common.protocol.factors import Exchange, Factors, pack
 from common.protocol.messages import TrainReply
-from strategies.flower.messages import Client
+from strategies.flower.clients import Client
 from strategies.rule import Update
 from tests.harness.rounds import lora, trained
 from tests.strategies.test_flower import Nodes, answer, ask

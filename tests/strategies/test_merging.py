@@ -17,7 +17,7 @@ from strategies.fedex_lora import FedExLoRARule
 from strategies.fedit import FedITRule
 from strategies.fedsa_lora import FedSALoRARule
 from strategies.flora import FLoRARule
-from strategies.flower.messages import Client
+from strategies.flower.clients import Client
 from strategies.flower.strategy import FlowerStrategy
 from strategies.flower.versions import Versions
 from strategies.rule import Tensors, Update

@@ -89,6 +89,9 @@ def test_all_traits_are_as_the_papers_say() -> None:
     assert names(lambda s: s.stays_at_site == "B") == ["fedsa-lora"]
     assert names(lambda s: s.fresh_factors) == ["flora"]
     assert names(lambda s: s.needs_updates is None) == ["fedftg", "ffa-lora", "fedsvd", "rolora", "fedit", "fedsa-lora"]
+    assert names(lambda s: s.needs_current is None) == [
+        *("fedftg", "flexlora", "ffa-lora", "fedit", "fedsa-lora", "flora")
+    ]
     assert names(lambda s: s.splits_anew) == ["flexlora", "fedsvd"]
 
 

@@ -1,0 +1,1 @@
+"""Rounds that wait for no slow site: ``cohort.mode`` buffered."""
