@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.traits import HEAD, Head, LoraConfig, StrategySection
+from common.config.traits import HEAD, Head, LoraConfig, MergingLoraConfig, StrategySection
 
 if TYPE_CHECKING:
     from common.protocol.factors import Exchange
@@ -235,16 +235,6 @@ class FedSALoRAConfig(LoraConfig):
 
     name: Literal["fedsa-lora"] = "fedsa-lora"
     merge: Literal[False] = Field(False, description="There is no B outside the sites.")
-
-
-class MergingLoraConfig(LoraConfig):
-    """Keys of the LoRA strategies that change the base weights, too."""
-
-    changes_base: ClassVar = True
-
-    merge: Literal[True] = Field(
-        True, description="Always true: the export is a complete model, because the base weights change."
-    )
 
 
 class FedExLoRAConfig(MergingLoraConfig):

@@ -111,3 +111,13 @@ class LoraConfig(StrategySection):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
     merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
     name: str
+
+
+class MergingLoraConfig(LoraConfig):
+    """Keys of the LoRA strategies that change the base weights, too."""
+
+    changes_base: ClassVar = True
+
+    merge: Literal[True] = Field(
+        True, description="Always true: the export is a complete model, because the base weights change."
+    )
