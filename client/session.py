@@ -92,7 +92,7 @@ class Session:
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out),
-            device=describe(self.model.device),
+            device=describe(self.model.device, self.model.held.quantization),
             rank=self.model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,

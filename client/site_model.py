@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from client.held_weights import Weights
 from client.reach import Known
-from client.training.settings import lora_rank, model_source, pick_device
+from client.training.settings import held, lora_rank, model_source, pick_device
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.config.strategy import StrategyConfig
@@ -24,8 +24,9 @@ from common.data.tasks import Task
 from common.errors import ModelError
 from common.model import tuning
 from common.model.adapters import cut
-from common.model.base_model import Base
+from common.model.base_model import Base, read_again
 from common.model.finished import About, source_folder, write_model
+from common.model.quantization import WHOLE, Held, quantized_layers, whole_sizes
 from common.protocol.digest import base_digest, tokenizer_digest
 from common.protocol.factors import Exchange
 
@@ -45,7 +46,9 @@ class Bases:
         A site must call `unshare` before it changes a parameter.
         """
         base, _ = self._get(key, read)
-        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.model.parameters()}
+        shared: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.model.parameters()}
+        for _, layer in quantized_layers(base.model):  # nobody changes codes
+            shared |= {id(codes): codes for codes in layer.buffers()}
         return replace(base, model=copy.deepcopy(base.model, shared))
 
     def digests(self, key: str, read: Read) -> Digests:
@@ -73,7 +76,7 @@ def digests(base: Base) -> Digests:
 def written_bytes(tuned: tuning.Tuned, strategy: StrategyConfig, rank: int) -> int:
     """Bytes of one model that a site keeps, without its tokenizer; ``rank``: that of the site."""
     if strategy.trains == "weights" or strategy.changes_base:
-        return sum(p.nbytes for p in tuned.model.parameters())
+        return sum(number * size for number, size in whole_sizes(tuned.model))
     return sum(p.nbytes for p in (tuned.parameters | tuned.local).values()) * strategy.rank // rank
 
 
@@ -101,12 +104,18 @@ class SiteModel:
         self._site, self._federation, self._task = site, federation, task
         self._source = model_source(site, site_file, federation.model)
         self._bases, self._seconds = bases, seconds
-        self._key = f"{self._source} {federation.model_dump_json()}"  # everything that the base model depends on
+        # everything that the base model depends on
+        self._key = f"{self._source} {site.quantization} {federation.model_dump_json()}"
 
     @cached_property
     def device(self) -> torch.device:
         """The device for training."""
         return pick_device(self._site.device)
+
+    @property
+    def held(self) -> Held:
+        """How the site holds the base model."""
+        return held(self._site, self._federation)
 
     @property
     def rank(self) -> int:
@@ -138,8 +147,7 @@ class SiteModel:
     @cached_property
     def tuned(self) -> tuning.Tuned:
         """The model on the device, with its trained tensors."""
-        seed = self._federation.training.seed
-        tuned = tuning.tune(self.base.model, self._federation.strategy, self._task.peft_type, rank=self.rank, seed=seed)
+        tuned = self._tune(self.base)
         tuned.model.to(self.device)
         self._local = {name: parameter.detach().cpu().clone() for name, parameter in tuned.local.items()}
         if self._bases is not None:
@@ -178,10 +186,11 @@ class SiteModel:
 
         Raises:
             OSError: it cannot be written.
+            ModelError: whole weights are needed, which are read anew, and are no longer those that training began with.
         """
-        local = self.tuned.local  # made from the base model, if it is not made yet
-        mine = {name: own.get(name, self._local[name]) for name in local}
-        write_model(folder, self.tuned, {**tensors, **mine}, self.base.tokenizer, about.use, about.card, self.source)
+        tuned = self.tuned if about.card.form == "adapter" else self._whole()
+        mine = {name: own.get(name, first) for name, first in self._local.items()}
+        write_model(folder, tuned, {**tensors, **mine}, self.base.tokenizer, about.use, about.card, self.source)
 
     @cached_property
     def weights(self) -> Weights:
@@ -210,6 +219,20 @@ class SiteModel:
         for made in ("base", "tuned", "weights", "known"):
             self.__dict__.pop(made, None)
 
+    def _tune(self, base: Base) -> tuning.Tuned:
+        seed = self._federation.training.seed
+        return tuning.tune(base.model, self._federation.strategy, self._task.peft_type, rank=self.rank, seed=seed)
+
     def _read(self) -> Base:
-        source, revision = self._source
-        return self._task.load(source, revision, self._federation.model.dtype, self._federation.training.seed)
+        return self._load(self.held)
+
+    def _load(self, how: Held) -> Base:
+        federation = self._federation
+        return self._task.load(*self._source, federation.model.dtype, federation.training.seed, how)
+
+    def _whole(self) -> tuning.Tuned:
+        """The model with whole weights, from its files where they are held in codes here."""
+        if self.held.quantization == "whole":
+            return self.tuned
+        digest, _ = self.digests[0], self.tuned  # which gives the first values of the site's own parameters
+        return self._tune(read_again(lambda: self._load(WHOLE), digest))

@@ -12,7 +12,7 @@ from client.preflight.finding import Skip
 from client.preflight.memory import Batch
 from client.preflight.superlink import anonymous_client
 from client.site_model import Digests, digests
-from client.training.settings import lora_rank, model_source
+from client.training.settings import held, lora_rank, model_source
 from common.config.federation import FederationConfig, ModelConfig
 from common.config.section import resolve
 from common.config.site import SiteConfig
@@ -128,7 +128,8 @@ class CheckContext:
         source, revision = self.source
         if self.federation is None:
             return self.task.load(source, revision, ModelConfig.model_fields["dtype"].default, 0)
-        return self.task.load(source, revision, self.federation.model.dtype, self.federation.training.seed)
+        dtype, seed = self.federation.model.dtype, self.federation.training.seed
+        return self.task.load(source, revision, dtype, seed, held(self.site, self.federation))
 
     @cached_property
     def digests(self) -> Digests:

@@ -11,6 +11,7 @@ from client.training.settings import lora_rank
 from common.errors import ModelError
 from common.model.base_model import check_length
 from common.model.families import blocks_of, kind_of, linear_layers
+from common.model.quantization import whole_sizes
 from common.text import size
 
 
@@ -18,7 +19,7 @@ def files(subject: CheckContext) -> Finding:
     """The folder's weights are all there and whole, and the model's own."""
     source, revision = subject.source
     base = subject.base
-    found = f"{source}, {_count(p.numel() for p in base.model.parameters())}"
+    found = f"{source}, {_count(number for number, _ in whole_sizes(base.model))}"
     if revision is not None:
         found += f" at {revision}, from the hub's cache or the hub"
     return Finding("ok", found + (f"; classifier's head: {base.head}" if subject.task.labels else ""))
@@ -48,7 +49,7 @@ def selection(subject: CheckContext) -> Finding:
     settings, tuned = subject.settings, subject.tuned
     check_length(subject.base.model, settings.training.max_length)
     text = f"{len(tuned.parameters)} tensors, {_count(p.numel() for p in tuned.parameters.values())}"
-    text += f" of {_count(p.numel() for p in tuned.model.parameters())}"
+    text += f" of {_count(number for number, _ in whole_sizes(tuned.model))}"
     if tuned.local:
         text += f"; {len(tuned.local)} more stay here"
     return Finding("ok", f"{settings.strategy.name} trains {text}")

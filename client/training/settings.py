@@ -8,13 +8,14 @@ import torch
 
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
-from common.config.federation import ModelConfig
-from common.config.section import resolve
+from common.config.federation import FederationConfig, ModelConfig
+from common.config.section import Quantization, resolve
 from common.config.site import SiteConfig
 from common.config.strategy import StrategyConfig, names
 from common.config.training import TrainingConfig
 from common.errors import ModelError, TrainingError
 from common.linalg.subspace import SharedBasis
+from common.model.quantization import Held
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -34,6 +35,22 @@ def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple
     if source.path is None:
         raise ModelError("the federation file does not say where the base model is; give `model` in the site file")
     return source.path, None
+
+
+def held(site: SiteConfig, federation: FederationConfig) -> Held:
+    """How a site holds the base model: as the federation file says, or as the site chooses where that file lets it.
+
+    Raises:
+        ModelError: the site's choice is not allowed.
+    """
+    model, own = federation.model, site.quantization
+    allowed = {model.quantization, *model.site_quantization}
+    if own is not None and own not in allowed:
+        raise ModelError(
+            f"the site file asks for `quantization` {own}; the federation's `model.quantization` and "
+            f"`model.site_quantization` allow: {', '.join(sorted(allowed))}"
+        )
+    return Held(own or model.quantization, federation.strategy, str(pick_device(site.device)))
 
 
 def lora_rank(site: SiteConfig, strategy: StrategyConfig) -> int:
@@ -146,6 +163,7 @@ def pick_autocast(precision: Precision, device: torch.device) -> torch.dtype | N
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def describe(device: torch.device) -> str:
-    """The device's name, for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def describe(device: torch.device, quantization: Quantization) -> str:
+    """The device's name, for people, and how the base model is held there."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return name if quantization == "whole" else f"{name}, base model in {quantization}"

@@ -20,7 +20,7 @@ from common.config.cohort import (
     waiting_needed,
 )
 from common.config.outcome import BestConfig, CheckpointConfig, DeliveryConfig, measured
-from common.config.section import DataConfig, Digest, ModelSource, Name, Section, resolve
+from common.config.section import DataConfig, Digest, ModelSource, Name, Quantization, Section, resolve
 from common.config.strategy import StrategyConfig
 from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
 from common.config.tracking import TrackingConfig
@@ -43,6 +43,14 @@ class ModelConfig(ModelSource):
         "weights does not take part.",
     )
     tokenizer_digest: Digest | None = Field(None, description="SHA-256 of the tokenizer, or of the image processor.")
+    quantization: Quantization = Field(
+        "whole",
+        description="How server and sites hold linear weights that nobody trains: `whole`, "
+        "`nf4` (4 bit, needs bitsandbytes) or `int8`. Digests and finished models are of whole weights.",
+    )
+    site_quantization: list[Quantization] = Field(
+        [], description="Forms that a site file may choose instead, by its own `quantization`."
+    )
 
     def _may_lack_source(self) -> bool:
         """Settings for sites and invitations have neither path nor hub: they name the model by its digest."""
@@ -198,6 +206,9 @@ def settings_for_sites(federation: FederationConfig) -> str:
     del settings["evaluation"]["server"], settings["evaluation"]["samples"]
     for key in ("path", "digest", "tokenizer_digest"):
         del settings["model"][key]
+    for key in ("quantization", "site_quantization"):  # agreements of before the keys stay good
+        if settings["model"][key] == ModelConfig.model_fields[key].default:
+            del settings["model"][key]
     return json.dumps(settings)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # a federation, run or site; also a valid file name
 SERVER = "server"  # the server's own name in records and pages; no site may have this name
 Name = Annotated[str, Field(pattern=NAME)]
+Quantization = Literal["whole", "nf4", "int8"]  # forms of a weight in memory
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from common.config.outcome import KeepConfig
-from common.config.section import SERVER, Digest, ModelSource, Name, Section, SiteDataConfig, resolve
+from common.config.section import SERVER, Digest, ModelSource, Name, Quantization, Section, SiteDataConfig, resolve
 from common.config.strategy import names
 from common.errors import ConfigError
 
@@ -166,6 +166,11 @@ class SiteConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Arithmetic of forward and backward; auto: bfloat16 on CUDA that has it, else float32.",
+    )
+    quantization: Quantization | None = Field(
+        None,
+        description="How the site holds linear weights that nobody trains, where `model.site_quantization` of the "
+        "federation file allows it: `whole`, `nf4` or `int8`; null: as the federation file says.",
     )
     max_batch_size: int | None = Field(
         None,

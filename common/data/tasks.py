@@ -21,6 +21,7 @@ from common.data.rows import Loaded, Row, load_rows
 from common.errors import DataError
 from common.metrics import ANSWERS, LABELS, SCORES, Score, confusion, scores
 from common.model.base_model import Base, load_base, pad_id
+from common.model.quantization import WHOLE, Held
 from common.system.machine import halving
 
 Batch = dict[str, Tensor]
@@ -55,14 +56,14 @@ class Task(ABC, Generic[E]):
         predicted = config.generate > 0 or not self.generates
         return [s for s in SCORES.values() if s.of is None or (predicted and s.of == self.predicts)]
 
-    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int) -> Base:
+    def load(self, source: str, revision: str | None, dtype: Dtype, seed: int, held: Held = WHOLE) -> Base:
         """Load the base model for this task; missing weights (a new head) are drawn from ``seed``, the same everywhere.
 
         Raises:
             ModelError: see ``load_base``.
         """
         how = {"auto_class": self.auto_class, "processor": self.processor}
-        return load_base(source, revision, dtype, **how, labels=self.labels, seed=seed)
+        return load_base(source, revision, dtype, **how, labels=self.labels, seed=seed, held=held)
 
     def rows(self, config: DataConfig, beside: Path) -> Loaded:
         """All usable rows of a shard.

@@ -1,6 +1,7 @@
 """Load the base model and its tokenizer from a folder or a pinned hub revision, and believe what the loader reports."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from common.config.federation import Dtype
-from common.errors import ModelError
+from common.errors import FedSpanError, ModelError
 from common.model.families import kind_of
-from common.model.model_files import arrange, check_config, check_files, check_report, check_tokens, draw_new
+from common.model.model_files import arrange, check_files, check_report, check_tokens, draw_new
+from common.model.quantization import WHOLE, Held
+from common.protocol.digest import base_digest
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # tables of learned positions
 
@@ -43,6 +46,7 @@ def load_base(
     processor: str,
     labels: list[str],
     seed: int,
+    held: Held = WHOLE,
 ) -> Base:
     """Load the model in ``source``, in ``dtype``, on the CPU, in evaluation mode.
 
@@ -55,13 +59,16 @@ def load_base(
             AutoImageProcessor.
         labels: a classifier's labels; empty for other models.
         seed: seed for weights that ``source`` does not hold, such as a classifier's new head.
+        held: how weights that nobody trains are held; they are quantised one by one as they are read.
 
     Raises:
         ModelError: the folder is absent, or holds no model that transformers can read, or not all of one; the tokenizer
-            is another model's; or the rows of a finished head cannot be told apart.
+            is another model's; the rows of a finished head cannot be told apart; or the weights cannot be ``held`` so.
     """
     import transformers as hf
     from transformers.utils import logging
+
+    from common.model.quantized_loading import check_stored, on_the_fly, take_stored
 
     if revision is None:
         check_files(Path(source))
@@ -73,6 +80,8 @@ def load_base(
 
     def read(**kwargs: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
         how = {"dtype": TORCH_DTYPES[dtype], "ignore_mismatched_sizes": True, "output_loading_info": True}
+        if held.quantization != "whole" and not stored:
+            how["quantization_config"] = on_the_fly(held)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = getattr(hf, auto_class).from_pretrained(source, **how, **where, **kwargs)
@@ -80,16 +89,18 @@ def load_base(
 
     try:
         config = hf.AutoConfig.from_pretrained(source, **where)
-        check_config(source, config)
+        stored = check_stored(source, config, held)
         tokenizer = getattr(hf, processor).from_pretrained(source, **where, **({"backend": "pil"} if images else {}))
         model, report = read(**own)
         if labels and not images:  # a decoder finds a row's last token by it
             model.config.pad_token_id = pad_id(tokenizer)
-    except ModelError:
+    except FedSpanError:
         raise
     except Exception as error:  # noqa: BLE001 - loaders raise anything, and their text is of the model alone
         what = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"model {source} cannot be loaded: {what}") from None
+    if stored:
+        take_stored(model, TORCH_DTYPES[dtype])
     finished = check_report(source, model, report, classifies=bool(labels))
     draw_new(model, report, seed)
     if not images:
@@ -97,6 +108,25 @@ def load_base(
     head = arrange(model, config.id2label, labels, seed, lambda: read()[0]) if labels and finished else "new"
     model.train(False)
     return Base(model, tokenizer, head)
+
+
+def read_again(read: Callable[[], Base], digest: str) -> Base:
+    """Read a base model anew, to write a finished model with whole weights.
+
+    Args:
+        read: reads it.
+        digest: digest of the base model that training began with, hex.
+
+    Raises:
+        ModelError: the files now hold other weights.
+    """
+    base = read()
+    if (found := base_digest(base.model)) != digest:
+        raise ModelError(
+            f"the base model's files have changed since training began: digest {found}, at the beginning {digest}; "
+            "put the files back"
+        )
+    return base
 
 
 def check_length(model: Any, max_length: int) -> None:  # noqa: ANN401

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from common.config.federation import Dtype
 from common.config.load import parse
-from common.config.section import Digest, Name, Section
+from common.config.section import Digest, Name, Quantization, Section
 from common.config.strategy import StrategyConfig
 from common.config.task import TaskConfig
 from common.errors import ConfigError, WireError
@@ -59,6 +59,9 @@ class BaseFacts(CardSection):
     digest: Digest = Field(description="SHA-256 of the weights in `dtype`.")
     tokenizer_digest: Digest
     dtype: Dtype
+    held: list[Quantization] = Field(
+        ["whole"], min_length=1, max_length=3, description="Forms of the untrained weights in memory while training."
+    )
     licence: Licence = Licence()
 
 
@@ -205,6 +208,7 @@ def _training(card: Card) -> list[str]:
     lines = [
         f"- strategy: {card.strategy.title} ({_code(card.strategy.name)})",
         *(f"- {key}: {_code(value)}" for key, value in settings.items()),
+        *([f"- untrained weights while training: {_code(card.base.held)}"] if card.base.held != ["whole"] else []),
         f"- rounds: {card.round} of {card.rounds}",
         f"- sites: {card.sites}",
     ]

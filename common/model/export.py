@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.config.strategy import StrategyConfig
+from common.model import families
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B, scaling
 from common.model.card import BaseFacts
 from common.model.tuning import Tuned
@@ -81,6 +82,11 @@ def _save_adapter(folder: Path, tuned: Tuned, tensors: Mapping[str, Tensor], bas
     config.r = next(len(tensor) for name, tensor in values.items() if name.endswith(LORA_A))
     config.inference_mode, config.base_model_name_or_path, config.revision = True, base.name, base.revision
     config.target_modules = sorted(config.target_modules)
+    config.fan_in_fan_out = any(  # as the base model's files have the weights, in whatever form they are held here
+        families.is_transposed(layer) or getattr(layer, "transposed", False)
+        for module in model.modules()
+        if (layer := getattr(module, "base_layer", None)) is not None
+    )
     mapping = None
     if config.task_type is None:  # PEFT finds the model's class by it
         kind = type(model.get_base_model())

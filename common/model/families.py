@@ -80,7 +80,7 @@ def select(model: nn.Module, modules: str | list[str], blocks: str) -> list[Sele
             if not hits or _EXPERTS.search(name):
                 continue
             unmatched = [w for w in unmatched if w not in hits]
-            transposed = type(layer).__name__ == "Conv1D"
+            transposed = is_transposed(layer) or getattr(layer, "transposed", False)
             layers.append(SelectedLayer(f"{path}.{name}", f"{path}.{name}.weight", number, transposed))
     if unmatched:
         in_block = [name for name, _ in linear_layers(found[0][1])]
@@ -117,13 +117,18 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in block.named_modules() if _is_linear(module))
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer's family keeps weights as (in, out), as GPT-2 does."""
+    return type(module).__name__ == "Conv1D"
+
+
 def group_of(name: str) -> str:
     """To which group a linear layer belongs by its path in a block."""
     return "attention" if _ATTENTION.search(name) else "mlp"
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def _size(blocks: list[Block]) -> int:

@@ -180,6 +180,7 @@ def base_facts(federation: FederationConfig, folder: Path | None, digest: str, t
         digest=digest,
         tokenizer_digest=tokenizer_digest,
         dtype=model.dtype,
+        held=[model.quantization, *(form for form in model.site_quantization if form != model.quantization)],
         licence=licence_of(folder),
     )
 

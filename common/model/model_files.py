@@ -75,18 +75,6 @@ def _tensors(file: Path) -> set[str]:
         raise ModelError(f"{file} is damaged or cut off") from None
 
 
-def check_config(source: str, config: Any) -> None:  # noqa: ANN401 - of transformers
-    """Raise a ModelError when a model is quantised: its weights are no numbers that could be trained and averaged."""
-    for part in (config, getattr(config, "text_config", None)):
-        quantised = getattr(part, "quantization_config", None)
-        if quantised is not None:
-            told = quantised if isinstance(quantised, dict) else quantised.to_dict()
-            raise ModelError(
-                f"model {source} is quantised ({told.get('quant_method', 'by a method of its own')}); its weights "
-                "cannot be trained and averaged; take the model it was made of, with `dtype: bfloat16` to save memory"
-            )
-
-
 def check_report(source: str, model: nn.Module, report: dict[str, Any], *, classifies: bool) -> bool:
     """Hold the model against what its loader reports of the files; whether they hold a head, of whatever size.
 

@@ -14,6 +14,7 @@ from common.config.traits import LoraConfig
 from common.errors import ModelError, WireError
 from common.model import families, second_moments
 from common.model.adapters import BASE_WEIGHT, FACTORS, LORA_A, LORA_B, fresh_a
+from common.model.quantization import QuantizedLinear, is_quantized
 
 
 class Tuned:
@@ -81,6 +82,12 @@ def tune(
         ModelError: the family is unknown, or a rank is above a layer's smaller side.
     """
     layers = families.select(model, config.modules, config.blocks)
+    for layer in layers if config.changes_base else []:
+        if isinstance(held := model.get_submodule(layer.name), QuantizedLinear):
+            raise ModelError(
+                f"{layer.weight} is held in {held.quantization}, and `strategy` {config.name} changes it; load the "
+                "model for this strategy"
+            )
     if config.trains == "weights":
         return _base_weights(model, layers, config)
     return _adapter(model, layers, config, peft_type, rank or config.rank, seed)
@@ -124,7 +131,8 @@ def _adapter(
     import peft
 
     for layer in layers:
-        smallest = min(model.get_parameter(layer.weight).shape)
+        module: Any = model.get_submodule(layer.name)
+        smallest = min((module.out_features, module.in_features) if is_quantized(module) else module.weight.shape)
         if rank > smallest:
             raise ModelError(f"{layer.weight}: LoRA rank is {rank}; allowed for this layer: 1 to {smallest}")
         if config.changes_base and layer.transposed:
@@ -137,13 +145,14 @@ def _adapter(
         lora_dropout=config.lora_dropout,
         use_rslora=config.rslora,
         target_modules=[layer.name for layer in layers],
-        fan_in_fan_out=any(layer.transposed for layer in layers),
+        fan_in_fan_out=any(families.is_transposed(model.get_submodule(layer.name)) for layer in layers),
         task_type=peft_type,
         modules_to_save=families.head_modules(model) or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, lora)
+    _round_as_beside_whole(wrapped)
     exchanged: dict[str, nn.Parameter] = {}
     head: dict[str, nn.Parameter] = {}
     names = set(peft.get_peft_model_state_dict(wrapped))
@@ -162,6 +171,15 @@ def _adapter(
         own = FACTORS[config.stays_at_site]
         local = local | {name: parameter for name, parameter in exchanged.items() if name.endswith(own)}
     return Tuned(wrapped, {n: p for n, p in (exchanged | head).items() if n not in local}, local)
+
+
+def _round_as_beside_whole(wrapped: nn.Module) -> None:
+    """Round new factors beside a weight in codes as PEFT does beside the whole weight: A is the same at every site."""
+    for module in wrapped.modules():
+        if isinstance(base := getattr(module, "base_layer", None), QuantizedLinear):
+            for name, parameter in module.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(base.dtype).to(parameter.dtype)
 
 
 def _train_in_float32(wrapped: nn.Module) -> None:

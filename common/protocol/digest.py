@@ -22,8 +22,11 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest of named tensors (hex); the order of the names does not matter."""
-    lines = [f"{name} {tensor_digest(tensors[name])}\n" for name in sorted(tensors)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return _of_lines({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+
+def _of_lines(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def base_digest(model: nn.Module) -> str:
@@ -31,7 +34,11 @@ def base_digest(model: nn.Module) -> str:
 
     The digest covers the loaded tensors: dtype, shapes and values matter, file layout and sharding do not.
     """
-    return tensors_digest(dict(model.named_parameters()))
+    found = {name: tensor_digest(parameter) for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(told := getattr(module, "weight_digest", None), str):  # held in codes: the digest of the files'
+            found[f"{name}.weight"] = told
+    return _of_lines(found)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401 - transformers' tokenizers share no useful type

@@ -86,11 +86,12 @@ def _digests(federation: FederationConfig, source: Path) -> tuple[str, str]:
     """Digests of the loaded base model and of its tokenizer."""
     from common.data.tasks import make_task
     from common.errors import ModelError
+    from common.model.quantization import Held
     from common.protocol.digest import base_digest, tokenizer_digest
 
     model = federation.model
-    task = make_task(federation.task)
-    base = task.load(str(model.path or model.hub), model.revision, model.dtype, federation.training.seed)
+    task, held = make_task(federation.task), Held(model.quantization, federation.strategy)
+    base = task.load(str(model.path or model.hub), model.revision, model.dtype, federation.training.seed, held)
     found = base_digest(base.model), tokenizer_digest(base.tokenizer)
     if (wrong := model.difference(*found)) is not None:
         raise ModelError(f"{source}: {wrong}")

@@ -9,9 +9,10 @@ from common.data.evaluation import EvalSettings, generate_answers, in_fixed_orde
 from common.data.rows import Row
 from common.data.tasks import make_task
 from common.model import second_moments, tuning
-from common.model.base_model import check_length
+from common.model.base_model import Base, check_length, read_again
 from common.model.card import Card
 from common.model.finished import Use, base_facts, source_folder, write_model
+from common.model.quantization import WHOLE, Held, whole_sizes
 from common.protocol.digest import base_digest, tensors_digest, tokenizer_digest
 from server.run.outcome import Outcome
 from strategies.rule import Tensors
@@ -35,15 +36,14 @@ class ServerModel:
         model = config.model
         self._task = make_task(config.task)
         self._rows: list[Row] = self._task.rows(data, source)[0] if data is not None else []
-        seed = config.training.seed
         self._source = str(model.path or model.hub), model.revision
-        self._base = self._task.load(*self._source, model.dtype, seed)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._base = self._load(Held(model.quantization, config.strategy, str(device)))
         check_length(self._base.model, config.training.max_length)
-        self.model_parameters = sum(p.numel() for p in self._base.model.parameters())
+        self.model_parameters = sum(number for number, _ in whole_sizes(self._base.model))
         self.base_digest = base_digest(self._base.model)
         self.tokenizer_digest = tokenizer_digest(self._base.tokenizer)
-        self._tuned = tuning.tune(self._base.model, config.strategy, self._task.peft_type, seed=seed)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._tuned = self._tune(self._base)
         self._tuned.model.to(device)
         self._local = {name: tensor.detach().cpu().clone() for name, tensor in self._tuned.local.items()}
         system = data.system if data is not None else None
@@ -101,8 +101,17 @@ class ServerModel:
             self._write(state, folder.with_name("merged"), card.model_copy(update={"form": "model"}))
 
     def _write(self, state: Tensors, folder: Path, card: Card) -> None:
-        source = source_folder(*self._source)
-        write_model(folder, self._tuned, {**state, **self._local}, self._base.tokenizer, self.use, card, source)
+        source, tuned = source_folder(*self._source), self._tuned
+        if card.form == "model" and self._config.model.quantization != "whole":
+            tuned = self._tune(read_again(lambda: self._load(WHOLE), self.base_digest))
+        write_model(folder, tuned, {**state, **self._local}, self._base.tokenizer, self.use, card, source)
+
+    def _load(self, held: Held) -> Base:
+        return self._task.load(*self._source, self._config.model.dtype, self._config.training.seed, held)
+
+    def _tune(self, base: Base) -> tuning.Tuned:
+        config = self._config
+        return tuning.tune(base.model, config.strategy, self._task.peft_type, seed=config.training.seed)
 
     @property
     def use(self) -> Use:

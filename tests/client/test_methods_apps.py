@@ -32,21 +32,29 @@ from tests.harness.tiny_images import make_image_federation
 LORA = {"modules": "linear", "blocks": "lower half", "rank": 4, "lora_alpha": 8.0}
 
 
-class NewSite:
-    """A site of which only its Flower context lives on between two messages."""
+class LastingSite:
+    """A site in a process that goes on."""
 
     def __init__(self, number: int, file: Path) -> None:
         self.context = Context(1, number, {"site": str(file)}, RecordDict(), {})
 
     def reply(self, message: Message) -> Message:
-        site_app._sessions.clear()
         return site_app.app(message, self.context)
+
+
+class NewSite(LastingSite):
+    """A site of which only its Flower context lives on between two messages."""
+
+    def reply(self, message: Message) -> Message:
+        site_app._sessions.clear()
+        return super().reply(message)
 
 
 def run(
     folder: Path,
     max_rank: int | None = None,
     make: Callable[..., Path] = make_federation,
+    site_kind: type[LastingSite] = NewSite,
     **changes: Any,
 ) -> tuple[Tensors, list[Any], dict[int, Any]]:
     """State after all rounds, the records of metrics.jsonl, and the sites."""
@@ -56,7 +64,7 @@ def run(
         (folder / "site-b.yaml").write_text(yaml.safe_dump({**site, "max_rank": max_rank}))
     agree_all(file)
     config = resolved(load(file, FederationConfig), file)
-    sites: dict[int, Any] = {k: NewSite(k, folder / f"site-{x}.yaml") for k, x in ((1, "a"), (2, "b"))}
+    sites: dict[int, Any] = {k: site_kind(k, folder / f"site-{x}.yaml") for k, x in ((1, "a"), (2, "b"))}
     grid: Any = Grid(sites)
     record, server_model = RunFolder.create(folder / "run", config), ServerModel(config, file)
     strategy = make_strategy(

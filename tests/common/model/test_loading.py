@@ -121,7 +121,7 @@ def new_padding(folder: Path) -> None:
         (short, r"9 of 30 tensors of the model are not in its files \(model.layers.2.input_layernorm.weight, "),
         (long, r"its files hold 9 tensor\(s\) of blocks that the model does not have \(model.layers.1."),
         (wide, r"6 tensor\(s\) have another shape in its files .*\(model.layers.0.mlp.down_proj.weight \(32, 48\) for"),
-        (quantised, r"is quantised \(gptq\); .* take the model it was made of"),
+        (quantised, r"is stored quantised \(gptq, .* or the model it was made of"),
         (pointer, r"model.safetensors is a Git-LFS pointer, not the file itself; run: git -C .*model lfs pull"),
         (pointer_of_torch, r"pytorch_model-00002-of-00002.bin is a Git-LFS pointer"),
         (pointer_tokenizer, r"tokenizer.json is a Git-LFS pointer"),
