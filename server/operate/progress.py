@@ -65,7 +65,8 @@ def render(progress: RunProgress, now: float) -> Group:
     for column in ("site", "state", "training loss", *(f"held-out {score.in_text}" for score in measured)):
         table.add_column(column, justify="left" if column in ("site", "state") else "right")
     for name, site in sorted(progress.sites.items(), key=lambda item: (item[0] == SERVER, item[0])):
-        state = "" if name == SERVER else site.state
+        since = f" since round {site.round}" if site.state == "training" and site.round != progress.round else ""
+        state = "" if name == SERVER else site.state + since
         table.add_row(name, state, _number(site.loss), *(_number(site.scores.get(s.name)) for s in measured))
     return Group(head, ProgressBar(total=max(progress.rounds, 1), completed=progress.finished_rounds, width=60), table)
 

@@ -46,6 +46,12 @@ class RunCollector(Collector):
         moved.add_metric([*own, "down"], seen.bytes_down)
         moved.add_metric([*own, "up"], seen.bytes_up)
         yield moved
+        updates = CounterMetricFamily(
+            "fedspan_updates", "Updates by age in rounds, buffered rounds", labels=[*_RUN, "age"]
+        )
+        for age, count in seen.ages.items():
+            updates.add_metric([*own, str(age)], count)
+        yield updates
         problems = CounterMetricFamily("fedspan_problems", "Refusals and failures of sites", labels=[*_RUN, "kind"])
         for kind, count in Counter(problem.what for problem in seen.problems).items():
             problems.add_metric([*own, kind], count)
@@ -83,6 +89,7 @@ _OF_SITE = {
     "fedspan_site_connected": "1 when the site is connected, 0 when not",
     "fedspan_site_last_seen_timestamp_seconds": "When the site gave its last sign of life",
     "fedspan_site_rounds": "Rounds that the site has trained in",
+    "fedspan_site_work_round": "The round that the site was given work in last",
     "fedspan_site_refusals": "Its updates refused, and errors in their place, in a row",
     "fedspan_site_bytes_down": "Bytes of tensors sent to the site, of admitted updates' rounds",
     "fedspan_site_bytes_up": "Bytes of tensors it sent, of admitted updates' rounds",
@@ -91,7 +98,7 @@ _OF_SITE = {
 
 
 def _of_site(site: SiteState) -> dict[str, float | None]:
-    numbers = [site.connection == "up", site.last_seen, site.rounds, site.refusals]
+    numbers = [site.connection == "up", site.last_seen, site.rounds, site.work, site.refusals]
     return dict(zip(_OF_SITE, [*numbers, site.bytes_down, site.bytes_up, site.seconds], strict=True))
 
 

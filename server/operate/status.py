@@ -58,6 +58,8 @@ def show_one(run: RunState) -> RenderableType:
     head = Text.assemble((run.name, "bold"), "  ", _state(run), f"  round {_round(run)}  {run.strategy}")
     times = f"started {_moment(run.started)}, lasted {clock(run.seconds)}, to go {clock(run.eta)}"
     lines = [f"{times}, {size(run.bytes_down)} down, {size(run.bytes_up)} up"]
+    ages = ", ".join(f"{count} of age {age}" for age, count in run.ages.items())
+    lines += [f"updates: {ages}"] if ages else []
     lines += [f"Flower's run {run.flower_run}"] if run.flower_run else []
     lines += [f"reason: {run.reason}"] if run.reason else []
     lines += [f"to go on: {run.to_go_on}"] if run.to_go_on else []
@@ -88,6 +90,8 @@ def _show_sites(run: RunState) -> list[RenderableType]:
     done = _table("site", *numbers, right=numbers)
     for site in run.sites:
         doing, last = site.doing if site.left_out is None else "left out", _moment(site.last_seen)
+        if doing == "training" and site.work not in (None, run.round):
+            doing = f"training since round {site.work}"
         there.add_row(site.site, site.connection, doing, last, site.version or "–", site.device or "–")
         counts = whole(site.rows), whole(site.held_out), str(site.rounds), str(site.refusals)
         done.add_row(site.site, *counts, size(site.bytes_down), size(site.bytes_up), seconds(site.seconds))

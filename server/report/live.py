@@ -115,7 +115,7 @@ def _now(run: Run, state: RunState, now: float) -> Markup:
         words=_progress(run, state),
         done=run.done,
         connected=sum(site.connection == "up" for site in state.sites),
-        lines=sorted((_line(site, now) for site in state.sites), key=lambda line: not _in_trouble(line)),
+        lines=sorted((_line(site, now, state.round) for site in state.sites), key=lambda line: not _in_trouble(line)),
         events=events[:_EVENTS],
     )
 
@@ -137,12 +137,13 @@ def _in_trouble(line: Line) -> bool:
     return line.why is not None or line.site.connection in ("down", "refused")
 
 
-def _line(site: SiteState, now: float) -> Line:
+def _line(site: SiteState, now: float, number: int) -> Line:
     doing = "left out" if site.left_out else "refused" if site.connection == "refused" else site.doing or "–"
     since = None if site.since is None else max(now - site.since, 0.0)
     share, far = None, ""
     if doing == "training" and since is not None:
         share, far = _far(since, site.usual)
+        far += f", since round {site.work}" if site.work not in (None, number) else ""
     why = site.left_out or (site.reason if doing not in ("joined", "connected") else None)
     seen = None if site.last_seen is None else max(now - site.last_seen, 0.0)
     return Line(site, doing, since, far, share, seen, words.without_paths(why) if why else None)

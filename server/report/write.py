@@ -4,6 +4,7 @@ The report depends on the folder alone, so it can be written again at any time, 
 ended. The same folder gives the same bytes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from server.report import words
 from server.report.diagnostics import shaded
 from server.report.figures import Figure, figures
 from server.run import records
+from server.run.ages import ages
 from server.run.read import Run, read_all
 from server.run.state import RunState, state_of
 
@@ -123,7 +125,18 @@ def _drift(run: Run) -> dict[str, Any] | None:
 
 def _sites(run: Run) -> dict[str, Any]:
     rounds = records.rounds_begun(run.events)
-    return {"rounds": rounds, "sites": records.sites(run.events, rounds), "noise": words.noise(run)}
+    sites = records.sites(run.events, rounds, buffered=run.buffered)
+    return {"rounds": rounds, "sites": sites, "noise": words.noise(run), "ages": _ages(run) if run.buffered else None}
+
+
+def _ages(run: Run) -> dict[str, Any]:
+    """Numbers of updates by site and age, and of those that were dropped."""
+    dropped = Counter(event["client"] for event in run.events if event["event"] == "update_dropped")
+    names = records.order({record["client"] for record in run.metrics if record["phase"] == "train"} | dropped.keys())
+    columns = range(max(ages(run.metrics), default=0) + 1)
+    counted = {who: ages(run.metrics, who) for who in names}
+    sites = {who: [counted[who].get(age, 0) for age in columns] for who in names}
+    return {"columns": columns, "sites": sites, "dropped": dropped}
 
 
 def _model(run: Run) -> dict[str, Any] | None:

@@ -64,6 +64,11 @@ class Run:
         return title_of(str(self.config.get("strategy", {}).get("name", "–")))
 
     @property
+    def buffered(self) -> bool:
+        """Whether slow sites go on while the others begin the next round."""
+        return (self.config.get("cohort") or {}).get("mode") == "buffered"
+
+    @property
     def done(self) -> int:
         """Number of finished rounds."""
         return max((event["round"] for event in self.events if event["event"] == "round_finished"), default=0)

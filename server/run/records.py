@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from common.config.section import SERVER as SERVER
 from common.metrics import COUNTS, SCORES, Score
+from server.run.ages import with_busy
 from server.run.events import event_kind, named_in
 
 Record = dict[str, Any]
@@ -80,7 +81,8 @@ class Participation:
         rows: training rows; None for a site that never joined.
         held_out: held-out rows; None: not told, as by a site that shares no scores.
         privacy: the site's declared noise, in words; empty: no noise.
-        rounds: per round "trained", "refused", "failed", "asked" (no answer yet) or "absent".
+        rounds: per round "trained", "refused", "failed", "asked" (no answer yet), "busy" (with the work of an earlier
+            round) or "absent".
     """
 
     who: str
@@ -214,8 +216,14 @@ def trainings(records: list[Record]) -> list[Record]:
     return sorted(_of(records, "train"), key=lambda record: (record["round"], natural(record["client"])))
 
 
-def sites(events: list[Record], rounds: list[int]) -> list[Participation]:
-    """Every site that joined or was sent work, with the site's outcome in each round."""
+def sites(events: list[Record], rounds: list[int], *, buffered: bool = False) -> list[Participation]:
+    """Every site that joined or was sent work, with the site's outcome in each round.
+
+    Args:
+        events: the run's events.
+        rounds: the rounds.
+        buffered: whether slow sites go on while the others begin the next round.
+    """
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     outcome: dict[tuple[str, int], str] = {}
     for event in events:
@@ -230,7 +238,7 @@ def sites(events: list[Record], rounds: list[int]) -> list[Participation]:
             joined.get(who, {}).get("held_out") or None,
             joined.get(who, {}).get("device", ""),
             _noise(joined.get(who, {}).get("privacy")),
-            {number: outcome.get((who, number), "absent") for number in rounds},
+            with_busy({number: outcome.get((who, number), "absent") for number in rounds}, buffered=buffered),
         )
         for who in order([*joined, *(who for who, _ in outcome)])
     ]

@@ -11,11 +11,13 @@ class SiteProgress:
 
     Attributes:
         since: Unix time of the activity's beginning; None: before the first event of it.
+        round: the round that the site was given work in last.
         reason: the reason, when the activity is a refusal or failure.
     """
 
     state: str = "joining"
     since: float | None = None
+    round: int | None = None
     reason: str | None = None
     loss: float | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class RunProgress:
             self.sites.setdefault(name, SiteProgress())
         for site in [self.sites[name] for name in named or self.sites] if state else []:
             site.state, site.since, site.reason = state, event["time"], event.get("reason")
+            site.round = event["round"] if event_kind(event).outcome == "asked" else site.round
         match event["event"]:
             case "started":
                 self.rounds, self.started = event["rounds"], event["time"]
@@ -71,3 +74,20 @@ class RunProgress:
         if not self.rounds_seen:
             return None
         return (now - self.first_round) / self.rounds_seen * (self.rounds - self.finished_rounds)
+
+
+def last_index(events: list[Event], kind: str) -> int:
+    """Index of the last event of a kind; 0 when there is none."""
+    return max((i for i, event in enumerate(events) if event["event"] == kind), default=0)
+
+
+def connections_of(events: list[Event]) -> dict[str, str]:
+    """The state of each site's connection since the server's last start, by site."""
+    found: dict[str, str] = {}
+    for event in events[last_index(events, "started") :]:
+        link, name = event_kind(event).link, event.get("client", "")
+        if link and not (
+            link == "refused" and found.get(name) == "up"
+        ):  # "up" and then "refused": a second node under the site's name
+            found[name] = link
+    return found

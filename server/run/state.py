@@ -8,11 +8,12 @@ from typing import Any
 
 from common.errors import RunFolderError
 from server.run import records
+from server.run.ages import ages
 from server.run.events import Event, event_kind
 from server.run.folder import in_use
 from server.run.quarantine import Quarantine
 from server.run.read import Run, read_all
-from server.run.run_progress import RunProgress
+from server.run.run_progress import RunProgress, connections_of, last_index
 from server.run.supervisor_lock import Supervisor, is_supervised, supervisor_of
 
 STATES = ("starting", "running", "completed", "failed", "interrupted", "dead")
@@ -47,6 +48,7 @@ class SiteState:
     Attributes:
         connection: "up", "down", "refused" (at the hello), or "unknown" when no server is at work.
         doing: the site's activity in the current round; ``since``: Unix time of its beginning.
+        work: the round that the site was given work in last.
         reason: the reason of a refusal or failure that stands.
         usual: seconds from request to answer in the site's last round.
         loss: training loss of the site's last round.
@@ -63,6 +65,7 @@ class SiteState:
     connection: str
     doing: str = ""
     since: float | None = None
+    work: int | None = None
     reason: str | None = None
     usual: float | None = None
     loss: float | None = None
@@ -94,6 +97,7 @@ class RunState:
         to_go_on: the command that resumes a run that stopped before its end.
         bytes_down: bytes sent to all sites in finished rounds; ``bytes_up``: bytes received.
         loss: loss of the last evaluated state, on the server's own set.
+        ages: number of updates by age, in rounds; empty where rounds wait for their sites.
         problems: refusals and failures of sites, in order.
     """
 
@@ -113,6 +117,7 @@ class RunState:
     bytes_down: int = 0
     bytes_up: int = 0
     loss: float | None = None
+    ages: dict[int, int] = field(default_factory=dict)
     finished_rounds: list[FinishedRound] = field(default_factory=list)
     sites: list[SiteState] = field(default_factory=list)
     problems: list[records.Problem] = field(default_factory=list)
@@ -145,7 +150,7 @@ def state_of(run: Run, now: float | None = None) -> RunState:
     alive = state in ("starting", "running")
     events, settings = run.events, run.config
     progress = RunProgress()
-    for event in events[_last(events, "resumed") :]:
+    for event in events[last_index(events, "resumed") :]:
         progress.take(event)
     last = events[-1]["time"] if events else None
     started = run.info.get("started")
@@ -168,6 +173,7 @@ def state_of(run: Run, now: float | None = None) -> RunState:
         bytes_down=sum(event["bytes_down"] for event in closed),
         bytes_up=sum(event["bytes_up"] for event in closed),
         loss=next(reversed(records.curve(run.metrics, "loss").get(records.SERVER, {}).values()), None),
+        ages=ages(run.metrics) if run.buffered else {},
         finished_rounds=_rounds(events, run.metrics),
         sites=_sites(run, progress if alive else None),
         problems=records.problems(events),
@@ -203,11 +209,6 @@ def _worked(events: list[Event], started: float, end: float) -> list[float]:
     return [max(until - since, 0.0) for since, until in zip(begins, ends, strict=True)]
 
 
-def _last(events: list[Event], kind: str) -> int:
-    """Index of the last event of a kind; 0 when there is none."""
-    return max((i for i, event in enumerate(events) if event["event"] == kind), default=0)
-
-
 def _rounds(events: list[Event], metrics: list[records.Record]) -> list[FinishedRound]:
     """The finished rounds; for a round that was repeated after a crash, the last repetition."""
     scores = records.evaluations(metrics).get(records.SERVER, {})
@@ -222,7 +223,7 @@ def _rounds(events: list[Event], metrics: list[records.Record]) -> list[Finished
             came[number].add(event["client"])
         elif event["event"] == "round_finished":
             down, up = event["bytes_down"], event["bytes_up"]
-            counts = len(came[number]), len(asked[number])
+            counts = len(came[number]), len(asked[number] | came[number])  # a slow site was asked in an earlier round
             found[number] = FinishedRound(number, event["seconds"], down, up, *counts, scores.get(number, {}))
     return [found[number] for number in sorted(found)]
 
@@ -230,14 +231,14 @@ def _rounds(events: list[Event], metrics: list[records.Record]) -> list[Finished
 def _sites(run: Run, progress: RunProgress | None) -> list[SiteState]:
     events = run.events
     known = {event["client"] for event in events if event_kind(event).link}
-    outcomes = {site.who: site for site in records.sites(events, records.rounds_begun(events))}
+    outcomes = {site.who: site for site in records.sites(events, records.rounds_begun(events), buffered=run.buffered)}
     costs = {cost.who: cost for cost in records.costs(run.metrics)}
     trained = {record["client"]: record for record in records.trainings(run.metrics)}
     quarantine = _quarantine(run.path, events, run.config)
     joined = {e["client"]: e for e in events if e["event"] == "client_joined"}
     replies = {e["client"]: e for e in events if e["event"] == "reply"}
     seen = {e["client"]: e["time"] for e in events if "client" in e and event_kind(e).seen}
-    connections = _connections(events)
+    connections = connections_of(events)
     found = []
     for name in records.order(outcomes.keys() | known):
         site = SiteState(name, connections.get(name, "down") if progress is not None else "unknown")
@@ -254,20 +255,8 @@ def _sites(run: Run, progress: RunProgress | None) -> list[SiteState]:
             site.usual, site.loss = replies[name]["seconds"], replies[name]["loss"]
         if progress is not None and name in progress.sites:
             now = progress.sites[name]
-            site.doing, site.since, site.reason = now.state, now.since, now.reason
+            site.doing, site.since, site.work, site.reason = now.state, now.since, now.round, now.reason
         found.append(site)
-    return found
-
-
-def _connections(events: list[Event]) -> dict[str, str]:
-    """The state of each site's connection since the server's last start, by site."""
-    found: dict[str, str] = {}
-    for event in events[_last(events, "started") :]:
-        link, name = event_kind(event).link, event.get("client", "")
-        if link and not (
-            link == "refused" and found.get(name) == "up"
-        ):  # "up" and then "refused": a second node under the site's name
-            found[name] = link
     return found
 
 
