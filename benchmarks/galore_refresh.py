@@ -8,7 +8,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor
 
 from benchmarks.table import Cell, Table
-from client.training.range_finder import range_finder
+from common.linalg.range_finder import range_finder
 
 SHAPES = {  # shapes of MLP weights
     "SmolLM2-135M": (1536, 576),

@@ -76,7 +76,7 @@ class Weights:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         whole, factors = step.changes(shapes, self._exchange(step.server_round))
         reach.check_like(whole, self._like)
-        reach.check({**whole, **factors}, tensors, 1, after == 0)
+        reach.check({**whole, **factors}, tensors, reach.rounds(step.server_round - 1, step.server_round), after == 0)
 
     def replace(self, tensors: Tensors, version: str, after: int = 0) -> None:
         """Replace the weights by dense ones, the result of round ``after``."""

@@ -4,7 +4,8 @@ A malicious server may send anything. A site accepts a state only when the train
 produced it: each tensor may differ from a known state by the bound on one round's update
 (``strategies.admission.bounds``) times the number of rounds in between. The known state is the last one that the site
 accepted, or the first, which the site computes itself. A state is an aggregate of the sites' updates, so it cannot move
-further than an update can.
+further than an update can. With ``downlink_rank`` a part of the change waits at the server, so a round may publish what
+all rounds before it have left.
 
 The bounds are not rigorous in three cases. With ``local_epochs`` the number of steps depends on the rows of the largest
 site; without ``admission.max_rows`` the site assumes 10,000 times its own rows. FlexLoRA's product can grow by a factor
@@ -74,6 +75,13 @@ class Reach:
                     f"{name}: {what} {amount:.4g}; allowed: up to {most:.4g}, all that {rounds} round(s) of the "
                     f"federation's training can do"
                 )
+
+    def rounds(self, since: int, after: int) -> int:
+        """Number of rounds whose training may lie between the states after two rounds.
+
+        With ``downlink_rank`` T' - T = (S' - S) + E - E', and E is at most the change of all rounds so far.
+        """
+        return 2 * after if self.federation.strategy.publishes_later else after - since
 
     def check_like(self, found: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
         """Reject tensors with names, shapes or dtypes that the known state does not have, or with non-finite values."""

@@ -155,7 +155,7 @@ class Session:
             self.model.known.take(tensors, after, self._reach)
         else:
             self._reach.check_like(tensors, exchanged)
-            self._reach.check(tensors, exchanged, after - weights.after, weights.after == 0)
+            self._reach.check(tensors, exchanged, self._reach.rounds(weights.after, after), weights.after == 0)
             weights.replace(tensors, version, after)
         self._tuned.set(tensors)
         self.model.set_local(self.kept)

@@ -6,7 +6,7 @@ smaller than the weights (decision 005).
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class FedFTGRule(Averaging):
         shared: seed and rank of the basis that all clients share in a round; None: every client has its own basis.
         aggregation: the aggregation method; None: the plain mean.
         whole: whether a server optimizer takes the mean. Then the mean is not rounded, and no step is made of it.
+        downlink_rank: see ``Rule.downlink_rank``.
     """
 
     section: ClassVar = FedFTGConfig
@@ -39,14 +40,25 @@ class FedFTGRule(Averaging):
         aggregation: AggregationConfig | None = None,
         *,
         whole: bool = False,
+        downlink_rank: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(None, aggregation)
-        self._precision, self._shared, self._whole = precision, shared, whole
+        self._precision, self._shared, self._whole, self._downlink_rank = precision, shared, whole, downlink_rank
 
     @classmethod
     def from_section(cls, config: FedFTGConfig, setup: Setup) -> Self:
         """See ``Rule.from_section``."""
-        return cls(config.wire_precision, config.shared(setup.seed), setup.aggregation, whole=setup.whole)
+        return cls(
+            config.wire_precision,
+            config.shared(setup.seed),
+            setup.aggregation,
+            whole=setup.whole,
+            downlink_rank=config.downlink_rank,
+        )
+
+    def downlink_rank(self) -> int | Literal["auto"] | None:
+        """See ``Rule.downlink_rank``."""
+        return self._downlink_rank
 
     def exchange(self, server_round: int) -> Exchange:
         """See ``Rule.exchange``."""

@@ -8,7 +8,7 @@ new instance of the rule. ``strategies.flower.strategy`` makes a Flower strategy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -137,6 +137,10 @@ class Rule(ABC):
         factors = shrunk(update.factors, state, share)
         return replace(update, tensors=added(update.tensors, start, state, share), factors=factors)
 
+    def downlink_rank(self) -> int | Literal["auto"] | None:
+        """Most directions of a weight's change that a round sends down (``strategies.way_down``); None: all."""
+        return None
+
     @abstractmethod
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """Aggregate the updates of a round, each as it arrives.
@@ -176,6 +180,12 @@ class Averaging(Rule):
 
     def aggregate(self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]) -> RoundResult:
         """See ``Rule.aggregate``."""
+        return self.finalize(server_round, state, *self.average(server_round, state, updates))
+
+    def average(
+        self, server_round: int, state: Mapping[str, Tensor], updates: Iterator[Update]
+    ) -> tuple[Means, dict[str, float]]:
+        """The aggregated tensors, or changes in factors, and the diagnostics; see ``Rule.aggregate``."""
         averaged, drift = self.averaged(server_round, state), Drift(state)
 
         def contributions() -> Iterator[Contribution]:
@@ -194,7 +204,7 @@ class Averaging(Rule):
                 del update, tensors
 
         means, told = combine(self.aggregation, state, contributions())
-        return self.finalize(server_round, state, means, {**drift.diagnostics(), **told})
+        return means, {**drift.diagnostics(), **told}
 
     def averaged(self, server_round: int, names: Iterable[str]) -> list[str]:
         """The tensors, among the state's ``names``, that are averaged. Default: those that the round trains."""

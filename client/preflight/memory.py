@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.config.federation import FederationConfig
-from common.config.strategy import GaLoreConfig, StrategyConfig
+from common.config.galore import GaLoreConfig
+from common.config.strategy import StrategyConfig
 from common.config.training import TrainingConfig
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes

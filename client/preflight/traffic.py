@@ -7,7 +7,7 @@ from client.preflight.finding import Finding, Skip
 from client.preflight.steps import measured
 from common.config.aggregation import MedianConfig, TrimmedMeanConfig
 from common.config.federation import FederationConfig
-from common.config.strategy import GaLoreConfig
+from common.config.galore import GaLoreConfig
 from common.model import second_moments
 from common.protocol.factors import Factors, num_bytes, pack
 from common.text import size
@@ -30,23 +30,25 @@ def bytes_per_round(federation: FederationConfig, tensors: dict[str, Tensor], st
     if strategy.trains == "weights":
         if strategy.optimizer_state == "averaged":
             tensors = tensors | second_moments.first(tensors)
-        terms = strategy.bases(steps)
-        up = sum(_packed(n, t, terms, strategy) for n, t in tensors.items())
-        if isinstance(federation.aggregation, MedianConfig | TrimmedMeanConfig):
+        alone = strategy.rank * strategy.bases(steps)
+        up = sum(_packed(n, t, alone, strategy) for n, t in tensors.items())
+        most = alone if strategy.downlink_rank == "auto" else strategy.downlink_rank
+        if most is None and isinstance(federation.aggregation, MedianConfig | TrimmedMeanConfig):
             return sum(4 * tensor.numel() for tensor in tensors.values()), up
-        terms *= 1 if strategy.shares_basis else federation.cohort.min_clients
-        return sum(_packed(n, t, terms, strategy) for n, t in tensors.items()), up
+        together = alone * (1 if strategy.shares_basis else federation.cohort.min_clients)
+        down = together if most is None else min(together, most)
+        return sum(_packed(n, t, down, strategy) for n, t in tensors.items()), up
     rule = make_rule(strategy, seed=federation.training.seed)
     rounds = [num_bytes(tensors[name] for name in rule.active(number, tensors)) for number in (1, 2)]
     mean = sum(rounds) // 2  # a round's trained tensors are sent up in that round, and down in the next
     return mean, mean
 
 
-def _packed(name: str, weight: Tensor, terms: int, strategy: GaLoreConfig) -> int:
-    """Bytes of one weight's change in factors with ``terms`` bases."""
+def _packed(name: str, weight: Tensor, rank: int, strategy: GaLoreConfig) -> int:
+    """Bytes of one weight's change in so many directions."""
     if second_moments.is_second_moment(name) or not strategy.projects(name):
         return 4 * weight.numel()
-    (rows, columns), rank = weight.shape, strategy.rank * terms
+    rows, columns = weight.shape
     left, other = weight.new_zeros(rows, rank).float(), weight.new_zeros(rank, columns).float()
     change = Factors(1.0, [(left, other)], common=strategy.shares_basis)
     return num_bytes(pack(name, change, weight.detach(), strategy.exchange(0, 1)).values())
@@ -57,7 +59,8 @@ def traffic(subject: CheckContext) -> Finding:
     settings = subject.settings
     down, up = bytes_per_round(settings, dict(subject.tuned.parameters), subject.steps)
     found = f"{size(down)} down and {size(up)} up a round"
-    if settings.strategy.trains == "weights" and not settings.strategy.shares_basis:
+    strategy = settings.strategy
+    if strategy.trains == "weights" and not strategy.shares_basis and not strategy.publishes_later:
         found += f" (down: with {settings.cohort.min_clients} sites)"
     rate, source = _rate(subject)
     if rate is None:

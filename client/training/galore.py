@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from client.training import changes
+from client.training.common_basis import common_basis
 from client.training.inner import Inner, SecondMoments
 from client.training.moments import Moments
-from client.training.range_finder import common_basis
 from client.training.ranks import Ranks
 from common.config.training import TrainingConfig
 from common.errors import DivergedError, TrainingError

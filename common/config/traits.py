@@ -71,6 +71,11 @@ class StrategySection(Selection):
         """Whether the changes of all sites lie in one random subspace per weight and round."""
         return False
 
+    @property
+    def publishes_later(self) -> bool:
+        """Whether a part of a round's change may wait at the server and come in any later round."""
+        return False
+
     def projects(self, name: str) -> bool:
         """Whether sites train a base weight of this name in a projection of its gradient."""
         del name

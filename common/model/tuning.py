@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.strategy import GaLoreConfig
+from common.config.galore import GaLoreConfig
 from common.config.traits import LoraConfig
 from common.errors import ModelError, WireError
 from common.model import families, second_moments

@@ -33,7 +33,15 @@ from server.report.diagnostics import MEANINGS
 
 _PAGE = Path(__file__).with_name("compare.html")
 _SETTING = ("clients", "alpha", "rank", "local_steps")
-_DRAWN = ("client-cosine", "client-norm", "numerical-rank", "stable-rank", "truncation-loss", "aggregation-error")
+_DRAWN = (
+    "client-cosine",
+    "client-norm",
+    "numerical-rank",
+    "stable-rank",
+    "truncation-loss",
+    "aggregation-error",
+    "waiting",
+)
 
 
 def write_comparison(out: Path) -> Path:

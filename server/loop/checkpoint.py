@@ -5,6 +5,7 @@
         state.safetensors      the global state
         steps.safetensors      the last steps that led to the state
         moments.safetensors    the server optimizer's moments, if there is a server optimizer
+        waiting.safetensors    changes that are not published yet, if there are any (decision 039)
     checkpoints/best-000002/
         best.json              version, SHA-256 of the file below
         state.safetensors      the best round's state; it stays when its checkpoint is removed
@@ -45,6 +46,7 @@ class Checkpoint:
         metrics_bytes: length of metrics.jsonl after that round; later lines belong to a round that was not finished.
         refusals: number of updates rejected in a row, by site.
         moments: the server optimizer's moments, by kind; empty without a server optimizer.
+        waiting: changes that wait to be sent to the sites (``strategies.way_down``); empty when nothing does.
     """
 
     round: int
@@ -53,6 +55,7 @@ class Checkpoint:
     metrics_bytes: int
     refusals: dict[str, int] = field(default_factory=dict)
     moments: dict[str, Tensors] = field(default_factory=dict)
+    waiting: Tensors = field(default_factory=dict)
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -68,6 +71,8 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> None:
     files = {"state": checkpoint.state, "steps": flatten(steps)}
     if checkpoint.moments:
         files["moments"] = flatten(checkpoint.moments)
+    if checkpoint.waiting:
+        files["waiting"] = checkpoint.waiting
     facts: dict[str, Any] = {
         "format": _FORMAT,
         "round": checkpoint.round,
@@ -175,9 +180,10 @@ def _load(folder: Path) -> Checkpoint:
         told = facts["versions"]
         steps = [(since, Step(number, tensors.get(str(number), {}))) for since, number in told["steps"]]
         versions = Versions(state, told["first"], told["latest"], steps)
-    file = folder / "moments.safetensors"
+    file, later = folder / "moments.safetensors", folder / "waiting.safetensors"
     moments = unflatten(load_file(file)) if file.name in facts["sha256"] else {}
-    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"], moments)
+    waiting = load_file(later) if later.name in facts["sha256"] else {}
+    return Checkpoint(facts["round"], state, versions, facts["metrics_bytes"], facts["refusals"], moments, waiting)
 
 
 def _all(run_dir: Path) -> list[Path]:

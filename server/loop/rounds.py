@@ -83,12 +83,13 @@ class RoundLoop:
             FederationError: a round, or the start, had too few valid sites, or the disk is full.
             ConfigError: nobody measures the score that is to decide about the best round.
         """
-        done, versions, moments = 0, None, None
+        done, versions, moments, waiting = 0, None, None, None
         if resumed is not None:
-            done, versions, moments, state = resumed.round, resumed.versions, resumed.moments, resumed.state
+            done, versions, state = resumed.round, resumed.versions, resumed.state
+            moments, waiting = resumed.moments, resumed.waiting
             self._quarantine.counts = dict(resumed.refusals)
             self._best.go_on()
-        self._strategy.begin(state, versions, moments)
+        self._strategy.begin(state, versions, moments, waiting)
         if done and self._folder.fact("last_round") == done:  # all but the delivery was done
             return state
         self._clients.wait_for(self._config.cohort)
@@ -98,6 +99,8 @@ class RoundLoop:
             number, before, version = number + 1, state, self._version()
             state = self._train(number, state)
             self._best.judge(number - 1, before, version)
+            if self._is_last(number):
+                state = self._strategy.settle(before, state)
             if number % self._config.checkpoint.every == 0 or self._is_last(number):
                 self._save(number, state)
         if (reason := self._best.reason_to_stop) is not None and number < self._config.rounds:
@@ -144,7 +147,9 @@ class RoundLoop:
     def _save(self, number: int, state: Tensors) -> None:
         bytes_, optimizer = self._folder.metrics_bytes(), self._strategy.server_optimizer
         moments = {} if optimizer is None else optimizer.moments
-        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, self._quarantine.counts, moments)
+        waiting = {} if self._strategy.way_down is None else self._strategy.way_down.waiting
+        counts = self._quarantine.counts
+        checkpoint = Checkpoint(number, state, self._strategy.versions, bytes_, counts, moments, waiting)
         save(self._folder.path, checkpoint, self._config.checkpoint.keep)
         self._best.saved()
 

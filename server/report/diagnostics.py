@@ -13,6 +13,10 @@ MEANINGS = {
         "What rounding on the wire did",
         "relative error of each site's update, and of the mean that went down, in the federation's wire_precision",
     ),
+    "waiting": (
+        "What waits at the server",
+        "norm of what later rounds will send (`downlink_rank`), relative to the round's mean change",
+    ),
     "client-norm": ("Size of the sites' updates", "mean L2 norm of a site's change of what it trains"),
     "truncation-loss": (
         "Truncation loss",

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from common.errors import RefusedUpdate
+from common.errors import RefusedUpdate, WireError
+from common.protocol import wire
 from common.protocol.digest import tensors_digest
-from strategies.rule import Tensors
+from common.protocol.factors import Factors, unpack
+from common.protocol.messages import TrainReply
+from strategies.admission.well_formed import most_bytes
+from strategies.rule import Rule, Tensors
 
 _ALPHAS = (1e-6, 1e6)  # allowed for an alpha that a client reports: products and rescaled states stay finite
 
@@ -40,6 +44,31 @@ class Start:
     state: Tensors = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     version: str | None = None
+
+
+def read_tensors(
+    rule: Rule, client: str, reply: TrainReply, expected: Tensors, start: Start
+) -> tuple[Tensors, dict[str, Factors]]:
+    """A reply's dense tensors, and its changes in factors.
+
+    Args:
+        rule: says what may come in which form.
+        client: the client's name.
+        reply: the reply.
+        expected: every tensor as the client was to hold it at the start.
+        start: the work that the client was given.
+
+    Raises:
+        RefusedUpdate: a tensor cannot be read.
+    """
+    weights = start.active if rule.section.trains == "weights" else []  # LoRA's A and B are sent dense
+    shapes = {name: tuple(expected[name].shape) for name in weights}
+    any_rank = rule.section.mixed_ranks
+    most = most_bytes(expected, in_factors=bool(weights), any_rank=any_rank, max_rank=rule.max_rank)
+    try:
+        return unpack(wire.decode(reply.arrays, most), shapes, rule.exchange(start.server_round))
+    except WireError as error:
+        raise RefusedUpdate(f"{client}: {error}") from None
 
 
 def lora_alpha_of(client: str, told: float | None, common: float | None, *, mixed: bool) -> float | None:

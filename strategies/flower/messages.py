@@ -17,21 +17,22 @@ from dataclasses import replace
 from typing import Literal
 
 from flwr.app import ArrayRecord
+from torch import Tensor
 
 from common.config.aggregation import ServerOptimizerConfig
-from common.errors import RefusedUpdate, WireError
+from common.errors import RefusedUpdate
 from common.protocol import wire
 from common.protocol.digest import tensor_digest, tensors_digest
-from common.protocol.factors import Factors, unpack
 from common.protocol.messages import State, TrainReply
 from common.protocol.versions import Step
-from strategies.admission.well_formed import admit, admit_factors, most_bytes
+from strategies.admission.well_formed import admit, admit_factors
 from strategies.combine.stale import staleness
-from strategies.flower.clients import Client, Start, check_acknowledged, lora_alpha_of
+from strategies.flower.clients import Client, Start, check_acknowledged, lora_alpha_of, read_tensors
 from strategies.flower.versions import Versions
 from strategies.lora_names import check_state, rank_of
 from strategies.rule import RoundResult, Rule, Tensors, Update
 from strategies.server_optimizer import ServerOptimizer
+from strategies.way_down import WayDown
 
 
 class RuleMessages:
@@ -46,6 +47,7 @@ class RuleMessages:
         clients: the server's knowledge of every node, by node id.
         versions: the state's versions, when clients are sent steps; None: clients are sent tensors.
         earlier: the work of nodes that still train from an earlier version, by node id; see ``keep_open``.
+        way_down: publishes the state in steps of bounded rank; None: every step is the round's whole change.
 
     Raises:
         ValueError: the rule takes no server optimizer.
@@ -61,13 +63,18 @@ class RuleMessages:
         self.versions: Versions | None = None
         self.earlier: dict[int, Start] = {}
         self._given = Start()  # the work of all other nodes
+        self.way_down: WayDown | None = None
         self._state: Tensors = {}
         self._active: list[str] = []
         self._bundled = False  # any Flower client reads plain arrays
         self._mixed_alphas = rule.section.mixed_ranks
 
     def begin(
-        self, state: Tensors, versions: Versions | None = None, moments: Mapping[str, Tensors] | None = None
+        self,
+        state: Tensors,
+        versions: Versions | None = None,
+        moments: Mapping[str, Tensors] | None = None,
+        waiting: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Prepare for FedSpan's own clients, which read bundled arrays and steps, and use the federation's alpha.
 
@@ -75,21 +82,34 @@ class RuleMessages:
             state: the state that the next round starts from.
             versions: the state's versions, from a checkpoint; None: the state is the base model's, which clients have.
             moments: the server optimizer's moments, from a checkpoint; None: the optimizer starts new.
+            waiting: changes that wait to be sent (``strategies.way_down``), from a checkpoint.
         """
         self._bundled, self._mixed_alphas = True, False
         if self.server_optimizer is not None:
             self.server_optimizer.moments = {kind: dict(named) for kind, named in (moments or {}).items()}
         if self.rule.section.changes_base:
             self.versions = versions or Versions(state)
+        if (rank := self.rule.downlink_rank()) is not None:
+            self.way_down = WayDown(rank, waiting)
 
     def combine(self, server_round: int, state: Tensors, updates: Iterator[Update]) -> RoundResult:
-        """Aggregate a round's updates (``Rule.aggregate``) and apply the server optimizer."""
-        outcome = self.rule.aggregate(server_round, state, updates)
-        if self.server_optimizer is not None:
-            outcome = self.server_optimizer.step(self.rule.active(server_round, state), state, outcome)
+        """Aggregate a round's updates (``Rule.aggregate``), and apply the server optimizer and the way down."""
+        if self.way_down is not None:
+            outcome = self.way_down.aggregate(self.rule, self.server_optimizer, server_round, state, updates)
+        else:
+            outcome = self.rule.aggregate(server_round, state, updates)
+            if self.server_optimizer is not None:
+                outcome = self.server_optimizer.step(self.rule.active(server_round, state), state, outcome)
         if self.versions is not None:
             self.versions.advance(outcome)
         return outcome
+
+    def settle(self, before: Tensors, state: Tensors) -> Tensors:
+        """Publish what waits: the last round's result, from ``before``, in place of ``state``, which no client has."""
+        if self.way_down is None or not self.way_down.waiting or self.versions is None:
+            return state
+        self.versions.amend(self.way_down.settle(before, state))
+        return self.versions.state
 
     def client(self, node_id: int) -> Client:
         """The server's knowledge of a node; a node never seen before holds nothing."""
@@ -223,7 +243,7 @@ class RuleMessages:
         """
         client, start = self._answered(reply, node_id), self.given(node_id)
         expected = self.rule.state_for(start.state, None, None)
-        tensors, changes = self._read_tensors(client, reply.arrays, expected, start)
+        tensors, changes = read_tensors(self.rule, client.name, reply, expected, start)
         admitted = admit(
             client.name,
             tensors,
@@ -271,20 +291,3 @@ class RuleMessages:
         """The client's alpha: as reported, else the federation's; base weights have no alpha to report."""
         reported = None if self.rule.section.trains == "weights" else told
         return lora_alpha_of(client.name, reported, self.rule.lora_alpha, mixed=self._mixed_alphas)
-
-    def _read_tensors(
-        self, client: Client, arrays: ArrayRecord, expected: Tensors, start: Start
-    ) -> tuple[Tensors, dict[str, Factors]]:
-        """A reply's dense tensors, and its changes in factors."""
-        weights = start.active if self.rule.section.trains == "weights" else []  # LoRA's A and B are sent dense
-        shapes = {name: tuple(expected[name].shape) for name in weights}
-        most = most_bytes(
-            expected,
-            in_factors=bool(weights),
-            any_rank=self.rule.section.mixed_ranks,
-            max_rank=self.rule.max_rank,
-        )
-        try:
-            return unpack(wire.decode(arrays, most), shapes, self.rule.exchange(start.server_round))
-        except WireError as error:
-            raise RefusedUpdate(f"{client.name}: {error}") from None

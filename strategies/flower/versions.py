@@ -34,9 +34,11 @@ class Versions:
         self.first = first or tensors_digest(state)
         self.latest = latest or self.first
         self.steps = list(steps)
+        self._before = self.latest  # the version before the latest
 
     def advance(self, outcome: RoundResult) -> None:
         """Make a round's result the latest version."""
+        self._before = self.latest
         self.state = outcome.state
         if outcome.step is None:
             self.latest, self.steps = tensors_digest(outcome.state), []
@@ -45,6 +47,13 @@ class Versions:
         self.latest = outcome.step.next(self.latest)
         while sum(step.num_bytes for _, step in self.steps) >= num_bytes(self.state.values()):
             del self.steps[0]
+
+    def amend(self, outcome: RoundResult) -> None:
+        """Put a result in the place of the last round's, which nobody was sent yet."""
+        self.latest = self._before
+        if self.steps and self.steps[-1][0] == self._before:
+            del self.steps[-1]
+        self.advance(outcome)
 
     def since(self, version: str) -> list[Step] | None:
         """The steps from ``version`` to the latest; None when the steps from there are not kept."""

@@ -15,6 +15,7 @@ from strategies.admission.bounds import adam_path
 from strategies.flower.named import make_rule
 from strategies.rule import Update
 from strategies.server_optimizer import ServerOptimizer
+from strategies.way_down import WayDown
 
 LAYER, OUT, IN, RANK = "layers.0.q", 12, 20, 3
 OPTIMIZERS = [
@@ -27,6 +28,7 @@ OPTIMIZERS = [
 
 def federation(strategy: str, **changes: Any) -> FederationConfig:
     section = {"name": strategy, "rank": RANK} | ({} if strategy == "fedftg" else {"lora_alpha": 6.0})
+    section |= {key: changes.pop(key) for key in ("downlink_rank",) if key in changes}
     data = {"name": "f", "model": {"path": "m"}, "strategy": section, "rounds": 4}
     training = {"local_steps": 5, "learning_rate": 0.01, "weight_decay": 0.01, **changes.pop("training", {})}
     return FederationConfig.model_validate({**data, "training": training, **changes})
@@ -48,6 +50,8 @@ def states(config: FederationConfig) -> list[Tensors]:
     """After every round, the first state first, of three sites that all run as far as they can."""
     strategy, training = config.strategy, config.training
     rule = make_rule(strategy, seed=0)
+    rank, before = rule.downlink_rank(), {}
+    way_down = None if rank is None else WayDown(rank)
     optimizer = None if config.server_optimizer is None else ServerOptimizer(config.server_optimizer)
     g, found = torch.Generator().manual_seed(1), [first_state(strategy.name)]
     furthest = training.learning_rate * adam_path(training.steps(0), strategy)
@@ -66,8 +70,14 @@ def states(config: FederationConfig) -> list[Tensors]:
                     change = low / low.norm() * strategy.scale * furthest * (RANK * max(OUT, IN)) ** 0.5
                 tensors[name] = state[name] + change
             updates.append(Update(f"site-{client}", 1 + client, tensors, getattr(strategy, "lora_alpha", None)))
+        before = state
+        if way_down is not None:
+            found.append(way_down.aggregate(rule, optimizer, number, state, iter(updates)).state)
+            continue
         outcome = rule.aggregate(number, state, iter(updates))
         found.append((optimizer.step(active, state, outcome) if optimizer else outcome).state)
+    if way_down is not None:
+        found[-1] = way_down.settle(before, found[-1]).state
     return found
 
 
@@ -89,6 +99,16 @@ def test_what_sites_can_do_is_taken_every_round_and_after_absence(
         Known(found[0]).take(state, after, reach)  # a new process
     for after in (1, 4, 2):  # the last is late
         returns.take(found[after], after, reach)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_round_may_bring_what_the_rounds_before_it_have_left(optimizer: dict[str, Any] | None) -> None:
+    config = federation("fedftg", downlink_rank=1, server_optimizer=optimizer)
+    found, reach = states(config), Reach(config, 9)
+    for since, after in ((0, 1), (1, 2), (2, 3), (3, 4), (0, 2), (1, 4), (0, 4)):
+        reach.check(found[after], found[since], reach.rounds(since, after), since == 0)
+    with pytest.raises(WireError, match=f"{LAYER}: .* allowed: up to"):
+        reach.check({LAYER: found[2][LAYER] + 30.0}, found[1], reach.rounds(1, 2), False)
 
 
 @pytest.mark.parametrize("strategy", names())

@@ -19,7 +19,7 @@ LORA = {"blocks": "lower half", "rank": 2, "lora_alpha": 4.0}
 @pytest.mark.parametrize(
     "strategy",
     [
-        {"rank": 2},
+        {"rank": 2, "downlink_rank": 3},
         {"name": "fedftg", "rank": 2, "subspace": "shared", "optimizer_state": "averaged"},
         {"name": "ffa-lora", **LORA, "optimizer_state": "keep"},
         {"name": "rolora", **LORA, "lora_dropout": 0.1},

@@ -120,6 +120,10 @@ def test_own_bases_are_refreshed_every_200_steps_when_nothing_else_is_said(given
 def test_shared_basis_takes_no_gap_and_is_read_again_as_it_was_sent() -> None:
     with pytest.raises(ConfigError, match="shared takes no `update_proj_gap`"):
         federation({"name": "fedftg", "subspace": "shared", "update_proj_gap": 5})
+    with pytest.raises(
+        ConfigError, match=r"`downlink_rank` auto with `subspace` shared, .*allowed with it: own, galore"
+    ):
+        federation({"name": "fedftg", "subspace": "shared", "downlink_rank": "auto"})
     config = federation({"name": "fedftg", "subspace": "shared"})
     assert parse(config.model_dump(mode="json"), FederationConfig, "sent") == config
     assert isinstance(config.strategy, FedFTGConfig)

@@ -83,7 +83,7 @@ def test_bytes_up_are_those_that_a_session_sends(files: Files, strategy: dict[st
     assert down == up  # of one site
 
 
-def test_bytes_down_grow_with_the_sites_but_not_in_a_shared_subspace(files: Files) -> None:
+def test_bytes_down_grow_with_the_sites_but_not_in_a_shared_subspace_nor_with_a_limit(files: Files) -> None:
     def down(strategy: dict[str, Any], sites: int) -> int:
         files.change("federation", strategy=strategy, cohort={"min_clients": sites})
         subject = files.subject()
@@ -93,6 +93,7 @@ def test_bytes_down_grow_with_the_sites_but_not_in_a_shared_subspace(files: File
     assert 1.9 < down(small, 4) / down(small, 2) < 2.1
     shared = {**small, "subspace": "shared"}
     assert down(shared, 4) == down(shared, 2)
+    assert down({**small, "downlink_rank": "auto"}, 4) == down(small, 1)
 
 
 def test_training_that_is_killed_for_its_memory_fails_and_not_the_check(

@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from client.training.galore import GaLore
-from client.training.range_finder import range_finder
 from common.errors import TrainingError
+from common.linalg.range_finder import range_finder
 from common.linalg.subspace import SharedBasis
 from common.protocol.factors import Exchange, Precision, pack, unpack
 
@@ -202,7 +202,7 @@ def test_warm_start_captures_at_once_what_a_cold_one_iterates_for(
     before, moved = gradients((400, 200), 2)
     last, now = range_finder(before, 8, None, torch.Generator().manual_seed(0)), before + 0.01 * moved
     exact = torch.linalg.svdvals(now)[:8].square().sum()
-    monkeypatch.setattr("client.training.range_finder._MOST_ITERATIONS", iterations)
+    monkeypatch.setattr("common.linalg.range_finder._MOST_ITERATIONS", iterations)
     cold, warm = (range_finder(now, 8, start, torch.Generator().manual_seed(1)) for start in (None, last))
     captured = [float((now @ basis).square().sum() / exact) for basis in (cold, warm)]
     assert captured[0] < cold_at_most

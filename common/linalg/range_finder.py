@@ -1,9 +1,8 @@
-"""The leading singular vectors of a gradient, without its SVD."""
+"""The leading singular vectors of a gradient, or another matrix, without its SVD."""
 
 import torch
 from torch import Tensor
 
-from client.training.ranks import Ranks
 from common.linalg.subspace import projects_right
 
 _OVERSAMPLING = 8
@@ -24,26 +23,6 @@ def leading_basis(gradient: Tensor, rank: int, last: Tensor | None, generator: t
     if projects_right(gradient.shape):
         return range_finder(gradient, rank, None if last is None else last.T, generator).T.contiguous()
     return range_finder(gradient.T, rank, last, generator)
-
-
-def common_basis(
-    ranks: Ranks, gradient: Tensor, rank: int, last: Tensor | None, generator: torch.Generator
-) -> Tensor | None:
-    """The leading basis of a gradient's sum over all ranks, the same at each; None: the sum is not finite.
-
-    Rank 0 computes it: devices may differ in the last bits. Afterwards ``gradient`` is the sum at rank 0 and zero
-    elsewhere, so that the sum of the ranks' projected gradients is right.
-    """
-    ranks.sum_at_first(gradient)
-    if not torch.isfinite(gradient).all():
-        return None
-    if ranks.rank == 0:
-        basis = leading_basis(gradient, rank, last, generator)
-    else:
-        rows, columns = gradient.shape
-        basis = gradient.new_empty((rank, columns) if projects_right(gradient.shape) else (rows, rank))
-    ranks.from_first([basis])
-    return basis
 
 
 def range_finder(matrix: Tensor, rank: int, warm: Tensor | None, generator: torch.Generator) -> Tensor:
