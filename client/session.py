@@ -30,7 +30,6 @@ from common.data.tasks import make_task
 from common.errors import FedSpanError, StaleStateError, place_of
 from common.metrics import COUNTS
 from common.model.adapters import cut
-from common.model.base_model import check_length
 from common.model.tuning import Tuned
 from common.protocol.digest import tensors_digest
 from common.protocol.messages import Declared, Hello
@@ -87,7 +86,7 @@ class Session:
             ModelError: the base model cannot be used.
         """
         (train_rows, held_out), (model, tokenizer) = self._rows, self.model.digests
-        check_length(self.model.base.model, self.federation.training.max_length)
+        self.model.check()
         return Hello(
             site=self.site.name,
             train_rows=len(train_rows),
@@ -219,7 +218,7 @@ class Session:
             self._tuned.model,
             optimizer,
             encoded,
-            self._task.collater(self.model.base.tokenizer),
+            self._task.collater(self.model.base.tokenizer, self.model.packing),
             self._task.loss_sum,
             training,
             server_round=work.server_round,

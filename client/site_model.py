@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from client.held_weights import Weights
 from client.reach import Known
-from client.training.settings import held, lora_rank, model_source, pick_device
+from client.training.settings import held, lora_rank, model_source, pick_autocast, pick_device
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.config.strategy import StrategyConfig
+from common.data.packing import Packing, choose
 from common.data.tasks import Task
 from common.errors import ModelError
 from common.model import tuning
 from common.model.adapters import cut
-from common.model.base_model import Base, read_again
+from common.model.base_model import Base, check_length, read_again
 from common.model.finished import About, source_folder, write_model
 from common.model.quantization import WHOLE, Held, quantized_layers, whole_sizes
 from common.protocol.digest import base_digest, tokenizer_digest
@@ -153,6 +154,22 @@ class SiteModel:
         if self._bases is not None:
             unshare((tuned.parameters | tuned.local).values())
         return tuned
+
+    def check(self) -> None:
+        """Hold the model against the federation's section ``training``.
+
+        Raises:
+            ModelError: rows are longer than the model's positions, or it cannot pack rows and must.
+        """
+        check_length(self.base.model, self._federation.training.max_length)
+        if self._federation.training.packing == "on":
+            _ = self.packing
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How rows of one forward pass are packed; None: they are padded."""
+        autocast = pick_autocast(self._site.precision, self.device)
+        return choose(self.tuned.model, self._federation.training.packing, autocast, packs=self._task.packs)
 
     @property
     def source(self) -> Path | None:

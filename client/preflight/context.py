@@ -182,8 +182,8 @@ class CheckContext:
         if self.task.reads_files:
             return Batch(rows, 0, pixels=tuple(collate(self._cut[:1])["pixel_values"].shape[1:]))
         train = sorted(self._cut, key=lambda example: len(example.input_ids))[-rows:]
-        labels = collate(train)["labels"]
-        return Batch(rows, min(limit, len(train[-1].input_ids)), float((labels != -100).float().mean()))
+        width = min(limit, len(train[-1].input_ids))
+        return Batch(rows, width, collate(train)["labels"].numel() / (len(train) * width))
 
     @_Once
     def link(self) -> LinkReport:

@@ -24,6 +24,7 @@ from common.config.federation import FederationConfig
 from common.config.galore import GaLoreConfig
 from common.config.strategy import StrategyConfig
 from common.config.training import TrainingConfig
+from common.data.chat import counted_logits
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes
 
@@ -210,9 +211,9 @@ def _trace(
 
 def _loss(model: Any, inputs: Mapping[str, Tensor], batch: Batch) -> Tensor:  # noqa: ANN401
     """The loss as in ``common.data.tasks``, but without counting labels: fake tensors have no values to count."""
-    logits = model(**inputs).logits
-    if logits.ndim == 3:  # a language model's
-        per_row = max(1, math.ceil(batch.counted * batch.width))
-        column = torch.arange(min(per_row, batch.width - 1)).repeat(batch.rows)
-        logits = logits[:, :-1][torch.zeros_like(column), column]
+    if model.get_output_embeddings() is None:
+        logits = model(**inputs).logits
+    else:  # a language model
+        counted = max(1, math.ceil(batch.counted * batch.width * batch.rows))
+        logits = counted_logits(model, {**inputs, "sources": torch.zeros(counted, dtype=torch.long)})
     return functional.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long), reduction="sum")

@@ -87,7 +87,7 @@ class Passes(Generic[E]):
             DivergedError: the loss is not finite; the text names ``place``.
             TrainingError: a single row does not fit into memory; the text names ``place``.
         """
-        shares = [self._ranks.mine(rows) for rows in batches]
+        shares = [sorted(self._ranks.mine(rows), key=_length) for rows in batches]  # little padding, the same result
         most = max(len(rows) for rows in shares)
         parts = self._parts(shares)
         labels = [sum(int((part["labels"] != -100).sum()) for part in batch) for batch in parts]
@@ -175,5 +175,11 @@ class Passes(Generic[E]):
                     self._watch.found += 1
                 else:
                     return so_far, tokens
-                tokens += int(part["attention_mask"].sum()) if "attention_mask" in part else len(part["labels"])
+                whole = part.get("tokens", part.get("attention_mask"))  # packed rows, padded ones; images have none
+                tokens += len(part["labels"]) if whole is None else int(whole.sum())
         return loss, tokens
+
+
+def _length(example: object) -> int:
+    """The number of a row's tokens; 0 for an image."""
+    return len(getattr(example, "input_ids", ()))

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from common.config.section import Section
 
+PackingMode = Literal["auto", "off", "on"]
+
 
 class TrainingConfig(Section):
     """Local training. Give ``local_steps`` or ``local_epochs``."""
@@ -34,6 +36,11 @@ class TrainingConfig(Section):
     local_steps: int | None = Field(None, ge=1, description="Optimizer steps per round.")
     local_epochs: int | None = Field(None, ge=1, description="Passes over the shard per round.")
     max_length: int = Field(512, ge=8, description="Most tokens per row; longer rows are truncated.")
+    packing: PackingMode = Field(
+        "auto",
+        description="Lay short rows of a forward pass into fewer, longer ones, apart from each other: less work, the "
+        "same loss. auto: where the model can.",
+    )
     gradient_checkpointing: bool = Field(False, description="Saves memory and takes more time.")
     seed: int = Field(0, ge=0, description="Seed of batch order, LoRA initialisation and sampling.")
 

@@ -1,6 +1,7 @@
 """Rows as tokens: chat template where there is one, loss on the answers and their end tokens only."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.data.packing import Packing, pack
 from common.data.rows import Row
 from common.errors import ModelError
 from common.protocol.digest import PINNED_DATE
@@ -20,7 +22,6 @@ _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
 _DATE = datetime.fromisoformat(PINNED_DATE)
 _PARTS = "".join(f"|replace('%{part}', '{_DATE.strftime('%' + part)}')" for part in "AaBbdHIjMmpSYy")
 _PINNED = "{%- macro strftime_now(form) -%}{{ form" + _PARTS + " }}{%- endmacro -%}"  # in place of transformers' own
-IGNORED = -100  # label of a token that the loss does not count
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +34,12 @@ class Example:
     input_ids: list[int]
     answer_start: int
     earlier: tuple[tuple[int, int], ...] = ()
+
+    def counted(self) -> Iterator[tuple[int, int]]:
+        """Begin and end of every span that the loss counts; never a row's first token, which nothing predicts."""
+        for start, end in (*self.earlier, (self.answer_start, len(self.input_ids))):
+            if max(start, 1) < end:
+                yield max(start, 1), end
 
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str | None, before: Turns = ()) -> list[int]:  # noqa: ANN401
@@ -120,32 +127,66 @@ def encode(tokenizer: Any, row: Row, system: str | None, max_length: int) -> Exa
     return Example((prompt + answer)[:max_length], len(prompt), earlier)
 
 
-def collate(examples: list[Example], padding: int) -> Batch:
-    """A batch padded on the right.
+def padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:
+    """Rows of tokens, padded on the right: input_ids and attention_mask, each (rows, longest row)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), padding)
+    mask = torch.zeros_like(ids)
+    for line, row in enumerate(rows):
+        ids[line, : len(row)] = torch.tensor(row)
+        mask[line, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def collate(examples: Sequence[Example], padding: int, packing: Packing | None = None) -> Batch:
+    """A batch of the model's inputs, and of what the loss counts.
 
     Returns:
-        input_ids, attention_mask and labels, each (rows, longest row). Labels come from positions, not from token
-        values, so a padding token that doubles as end token does not hide the answer's end.
+        input_ids and attention_mask, padded on the right or packed (``common.data.packing``); labels (counted tokens,);
+        sources (counted tokens,), the place of the hidden state that predicts each, counted over all rows. They come
+        from positions, not from token values, so a padding token that doubles as end token does not hide the answer's
+        end.
     """
-    width = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), width), padding)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        mask[row, :length] = 1
-        for start, end in (*example.earlier, (example.answer_start, length)):
-            labels[row, start:end] = ids[row, start:end]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if packing is not None and (batch := pack(examples, padding, packing)) is not None:
+        return batch
+    batch = padded([example.input_ids for example in examples], padding)
+    width = batch["input_ids"].shape[1]
+    spans = [(line * width, example, span) for line, example in enumerate(examples) for span in example.counted()]
+    sources = [at + place - 1 for at, _, span in spans for place in range(*span)]
+    labels = [token for _, example, (start, end) in spans for token in example.input_ids[start:end]]
+    return {**batch, "sources": torch.tensor(sources).long(), "labels": torch.tensor(labels).long()}
 
 
 def causal_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Summed cross-entropy of a batch's answer tokens, in float32, and the number of these tokens."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    counted = labels != IGNORED
-    loss = functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
-    return loss, int(counted.sum())
+    """Summed cross-entropy of a batch's counted tokens, in float32, and the number of these tokens."""
+    logits = counted_logits(model, batch)
+    return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(batch["labels"])
+
+
+def counted_logits(model: Any, batch: Batch) -> Tensor:  # noqa: ANN401
+    """Logits (counted tokens, vocabulary) at a batch's ``sources``.
+
+    The output embedding sees no other hidden states, because over a large vocabulary it is most of the work; the
+    model's own code goes on from there (a cap, a scale). Where a model calls no such module, its logits are selected.
+    """
+    selected = False
+
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal selected
+        del module
+        selected = True
+        hidden = inputs[0]  # (rows, width, hidden)
+        return hidden.flatten(0, 1)[batch["sources"].to(hidden.device)][None], *inputs[1:]
+
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(select)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits[0] if selected else logits.flatten(0, 1)[batch["sources"].to(logits.device)]
 
 
 def end_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401

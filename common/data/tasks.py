@@ -17,6 +17,7 @@ from common.config.task import ClassificationTask, TaskConfig
 from common.data import chat
 from common.data.evaluation import EvalSettings, evaluate_model, in_fixed_order
 from common.data.images import load_images, read_image
+from common.data.packing import Packing
 from common.data.rows import Loaded, Row, load_rows
 from common.errors import DataError
 from common.metrics import ANSWERS, LABELS, SCORES, Score, confusion, scores
@@ -37,6 +38,7 @@ class Task(ABC, Generic[E]):
         peft_type: PEFT's name of the task; None where PEFT has none.
         predicts: kind of the predictions, as in ``common.metrics``.
         generates: whether scores need generated text, which takes long: then only ``evaluation.generate`` rows count.
+        packs: whether rows of a forward pass may be packed (``common.data.packing``).
         reads_files: whether a row's prompt is a file that is read for every batch; then an example holds no tokens.
         labels: all labels in order; empty for tasks without labels.
     """
@@ -46,6 +48,7 @@ class Task(ABC, Generic[E]):
     peft_type: ClassVar[str | None] = None
     predicts: ClassVar[str]
     generates: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     reads_files: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig) -> None:
@@ -86,8 +89,8 @@ class Task(ABC, Generic[E]):
         """
 
     @abstractmethod
-    def collater(self, tokenizer: Any) -> Callable[[list[E]], Batch]:  # noqa: ANN401
-        """A function that makes a batch of examples: the model's inputs, and labels (-100: not counted)."""
+    def collater(self, tokenizer: Any, packing: Packing | None = None) -> Callable[[list[E]], Batch]:  # noqa: ANN401
+        """A function that makes a batch of examples: the model's inputs, and the labels that the loss counts."""
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -111,15 +114,16 @@ class CausalLM(Task[chat.Example]):
     peft_type = "CAUSAL_LM"
     predicts = ANSWERS
     generates = True
+    packs = True
 
     def examples(self, tokenizer: Any, rows: list[Row], system: str | None, max_length: int) -> list[chat.Example]:  # noqa: ANN401
         """See ``Task.examples``."""
         return [chat.encode(tokenizer, row, system, max_length) for row in rows]
 
-    def collater(self, tokenizer: Any) -> Callable[[list[chat.Example]], Batch]:  # noqa: ANN401
+    def collater(self, tokenizer: Any, packing: Packing | None = None) -> Callable[[list[chat.Example]], Batch]:  # noqa: ANN401
         """See ``Task.collater``."""
         padding = pad_id(tokenizer)
-        return lambda examples: chat.collate(examples, padding)
+        return lambda examples: chat.collate(examples, padding, packing)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See ``Task.loss_sum``."""
@@ -229,13 +233,14 @@ class SequenceClassification(Classification[LabelledText]):
         ids = tokenizer([row.prompt for row in rows], truncation=True, max_length=max_length)["input_ids"]
         return [LabelledText(list(i), label) for i, label in zip(ids, labels, strict=True)]
 
-    def collater(self, tokenizer: Any) -> Callable[[list[LabelledText]], Batch]:  # noqa: ANN401
+    def collater(self, tokenizer: Any, packing: Packing | None = None) -> Callable[[list[LabelledText]], Batch]:  # noqa: ANN401
         """See ``Task.collater``."""
+        del packing
         padding = pad_id(tokenizer)
 
         def collate(examples: list[LabelledText]) -> Batch:
-            batch = chat.collate([chat.Example(e.input_ids, len(e.input_ids)) for e in examples], padding)
-            return {**batch, "labels": torch.tensor([e.label for e in examples])}
+            batch = chat.padded([example.input_ids for example in examples], padding)
+            return {**batch, "labels": torch.tensor([example.label for example in examples])}
 
         return collate
 
@@ -263,8 +268,9 @@ class ImageClassification(Classification[LabelledImage]):
         del tokenizer, system, max_length
         return [LabelledImage(row.prompt, label) for row, label in zip(rows, self._numbers(rows), strict=True)]
 
-    def collater(self, tokenizer: Any) -> Callable[[list[LabelledImage]], Batch]:  # noqa: ANN401
+    def collater(self, tokenizer: Any, packing: Packing | None = None) -> Callable[[list[LabelledImage]], Batch]:  # noqa: ANN401
         """See ``Task.collater``; ``tokenizer`` is the model's image processor."""
+        del packing
 
         def collate(examples: list[LabelledImage]) -> Batch:
             inputs = tokenizer(

@@ -36,7 +36,7 @@ def session(tmp_path: Path, site: dict[str, Any] | None = None, **changes: Any) 
     return Session(load(site_file, SiteConfig), site_file, resolved(load(file, FederationConfig), file))
 
 
-def classifier(tmp_path: Path, **strategy: Any) -> Session:
+def classifier(tmp_path: Path, packing: str = "auto", **strategy: Any) -> Session:
     """A session of a tiny BERT that tells pain from swelling."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
@@ -56,7 +56,7 @@ def classifier(tmp_path: Path, **strategy: Any) -> Session:
         model={"path": "bert"},
         task={"type": "sequence-classification", "labels": ["pain", "swelling"]},
         strategy={**LORA, "blocks": "all", **strategy},
-        training={"local_steps": 20, "learning_rate": 0.05},
+        training={"local_steps": 20, "learning_rate": 0.05, "packing": packing},
         evaluation=server,
     )
 
@@ -212,7 +212,7 @@ def test_dropout_differs_by_seed_site_and_round(tmp_path: Path) -> None:
 
 
 def test_fewer_rows_per_pass_stay_for_later_rounds(tmp_path: Path) -> None:
-    own = session(tmp_path)  # of 4 rows per step
+    own = session(tmp_path, training={"packing": "off"})  # of 4 rows per step
     own.set_state(state(own), None, list(state(own)))
     sizes: list[int] = []
 
@@ -307,3 +307,27 @@ def test_new_process_follows_the_steps_from_the_base_model(tmp_path: Path) -> No
     assert all(torch.equal(t, two._tuned.get()[name]) for name, t in fresh._tuned.get().items())
     with pytest.raises(StaleStateError, match="send the weights in full"):
         two.follow([], "elsewhere", "nowhere")
+
+
+@pytest.mark.parametrize("strategy", [FEDFTG, {**LORA, "name": "fedit"}], ids=["fedftg", "fedit"])
+def test_packed_rows_give_the_update_of_padded_ones(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    found = {}
+    for packing in ("off", "on"):
+        own = session(tmp_path / packing, strategy=strategy, training={"packing": packing, "batch_size": 4})
+        own.hello()
+        assert (own.model.packing is not None) == (packing == "on")
+        start, names = state(own), list(own.exchanged)
+        own.set_state(start, None, names)
+        _, numbers = own.train(1, names)
+        change = torch.cat([(tensor - start[name]).flatten() for name, tensor in state(own).items()])
+        found[packing] = change, numbers["loss"], numbers["tokens"]
+    (padded, loss, tokens), (packed, *same) = found["off"], found["on"]
+    assert same == [pytest.approx(loss, rel=1e-6), tokens]
+    assert float((packed - padded).norm() / padded.norm()) < 1e-4  # Adam divides small gradients by themselves
+    assert not torch.equal(packed, padded)
+
+
+def test_packing_is_refused_at_hello_for_a_task_without_it(tmp_path: Path) -> None:
+    own = classifier(tmp_path, packing="on")
+    with pytest.raises(ModelError, match=r"`training.packing` is on, but only the task causal-lm packs rows"):
+        own.hello()

@@ -41,7 +41,7 @@ def test_estimated_peak_is_the_measured_one(
 
     The same process with a tiny model is taken off, because how much Python and its libraries hold differs by machine.
     """
-    files.change("federation", strategy=strategy, training={"batch_size": 24})
+    files.change("federation", strategy=strategy, training={"batch_size": 24, "packing": "off"})
     monkeypatch.setattr(memory, "_ALLOCATOR", 1.0)
     for limit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(limit, "65536")

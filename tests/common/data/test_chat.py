@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from common.config.federation import EvaluationConfig
-from common.data.chat import IGNORED, causal_loss_sum, collate, encode, last_tokens, prompt_ids
+from common.data.chat import causal_loss_sum, collate, encode, last_tokens, prompt_ids
 from common.data.evaluation import EvalSettings, evaluate_model, generate_answers, in_fixed_order
 from common.data.rows import Row
 from common.errors import ModelError
@@ -29,9 +29,9 @@ def test_labels_are_the_answer_and_the_token_that_ends_its_turn() -> None:
     tokenizer = make_tokenizer()
     example = encode(tokenizer, ROW, "Be brief.", 64)
     batch = collate([example], pad_id(tokenizer))
-    counted = batch["labels"][0] != IGNORED
-    assert tokenizer.decode(batch["labels"][0][counted]) == "ache of the hand<|im_end|>"
-    assert tokenizer.decode(batch["input_ids"][0][~counted]) == (
+    assert tokenizer.decode(batch["labels"]) == "ache of the hand<|im_end|>"
+    assert torch.equal(batch["input_ids"][0][batch["sources"] + 1], batch["labels"])
+    assert tokenizer.decode(batch["input_ids"][0][: batch["sources"][0] + 1]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nacute pain<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -46,8 +46,7 @@ def test_loss_counts_every_turn_of_the_assistant_with_its_end() -> None:
     for template, ended in ((tokenizer.chat_template, "<|im_end|>"), (None, "<|im_end|>")):
         tokenizer.chat_template = template
         batch = collate([encode(tokenizer, TALK, "not this one", 200)], pad_id(tokenizer))
-        counted = batch["labels"][0] != IGNORED
-        assert tokenizer.decode(batch["labels"][0][counted]) == f"ache of it{ended}ache of the hand{ended}"
+        assert tokenizer.decode(batch["labels"]) == f"ache of it{ended}ache of the hand{ended}"
         if template is not None:
             messages = [{"role": r, "content": c} for r, c in (*TALK.before, ("user", TALK.prompt))]
             messages.append({"role": "assistant", "content": TALK.answer})
@@ -62,7 +61,9 @@ def test_conversation_that_is_cut_keeps_what_the_loss_counts_in_place(max_length
     whole, cut = (collate([encode(tokenizer, TALK, None, n)], pad_id(tokenizer)) for n in (200, max_length))
     assert cut["input_ids"].shape[1] == max_length
     assert torch.equal(cut["input_ids"][0], whole["input_ids"][0][-max_length:])
-    assert torch.equal(cut["labels"][0], whole["labels"][0][-max_length:])
+    lost, places = whole["input_ids"].shape[1] - max_length, whole["sources"]
+    assert torch.equal(cut["sources"], places[places >= lost] - lost)
+    assert torch.equal(cut["labels"], whole["labels"][places >= lost])
 
 
 def test_template_that_drops_earlier_turns_is_refused() -> None:
@@ -84,10 +85,9 @@ def test_padding_does_not_hide_the_end_token_though_they_are_the_same() -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     examples = [encode(tokenizer, row, None, 64) for row in (ROW, Row("p", "a"))]
     batch = collate(examples, pad_id(tokenizer))
+    ended = [line * batch["input_ids"].shape[1] + len(example.input_ids) - 2 for line, example in enumerate(examples)]
+    assert batch["sources"][batch["labels"] == tokenizer.eos_token_id].tolist() == ended
     for line, example in enumerate(examples):
-        labels = batch["labels"][line]
-        assert labels[len(example.input_ids) - 1] == tokenizer.eos_token_id
-        assert (labels[len(example.input_ids) :] == IGNORED).all()
         assert batch["attention_mask"][line].sum() == len(example.input_ids)
 
 

@@ -18,6 +18,7 @@ from client.training.settings import make_optimizer
 from common.config.strategy import FedFTGConfig, FedITConfig
 from common.config.task import CausalLMTask, ImageClassificationTask, SequenceClassificationTask
 from common.config.training import TrainingConfig
+from common.data.chat import Example, collate, padded
 from common.data.tasks import Task, make_task
 from common.errors import ModelError
 from common.model.base_model import check_length
@@ -150,13 +151,14 @@ def batch_of(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
             batch = {"pixel_values": patches, "pixel_attention_mask": torch.ones(2, 4), "spatial_shapes": shapes}
         return {**batch, "labels": torch.tensor([0, 1])}
     ids = torch.randint(3, 300, (2, 8), generator=generator)
-    labels = ids if name in CAUSAL else torch.tensor([0, 1])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if name in CAUSAL:
+        return collate([Example(row, 1) for row in ids.tolist()], 0)
+    return {**padded(ids.tolist(), 0), "labels": torch.tensor([0, 1])}
 
 
 def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return model(**{key: value for key, value in batch.items() if key not in ("labels", "sources")}).logits
 
 
 TRAINING = TrainingConfig(learning_rate=0.05, local_steps=1, batch_size=2)

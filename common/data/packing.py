@@ -1,0 +1,249 @@
+"""Short rows laid into fewer, longer ones, in which rows do not see each other and equal beginnings stand once.
+
+A packed row is a tree: a token's parent is the token before it in its row, and rows that begin alike (a system message,
+a template) share the nodes of what they have in common. A token sees its ancestors and has its depth as its position,
+so hidden states, loss and gradients are those of the rows by themselves, to rounding (decision 038). The layout depends
+on the tokens alone.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.config.training import PackingMode
+from common.errors import ModelError
+from common.model.families import kind_of
+
+log = logging.getLogger(__name__)
+_WIDTHS = (128, 256, 512)  # packed rows may be this wide where the longest row is shorter; attention costs their square
+_SQUARE = 4096  # width at which attention costs as much as everything else, roughly
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # in configurations: how far a token sees
+_EXACT, _ROUNDED = 1e-3, 0.05  # most that the logits of packed rows differ, in float32 and in other arithmetic
+
+
+class Encoded(Protocol):
+    """A row's tokens, and where in them those that the loss counts begin and end."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """The tokens."""
+
+    def counted(self) -> Iterator[tuple[int, int]]:
+        """Begin and end of every span of counted tokens."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The kind of packed rows that a model takes.
+
+    Attributes:
+        additive: whether its masks are added to attention's scores; else they say what is seen.
+        share: whether equal beginnings stand once; not with dropout, which must fall on each row by itself.
+        window: tokens that its attention sees back, at least; a packed row is no longer.
+    """
+
+    additive: bool
+    share: bool
+    window: int | None
+
+
+class _Tree:
+    """The tokens of one packed row."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []  # -1: first token of a row
+        self.depths: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}  # by parent and token
+
+    def known(self, ids: Sequence[int]) -> list[int]:
+        """Nodes of the longest beginning of ``ids`` that is here already."""
+        nodes: list[int] = []
+        for token in ids:
+            child = self._children.get((nodes[-1] if nodes else -1, token))
+            if child is None:
+                break
+            nodes.append(child)
+        return nodes
+
+    def add(self, ids: Sequence[int], *, share: bool) -> list[int]:
+        """Add a row; returns the nodes of its tokens."""
+        nodes = self.known(ids) if share else []
+        for token in ids[len(nodes) :]:
+            parent = nodes[-1] if nodes else -1
+            nodes.append(len(self.tokens))
+            self._children[parent, token] = nodes[-1]
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.depths.append(len(nodes) - 1)
+        return nodes
+
+
+@dataclass(frozen=True)
+class _Layout:
+    trees: list[_Tree]
+    nodes: list[tuple[int, list[int]]]  # each row's tree, and the nodes of its tokens
+
+    @property
+    def width(self) -> int:
+        return max(len(tree.tokens) for tree in self.trees)
+
+
+def pack(examples: Sequence[Encoded], padding: int, packing: Packing) -> dict[str, Tensor] | None:
+    """A batch of packed rows; None where packing saves nothing.
+
+    Returns:
+        input_ids and position_ids (packed rows, width); attention_mask (packed rows, 1, width, width); sources and
+        labels as in ``common.data.chat.collate``; tokens (), the number of tokens of all rows.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    if packing.window is not None and longest > packing.window:
+        return None
+    rooms = [longest, *(width for width in _WIDTHS if longest < width <= (packing.window or width))]
+    layouts = [_lay(examples, room, share=packing.share) for room in rooms]
+    layout = min(layouts, key=lambda one: _cost(len(one.trees), one.width))
+    if _cost(len(layout.trees), layout.width) >= _cost(len(examples), longest):
+        return None
+    shape = len(layout.trees), layout.width
+    ids, positions = np.full(shape, padding), np.zeros(shape, np.int64)
+    seen = np.broadcast_to(np.eye(layout.width, dtype=bool), (*shape, layout.width)).copy()  # padding sees itself
+    for line, tree in enumerate(layout.trees):
+        ids[line, : len(tree.tokens)], positions[line, : len(tree.tokens)] = tree.tokens, tree.depths
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                seen[line, node] |= seen[line, parent]
+    mask = torch.from_numpy(seen)[:, None]
+    if packing.additive:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    sources, labels = list[int](), list[int]()
+    for example, (line, nodes) in zip(examples, layout.nodes, strict=True):
+        for start, end in example.counted():
+            sources += [line * layout.width + node for node in nodes[start - 1 : end - 1]]
+            labels += example.input_ids[start:end]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "attention_mask": mask,
+        "sources": torch.tensor(sources, dtype=torch.long),
+        "labels": torch.tensor(labels, dtype=torch.long),
+        "tokens": torch.tensor(sum(len(example.input_ids) for example in examples)),
+    }
+
+
+def _lay(examples: Sequence[Encoded], room: int, *, share: bool) -> _Layout:
+    """Rows into trees of at most ``room`` tokens: the longest first, each where it adds least."""
+    trees: list[_Tree] = []
+    places: dict[int, tuple[int, list[int]]] = {}
+    for row in sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i)):
+        ids, best, least = examples[row].input_ids, len(trees), room + 1
+        for number, tree in enumerate(trees):
+            new = len(ids) - (len(tree.known(ids)) if share else 0)
+            if new < least and len(tree.tokens) + new <= room:
+                best, least = number, new
+        if best == len(trees):
+            trees.append(_Tree())
+        places[row] = best, trees[best].add(ids, share=share)
+    return _Layout(trees, [places[row] for row in range(len(examples))])
+
+
+def _cost(rows: int, width: int) -> float:
+    return rows * width * (1 + width / _SQUARE)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A row of the probe; all its tokens but the first count."""
+
+    input_ids: list[int]
+
+    def counted(self) -> Iterator[tuple[int, int]]:
+        yield 1, len(self.input_ids)
+
+
+def choose(model: nn.Module, wanted: PackingMode, autocast: torch.dtype | None, *, packs: bool) -> Packing | None:
+    """How rows of one forward pass are packed; None: they are padded.
+
+    Args:
+        model: the model, on its device.
+        wanted: `training.packing`.
+        autocast: dtype of forward and backward; None: the weights' own.
+        packs: whether the task packs rows at all.
+
+    Raises:
+        ModelError: ``wanted`` is on, and the task or the model cannot.
+    """
+    if wanted == "off":
+        return None
+    try:
+        if not packs:
+            raise ModelError("only the task causal-lm packs rows")
+        return packing_of(model, autocast)
+    except ModelError as error:
+        if wanted == "on":
+            raise ModelError(f"`training.packing` is on, but {error}; allowed here: auto, off") from None
+        log.info("rows are padded: %s", error)
+    return None
+
+
+def packing_of(model: Any, autocast: torch.dtype | None) -> Packing:  # noqa: ANN401
+    """How a causal model takes packed rows: tried with a few tokens on the model itself.
+
+    Args:
+        model: the model, on its device.
+        autocast: dtype of forward and backward; None: the weights' own.
+
+    Raises:
+        ModelError: it does not keep packed rows apart, or takes no positions or masks; the text says which model.
+    """
+    settings = model.config.get_text_config()
+    config, attention = settings.to_dict(), str(settings._attn_implementation)
+    what = f"this {kind_of(model)} model takes no packed rows"
+    if config.get("alibi") or (config.get("attn_config") or {}).get("alibi"):
+        raise ModelError(f"{what}: its attention goes by places in a row (ALiBi)")
+    if attention not in ("sdpa", "eager"):
+        raise ModelError(f"{what} with attention {attention!r}")
+    dropout = any(
+        isinstance(value, float) and value > 0
+        for key, value in config.items()
+        if "drop" in key and "classifier" not in key
+    )
+    dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    windows = [config[key] for key in _WINDOWS if isinstance(config.get(key), int) and config[key] > 0]
+    packing = Packing(attention == "eager", not dropout, min(windows, default=None))
+    was_training = model.training
+    model.eval()
+    try:
+        wrong = _probe(model, replace(packing, window=None), autocast)
+    except Exception as error:  # noqa: BLE001 - what a model's code raises at a mask or positions that it cannot take
+        raise ModelError(f"{what}: {type(error).__name__}") from None
+    finally:
+        model.train(was_training)
+    whole = autocast is None and {p.dtype for p in model.parameters()} == {torch.float32}
+    if not wrong < (_EXACT if whole else _ROUNDED):
+        raise ModelError(
+            f"{what}: they see each other, or its positions cannot be given (logits differ by {wrong:.1g})"
+        )
+    return packing
+
+
+@torch.no_grad()
+def _probe(model: Any, packing: Packing, autocast: torch.dtype | None) -> float:  # noqa: ANN401
+    """Relative difference of the logits of packed rows to those of the same rows, one by one."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    drawn = torch.randint(vocabulary, (3, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [_Made(ids) for ids in (drawn[0] + drawn[1], drawn[0] + drawn[2][:5], drawn[2][:4])]
+    device = model.get_input_embeddings().weight.device
+    batch = pack(rows, 0, packing)
+    assert batch is not None  # noqa: S101 - three rows that begin alike or are short
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "attention_mask")}
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        packed = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"].to(device)].float()
+        alone = torch.cat(
+            [model(input_ids=torch.tensor([row.input_ids], device=device)).logits[0, :-1] for row in rows]
+        )
+    return float((packed - alone).norm() / (alone - alone.mean(-1, keepdim=True)).norm())
