@@ -328,6 +328,6 @@ def test_packed_rows_give_the_update_of_padded_ones(tmp_path: Path, strategy: di
 
 
 def test_packing_is_refused_at_hello_for_a_task_without_it(tmp_path: Path) -> None:
-    own = classifier(tmp_path, packing="on")
+    own = classifier(tmp_path, packing="on", head="train")
     with pytest.raises(ModelError, match=r"`training.packing` is on, but only the task causal-lm packs rows"):
         own.hello()

@@ -4,7 +4,7 @@ import gc
 import itertools
 import math
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -311,3 +311,27 @@ def test_tensors_of_a_failed_pass_are_freed_before_the_next() -> None:
     finally:
         gc.enable()
     assert len(held) == 2 * 4  # of 4 rows, and of 2
+
+
+def test_rows_of_like_length_share_a_pass_and_the_step_is_the_same() -> None:
+    widths: list[int] = []
+
+    class Text(NamedTuple):
+        input_ids: list[float]
+        labels: list[int]
+
+    def padded(batch: list[Text]) -> Batch:
+        widths.append(max(len(row.input_ids) for row in batch))
+        return collate([tuple(row) for row in batch])
+
+    found = []
+    for cap in (None, 2):
+        model = nn.Linear(1, 1)
+        nn.init.ones_(model.weight)
+        options: dict[str, Any] = {"server_round": 1, "rounds": 1, "max_batch_size": cap, "autocast": None, "seed": "s"}
+        texts, cpu = [Text(*row) for row in rows(8)], torch.device("cpu")
+        optimizer, how = torch.optim.SGD(model.parameters(), lr=0.1), settings(batch_size=8, local_steps=1)
+        train(model, optimizer, texts, padded, loss_sum, how, device=cpu, **options)
+        found.append(model.weight.item())
+    assert widths == [3, 1, 2, 2, 3]  # of lengths 1, 1, 1, 2, 2, 2, 3, 3
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
