@@ -331,7 +331,7 @@ def test_rows_of_like_length_share_a_pass_and_the_step_is_the_same() -> None:
         options: dict[str, Any] = {"server_round": 1, "rounds": 1, "max_batch_size": cap, "autocast": None, "seed": "s"}
         texts, cpu = [Text(*row) for row in rows(8)], torch.device("cpu")
         optimizer, how = torch.optim.SGD(model.parameters(), lr=0.1), settings(batch_size=8, local_steps=1)
-        train(model, optimizer, texts, padded, loss_sum, how, device=cpu, **options)
+        train(model, optimizer, texts, padded, loss_sum, how, ranks=Ranks([cpu]), **options)
         found.append(model.weight.item())
     assert widths == [3, 1, 2, 2, 3]  # of lengths 1, 1, 1, 2, 2, 2, 3, 3
     assert found[0] == pytest.approx(found[1], rel=1e-6)
