@@ -328,6 +328,7 @@ def test_rows_of_like_length_share_a_pass_and_the_step_is_the_same() -> None:
     for cap in (None, 2):
         model = nn.Linear(1, 1)
         nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)
         options: dict[str, Any] = {"server_round": 1, "rounds": 1, "max_batch_size": cap, "autocast": None, "seed": "s"}
         texts, cpu = [Text(*row) for row in rows(8)], torch.device("cpu")
         optimizer, how = torch.optim.SGD(model.parameters(), lr=0.1), settings(batch_size=8, local_steps=1)
