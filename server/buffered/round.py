@@ -103,11 +103,23 @@ class BufferedRound(Round):
                 self._fail(self._parts.strategy.client(sent.node_id).name, silent)
                 if sent.node_id in self._parts.clients.connected():
                     self._ask_again(sent.node_id)
-        waits = self._look_after_lost() or bool(in_flight.waiting(GROUP))
+        waits = self._look_after_lost()
+        self._ask_newcomers()
+        waits = waits or bool(in_flight.waiting(GROUP))
         if not waits or time.monotonic() > self._asked + deadline:
             return False
         time.sleep(POLL_SECONDS)
         return True
+
+    def _ask_newcomers(self) -> None:
+        """Give work to the sites that have joined, or come back, since the round began."""
+        strategy, clients = self._parts.strategy, self._parts.clients
+        clients.register_with(strategy)
+        busy = {strategy.client(node_id).name for node_id in self._parts.in_flight.waiting(GROUP)}
+        heard = {*self.recorder.admitted, *self.recorder.problems, *self._lost}
+        for node_id in clients.connected():
+            if strategy.client(node_id).name not in busy | heard:
+                self._ask_again(node_id)
 
     def _ask_again(self, node_id: int) -> None:
         name = self._parts.strategy.client(node_id).name

@@ -287,6 +287,20 @@ def test_site_whose_worker_died_gets_the_work_of_the_round_that_is_open_then(tmp
     assert (2, "site-3", 0) in counted(tmp_path)
 
 
+def test_site_that_joins_in_a_round_is_given_work_at_once(tmp_path: Path) -> None:
+    """Else the round would wait for the slow one."""
+    one, two, three = Site(1), Site(2), Site(3)
+    grid = Ordered({1: one, 2: two}, [1, 3, 1, 3])
+
+    def join(message: Message) -> None:
+        grid.sites[3] = three
+
+    one.before_reply = join  # type: ignore[assignment]
+    run(tmp_path, [one, two], 2, grid=grid, cohort=ALL)
+    assert counted(tmp_path) == [(1, "site-1", 0), (1, "site-3", 0), (2, "site-1", 0), (2, "site-3", 0)]
+    assert [(e["round"], e["client"]) for e in events(tmp_path, "work_given")] == [(1, "site-3")]
+
+
 def test_scores_that_come_late_are_noted_and_decide_nothing(tmp_path: Path) -> None:
     class Scored(Site):
         def _train(self, server_round: int) -> Any:
