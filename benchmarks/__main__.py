@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks import (
     averaging,
+    downlink,
     fixed_cost,
     flexlora_aggregation,
     galore_refresh,
@@ -36,7 +37,8 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "averaging": Benchmark(averaging.run, "2 minutes"),
+    "averaging": Benchmark(averaging.run, "5 minutes"),
+    "downlink": Benchmark(downlink.run, "15 minutes"),
     "fixed-cost": Benchmark(fixed_cost.run, "1 minute"),
     "flexlora-aggregation": Benchmark(flexlora_aggregation.run, "10 minutes"),
     "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),

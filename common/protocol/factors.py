@@ -7,7 +7,7 @@ share the round's basis (``common.linalg.subspace``), only R is sent (decisions 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -67,8 +67,7 @@ class Factors:
             return float((times_right(start, self.terms[0][1]) * self.terms[0][0]).sum(dtype=torch.float64))
         if self.common:
             return float((times_left(start, self.terms[0][0]) * self.terms[0][1]).sum(dtype=torch.float64))
-        left, right = self.stacked(tuple(start.shape))
-        return float(((start.to(torch.float32) @ right.T) * left).sum(dtype=torch.float64))
+        return inner_products([self], start)[0]
 
     def change(self, start: Tensor) -> Tensor:
         """W - W_0 (m, n), in float32, for W_0 = ``start`` (m, n)."""
@@ -93,6 +92,15 @@ class Factors:
         for product in products[1:]:
             products[0].add_(product)
         return weight.add_(products[0]) if products else weight
+
+
+def inner_products(changes: Sequence[Factors], start: Tensor) -> list[float]:
+    """``Factors.inner`` of each change, by one product with W_0 (m, n)."""
+    stacked = Factors(1.0, [pair for change in changes for pair in change.terms])
+    left, right = stacked.stacked(tuple(start.shape))
+    columns = ((start.to(torch.float32) @ right.T) * left).sum(0, dtype=torch.float64)
+    widths = [sum(one.shape[0] for _, one in change.terms) for change in changes]
+    return [float(part.sum()) for part in columns.split(widths)]
 
 
 @dataclass(frozen=True)

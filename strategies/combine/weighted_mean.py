@@ -14,12 +14,13 @@ from common.errors import AggregationError
 from common.linalg.remembered import square_norm
 from common.linalg.subspace import projects_right
 from common.model.second_moments import without
-from common.protocol.factors import Factors
+from common.protocol.factors import Factors, inner_products
 from common.protocol.tensors import Tensors
 
 Changed = Mapping[str, Tensor | Factors]
 Means = dict[str, Tensor | Factors]
-_PENDING = 8  # beside a dense sum, factors may take this part of the sum's memory
+_PENDING = 4  # beside a dense sum, factors may take this part of the sum's memory
+_TOGETHER = 8  # updates whose inner products with the base are computed together
 NO_UPDATE = "no update to average: every client failed or was refused"
 
 
@@ -87,7 +88,7 @@ class _Sum:
         common = value.common and len(terms) == 1
         self._factors = Factors(self._factors.decay + weight * (value.decay - 1.0), terms, common)
         most = self._base.numel() if self._whole is None else self._base.numel() // _PENDING
-        if sum(len(r) for _, r in terms) * sum(self._base.shape) >= most:
+        if sum(r.shape[0] for _, r in terms) * sum(self._base.shape) >= most:
             self._densify()
 
     def _joined(self, more: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -145,15 +146,37 @@ class Drift:
         self._base = base
         self._units: dict[str, dict[str, _Sum]] = {}
         self._norms: dict[str, list[float]] = {}
+        self._pending: list[Changed] = []
 
     def fold(self, tensors: Changed) -> None:
         """Add one client's tensors, or factors of the changes; second moments are left out."""
+        self._pending.append(tensors)
+        if not any(_meets_base(value) for value in tensors.values()) or len(self._pending) == _TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Add the updates that wait for others with which they share a product."""
+        pending, self._pending = self._pending, []
+        inner: list[dict[str, float]] = [{} for _ in pending]
+        for name in pending[0] if pending else ():
+            meeting = [
+                (k, v) for k, one in enumerate(pending) if isinstance(v := one[name], Factors) and _meets_base(v)
+            ]
+            products = inner_products([value for _, value in meeting], self._base[name]) if meeting else []
+            for (k, _), product in zip(meeting, products, strict=True):
+                inner[k][name] = product
+        for tensors, known in zip(pending, inner, strict=True):
+            self._add(tensors, known)
+
+    def _add(self, tensors: Changed, inner: dict[str, float]) -> None:
         groups: dict[str, list[str]] = {}
         for name in without(tensors):
             groups.setdefault(layer_group(name), []).append(name)
         for group, names in groups.items():
             values = [(name, tensors[name], self._base[name]) for name in names]
-            inner = {name: v.inner(base) for name, v, base in values if isinstance(v, Factors) and v.decay != 1.0}
+            inner |= {
+                n: v.inner(base) for n, v, base in values if isinstance(v, Factors) and v.common and v.decay != 1.0
+            }
             norm = math.sqrt(sum(change_square(v, base, inner.get(name)) for name, v, base in values))
             self._norms.setdefault(group, []).append(norm)
             units = self._units.setdefault(group, {})
@@ -162,6 +185,7 @@ class Drift:
 
     def diagnostics(self) -> dict[str, float]:
         """``client-norm/<group>``: mean L2 norm; ``client-cosine/<group>`` when at least two clients moved."""
+        self._flush()
         result = {}
         for group, norms in self._norms.items():
             result[f"client-norm/{group}"] = sum(norms) / len(norms)
@@ -170,6 +194,11 @@ class Drift:
                 square = sum(units.square() for units in self._units[group].values())
                 result[f"client-cosine/{group}"] = (square - k) / (k * (k - 1))
         return result
+
+
+def _meets_base(value: Tensor | Factors) -> bool:
+    """Whether the norm of a change needs a product with the base that no other client shares."""
+    return isinstance(value, Factors) and value.decay != 1.0 and not value.common
 
 
 def layer_group(name: str) -> str:
