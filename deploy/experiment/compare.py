@@ -4,6 +4,7 @@
     comparison.md           the final tables
     comparison.csv          the final numbers, one per line
     comparison-rounds.csv   every number of every seed and round
+    comparison-claims.csv   every claim in every setting, where there are claims
 
 The comparison depends on the folder alone, so it can be repeated at any time; unfinished trials are left out. The same
 folder gives the same bytes.
@@ -26,7 +27,7 @@ from common.system.files import write_atomically
 from common.web.format import precise, score, seconds
 from common.web.template import fill
 from deploy.experiment import compare_plots as plots
-from deploy.experiment.compare_claims import claims
+from deploy.experiment.compare_claims import claims, tested
 from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
 from deploy.experiment.compare_text import headline, notes, unscored
 from server.report.diagnostics import MEANINGS
@@ -60,6 +61,10 @@ def write_comparison(out: Path) -> Path:
         ),
         "comparison-rounds.csv": _csv(("strategy", *_SETTING, "seed", "round", "measure", "value"), _rounds(found)),
     }
+    if found.claims:
+        told = ("gain", "deviation", "seeds", "p", "verdict", "seeds_needed", "plateau")
+        head = ("strategy", *_SETTING, "than", "measure", *told)
+        files["comparison-claims.csv"] = _csv(head, _claims(found))
     for name, text in files.items():
         try:
             write_atomically(out / name, text)
@@ -225,6 +230,14 @@ def _rounds(found: Comparison) -> Iterator[tuple[object, ...]]:
             for key, values in measured.items():
                 for number, value in values.items():
                     yield *_place(group, line), seed.seed, number, key, value
+
+
+def _claims(found: Comparison) -> Iterator[tuple[object, ...]]:
+    for one in tested(found):
+        where, paired = (one.group.clients, one.group.alpha, one.group.rank, one.group.local_steps), one.paired
+        if paired is not None:
+            told = (paired.difference, paired.deviation, paired.seeds, paired.p, paired.verdict, paired.needed())
+            yield one.better, *where, one.than, found.select_by, *told, not one.unfinished
 
 
 def _lines(found: Comparison) -> Iterator[tuple[Group, Line]]:

@@ -1,14 +1,15 @@
 """Tests of an experiment's claims: is a strategy better than another, over the same seeds in the same setting?"""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.config.strategy import title_of
-from common.metrics import SCORES, Score
+from common.metrics import SCORES
 from common.web.format import precise, score
-from deploy.experiment.compare_data import Comparison, Line
+from deploy.experiment.compare_data import Comparison, Group
 
 _LEVEL, _POWER = 0.05, 0.8
 _MOST = 1000  # a larger number of needed seeds is not told
@@ -69,31 +70,44 @@ class Paired:
         return None
 
 
-def claims(found: Comparison) -> Iterator[tuple[str, list[str], list[list[tuple[str, bool]]]]]:
-    """One table per claim: title, heads, and rows of texts, each with whether it decides; empty without claims."""
+@dataclass(frozen=True)
+class Tested:
+    """A claim in one setting; ``unfinished``: one of the two was best in its last round, so no plateau was seen."""
+
+    group: Group
+    better: str
+    than: str
+    paired: Paired | None
+    unfinished: bool
+
+
+def tested(found: Comparison) -> Iterator[Tested]:
+    """Every claim with every strategy that it names, in every setting that has both."""
     how = SCORES[found.select_by]
     for claim in found.claims:
-        rows: list[list[tuple[str, bool]]] = []
-        for group in found.groups:
+        for group, other in itertools.product(found.groups, claim["than"]):
             lines = {line.strategy: line for line in group.lines}
-            pairs = [(lines.get(claim["better"]), lines.get(other)) for other in claim["than"]]
-            rows += [_row(group.title, first, second, how) for first, second in pairs if first and second]
-        heads = ["Setting", "Compared with", f"Gain in {how.in_text}", "Seeds", "p", "Verdict", "Seeds needed"]
-        yield f"{title_of(claim['better'])} is better", heads, rows
+            first, second = lines.get(claim["better"]), lines.get(other)
+            if first is not None and second is not None:
+                scores = first.by_seed(how.name), second.by_seed(how.name)
+                paired = Paired.of(*scores, lower_is_better=how.lower_is_better)
+                yield Tested(group, first.strategy, other, paired, first.unfinished or second.unfinished)
 
 
-def _row(setting: str, first: Line, second: Line, how: Score) -> list[tuple[str, bool]]:
-    paired = Paired.of(first.by_seed(how.name), second.by_seed(how.name), lower_is_better=how.lower_is_better)
-    other = title_of(second.strategy)
+def claims(found: Comparison) -> Iterator[tuple[str, list[str], list[list[tuple[str, bool]]]]]:
+    """One table per claim: title, heads, and rows of texts, each with whether it decides; empty without claims."""
+    gain = f"Gain in {SCORES[found.select_by].in_text}"
+    for better, rows in itertools.groupby(tested(found), key=lambda one: one.better):
+        heads = ["Setting", "Compared with", gain, "Seeds", "p", "Verdict", "Seeds needed"]
+        yield f"{title_of(better)} is better", heads, [_row(one) for one in rows]
+
+
+def _row(one: Tested) -> list[tuple[str, bool]]:
+    paired, place = one.paired, [one.group.title, title_of(one.than)]
     if paired is None:
-        return [(text, False) for text in (setting, other, "–", "0", "–", "not run", "–")]
-    gain = (
-        score(paired.difference)
-        if paired.deviation is None
-        else (f"{score(paired.difference)} ± {precise(paired.deviation)}")
-    )
-    verdict = paired.verdict + ("‡" if first.unfinished or second.unfinished else "")
-    needed = paired.needed()
+        return [(text, False) for text in (*place, "–", "0", "–", "not run", "–")]
+    gain = score(paired.difference) + ("" if paired.deviation is None else f" ± {precise(paired.deviation)}")
     p = "–" if paired.p is None else f"{paired.p:.3f}" if paired.p >= 0.001 else "< 0.001"
-    told = [setting, other, gain, str(paired.seeds), p, verdict, "–" if needed is None else str(needed)]
+    verdict, needed = paired.verdict + ("‡" if one.unfinished else ""), paired.needed()
+    told = [*place, gain, str(paired.seeds), p, verdict, "–" if needed is None else str(needed)]
     return [(text, text == verdict and paired.verdict != "not decided") for text in told]

@@ -57,6 +57,8 @@ def test_every_other_strategy_says_why() -> None:
         ({"strategy": "fedftg"}, "`subspace` own has other bases .* allowed with it: `subspace` shared"),
         ({"strategy": {**STRATEGY["fedftg"], "wire_precision": "int8"}}, "rounds every update; allowed .* float32"),
         ({"strategy": {**STRATEGY["fedftg"], "optimizer_state": "averaged"}}, "second moments, which have no bound"),
+        ({"strategy": {"name": "fedftg", "projection": "none"}}, "`projection` none sends whole weights; allowed"),
+        ({"aggregation": {"method": "mean", "weights": "uniform"}}, "weights a site by its rows; allowed with it: "),
         ({"aggregation": "median"}, "no single update, which `aggregation` median needs; allowed with it: mean"),
         ({"aggregation": {"method": "mean", "clip_norm": 2.0}}, "`aggregation` mean with `clip_norm` needs"),
         ({"aggregation": {"method": "krum", "byzantine": 0}}, "`aggregation` krum needs"),

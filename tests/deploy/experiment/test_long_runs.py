@@ -1,5 +1,6 @@
 """Long experiments: rates beyond the file's, the round that is scored, and claims that are tested over the seeds."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -70,6 +71,10 @@ def test_rates_go_on_beyond_the_file_until_the_best_is_within(tmp_path: Path, mo
     assert "| FlexLoRA | 0.16† | 4 | 2 |" in text
     assert "in the round that was best on the validation set" in text
     assert "| 2 clients, rank 2 | FedIT |" in text
+    with (out / "comparison-claims.csv").open() as stream:
+        claims = {row["than"]: row for row in csv.DictReader(stream)}
+    assert float(claims["fedit"]["gain"]) == pytest.approx(2.0365 - 6.966, abs=1e-3)  # 1 + |log2(rate / best)| ...
+    assert (claims["ffa-lora"]["verdict"], claims["ffa-lora"]["plateau"]) == ("worse", "True")
     before = len(ran)
     assert main(["experiment", str(file), "--out", str(out)]) == 0  # called again it comes to the same
     assert {s["strategy"]: s for s in json.loads((out / "experiment.json").read_text())["settings"]} == told
