@@ -8,8 +8,9 @@ Four more differences to Flower 1.39:
 
 - The Runtime API is a Unix socket, so that no other account of this machine can answer in the site's name
   (``common.system.flower_socket``).
-- ``--poll`` sets the pause between two polls for messages. Flower waits three seconds, which on a fast link is most of
-  a short round. Beside the exchanges of a masked sum it polls five times a second.
+- ``--poll`` sets the longest pause between two polls for messages. Flower waits three seconds, which on a fast link is
+  most of a short round. FedSpan's SuperLink answers a poll when there is a message, or after seconds; then there is no
+  pause. The worker, too, is answered when a message has come, and an answer is sent when it is complete (decision 035).
 - When a run is stopped while a message of it is still being pulled, the message's task ends. Flower keeps the task, and
   the worker that takes it waits for the content for ever.
 - The next message is pulled when the last one is answered. Flower pulls it after any answer: an answer to a stopped run
@@ -19,6 +20,7 @@ Four more differences to Flower 1.39:
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,6 +31,7 @@ import grpc  # type: ignore[import-untyped]
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.common.config import parse_config_args
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from flwr.supercore.address import parse_address
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
@@ -36,6 +39,7 @@ from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.servicer.runtime import runtime_handlers
 
 from client.connect.dial import socket_path
 from client.connect.probe import probe
@@ -43,15 +47,16 @@ from client.watch.link_state import LinkState
 from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
-from common.protocol.exchanges import ACTION
 from common.system import flower_socket, logs
 from common.system.files import keep_private
 from common.system.keys import fingerprint, read_private
 
 _PROBE_SECONDS = 10.0
 _AGAIN_SECONDS = 2.0
-_HURRY, _HURRIES = 0.2, 20.0  # seconds between two polls beside a masked sum's exchanges, and for how long after one
+_HELD = 0.5  # seconds after which a poll's empty answer was held back by the SuperLink
+_WORKER_WAITS = 1.0  # seconds that a worker's question for work is held back; Flower's stop waits for it
 _receive, _send = start_client_internal._pull_and_store_message, start_client_internal._push_messages
+_acquire, _complete = runtime_handlers.acquire_task, runtime_handlers.push_task_output
 _make_retry_invoker = start_client_internal._make_fleet_connection_retry_invoker
 
 
@@ -70,24 +75,34 @@ def _parse_address(address: str) -> tuple[str, int | str, bool | None] | None:
 
 
 class _Turns:
-    """Receives a message, sends the answer to it, and only then receives the next message."""
+    """Receives a message, sends the answer to it, and only then receives the next message.
 
-    def __init__(self, state: LinkState, clock: "_Clock") -> None:
-        self._received, self._state, self._clock = "", state, clock
+    Args:
+        state: is told that the link is up.
+        longest: seconds of the longest pause.
+    """
+
+    def __init__(self, state: LinkState, longest: float) -> None:
+        self._received, self._state, self._longest = "", state, longest
+        self._ready, self._answered = threading.Event(), threading.Event()
+        self._held = False  # the last poll's answer was held back
 
     def receive(self, *, receive: Callable[[], tuple[Message, Any] | None], **rest: Any) -> int | None:  # noqa: ANN401
         """Flower's ``_pull_and_store_message``."""
 
         def noted() -> tuple[Message, Any] | None:
+            asked = time.monotonic()
             found = receive()
             self._state.up()
+            self._held = found is None and time.monotonic() - asked > _HELD
             if found is not None:
-                about = found[0].metadata
-                self._received = about.message_id
-                self._clock.hurry(about.message_type.endswith(f".{ACTION}"))
+                self._received = found[0].metadata.message_id
             return found
 
-        return _receive(receive=noted, **rest)
+        run_id = _receive(receive=noted, **rest)
+        if run_id is not None:
+            self._ready.set()
+        return run_id
 
     def answer(self, *, state: Any, **rest: Any) -> None:  # noqa: ANN401
         """Call Flower's ``_push_messages`` (wait for an answer, send all) until the received message is answered."""
@@ -95,27 +110,28 @@ class _Turns:
         while self._received in state.msg_store:
             _send(state=state, **rest)
 
+    def acquire(self, request: AcquireTaskRequest, state: Any) -> AcquireTaskResponse:  # noqa: ANN401
+        """Flower's ``acquire_task``, for the worker: answered when a message has come, or after a second."""
+        self._ready.wait(_WORKER_WAITS)
+        self._ready.clear()
+        return _acquire(request, state)
 
-class _Clock:
-    """The time module for one file of Flower's, with shorter sleeps.
-
-    The exchanges of a masked sum follow each other within seconds, so the sleeps beside them are shorter still.
-    """
-
-    def __init__(self, longest: float) -> None:
-        self._longest, self._hurries = longest, 0.0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(time, name)
+    def complete(self, *arguments: Any) -> Any:  # noqa: ANN401
+        """Flower's ``push_task_output``, the worker's last word on a message."""
+        done = _complete(*arguments)
+        self._answered.set()
+        return done
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but not longer than the longest pause."""
-        longest = min(self._longest, _HURRY) if time.monotonic() < self._hurries else self._longest
-        time.sleep(min(seconds, longest))
+        """Wait for an answer of the worker, but not longer than the longest pause."""
+        if not self._held:
+            self._answered.wait(min(seconds, self._longest))
+            self._answered.clear()
+        self._held = False
 
-    def hurry(self, wanted: bool) -> None:
-        """Shorten the pauses for a while, or no longer."""
-        self._hurries = time.monotonic() + _HURRIES if wanted else 0.0
+    def __getattr__(self, name: str) -> object:
+        """As the time module, for Flower's loop."""
+        return getattr(time, name)
 
 
 class Link:
@@ -260,13 +276,13 @@ def run(options: argparse.Namespace) -> NoReturn:
     keep_private()
     flower_socket.serve("flower-supernode", options.socket)
     start_client_internal.parse_address = _parse_address  # type: ignore[attr-defined, assignment]
-    clock = _Clock(options.poll)
-    start_client_internal.time = clock  # type: ignore[attr-defined, assignment]
+    turns = _Turns(state, options.poll)
+    start_client_internal.time = turns  # type: ignore[attr-defined, assignment]
     start_client_internal.pull_objects = _pull_objects  # type: ignore[attr-defined]
     start_client_internal._make_fleet_connection_retry_invoker = link.retry_invoker
-    turns = _Turns(state, clock)
     start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
     start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
+    runtime_handlers.acquire_task, runtime_handlers.push_task_output = turns.acquire, turns.complete
     try:
         flower_supernode()
     except SystemExit as end:  # os._exit: a thread that still tries to reach the SuperLink would keep the process alive

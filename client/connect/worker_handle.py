@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,15 @@ class WorkerProcess:
 
 
 @contextlib.contextmanager
-def heartbeats(client: RuntimeHttpClient, worker: WorkerProcess) -> Iterator[None]:
+def heartbeats(connect: Callable[[], RuntimeHttpClient], worker: WorkerProcess) -> Iterator[None]:
     """Send the SuperNode heartbeats for a message; end the worker process when the answer is no longer wanted."""
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             try:
-                wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+                with connect() as client:
+                    wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
             except httpx.TransportError:
                 continue  # the worker process finds out by itself when it sends its answer
             except httpx.HTTPStatusError:
@@ -109,4 +110,3 @@ def heartbeats(client: RuntimeHttpClient, worker: WorkerProcess) -> Iterator[Non
     finally:
         over.set()
         thread.join()
-        client.close()

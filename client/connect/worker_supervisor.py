@@ -19,6 +19,7 @@ import logging
 import signal
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -99,13 +100,14 @@ class WorkerSupervisor:
         """Poll and answer until the process is stopped."""
         self._show("no SuperNode")
         while True:
+            asked = time.monotonic()
             task, token = self._acquire()
             if task is not None:
                 self._answer(task, token)
                 self._idle_since = time.monotonic()
                 continue
             self._release_when_idle()
-            time.sleep(self._options.poll)
+            time.sleep(max(0.0, asked + self._options.poll - time.monotonic()))  # a link of ours has waited, too
 
     def _release_when_idle(self) -> None:
         """End a worker process that was idle for long; one with keys of a masked sum waits for the round's others."""
@@ -143,7 +145,8 @@ class WorkerSupervisor:
             self._worker = WorkerProcess(task.fab_hash, self._options.api, self._trust, *files)
         self._show("working")
         pulled, answering, done = None, False, False
-        with heartbeats(self._options.api.connect(RuntimeTokenHttpInterceptor(token), patience=5.0), self._worker):
+        connect = partial(self._options.api.connect, RuntimeTokenHttpInterceptor(token), patience=5.0)
+        with heartbeats(connect, self._worker):
             for told in self._worker.work(token):
                 pulled, answering = told.get("pulled", pulled), answering or "answering" in told
                 if "done" in told:

@@ -13,7 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.server.superlink.fleet.message_handler import message_handler
 from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.exit import add_exit_handler
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import FederationManager
 
@@ -24,7 +27,7 @@ from server.superlink.state import Objects, State
 _cli: Any = import_module("flwr.superlink.cli.flower_superlink")  # the package has a function of the same name
 _main: Any = import_module("flwr.superlink.main")
 _grpc: Any = import_module("flwr.supercore.grpc")
-_parse, _in_use = _cli._format_address, _grpc.is_port_in_use
+_parse, _in_use, _pull = _cli._format_address, _grpc.is_port_in_use, message_handler.pull_messages
 
 
 def _factories(database: str, manager: FederationManager) -> tuple[ObjectStoreFactory, LinkStateFactory]:
@@ -32,7 +35,17 @@ def _factories(database: str, manager: FederationManager) -> tuple[ObjectStoreFa
     objects = ObjectStoreFactory()
     links = LinkStateFactory(database, manager, objects)
     objects.store_instance = store = Objects()
-    links.state_instance = State(database, manager, store)
+    links.state_instance = state = State(database, manager, store)
+    add_exit_handler(state.let_go)
+
+    def pull_messages(request: PullMessagesRequest, **parts: Any) -> PullMessagesResponse:  # noqa: ANN401
+        """Flower's ``pull_messages``; a node for which there is no message waits for one."""
+        found = _pull(request=request, **parts)
+        if not found.messages_list and state.await_message(request.node.node_id):
+            found = _pull(request=request, **parts)
+        return found
+
+    message_handler.pull_messages = pull_messages  # type: ignore[assignment]
     return objects, links
 
 

@@ -7,7 +7,7 @@ an interrupted round is asked for again in a new run (decision 011).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from threading import Lock
+from threading import BoundedSemaphore, Event, Lock
 from typing import Any, TypeVar
 
 from flwr.app import Message
@@ -22,6 +22,7 @@ from flwr.supercore.run import Run, RunStatus
 from flwr.superlink.federation import FederationManager
 
 Answer = TypeVar("Answer")
+WAIT_SECONDS, MOST_WAITING = 5.0, 500  # a node's longest wait for a message; half of the Fleet API's threads
 _EARLIER = RunStatus(Status.FINISHED, SubStatus.FAILED, "the SuperLink does not know it any more")
 
 
@@ -36,6 +37,12 @@ class Objects(InMemoryObjectStore):
         """
         with self.lock_store:
             return super().preregister(run_id, object_tree)
+
+    def complete(self, object_id: str) -> bool:
+        """Whether an object is here with all that belongs to it."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            return entry is not None and entry.is_available and all(map(self.complete, entry.child_object_ids))
 
 
 class State(InMemoryLinkState):
@@ -53,6 +60,8 @@ class State(InMemoryLinkState):
         super().__init__(manager, objects)
         self._lock_object_push_sessions = self.lock  # Flower takes the two in either order: threads may wait for ever
         self._disk_lock = Lock()  # the copy of a node is of the last change that was written
+        self._objects, self._bells = objects, dict[int, Event]()  # by node: a message for it is complete
+        self._waiting, self._ends = BoundedSemaphore(MOST_WAITING), False
         for node in self._disk.get_node_info():
             self._remember(node)
 
@@ -106,23 +115,83 @@ class State(InMemoryLinkState):
         """See ``LinkState.get_run_status``."""
         return dict.fromkeys(run_ids, _EARLIER) | super().get_run_status(run_ids)
 
-    # Messages: content that nobody will fetch does not stay until the run ends
+    # Messages: handed out when they are complete, to a node that waits; content that nobody will fetch does not stay
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        """See ``LinkState.get_message_ins``. Flower's looks at the messages of all nodes, for each that asks."""
+        """See ``LinkState.get_message_ins``. Flower's looks at the messages of all nodes, for each that asks.
+
+        A node asks when it has confirmed the last message. One that was handed out and is not confirmed was lost on
+        the way, e.g. with the connection on which the node waited, and is handed out again.
+        """
         with self.lock:
-            waiting = [
+            self._bell(node_id).clear()
+            waiting = {
                 message_id
                 for message_id, message in self.message_ins_store.items()
                 if message.metadata.dst_node_id == node_id
-                and message.metadata.delivered_at == ""
                 and run_id in (None, message.metadata.run_id)
-            ]
-            self._check_stored_messages(set(waiting))
-            found = [self.message_ins_store[i] for i in waiting if i in self.message_ins_store][:limit]
+                and not self._is_finished_run(message.metadata.run_id)
+                and self._objects.complete(message_id)
+            }
+            self._check_stored_messages(waiting)
+            found = [message for i, message in self.message_ins_store.items() if i in waiting][:limit]
             for message in found:
                 message.metadata.delivered_at = now().isoformat()
             return found
+
+    def await_message(self, node_id: int) -> bool:
+        """Wait until a message for a node is complete; returns False when seconds have passed, or too many wait."""
+        if self._ends or not self._waiting.acquire(blocking=False):
+            return False
+        try:
+            return self._bell(node_id).wait(WAIT_SECONDS)
+        finally:
+            self._waiting.release()
+
+    def let_go(self) -> None:
+        """Let no node wait any more: the SuperLink ends."""
+        self._ends = True
+        for bell in list(self._bells.values()):
+            bell.set()
+
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """See ``CoreState.store_message_and_object_tree``."""
+        with self.lock:
+            stored = super().store_message_and_object_tree(message, object_tree, session_id)
+            self._announce({message.metadata.message_id})
+            return stored
+
+    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+        """See ``CoreState.store_object``."""
+        with self.lock:
+            session = self._object_push_sessions.get(session_id)
+            stored = super().store_object(run_id, session_id, object_id, object_content)
+            if session is not None and not session.pending_object_ids:
+                self._announce(session.root_object_ids)
+            return stored
+
+    def _announce(self, message_ids: set[str]) -> None:
+        for message_id in message_ids & self.message_ins_store.keys():
+            if self._objects.complete(message_id):
+                self._bell(self.message_ins_store[message_id].metadata.dst_node_id).set()
+
+    def _bell(self, node_id: int) -> Event:
+        return self._bells.setdefault(node_id, Event())
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """See ``LinkState.get_message_res``. A reply that is on its way is none yet: who pulled it would wait."""
+        with self.lock:
+            replies, sessions = self.message_ins_id_to_message_res_id, self._object_push_session_by_root
+            coming = {
+                i for i in message_ids if (reply := replies.get(i)) in sessions and not self._over(sessions[reply])
+            }
+            return super().get_message_res(message_ids - coming, run_id)
+
+    def _over(self, session_id: str) -> bool:
+        session = self._object_push_sessions.get(session_id)
+        return session is None or not session.pending_object_ids or session.expires_at <= now()
 
     def delete_messages(self, message_ins_ids: set[str]) -> None:
         """See ``LinkState.delete_messages``. The content of a message that its node never received goes, too."""

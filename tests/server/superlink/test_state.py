@@ -189,7 +189,77 @@ def test_node_is_given_its_own_messages_and_each_once(state: State) -> None:
     a, b = joined(state, "a"), joined(state, "b")
     begun(state)
     push(state, to(a, 1.0), to(b, 2.0), to(a, 3.0))
-    assert [one.metadata.dst_node_id for one in state.get_message_ins(a, None)] == [a, a]
+    found = state.get_message_ins(a, None)
+    assert [one.metadata.dst_node_id for one in found] == [a, a]
+    for one in found:
+        state.object_store.delete(one.metadata.message_id)  # ConfirmMessageReceived
     assert state.get_message_ins(a, 1) == []
     assert len(state.get_message_ins(b, 1)) == 1
     state.cleanup_run(TaskIdentity.run_id)
+
+
+def test_message_that_was_lost_on_the_way_is_given_again_until_it_is_confirmed(state: State) -> None:
+    node = joined(state, "a")
+    begun(state)
+    push(state, to(node, 1.0))
+    first = state.get_message_ins(node, 1)
+    assert state.get_message_ins(node, 1) == first  # the connection on which the node waited was gone
+    answered(state, node, 2.0)
+    assert state.get_message_ins(node, 1) == []
+
+
+def in_parts(state: State, message: Message) -> Iterator[None]:
+    """Push a message, an object at a step; after the first step its head is there."""
+    message.metadata.__dict__["_message_id"] = message.object_id
+    run = message.metadata.run_id
+    session = state.start_session(run)
+    _, missing = state.store_message_and_object_tree(message, get_object_tree(message), session)
+    yield
+    objects = get_all_nested_objects(message)
+    for key in missing:
+        assert state.store_object(run, session, key, objects[key].deflate())
+        yield
+
+
+def test_message_is_given_and_rings_when_it_is_complete(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, other = joined(state, "a"), joined(state, "b")
+    begun(state)
+    steps = list(get_all_nested_objects(to(node, 1.0)))
+    pushing = in_parts(state, to(node, 1.0))
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.0)
+    for _ in steps:
+        next(pushing)
+        assert state.get_message_ins(node, 1) == []
+        assert not state.await_message(node)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 600.0)
+    threading.Timer(0.05, next, args=(pushing, None)).start()
+    assert state.await_message(node)
+    assert not state._bell(other).is_set()
+    answered(state, node, 2.0)
+
+
+def test_reply_is_given_when_it_is_complete(state: State) -> None:
+    node = joined(state, "a")
+    run = begun(state)
+    push(state, to(node, 1.0))
+    (message,) = state.get_message_ins(node, 1)
+    name = message.metadata.message_id
+    state.object_store.delete(name)
+    reply = Message(content(2.0), reply_to=message)
+    for number, _ in enumerate(in_parts(state, reply)):
+        found = state.get_message_res({name}, run)
+        assert len(found) == (number == len(get_all_nested_objects(reply)))
+    state.delete_messages({name})
+
+
+def test_nobody_waits_for_a_superlink_that_ends(state: State) -> None:
+    node = joined(state, "a")
+    threading.Timer(0.05, state.let_go).start()
+    state.await_message(node)
+    assert not state.await_message(node)
+
+
+def test_no_more_nodes_wait_than_the_fleet_api_has_threads_to_spare(state: State) -> None:
+    state._waiting = threading.BoundedSemaphore(1)
+    with state._waiting:
+        assert not state.await_message(joined(state, "a"))
