@@ -125,7 +125,8 @@ def _masked(
     which = SumId(run=1, server_round=1, attempt=0, threshold=threshold)
     keys = [ec.generate_private_key(ec.SECP384R1()) for _ in updates]
     peers = {shown(primitives.id_of(key.public_key())): f"site-{k}" for k, key in enumerate(keys)}
-    server = ServerSum(which, vector.words + 1)
+    server = ServerSum(which)
+    server.expect(vector.words + 1)
     sites = [watch("site", partial(SiteSum, which, key, peers, 1)) for key in keys]
     ids = [watch("server", partial(server.add_keys, f"site-{k}", site.advert)) for k, site in enumerate(sites)]
     sizes = [len(sites[0].advert)]

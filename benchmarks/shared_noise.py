@@ -93,11 +93,11 @@ def masked_mean(changes: list[Tensors], left: int, threshold: int, part: float, 
     Only the first ``left`` sites send a vector; the others drop out after they have shared their secrets.
     """
     clients, shapes = len(changes), {name: tensor.shape for name, tensor in changes[0].items()}
-    size = sum(shape.numel() for shape in shapes.values())
     sum_id = SumId(run=1, server_round=number, attempt=0, threshold=threshold)
     keys = [ec.generate_private_key(ec.SECP384R1()) for _ in changes]
     peers = {shown(primitives.id_of(key.public_key())): f"site-{k}" for k, key in enumerate(keys)}
-    server, sites = ServerSum(sum_id, size), [SiteSum(sum_id, key, peers, threshold - 1) for key in keys]
+    server, sites = ServerSum(sum_id), [SiteSum(sum_id, key, peers, threshold - 1) for key in keys]
+    server.expect(sum(shape.numel() for shape in shapes.values()))
     ids = [server.add_keys(f"site-{k}", site.advert) for k, site in enumerate(sites)]
     for member, site in zip(ids, sites, strict=True):
         server.add_shares(member, site.share(server.listing.raw))

@@ -157,15 +157,16 @@ def masked_train(site: "Site", request: MaskedTrainRequest) -> MaskedTrainReply:
     tensors, told = _trained(site, request, max(most, part.most_bytes))
     masked, weight, clipped = part.masked(tensors)
     told["training"] |= {"clipped": clipped}
-    return MaskedTrainReply(arrays=wire.encode(masked, bundled=True), weight=weight, **vars(held), **told)
+    told |= {"weight": weight, "next_keys": site.member.keys_ahead(request, site.unmasked)}
+    return MaskedTrainReply(arrays=wire.encode(masked, bundled=True), **vars(held), **told)
 
 
 def exchange(site: "Site", request: ExchangeRequest) -> ExchangeReply:
     """Take part in one of the exchanges of keys, shares and signatures that go with a masked sum."""
     site.gate.note(stage=request.stage)
     site.progress.say(f"{request.stage} of the masked sum")
-    unmasked = site.gate.totals.unmasked[str(site.member.run)]
-    return ExchangeReply(payload=site.member.exchange(request, unmasked))
+    answer = site.member.exchange(request, site.unmasked)
+    return ExchangeReply(payload=answer, ahead=site.member.share_ahead(request.ahead))
 
 
 def _trained(site: "Site", request: TrainRequest, most_bytes: int) -> tuple["Tensors", dict[str, Any]]:
@@ -187,6 +188,7 @@ def _trained(site: "Site", request: TrainRequest, most_bytes: int) -> tuple["Ten
 
 def evaluate(site: "Site", request: EvaluateRequest) -> EvaluateReply:
     """Evaluate the last round's state, within the limits on evaluations and held-out rows."""
+    site.member.forget()
     if site.gate.site.keep is None:  # else the model comes next
         site.progress.ended(request.server_round)
     site.receive(request, [])

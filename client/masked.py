@@ -29,7 +29,28 @@ HOLDS = "FEDSPAN_HOLDS"  # environment variable for the worker's supervisor: thi
 #: Steps of the grid up to what the site's own training can reach, at least. On a coarser grid, which a server could ask
 #: for by a number of rows that no site has, small sites' numbers would all be 0, and the sum a large site's own.
 _LEAST_STEPS = 2**12
-_sums: dict[tuple[int, str], tuple[SumId, SiteSum]] = {}  # the current sum, by run and site
+
+
+@dataclass
+class Sums:
+    """A site's sums in one run.
+
+    Attributes:
+        current: the sum of the current round; None: none yet.
+        following: the next round's, whose keys went ahead; None: none did.
+    """
+
+    current: tuple[SumId, SiteSum] | None = None
+    following: tuple[SumId, SiteSum] | None = None
+
+    def find(self, which: SumId, *, begins: bool = False) -> SiteSum | None:
+        """A sum; the next round's is found only when its training ``begins``, and is then the current one."""
+        if begins and self.following is not None and self.following[0] == which:
+            self.current, self.following = self.following, None
+        return self.current[1] if self.current is not None and self.current[0] == which else None
+
+
+_sums: dict[tuple[int, str], Sums] = {}  # by run and site
 
 
 @dataclass(frozen=True)
@@ -69,8 +90,45 @@ class Member:
             return found.share(request.payload)
         if request.stage == SURVIVORS:
             return found.sign(request.payload)
-        os.environ.pop(HOLDS, None)
+        if self._sums.following is None:
+            os.environ.pop(HOLDS, None)
         return found.unmask(request.payload)
+
+    def share_ahead(self, listing: bytes | None) -> bytes | None:
+        """Seal shares for the sum of the next round, whose keys went ahead; None: nobody has asked.
+
+        Raises:
+            PolicyError: as ``SiteSum.share``.
+            StaleStateError: no keys went ahead.
+        """
+        if listing is None:
+            return None
+        if self._sums.following is None:
+            raise StaleStateError("this site has given no keys of the next round")
+        return self._sums.following[1].share(listing)
+
+    def keys_ahead(self, request: MaskedTrainRequest, unmasked: int) -> bytes | None:
+        """Make the keys of the next round, when the site's numbers of this round are masked; None: nobody has asked.
+
+        Args:
+            request: this round's.
+            unmasked: see ``exchange``.
+
+        Raises:
+            PolicyError: there is no next round, or the site has helped to unmask its sum before.
+        """
+        if not request.wants_keys:
+            return None
+        which = SumId(self.run, request.server_round + 1, request.attempt, self._threshold)
+        if which.server_round > self.agreement.federation.rounds:
+            raise PolicyError(f"{which}: the last one is round {self.agreement.federation.rounds}")
+        self._sums.following = which, self._made(which, unmasked, None)
+        return self._sums.following[1].advert
+
+    def forget(self) -> None:
+        """Forget all keys: the run ends."""
+        _sums.pop((self.run, self.site), None)
+        os.environ.pop(HOLDS, None)
 
     def part(self, request: MaskedTrainRequest, session: Session) -> "Part":
         """Check a request to train for a masked sum, before it is charged; the session has the state.
@@ -82,7 +140,7 @@ class Member:
         rows = session.train_rows
         if request.rows < rows or request.heaviest > request.rows:
             raise PolicyError(f"round {request.server_round}: the most rows of a site are {request.rows}, {rows} here")
-        found = self._sum(request.server_round, request.attempt)
+        found = self._sum(request.server_round, request.attempt, begins=True)
         found.receive(request.sealed)
         steps = self.agreement.federation.training.steps
         shrunk = weight_of(rows, request.heaviest) * steps(rows) / steps(request.rows)
@@ -94,11 +152,21 @@ class Member:
         return Part(request, session, found, self.agreement.digest)
 
     def _begin(self, server_round: int, attempt: int, unmasked: int) -> bytes:
-        """Make the keys of a round; those of the round before are forgotten."""
+        """Make the keys of a round; those of the round before, and those that went ahead, are forgotten."""
         which = SumId(self.run, server_round, attempt, self._threshold)
-        before = _sums.get((self.run, self.site))
-        if before is not None and (which.server_round, which.attempt) <= (before[0].server_round, before[0].attempt):
+        before, ahead = self._sums.current, self._sums.following
+        given = [one[0] for one in (before, ahead) if one is not None and one[0].server_round <= server_round]
+        if any((which.server_round, which.attempt) <= (one.server_round, one.attempt) for one in given) or (
+            before is not None and server_round < before[0].server_round
+        ):
             raise PolicyError(f"{which}: keys of this round, or a later one, were given already")
+        again = None if before is None or before[0].server_round != server_round else before[1].unmasked
+        made = self._made(which, unmasked, again)
+        _sums[self.run, self.site] = Sums((which, made))
+        return made.advert
+
+    def _made(self, which: SumId, unmasked: int, again: frozenset[bytes] | None) -> SiteSum:
+        """A sum with fresh keys; ``again``: the survivors of the sum of this round that was unmasked already."""
         if LONG_LIVED not in os.environ:
             raise ConfigError(
                 f"{self.site}: `secure_aggregation` needs a worker, which keeps a round's keys in memory from one "
@@ -107,8 +175,7 @@ class Member:
         if not self.agreement.peers:
             raise PolicyError("this site has agreed to no peers; its people do so with: fedspan site agree --peer FILE")
         # A second sum of the round, of other survivors, would differ from the first by somebody's update.
-        again = None if before is None or before[0].server_round != server_round else before[1].unmasked
-        if again is None and server_round <= unmasked:
+        if again is None and which.server_round <= unmasked:
             raise PolicyError(
                 f"{which}: this site has helped to unmask a sum of this round or a later one, and its worker no longer "
                 "knows which"
@@ -121,14 +188,16 @@ class Member:
             self._most,
             again,
         )
-        _sums[self.run, self.site] = which, made
         os.environ[HOLDS] = "1"
-        return made.advert
+        return made
 
-    def _sum(self, server_round: int, attempt: int) -> SiteSum:
+    @property
+    def _sums(self) -> Sums:
+        return _sums.setdefault((self.run, self.site), Sums())
+
+    def _sum(self, server_round: int, attempt: int, *, begins: bool = False) -> SiteSum:
         wanted = SumId(self.run, server_round, attempt, self._threshold)
-        which, found = _sums.get((self.run, self.site), (None, None))
-        if found is None or which != wanted:
+        if (found := self._sums.find(wanted, begins=begins)) is None:
             raise StaleStateError(f"this site has no keys of round {server_round}; it drops out of this round")
         return found
 

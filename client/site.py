@@ -29,6 +29,11 @@ class Site:
     progress: Progress
     member: Member
 
+    @property
+    def unmasked(self) -> int:
+        """The run's last round whose sum the site has helped to unmask, as its ledger tells."""
+        return self.gate.totals.unmasked[str(self.member.run)]
+
     def own(self, request: HelloRequest) -> OwnTensors:
         """The tensors that the site trains and never sends, in a request's run."""
         return OwnTensors(self.gate.own / self.session.federation.name, request.run)

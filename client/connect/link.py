@@ -116,9 +116,9 @@ class _Turns:
         self._ready.clear()
         return _acquire(request, state)
 
-    def complete(self, *arguments: Any) -> Any:  # noqa: ANN401
+    def complete(self, request: Any, state: Any, task: Any) -> Any:  # noqa: ANN401
         """Flower's ``push_task_output``, the worker's last word on a message."""
-        done = _complete(*arguments)
+        done = _complete(request, state, task)
         self._answered.set()
         return done
 

@@ -18,19 +18,19 @@ class ServerSum:
 
     Args:
         sum_id: which sum.
-        count: number of words of a vector.
 
     Attributes:
+        id: which sum.
         names: the members' names, by id.
         sharers: the members that have shared their secrets, by id.
         alive: the members whose vectors are in the sum, by id.
     """
 
-    def __init__(self, sum_id: SumId, count: int) -> None:
-        self._sum, self._count = sum_id, count
+    def __init__(self, sum_id: SumId) -> None:
+        self.id = self._sum = sum_id
         self._adverts: dict[bytes, Advert] = {}
         self._sealed: dict[bytes, dict[bytes, bytes]] = {}  # by receiver, then by sender
-        self._total: Words = np.zeros(count, np.uint32)
+        self._total: Words = np.zeros(0, np.uint32)
         self._signatures: dict[bytes, bytes] = {}
         self._shares: dict[bytes, dict[bytes, bytes]] = {}  # by the member whose secret it is of, then by holder
         self.names: dict[bytes, str] = {}
@@ -79,10 +79,14 @@ class ServerSum:
         """The shares that were sealed for a member."""
         return parts.write_sealed(self._sealed.get(member, {}))
 
+    def expect(self, words: int) -> None:
+        """Say of how many words a vector is; before the first one comes."""
+        self._total = np.zeros(words, np.uint32)
+
     def add_vector(self, member: bytes, vector: Words) -> None:
         """Add a member's masked vector to the sum."""
-        if vector.shape != (self._count,):
-            raise RefusedUpdate(f"{self.names[member]}: {vector.size} masked numbers; allowed: {self._count}")
+        if vector.shape != self._total.shape:
+            raise RefusedUpdate(f"{self.names[member]}: {vector.size} masked numbers; allowed: {self._total.size}")
         self._total += vector
         self.alive.append(member)
 

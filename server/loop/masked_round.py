@@ -3,12 +3,13 @@
 The exchanges of keys and shares come before the training message, the list of survivors and its signatures after. A
 site that drops out at any of them costs the round nothing but its update, as long as ``secure_aggregation.threshold``
 sites are left. Below that, or with fewer updates than ``cohort.min_clients``, the round begins anew with fresh keys.
+Keys and shares of the next round go ahead, with this one's answers, and are used when that has the same sites.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from common.config.section import settings_digest
 from common.errors import AggregationError, FederationError, RefusedUpdate, WireError
 from common.masking.fixed_point import encoded_weight
 from common.masking.parts import SumId
-from common.masking.server import ServerSum
 from common.protocol import wire
 from common.protocol.digest import tensors_digest
 from common.protocol.exchanges import (
@@ -36,7 +36,7 @@ from common.protocol.exchanges import (
 )
 from common.protocol.messages import Declared, Failure, TrainReply, TrainRequest
 from server.loop.inflight import failure_in
-from server.loop.open_sum import OpenSum
+from server.loop.open_sum import Members, OpenSum
 from server.loop.round import Parts, Round
 from strategies.admission.bounds import UpdateSize, change_norms, check_possible, total
 from strategies.combine.masked import MOST_NOISE, Vector, agreed_text, weight_of
@@ -55,6 +55,11 @@ class MaskedRound(Round):
         evaluate: see ``Round``.
         deadline: see ``Round``.
         again: waits for sites and gives the cohort of a round that begins anew.
+        ahead: the sum whose keys and shares went ahead with the last round; None: none did.
+        last: whether no round follows in which all sites take part that are connected.
+
+    Attributes:
+        ahead: the next round's sum, when this one is combined; None: nothing went ahead.
     """
 
     kind = f"{MessageType.TRAIN}.{ACTION}"
@@ -69,11 +74,16 @@ class MaskedRound(Round):
         evaluate: bool,
         deadline: float,
         again: Callable[[], list[int]],
+        ahead: Members | None,
+        last: bool,
     ) -> None:
         super().__init__(parts, number, state, evaluate=evaluate, deadline=deadline)
         assert parts.config.secure_aggregation is not None  # noqa: S101 - the round loop has looked
         self._secure, self._new_cohort = parts.config.secure_aggregation, again
-        self._attempt, self._norm = 0, 0.0
+        self._attempt = 0 if ahead is None else ahead.sum.id.attempt
+        self._tries, self._norm = 1, 0.0
+        self._ready, self._last = ahead, last
+        self.ahead: Members | None = None
         self._broken: str | None = None  # why the round must begin anew, before its work was sent
 
     def begin(self, cohort: list[int]) -> None:
@@ -91,14 +101,15 @@ class MaskedRound(Round):
                     raise FederationError(self._broken, self.recorder.kinds)
                 return super().combine()
             except FederationError as error:
-                self._attempt += 1
-                if self._attempt >= self._secure.tries:
+                if self._tries >= self._secure.tries:
                     raise
+                self._tries += 1
                 self._begin_anew(str(error))
 
     def _begin_anew(self, reason: str) -> None:
         self.recorder.begin_anew(reason)
         self._parts.in_flight.forget(self._group)
+        self._attempt, self._ready = self._attempt + 1, None
         self._group = f"train/{self._number}/{self._attempt}"
         self._broken, self._evaluate = None, False
         for known in (self._lost, self._again, self._given):
@@ -122,23 +133,32 @@ class MaskedRound(Round):
         version = tensors_digest(self._state) if versions is None else versions.latest
         settings = settings_digest(json.loads(self._parts.settings.federation))
         about = agreed_text(settings, version, active, most, heaviest)
-        which = SumId(self._parts.run, self._number, self._attempt, self._secure.threshold)
-        this = self._this = OpenSum(ServerSum(which, vector.words + 1), vector, about, most, heaviest, rows)
-        self._exchange(KEYS, dict.fromkeys(rows, b""), this.add_keys)
-        self._enough(len(this.members), "gave their keys")
-        self._exchange(SHARES, dict.fromkeys(this.members, this.sum.listing.raw), this.add(this.sum.add_shares))
-        self._enough(len(this.sum.sharers), "shared their secrets")
+        members = self._members(rows)
+        self._this = OpenSum(members, vector, about, most, heaviest, rows)
+        self.ahead = None if self._last else Members(replace(members.sum.id, server_round=self._number + 1))
         self._asked = time.monotonic()
-        nodes = {site: self._parts.clients.node_of(site) for site, m in this.members.items() if m in this.sum.sharers}
-        self._ask([node_id for node_id in nodes.values() if node_id is not None])
+        nodes = [self._parts.clients.node_of(site) for site in members.members if site in members.sharers()]
+        self._ask([node_id for node_id in nodes if node_id is not None])
+
+    def _members(self, sites: Collection[str]) -> Members:
+        """The sum of these sites: the one that went ahead, if it is of the same, or one with fresh keys."""
+        if self._ready is not None:
+            if self._ready.sharers() == set(sites):
+                return self._ready
+            self._attempt += 1
+        found = Members(SumId(self._parts.run, self._number, self._attempt, self._secure.threshold))
+        self._exchange(KEYS, dict.fromkeys(sites, b""), found.add_keys)
+        self._enough(len(found.members), "gave their keys")
+        self._exchange(SHARES, dict.fromkeys(found.members, found.sum.listing.raw), found.add_shares)
+        self._enough(len(found.sum.sharers), "shared their secrets")
+        return found
 
     def _request(self, node_id: int, request: TrainRequest) -> MaskedTrainRequest:
         this, member = self._this, self._this.members.get(self._name(node_id))
         sealed = b"" if member is None else this.sum.shares_for(member)
         self.recorder.exchanged(len(sealed), 0)
-        return MaskedTrainRequest(
-            **vars(request), attempt=self._attempt, rows=this.most_rows, heaviest=this.heaviest, sealed=sealed
-        )
+        told: dict[str, Any] = {"attempt": self._attempt, "sealed": sealed, "wants_keys": self.ahead is not None}
+        return MaskedTrainRequest(**vars(request), **told, rows=this.most_rows, heaviest=this.heaviest)
 
     def _admit(self, told: TrainReply, node_id: int) -> tuple[Update, UpdateSize]:
         """Add a site's masked numbers to the sum; the update that is returned has none."""
@@ -156,6 +176,8 @@ class MaskedRound(Round):
             vector = this.vector.join(wire.decode(told.arrays, this.vector.most))
         except WireError as error:
             raise RefusedUpdate(f"{site}: {error}") from None
+        if self.ahead is not None and told.next_keys is not None:
+            self.ahead.add_keys(site, told.next_keys)
         this.sum.add_vector(member, np.append(vector, np.uint32(told.weight)))
         return Update(site, told.num_examples, {}), UpdateSize(0.0, 0.0, 0.0)
 
@@ -165,10 +187,9 @@ class MaskedRound(Round):
             self._parts.quarantine.note(update.client, refused=False)
         this, alive = self._this, self._this.alive()
         self._enough(len(alive), "sent their numbers")
-        self._exchange(SURVIVORS, dict.fromkeys(alive, this.sum.survivors), this.add(this.sum.add_signature), late=True)
+        self._exchange(SURVIVORS, dict.fromkeys(alive, this.sum.survivors), this.add_signature, late=True)
         this.sum.require(len(this.signers()), "signed the list of survivors")
-        asked = dict.fromkeys(this.signers(), this.sum.signatures)
-        self._exchange(UNMASK, asked, this.add(this.sum.add_unmasking), late=True)
+        self._exchange(UNMASK, dict.fromkeys(this.signers(), this.sum.signatures), this.add_unmasking, late=True)
         yield self._mean()
 
     def _mean(self) -> Update:
@@ -238,9 +259,11 @@ class MaskedRound(Round):
             site = self._name(sent.node_id)
             try:
                 if (failure := failure_in(reply)) is None:
-                    answer = ExchangeReply.read(reply.content).payload
-                    take(site, answer)
-                    self.recorder.exchanged(0, len(answer))
+                    answer = ExchangeReply.read(reply.content)
+                    take(site, answer.payload)
+                    if stage == SURVIVORS and self.ahead is not None and answer.ahead is not None:
+                        self.ahead.add_shares(site, answer.ahead)
+                    self.recorder.exchanged(0, len(answer.payload) + len(answer.ahead or b""))
                     answers += 1
             except (WireError, RefusedUpdate) as error:
                 failure = Failure.of(error)
@@ -258,11 +281,15 @@ class MaskedRound(Round):
     def _messages(self, stage: str, payloads: Mapping[str, bytes]) -> Iterator[Message]:
         """The messages of one exchange, to the sites that are connected."""
         about: dict[str, Any] = {"server_round": self._number, "attempt": self._attempt, "stage": stage}
+        following = {} if self.ahead is None or stage != SURVIVORS else self.ahead.members
+        enough = len(following) >= max(self._secure.threshold, self._cohort.min_clients)
+        listing = self.ahead.sum.listing.raw if self.ahead is not None and enough else None
         for site, payload in payloads.items():
-            request = ExchangeRequest(**vars(self._parts.settings), **about, payload=payload)
+            ahead = listing if site in following else None
+            request = ExchangeRequest(**vars(self._parts.settings), **about, payload=payload, ahead=ahead)
             if (node_id := self._parts.clients.node_of(site)) is not None:
                 yield self._parts.message(request, node_id, f"{MessageType.QUERY}.{ACTION}", self._number)
-                self.recorder.exchanged(len(payload), 0)
+                self.recorder.exchanged(len(payload) + len(ahead or b""), 0)
 
     def _enough(self, count: int, what: str) -> None:
         """Raise an AggregationError when fewer sites are left than a round needs."""

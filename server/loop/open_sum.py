@@ -1,41 +1,72 @@
-"""A masked sum of a round, by the names of its sites."""
+"""The masked sums of a round and of the next, by the names of their sites."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from common.masking.parts import SumId
 from common.masking.server import ServerSum
 from strategies.combine.masked import Vector
 
 
-@dataclass
-class OpenSum:
-    """A sum whose members have shared their secrets.
+class Members:
+    """A sum, and who takes part in it.
+
+    Args:
+        which: which sum.
 
     Attributes:
         sum: the sum.
-        vector: the form of the members' vectors.
-        about: all that the members were told alike.
-        most_rows: the most training rows of a member.
-        heaviest: the number of rows that weighs 1.
-        rows: training rows by member.
         members: ids in the sum, by site.
     """
 
-    sum: ServerSum
-    vector: Vector
-    about: bytes
-    most_rows: int
-    heaviest: int
-    rows: dict[str, int]
-    members: dict[str, bytes] = field(default_factory=dict)
+    def __init__(self, which: SumId) -> None:
+        self.sum, self.members = ServerSum(which), dict[str, bytes]()
 
     def add_keys(self, site: str, keys: bytes) -> None:
         """Take a site's keys."""
         self.members[site] = self.sum.add_keys(site, keys)
 
-    def add(self, take: Callable[[bytes, bytes], None]) -> Callable[[str, bytes], None]:
-        """A function that takes an answer by its site, from one that takes it by its member's id."""
-        return lambda site, answer: take(self.members[site], answer)
+    def add_shares(self, site: str, sealed: bytes) -> None:
+        """Take a site's sealed shares."""
+        self.sum.add_shares(self.members[site], sealed)
+
+    def sharers(self) -> set[str]:
+        """The sites that have shared their secrets."""
+        return {site for site, member in self.members.items() if member in self.sum.sharers}
+
+
+@dataclass
+class OpenSum:
+    """A sum whose members have shared their secrets, and what they were told alike.
+
+    Attributes:
+        of: the sum with its members.
+        vector: the form of the members' vectors.
+        about: all that the members were told alike.
+        most_rows: the most training rows of a member.
+        heaviest: the number of rows that weighs 1.
+        rows: training rows by member.
+    """
+
+    of: Members
+    vector: Vector
+    about: bytes
+    most_rows: int
+    heaviest: int
+    rows: dict[str, int]
+    sum: ServerSum = field(init=False)
+    members: dict[str, bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sum, self.members = self.of.sum, self.of.members
+        self.sum.expect(self.vector.words + 1)
+
+    def add_signature(self, site: str, signature: bytes) -> None:
+        """Take a site's signature of the list of survivors."""
+        self.sum.add_signature(self.members[site], signature)
+
+    def add_unmasking(self, site: str, shares: bytes) -> None:
+        """Take a site's shares that unmask the sum."""
+        self.sum.add_unmasking(self.members[site], shares)
 
     def alive(self) -> list[str]:
         """The sites whose numbers are in the sum."""

@@ -18,6 +18,7 @@ from server.loop.clients import Clients
 from server.loop.delivery import Delivery, telling
 from server.loop.inflight import InFlight, failure_in
 from server.loop.masked_round import MaskedRound
+from server.loop.open_sum import Members
 from server.loop.recorder import record_evaluation
 from server.loop.round import Parts, Round
 from server.loop.server_model import ServerModel
@@ -71,6 +72,7 @@ class RoundLoop:
         shared = settings, strategy, self._in_flight, self._clients, self._quarantine, folder, self._best, told
         self._parts = Parts(config, *shared, 0 if config.secure_aggregation is None else grid.run.run_id)
         self._slowest: deque[float] = deque(maxlen=_MEMORY)
+        self._ahead: Members | None = None  # keys and shares of the next round's masked sum
 
     def run(self, state: Tensors, resumed: Checkpoint | None = None) -> Tensors:
         """Run all rounds, or those after a checkpoint; return the final state.
@@ -136,13 +138,26 @@ class RoundLoop:
             this.recorder.elsewhere += self._evaluate_here(number - 1, state)  # while the sites work
         outcome = this.combine()
         self._slowest.append(max(this.recorder.admitted.values()))
+        self._ahead = this.ahead if isinstance(this, MaskedRound) else None
         return outcome.state
 
     def _round(self, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> Round:
         if self._config.secure_aggregation is None:
             return Round(self._parts, number, state, evaluate=evaluate, deadline=deadline)
-        again = partial(self._cohort, number)
-        return MaskedRound(self._parts, number, state, evaluate=evaluate, deadline=deadline, again=again)
+        again, cohort = partial(self._cohort, number), self._config.cohort
+        some = (
+            cohort.fraction < 1.0 or len(self._clients.connected()) > 2 * self._config.secure_aggregation.threshold - 1
+        )
+        return MaskedRound(
+            self._parts,
+            number,
+            state,
+            evaluate=evaluate,
+            deadline=deadline,
+            again=again,
+            ahead=self._ahead,
+            last=some or number == self._config.rounds,
+        )
 
     def _save(self, number: int, state: Tensors) -> None:
         bytes_, optimizer = self._folder.metrics_bytes(), self._strategy.server_optimizer

@@ -36,8 +36,9 @@ SETTINGS: dict[str, Any] = {
     "cohort": {"min_clients": 2},
     "admission": {"norm_ratio": None, "max_refusals": 50},
 }
-#: Where site c dies, by round; those of the first two rounds lose its update.
-DIES = {2: "keys", 3: "train", 4: SURVIVORS, 5: UNMASK}
+#: Where site c dies, by round. In round 6 it has no keys: they went ahead and died with the worker after round 5.
+DIES = {2: "train", 3: "keys", 4: SURVIVORS, 5: UNMASK}
+LOST = (2, 3, 6)  # rounds without its update
 
 
 def site_of(context: Context) -> str:
@@ -60,7 +61,7 @@ def dying(message: Message, context: Context) -> Message:
 
 def absent(message: Message, context: Context) -> Message:
     """Without masks: site c has no update in the rounds in which ``dying`` loses it."""
-    if site_of(context) == "c" and stage_of(message) in ((2, "train"), (3, "train")):
+    if site_of(context) == "c" and stage_of(message) in [(number, "train") for number in LOST]:
         return Message(Failure(WorkerDied.code, "killed").to_error(), reply_to=message)
     return app(message, context)
 
@@ -71,6 +72,10 @@ def moved(run: Path) -> torch.Tensor:
     return torch.cat([checkpoint.state[name].flatten() for name in sorted(checkpoint.state) if "lora_B" in name])
 
 
+def entries(folder: Path, site: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{site}-ledger.jsonl").read_text().splitlines()]
+
+
 def federation(folder: Path, rounds: int, **changes: Any) -> Path:
     folder.mkdir()
     return make_federation(folder, SIZES, rounds=rounds, **{**SETTINGS, **changes})
@@ -78,26 +83,29 @@ def federation(folder: Path, rounds: int, **changes: Any) -> Path:
 
 def test_mean_is_that_of_the_sites_left_whenever_one_dies(tmp_path: Path) -> None:
     secure = {"secure_aggregation": {"threshold": 2}}
-    run = in_one_process(federation(tmp_path / "masked", 5, **secure), app=dying)
-    plain = in_one_process(federation(tmp_path / "plain", 5), app=absent)
+    run = in_one_process(federation(tmp_path / "masked", 7, **secure), app=dying)
+    plain = in_one_process(federation(tmp_path / "plain", 7), app=absent)
     assert float((moved(run) - moved(plain)).norm() / moved(plain).norm()) < 1e-5
     assert [(e["round"], e["reason"].partition(":")[2].split()[0]) for e in events(run, "client_failed")] == [
-        (2, "keys:"),
-        (3, "this"),  # asked once more, as when a worker has died: it has no keys of this round
+        (2, "this"),  # asked once more, as when a worker has died: it has no keys of this round
+        (3, "keys:"),
         (4, "survivors:"),
         (5, "unmask:"),
+        (6, "this"),
     ]
     trained = [(r["round"], r["client"]) for r in read_lines(run / "metrics.jsonl") if r["phase"] == "train"]
-    assert {n for n, client in trained if client == "c"} == {1, 4, 5}
+    assert {n for n, client in trained if client == "c"} == {1, 4, 5, 7}
     told = [r["diagnostics"] for r in read_lines(run / "metrics.jsonl") if r["phase"] == "aggregate"]
-    assert [d["masked-updates"] for d in told] == [3, 2, 2, 3, 3]
-    ledger = [json.loads(line) for line in (tmp_path / "masked" / "c-ledger.jsonl").read_text().splitlines()]
+    assert [d["masked-updates"] for d in told] == [3, 2, 2, 3, 3, 2, 3]
+    ledger = entries(tmp_path / "masked", "c")
     sent = [e for e in ledger if e["event"] == "sent" and e["message"] == "train"]
-    assert [(e["round"], e["masked"]) for e in sent] == [(1, True), (4, True), (5, True)]
+    assert [(e["round"], e["masked"]) for e in sent] == [(1, True), (4, True), (5, True), (7, True)]
     assert {fact[0] for e in sent for fact in e["out"]["tensors"].values()} == {"int32"}
-    asked = [(e["round"], e["stage"]) for e in ledger if e["event"] == "sent" and e["message"] == "exchange"]
-    assert asked[:4] == [(1, stage) for stage in ("keys", "shares", "survivors", "unmask")]
-    assert "3 of these updates: the server sees sums of them alone" in summary(tmp_path / "masked" / "c-ledger.jsonl")
+    sent = [e for e in entries(tmp_path / "masked", "a") if e["event"] == "sent" and e["message"] == "exchange"]
+    late = [SURVIVORS, UNMASK]  # keys and shares went ahead where a round has the sites of the last one
+    stages = {number: [e["stage"] for e in sent if e["round"] == number] for number in range(1, 8)}
+    assert stages == {number: late if number in (2, 6) else ["keys", SHARES, *late] for number in range(1, 8)}
+    assert "4 of these updates: the server sees sums of them alone" in summary(tmp_path / "masked" / "c-ledger.jsonl")
     shown = {folder: dict(row[:2] for row in security(read_all(folder))) for folder in (run, plain)}
     assert shown[run]["Updates"] == "masked: the server saw sums of at least 2 sites' updates, and no single one"
     assert shown[plain]["Updates"] == "the server saw each site's own"
@@ -111,11 +119,13 @@ LIES = {
     2: "replayed",
     3: "two lists",
     4: "alive and dropped",
-    5: "too few signatures",
-    6: "keys again",
-    7: "without masks",
-    8: "many rows",
-    9: "a second sum for a new worker",
+    5: "keys again",
+    6: "invented ahead",
+    7: "replayed ahead",
+    8: "too few signatures",
+    9: "without masks",
+    10: "many rows",
+    11: "a second sum for a new worker",
 }
 #: Where the first answer is kept, and another asked for.
 TWICE = {"keys again": "keys", "a second sum for a new worker": UNMASK}
@@ -147,7 +157,7 @@ def trained_with_a_lie(message: Message, context: Context, number: int) -> Messa
     if asked == ("a", "many rows"):
         message.content["config"].update({"most-rows": 10**9, "heaviest": 10**9})  # type: ignore[call-arg]
     reply = app(message, context)
-    if site_of(context) == "c" and number == 10:  # here it is the site that lies
+    if site_of(context) == "c" and number == 13:  # here it is the site that lies
         reply.content["config"]["masked-weight"] = 2**40
     return reply
 
@@ -171,15 +181,11 @@ def lied_to(message: Message, context: Context) -> Message:
         return app(message, context)
     payload = ExchangeRequest.read(message.content).payload
     if stage == SHARES:
-        listing = Listing.read(payload)
-        own = masked._sums[1, "a"][1].advert
-        _kept.setdefault("others", b"".join(one.raw for one in listing.members.values() if one.raw != own))
-        mine = [one for one in listing.members.values() if one.raw == own]
-        if lie == "invented":
-            strangers = [SiteSum(SumId(1, number, 0, 2), identity(k), {}, 0).advert for k in (8, 9)]
-            message = changed(message, payload=Listing([*mine, *map(parts.Advert.read, strangers)]).raw)
-        if lie == "replayed":
-            message = changed(message, payload=Listing([*mine, *_adverts(_kept["others"])]).raw)
+        message = changed(message, payload=false_keys(payload, lie, SumId(1, number, 0, 2)))
+    if stage == SURVIVORS and lie.endswith(" ahead"):
+        ahead = ExchangeRequest.read(message.content).ahead
+        assert ahead is not None
+        message = changed(message, ahead=false_keys(ahead, lie.partition(" ")[0], SumId(1, number + 1, 0, 2)))
     if stage == SURVIVORS and lie in ("two lists", "alive and dropped"):
         message = false_survivors(message, context, lie)
     if stage == UNMASK and lie == "too few signatures":
@@ -192,8 +198,24 @@ def lied_to(message: Message, context: Context) -> Message:
     return app(message, context)
 
 
+def false_keys(listing: bytes, lie: str, which: SumId) -> bytes:
+    """The keys of two sites beside a's own: invented, or those of an earlier round."""
+    own = _own_id()
+    mine, others = [], []
+    for one in Listing.read(listing).members.values():
+        (mine if one.id == own else others).append(one)
+    _kept.setdefault("others", b"".join(one.raw for one in others))
+    if lie == "invented":
+        others = [parts.Advert.read(SiteSum(which, identity(k), {}, 0).advert) for k in (8, 9)]
+    if lie == "replayed":
+        others = _adverts(_kept["others"])
+    return Listing([*mine, *others]).raw
+
+
 def _own_id() -> bytes:
-    return parts.Advert.read(masked._sums[1, "a"][1].advert).id
+    current = masked._sums[1, "a"].current
+    assert current is not None
+    return parts.Advert.read(current[1].advert).id
 
 
 def _adverts(raw: bytes) -> list[parts.Advert]:
@@ -202,7 +224,7 @@ def _adverts(raw: bytes) -> list[parts.Advert]:
 
 
 def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Path) -> None:
-    run = in_one_process(federation(tmp_path / "lies", 10, secure_aggregation={"threshold": 2}), app=lied_to)
+    run = in_one_process(federation(tmp_path / "lies", 13, secure_aggregation={"threshold": 2}), app=lied_to)
     failed = [(e["round"], e["reason"]) for e in events(run, "client_failed")]
     reasons = {number: reason for number, reason in failed if reason.startswith("a: ")}
     for number, text in {
@@ -210,15 +232,17 @@ def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Pa
         2: "shares: round 2: the keys of ",
         3: "survivors: round 3: a second list of survivors came",
         4: "survivors: round 4: ",
-        5: "unmask: round 5: 1 have signed the list of survivors, 2 are needed",
-        6: "keys: round 6: keys of this round, or a later one, were given already",
-        7: "this site has agreed to `secure_aggregation`: its update leaves masked, or not at all",
-        8: "round 8: the most rows of a site are 1000000000, of which 1000000000 weigh 1; ",
-        9: "unmask: round 9: this site has helped to unmask a sum of this round or a later one",
+        5: "keys: round 5: keys of this round, or a later one, were given already",
+        6: "survivors: round 7: SHA256:",
+        7: "survivors: round 8: the keys of ",
+        8: "unmask: round 8: 1 have signed the list of survivors, 2 are needed",
+        9: "this site has agreed to `secure_aggregation`: its update leaves masked, or not at all",
+        10: "round 10: the most rows of a site are 1000000000, of which 1000000000 weigh 1; ",
+        11: "unmask: round 11: this site has helped to unmask a sum of this round or a later one",
     }.items():
         assert reasons[number].startswith(f"a: {text}"), reasons[number]
-    assert "is no peer that this site has agreed to" in reasons[1]
-    assert "are not signed for this round" in reasons[2]
+    assert all("is no peer that this site has agreed to" in reasons[number] for number in (1, 6))
+    assert all("are not signed for this round" in reasons[number] for number in (2, 7))
     assert "is named both alive and dropped" in reasons[4]
     refused = [json.loads(line) for line in (tmp_path / "lies" / "a-ledger.jsonl").read_text().splitlines()]
     assert [e["round"] for e in refused if e["event"] == "refused"] == list(LIES)

@@ -32,7 +32,8 @@ class Together:
 
     def __init__(self, count: int, threshold: int, words: int, sum_id: SumId | None = None, least: int = 0) -> None:
         self.sum_id = sum_id or SumId(run=1, server_round=3, attempt=0, threshold=threshold)
-        self.server = ServerSum(self.sum_id, words)
+        self.server = ServerSum(self.sum_id)
+        self.server.expect(words)
         self.sites = [SiteSum(self.sum_id, identity(k), peers(count), least) for k in range(count)]
         self.ids = [self.server.add_keys(f"site-{k}", site.advert) for k, site in enumerate(self.sites)]
 

@@ -144,7 +144,8 @@ def test_second_sum_of_a_round_without_one_site() -> None:
     assert alive == frozenset(first.ids)
     again = Together(4, 3, 6, SumId(run=1, server_round=3, attempt=1, threshold=3))
     again.sites = [SiteSum(again.sum_id, identity(k), peers(4), 0, only=alive) for k in range(4)]
-    again.server = ServerSum(again.sum_id, 6)
+    again.server = ServerSum(again.sum_id)
+    again.server.expect(6)
     again.ids = [again.server.add_keys(f"site-{k}", site.advert) for k, site in enumerate(again.sites)]
     again.share()
     again.mask(uniform(1, 4, 6), lost={3})
