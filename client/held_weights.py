@@ -22,6 +22,8 @@ class Weights:
         version: name of the held version (see ``common.protocol.versions``).
         first: name of the base model's version.
         after: the round that made ``version``; 0 for the base model.
+        proven: the name tells what is held: by steps from ``first``, or because it is the digest of weights that were
+            sent whole. Else the server's word is believed.
         most: most bytes of each tensor in a step, by name.
         steps: the steps from ``first`` to ``version``; None when they are unknown, or larger than the weights.
     """
@@ -29,7 +31,7 @@ class Weights:
     def __init__(self, base: Tensors, exchange: Callable[[int], Exchange]) -> None:
         self.tensors = base
         self.first = self.version = tensors_digest(base)
-        self.after = 0
+        self.after, self.proven = 0, True
         self.most = most_bytes(base)
         self._like = {name: tensor.to("meta") for name, tensor in base.items()}  # shapes and types alone
         self.steps: list[Step] | None = []
@@ -81,5 +83,5 @@ class Weights:
     def replace(self, tensors: Tensors, version: str, after: int = 0) -> None:
         """Replace the weights by dense ones, the result of round ``after``."""
         self.tensors, self.version = {name: tensor.float() for name, tensor in tensors.items()}, version
-        self.after = after
+        self.after, self.proven = after, version == tensors_digest(tensors)
         self.steps = [] if version == self.first else None

@@ -135,8 +135,15 @@ class Member:
 
         Raises:
             PolicyError: the request would lay the site's update open.
-            StaleStateError: this process has no keys of the round.
+            StaleStateError: this process has no keys of the round, or its weights came whole, under a name that does
+                not tell what they are.
         """
+        if session.weights is not None and not session.weights.proven:
+            # With others' weights the others' updates would tell of this site's, in their sum
+            raise StaleStateError(
+                f"round {request.server_round}: whole weights came, whose version this site cannot check; send the "
+                "steps from the base model"
+            )
         rows = session.train_rows
         if request.rows < rows or request.heaviest > request.rows:
             raise PolicyError(f"round {request.server_round}: the most rows of a site are {request.rows}, {rows} here")

@@ -79,7 +79,9 @@ def _read(state: State, session: Session) -> tuple[Tensors, list[Step]]:
         if state.steps:
             raise WireError(f"steps came of rounds {', '.join(map(str, state.steps))[:80]}; allowed: none")
         return wire.decode(state.arrays, whole), []
-    came, most = state.num_bytes, sum(whole.values()) + len(state.steps) * wire.told_bytes(weights.most)
+    # With masked sums a site takes no whole weights, but all steps from the base model, however many
+    times = 1 if session.federation.secure_aggregation is None else max(1, len(state.steps))
+    came, most = state.num_bytes, times * sum(whole.values()) + len(state.steps) * wire.told_bytes(weights.most)
     if came > most or len(state.steps) > session.federation.rounds:
         raise WireError(f"{came} bytes came in {len(state.steps)} steps; allowed: up to {most} bytes, a step a round")
     wire.decode(state.arrays, {})

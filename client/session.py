@@ -107,7 +107,7 @@ class Session:
             StaleStateError: the site does not hold ``since``.
             WireError: a step does not match the weights, or is larger than a round's training can make.
         """
-        if since == self.model.weights.first and self.model.weights.version not in (since, version):
+        if since == (held := self.model.weights).first and (not held.proven or held.version not in (since, version)):
             self.model.start_anew()
         self.model.weights.follow(steps, since, version, self._reach)
         self._tuned.set(cut(self.model.weights.tensors, self.model.rank))

@@ -182,6 +182,7 @@ def test_bundle_is_short_enough_to_be_read() -> None:
     # Several devices of a site train together: a process each, and what these exchange (decision 037).
     # A site's optimizer goes on between rounds, GaLore's as well as LoRA's.
     # Rounds that wait for no slow site: a loop of their own, and the changes of old updates (decision 040).
+    # Keys of the next masked round go with this one's answers; a message is answered when it is complete.
     # A base in 4 or 8 bit: what is held in codes, and how files are read into them (decision 036).
     # Packed rows: what a site's model sees of its rows.
     assert len(code) <= 165

@@ -92,6 +92,8 @@ class RoundLoop:
             self._quarantine.counts = dict(resumed.refusals)
             self._best.go_on()
         self._strategy.begin(state, versions, moments, waiting)
+        if self._strategy.versions is not None:
+            self._strategy.versions.keep_all = self._config.secure_aggregation is not None
         if done and self._folder.fact("last_round") == done:  # all but the delivery was done
             return state
         self._clients.wait_for(self._config.cohort)
@@ -142,12 +144,10 @@ class RoundLoop:
         return outcome.state
 
     def _round(self, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> Round:
-        if self._config.secure_aggregation is None:
+        secure, again = self._config.secure_aggregation, partial(self._cohort, number)
+        if secure is None:
             return Round(self._parts, number, state, evaluate=evaluate, deadline=deadline)
-        again, cohort = partial(self._cohort, number), self._config.cohort
-        some = (
-            cohort.fraction < 1.0 or len(self._clients.connected()) > 2 * self._config.secure_aggregation.threshold - 1
-        )
+        all_ = self._config.cohort.fraction == 1.0 and len(self._clients.connected()) < 2 * secure.threshold
         return MaskedRound(
             self._parts,
             number,
@@ -156,7 +156,7 @@ class RoundLoop:
             deadline=deadline,
             again=again,
             ahead=self._ahead,
-            last=some or number == self._config.rounds,
+            last=not all_ or number == self._config.rounds,
         )
 
     def _save(self, number: int, state: Tensors) -> None:

@@ -13,7 +13,8 @@ class Versions:
     """The latest state, its version's name, and the last steps that led to the latest state.
 
     Steps are kept only while all kept steps together are smaller than the state: beyond that, sending the state costs
-    less (decision 005). So steps never take more memory than one state.
+    less (decision 005). So steps never take more memory than one state. With masked sums all are kept, because a site
+    cannot check weights that come whole (decision 033).
 
     Args:
         state: the latest state; without the other arguments, the first state.
@@ -21,6 +22,9 @@ class Versions:
         latest: name of the latest version.
         steps: the last steps that led to the latest state, as pairs (name of the version that a step starts from,
             step).
+
+    Attributes:
+        keep_all: whether steps are kept however large they are.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Versions:
         self.latest = latest or self.first
         self.steps = list(steps)
         self._before = self.latest  # the version before the latest
+        self.keep_all = False
 
     def advance(self, outcome: RoundResult) -> None:
         """Make a round's result the latest version."""
@@ -45,7 +50,7 @@ class Versions:
             return
         self.steps.append((self.latest, outcome.step))
         self.latest = outcome.step.next(self.latest)
-        while sum(step.num_bytes for _, step in self.steps) >= num_bytes(self.state.values()):
+        while not self.keep_all and sum(step.num_bytes for _, step in self.steps) >= num_bytes(self.state.values()):
             del self.steps[0]
 
     def amend(self, outcome: RoundResult) -> None:

@@ -1,7 +1,9 @@
 """A site gives keys only with an identity, approved peers and a process that lives on; and for each round once."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from client.privacy.agreement import make_agreement
 from common.config.federation import FederationConfig
 from common.config.load import parse
 from common.errors import ConfigError, FedSpanError, PolicyError, StaleStateError
-from common.protocol.exchanges import KEYS, SHARES, ExchangeRequest
+from common.masking.site import SiteSum
+from common.protocol.exchanges import KEYS, SHARES, SURVIVORS, UNMASK, ExchangeRequest
 from common.system.keys import make_site
 from deploy.cli import main
 
@@ -55,6 +58,67 @@ def test_process_without_the_rounds_keys_drops_out(member: Member) -> None:
         refused(member, request, StaleStateError, f"no keys of round {number}; it drops out of this round")
     masked._sums.clear()
     refused(member, ask(SHARES, 2), StaleStateError, "no keys of round 2")
+
+
+def ahead(member: Member, number: int, attempt: int = 0, unmasked: int = 0) -> bytes | None:
+    """The keys of the round after this one, as they go with a masked update."""
+    request: Any = SimpleNamespace(server_round=number, attempt=attempt, wants_keys=True)
+    return member.keys_ahead(request, unmasked)
+
+
+def test_keys_that_went_ahead_are_used_when_that_rounds_training_begins(member: Member) -> None:
+    member.exchange(ask(KEYS, 1))
+    assert ahead(member, 1)
+    refused(member, ask(SHARES, 2), StaleStateError, "no keys of round 2")  # round 1 is still to be unmasked
+    assert member._sum(1, 0) is not None
+    assert member._sum(2, 0, begins=True) is not None
+    refused(member, ask(SURVIVORS, 1), StaleStateError, "no keys of round 1")
+    refused(member, ask(KEYS, 1, 1), PolicyError, "round 1: keys of this round, or a later one, were given already")
+
+
+def test_keys_that_went_ahead_are_forgotten_when_a_round_begins_anew(member: Member) -> None:
+    member.exchange(ask(KEYS, 1))
+    first = ahead(member, 1)
+    member.exchange(ask(KEYS, 1, 1))
+    with pytest.raises(StaleStateError, match="no keys of round 2"):
+        member._sum(2, 0, begins=True)
+    with pytest.raises(StaleStateError, match="no keys of the next round"):
+        member.share_ahead(b"")
+    second = ahead(member, 1, 1)
+    assert second is not None
+    assert second != first
+
+
+def test_keys_that_went_ahead_are_not_given_again_but_by_another_attempt(member: Member) -> None:
+    member.exchange(ask(KEYS, 1))
+    ahead(member, 1)
+    refused(member, ask(KEYS, 2), PolicyError, "round 2: keys of this round, or a later one, were given already")
+    assert member.exchange(ask(KEYS, 2, 1))
+    with pytest.raises(StaleStateError, match="no keys of round 2"):
+        member._sum(2, 0, begins=True)
+
+
+def test_keys_go_ahead_for_no_round_that_does_not_come_or_was_unmasked(member: Member) -> None:
+    member.exchange(ask(KEYS, 3))
+    with pytest.raises(PolicyError, match="round 4: the last one is round 3"):
+        ahead(member, 3)
+    with pytest.raises(PolicyError, match="round 2: this site has helped to unmask a sum of this round"):
+        ahead(member, 1, unmasked=2)
+
+
+def test_worker_is_held_until_no_keys_are_left(member: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SiteSum, "unmask", lambda *_: b"")
+    monkeypatch.delenv(masked.HOLDS, raising=False)
+    member.exchange(ask(KEYS, 1))
+    ahead(member, 1)
+    member.exchange(ask(UNMASK, 1))
+    assert masked.HOLDS in os.environ
+    member._sum(2, 0, begins=True)
+    member.exchange(ask(UNMASK, 2))
+    assert masked.HOLDS not in os.environ
+    member.exchange(ask(KEYS, 3))
+    member.forget()  # the run has ended
+    assert masked.HOLDS not in os.environ
 
 
 def test_worker_that_is_new_after_a_sum_was_unmasked_gives_no_keys_for_another(member: Member) -> None:

@@ -1,7 +1,7 @@
 """Federations with `secure_aggregation`: the mean is that of the sites that were left, and a lie is refused by name."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,20 @@ import torch
 import yaml
 from flwr.app import Context, Message
 
-from client import masked
+from client import app as sites, masked
 from client.app import app
 from client.privacy.ledger_summary import summary
 from common.errors import WorkerDied
 from common.masking import parts
 from common.masking.parts import DROPPED, Listing, SumId
 from common.masking.site import SiteSum
+from common.protocol import wire
 from common.protocol.exchanges import SHARES, SURVIVORS, UNMASK, ExchangeRequest, MaskedTrainRequest
 from common.protocol.messages import Failure, TrainRequest
 from deploy.sandbox.tiny import make_federation
 from server.loop.checkpoint import newest
 from server.report.words import security
-from server.run.folder import read_lines
+from server.run.folder import read_lines, read_run
 from server.run.read import read_all
 from tests.harness.in_one_process import in_one_process
 from tests.harness.masking import identity
@@ -248,6 +249,42 @@ def test_a_server_that_lies_is_refused_by_name_and_the_others_go_on(tmp_path: Pa
     assert [e["round"] for e in refused if e["event"] == "refused"] == list(LIES)
     refusals = [e["reason"] for e in events(run, "update_refused")]
     assert refusals == ["c: masked-weight is 1099511627776; allowed: 0 to 2^32 - 1"]
+
+
+# A server that sends whole weights of FedFTG under the name of others
+
+
+def weights_of_its_own(message: Message, context: Context) -> Message:
+    """In round 2 sites b and c are sent weights that nobody trained, under the true version's name, twice."""
+    number, stage = stage_of(message)
+    if (number, stage) != (2, "train") or site_of(context) == "a":
+        return app(message, context)
+    asked = MaskedTrainRequest.read(message.content)
+    whole = {name: tensor + 1e-4 for name, tensor in state_of(context).items()}
+    false = replace(asked, since=None, steps={}, arrays=wire.encode(whole, bundled=True))
+    lying = Message(false.to_record(), dst_node_id=message.metadata.dst_node_id, message_type="train.masking")
+    lying.metadata.__dict__.update(message.metadata.__dict__)
+    return app(lying, context)
+
+
+def state_of(context: Context) -> dict[str, torch.Tensor]:
+    """What a site holds."""
+    (session,) = [one for key, one in sites._sessions.items() if Path(key[1]).stem == site_of(context)]
+    weights = session.weights
+    assert weights is not None
+    return weights.tensors
+
+
+def test_weights_that_a_site_cannot_check_give_no_sum(tmp_path: Path) -> None:
+    strategy = {"name": "fedftg", "subspace": "shared", "rank": 4, "blocks": "lower half", "modules": "mlp"}
+    settings = {"strategy": strategy, "secure_aggregation": {"threshold": 2, "tries": 2}}
+    run = in_one_process(federation(tmp_path / "x", 3, **settings), app=weights_of_its_own, ends="failed")
+    failed = [e for e in events(run, "client_failed") if e["round"] == 2]
+    said = "round 2: whole weights came, whose version this site cannot check; send the steps from the base model"
+    assert [(e["client"], e["reason"]) for e in failed] == [(s, f"{s}: {said}") for s in "bcbc"]
+    assert "1 sites sent their numbers" in str(read_run(run)["reason"])
+    plain = in_one_process(federation(tmp_path / "y", 3, **settings))  # sites follow steps, however many
+    assert read_run(plain)["status"] == "completed"
 
 
 def test_noise_is_shared_and_the_ledger_says_against_whom(tmp_path: Path) -> None:

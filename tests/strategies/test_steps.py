@@ -171,6 +171,33 @@ def test_steps_are_forgotten_once_they_are_no_smaller_than_the_state() -> None:
     assert site.version == versions.latest
 
 
+def test_all_steps_are_kept_where_no_site_takes_whole_weights() -> None:
+    rule, versions, late = FedFTGRule(), Versions(base()), Weights(base(), FedFTGRule().exchange)
+    versions.keep_all = True
+    rounds(rule, versions, 1, 12)
+    steps = versions.since(versions.first)
+    assert steps is not None
+    assert sum(step.num_bytes for step in steps) > num_bytes(versions.state.values())
+    late.follow(steps, late.version, versions.latest)
+    assert all(torch.equal(t, late.tensors[n]) for n, t in versions.state.items())
+
+
+def test_a_version_is_proven_by_steps_or_by_its_digest_and_not_by_a_word() -> None:
+    rule, versions, site = FedFTGRule(), Versions(base()), Weights(base(), FedFTGRule().exchange)
+    rounds(rule, versions, 1, 1)
+    site.follow(versions.since(site.version) or [], site.version, versions.latest)
+    assert site.proven
+    site.replace(versions.state, versions.latest)  # as they are, but nothing says so
+    assert not site.proven
+    rounds(rule, versions, 2, 2)
+    site.follow(versions.since(site.version) or [], site.version, versions.latest)
+    assert (site.version, site.proven) == (versions.latest, False)
+    site.replace(base(1), Versions(base(1)).first)
+    assert site.proven
+    site.replace(base(2), site.version)
+    assert not site.proven
+
+
 def test_site_that_holds_something_else_says_so_and_keeps_what_it_has() -> None:
     rule, versions, site = FedFTGRule(), Versions(base()), Weights(base(), FedFTGRule().exchange)
     rounds(rule, versions, 1, 2)
