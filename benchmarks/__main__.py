@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks import (
     averaging,
     downlink,
@@ -24,8 +26,10 @@ from benchmarks import (
     toy,
     wire_bytes,
 )
+from benchmarks.gpu import run as gpu
 from benchmarks.scale import run as scale
 from benchmarks.table import Table, publish
+from benchmarks.training_step import run as training_step
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ BENCHMARKS = {
     "fixed-cost": Benchmark(fixed_cost.run, "1 minute"),
     "flexlora-aggregation": Benchmark(flexlora_aggregation.run, "10 minutes"),
     "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),
+    "gpu": Benchmark(gpu.run, "8 minutes, of a GPU"),
     "masked-sums": Benchmark(masked_sums.run, "3 minutes"),
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
     "quantised-base": Benchmark(quantised_base.run, "20 minutes"),
@@ -52,6 +57,7 @@ BENCHMARKS = {
     "strategy-bytes": Benchmark(strategy_bytes.run, "15 minutes"),
     "subspaces": Benchmark(subspaces.run, "30 minutes"),
     "toy": Benchmark(toy.run, "20 minutes"),
+    "training-step": Benchmark(training_step.run, "20 minutes"),
     "wire-bytes": Benchmark(wire_bytes.run, "1 minute"),
 }
 
@@ -60,7 +66,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure against named peers.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHMARKS)}")
-    names = parser.parse_args().names or list(BENCHMARKS)
+    names = parser.parse_args().names or [name for name in BENCHMARKS if name != "gpu" or torch.cuda.is_available()]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")

@@ -1,0 +1,1 @@
+"""A step of local training, against transformers' Trainer and TRL's SFTTrainer."""
