@@ -8,6 +8,7 @@ from client.preflight.context import CheckContext
 from client.preflight.finding import Finding, Skip
 from client.site_model import written_bytes
 from client.training.settings import lora_rank
+from common.data.packing import choose
 from common.errors import ModelError
 from common.model.base_model import check_length
 from common.model.families import blocks_of, kind_of, linear_layers
@@ -48,6 +49,8 @@ def selection(subject: CheckContext) -> Finding:
     """The tensors that are trained and sent."""
     settings, tuned = subject.settings, subject.tuned
     check_length(subject.base.model, settings.training.max_length)
+    if settings.training.packing == "on":
+        choose(tuned.model, "on", None, packs=subject.task.packs)
     text = f"{len(tuned.parameters)} tensors, {_count(p.numel() for p in tuned.parameters.values())}"
     text += f" of {_count(number for number, _ in whole_sizes(tuned.model))}"
     if tuned.local:

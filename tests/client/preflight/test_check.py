@@ -403,6 +403,14 @@ def test_selection_is_counted_and_must_match(files: Files) -> None:
     assert "`max_rank`" in finding.mend
 
 
+def test_model_that_must_pack_rows_and_cannot_fails(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.change("federation", training={"packing": "on"})
+    assert look("selection", files.subject()).level == "ok"
+    monkeypatch.setattr("common.data.packing._probe", lambda *_: 0.4)  # as of a model with states that cross rows
+    finding = look("selection", files.subject())
+    assert (finding.level, "`training.packing` is on, but this llama model" in finding.found) == ("FAIL", True)
+
+
 # Certificate and key
 
 
