@@ -16,6 +16,7 @@ SHARED = {"name": "fedftg", "blocks": "lower half", "rank": 4, "subspace": "shar
 
 def buffered(tmp_path: Path, rounds: int, max_age: int) -> Path:
     cohort = {"min_clients": 2, "mode": "buffered", "size": 2, "max_age": max_age, "round_deadline": 300.0}
+    cohort["join_deadline"] = 400.0
     return make_federation(tmp_path, SIZES, strategy=SHARED, rounds=rounds, evaluation=QUIET, cohort=cohort)
 
 
