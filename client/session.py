@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from client.devices.part import Part
+from client.devices.team import Team
 from client.held_weights import Weights
 from client.reach import Reach
 from client.site_model import Bases, SiteModel
 from client.training.between_rounds import capture, restore
-from client.training.ranks import Ranks
 from client.training.settings import describe, pick_autocast
-from client.training.trainer import train
 from client.update import PreparedUpdate, Work
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
@@ -29,6 +29,7 @@ from common.data.rows import Row, split_held_out
 from common.data.tasks import make_task
 from common.errors import FedSpanError, StaleStateError, place_of
 from common.metrics import COUNTS
+from common.model import second_moments
 from common.model.adapters import cut
 from common.model.tuning import Tuned
 from common.protocol.digest import tensors_digest
@@ -91,7 +92,7 @@ class Session:
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out),
-            device=describe(self.model.device, self.model.held.quantization),
+            device=describe(self.model.devices, self.model.held.quantization),
             rank=self.model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
@@ -209,27 +210,19 @@ class Session:
         return None
 
     def _train(self, work: Work, start: Tensors) -> tuple[PreparedUpdate, dict[str, float]]:
-        federation, training = self.federation, self.federation.training
-        encoded, seed, optimizer = self._encoded, work.begin(self.site.name), work.optimizer()
+        federation = self.federation
+        part = Part(self.site, federation, self.model, self._task, self._encoded)
+        optimizer, moments = work.optimizer(), work.second_moments()
         keep = federation.strategy.optimizer_state == "keep"
-        if keep:
-            restore(optimizer, work.mine, self.kept)
-        result = train(
-            self._tuned.model,
-            optimizer,
-            encoded,
-            self._task.collater(self.model.base.tokenizer, self.model.packing),
-            self._task.loss_sum,
-            training,
-            server_round=work.server_round,
-            rounds=federation.rounds,
-            max_batch_size=self._max_batch_size,
-            ranks=Ranks([self.model.device]),
-            autocast=pick_autocast(self.site.precision, self.model.device),
-            seed=seed,
-            go_on=self.site.privacy is not None,
-            on_step=self.on_step,
-        )
+        kept = self.kept if keep else {}
+        restore(optimizer, work.mine, kept)
+        squares = {} if moments is None else second_moments.among(moments.tensors)
+        with self._team.round(
+            work.server_round, list(work.parameters), self.train_rows, self._max_batch_size, kept, squares
+        ) as ranks:
+            if ranks.size > 1:
+                part.share(ranks, kept | squares)
+            result = part.train(work, optimizer, ranks, self._max_batch_size, self.on_step)
         self._max_batch_size = result.micro_batch
         numbers: dict[str, float] = asdict(result)
         if found := numbers.pop("not_finite"):
@@ -279,6 +272,10 @@ class Session:
         """The federation's LoRA alpha; None when it trains no LoRA."""
         strategy = self.federation.strategy
         return strategy.lora_alpha if strategy.trains == "lora" else None
+
+    @cached_property
+    def _team(self) -> Team:
+        return Team(self.site, self._site_file, self.federation, self.model.devices)
 
     @property
     def _tuned(self) -> Tuned:

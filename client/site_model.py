@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from client.held_weights import Weights
 from client.reach import Known
-from client.training.settings import held, lora_rank, model_source, pick_autocast, pick_device
+from client.training.settings import held, lora_rank, model_source, pick_autocast, pick_devices
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.config.strategy import StrategyConfig
@@ -109,9 +109,14 @@ class SiteModel:
         self._key = f"{self._source} {site.quantization} {federation.model_dump_json()}"
 
     @cached_property
+    def devices(self) -> list[torch.device]:
+        """The devices for training."""
+        return pick_devices(self._site, self._federation.training.rows_per_step)
+
+    @property
     def device(self) -> torch.device:
-        """The device for training."""
-        return pick_device(self._site.device)
+        """The device of this process."""
+        return self.devices[0]
 
     @property
     def held(self) -> Held:

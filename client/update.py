@@ -202,23 +202,27 @@ class Work:
         torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311 - dropout
         return seed
 
-    def optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self, moments: Mapping[str, Tensor] | None = None) -> torch.optim.Optimizer:
         """Make the round's optimizer; among the tensors that are sent, only ``parameters`` are trained.
+
+        Args:
+            moments: the second moments that the round starts with, where they are averaged; None: those held.
 
         Raises:
             TrainingError: the settings do not match the weights.
         """
         for name, parameter in self._model.tuned.parameters.items():
             parameter.requires_grad_(name in self.parameters)
-        training, strategy, moments = self._federation.training, self._federation.strategy, self.second_moments()
+        training, strategy = self._federation.training, self._federation.strategy
         basis = self._model.exchange(self.server_round).basis if strategy.trains == "weights" else None
-        return make_optimizer(self.mine, training, strategy, self.server_round, basis, moments)
+        return make_optimizer(self.mine, training, strategy, self.server_round, basis, self.second_moments(moments))
 
-    def second_moments(self) -> SecondMoments | None:
+    def second_moments(self, known: Mapping[str, Tensor] | None = None) -> SecondMoments | None:
         """The second moments that the round starts with; None without ``optimizer_state`` averaged."""
         if self._federation.strategy.optimizer_state != "averaged":
             return None
-        return SecondMoments(self._model.weights.tensors, (self.server_round - 1) * self.steps)
+        tensors = self._model.weights.tensors if known is None else known
+        return SecondMoments(tensors, (self.server_round - 1) * self.steps)
 
     def most_bytes(self) -> int:
         """Upper limit of the bytes of the update's tensors; depends on shapes and settings alone.

@@ -14,7 +14,7 @@ from client.preflight import memory
 from client.preflight.context import CheckContext
 from client.preflight.finding import Finding
 from client.privacy.guard import ledger_of
-from client.training.settings import pick_autocast, pick_device
+from client.training.settings import describe, pick_autocast, pick_devices
 from common.text import size
 
 _SPARE = 2_000_000_000  # bytes that should be free wherever the site writes
@@ -24,12 +24,14 @@ _LEAST = 200_000_000
 def device(subject: CheckContext) -> Finding:
     """Device and precision as the site file asks for them."""
     asked = subject.site.device
-    picked = pick_device(asked)
+    rows_per_step = None if subject.federation is None else subject.federation.training.rows_per_step
+    devices = pick_devices(subject.site, rows_per_step)
+    picked = devices[0]
     autocast = pick_autocast(subject.site.precision, picked)
     arithmetic = "the weights' own arithmetic" if autocast is None else str(autocast).removeprefix("torch.")
     if picked.type == "cuda":
-        return Finding("ok", f"{torch.cuda.get_device_name(picked)} ({picked}), {arithmetic}")
-    found = f"cpu, {os.cpu_count()} cores, {arithmetic}"
+        return Finding("ok", f"{describe(devices)} ({', '.join(map(str, devices))}), {arithmetic}")
+    found = f"{describe(devices)}, {os.cpu_count()} cores, {arithmetic}"
     if asked == "auto":
         mend = "write `device: cpu` if that is meant; else check the driver, and that the container is given its GPU"
         return Finding("warning", f"{found}; this machine has no CUDA device", mend)
@@ -39,17 +41,18 @@ def device(subject: CheckContext) -> Finding:
 def training_memory(subject: CheckContext) -> Finding:
     """Peak memory of training against the free memory; and the number of rows per forward pass that would fit."""
     settings, site = subject.settings, subject.site
-    picked = pick_device(site.device)
+    devices = pick_devices(site, settings.training.rows_per_step)
+    picked, count = devices[0], len(devices)
     autocast = pick_autocast(site.precision, picked)
     asked = min(settings.training.batch_size, site.max_batch_size or settings.training.batch_size)
+    asked = min(asked, math.ceil(settings.training.rows_per_step / count))  # a device's part of a step
 
     def peak(rows: int) -> memory.Peak:
         return memory.estimate(subject.tuned, settings, subject.largest(rows), subject.steps, autocast)
 
     wanted = peak(asked)
-    on_host = memory.host_bytes(
-        subject.tuned, settings.strategy, subject.tokens, 0 if picked.type == "cpu" else wanted.weights
-    )
+    loaded = 0 if picked.type == "cpu" else wanted.weights
+    on_host = memory.host_bytes(subject.tuned, settings.strategy, subject.tokens, loaded, count)
     free_host = _free_host()
     if picked.type == "cpu":
         free, besides, where = free_host, on_host, "the host's"
@@ -57,13 +60,15 @@ def training_memory(subject: CheckContext) -> Finding:
         mend = "free memory on the host, or give the container more"
         return Finding("FAIL", f"the host needs about {size(on_host)}, {size(free_host)} are free", mend)
     else:
-        free, besides, where = torch.cuda.mem_get_info(picked)[0], 0, f"{picked}'s"
-    need = wanted.total + besides
+        free, fullest = min((torch.cuda.mem_get_info(device)[0], str(device)) for device in devices)
+        besides, where = 0, f"{fullest}'s"
+    together = count if picked.type == "cpu" else 1  # devices that share this memory
+    need = together * wanted.total + besides
     found = f"about {size(need)} at the peak, {subject.largest(asked)} in a forward pass"
     found += f"; {size(free)} of {where} memory are free"
     if need <= free:
         return Finding("ok", found)
-    fit = _fitting(asked, free - besides, peak)
+    fit = _fitting(asked, (free - besides) // together, peak)
     if fit == 0:
         mend = "not even one row fits: free memory, take a larger device, or ask the operator for a lower "
         return Finding("FAIL", found, f"{mend}`training.max_length` or `training.gradient_checkpointing: true`")

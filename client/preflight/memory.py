@@ -79,17 +79,18 @@ class Peak:
         return self.weights + self.state + self.gradients + self.passes
 
 
-def host_bytes(tuned: Tuned, strategy: StrategyConfig, tokens: int, weights: int) -> int:
-    """Bytes that a site's process holds on the host, beside training on the CPU.
+def host_bytes(tuned: Tuned, strategy: StrategyConfig, tokens: int, weights: int, processes: int = 1) -> int:
+    """Bytes that a site's processes hold on the host, beside training on the CPU.
 
     Args:
         tuned: the model.
         strategy: the federation's strategy section.
         tokens: number of tokens of all training rows.
-        weights: bytes of the model on the host; 0 when they are counted elsewhere.
+        weights: bytes of the model on the host, in each process; 0 when they are counted elsewhere.
+        processes: one for every device.
     """
     kept = 4 * sum(p.numel() for p in tuned.parameters.values()) if strategy.trains == "weights" else _PEFT
-    return _PROCESS + kept + _PER_TOKEN * tokens + weights
+    return kept + processes * (_PROCESS + _PER_TOKEN * tokens + weights)
 
 
 def estimate(

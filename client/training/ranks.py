@@ -95,6 +95,11 @@ class Connected(Ranks):
         for group in self._groups.values():
             group.abort()
 
+    def abandon(self) -> None:
+        """End an exchange under way on CUDA devices, which would not notice another rank's death."""
+        if "cuda" in self._groups:
+            self._groups["cuda"].abort()
+
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """As above."""
         mine = torch.tensor(list(numbers), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Settings that follow from site file and federation file together: base model, rank, optimizer, device, autocast."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -150,6 +151,40 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def pick_devices(site: SiteConfig, rows_per_step: int | None) -> list[torch.device]:
+    """The devices that a site trains on, that of the process that answers first.
+
+    Args:
+        site: the site file's content.
+        rows_per_step: rows of an optimizer step, which the devices share; None: not known yet.
+
+    Raises:
+        TrainingError: this machine does not have as many, or a step has fewer rows than there are devices.
+    """
+    first = pick_device(site.device)
+    if site.devices == 1:
+        return [first]
+    there = torch.cuda.device_count()
+    if site.devices == "auto":
+        count = min(there, rows_per_step or there) if first.type == "cuda" else 1
+        return [torch.device("cuda", i) for i in range(count)] if count > 1 else [first]
+    if first.type == "cpu" and site.device != "cpu":
+        raise TrainingError(
+            f"`devices` is {site.devices}, but this machine has no CUDA device; allowed: `devices` 1 or auto, or with "
+            "`device` cpu so many processes on the CPU"
+        )
+    if first.type == "cuda" and site.devices > there:
+        raise TrainingError(
+            f"`devices` is {site.devices}; this machine has {there} CUDA device(s); allowed: 1 to {there}, auto"
+        )
+    if rows_per_step is not None and rows_per_step < site.devices:
+        raise TrainingError(
+            f"`devices` is {site.devices}, but the federation's steps have {rows_per_step} row(s), so that a device "
+            f"would have none; allowed: `devices` 1 to {rows_per_step}, auto"
+        )
+    return [torch.device("cpu") if first.type == "cpu" else torch.device("cuda", i) for i in range(site.devices)]
+
+
 def pick_autocast(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The autocast type of forward and backward; None for the weights' own type.
 
@@ -163,7 +198,8 @@ def pick_autocast(precision: Precision, device: torch.device) -> torch.dtype | N
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def describe(device: torch.device, quantization: Quantization) -> str:
-    """The device's name, for people, and how the base model is held there."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return name if quantization == "whole" else f"{name}, base model in {quantization}"
+def describe(devices: Sequence[torch.device], quantization: Quantization = "whole") -> str:
+    """The devices' names, for people, and how the base model is held there."""
+    names = Counter(torch.cuda.get_device_name(one) if one.type == "cuda" else "cpu" for one in devices)
+    told = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    return told if quantization == "whole" else f"{told}, base model in {quantization}"

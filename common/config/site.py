@@ -163,6 +163,14 @@ class SiteConfig(Section):
         None, description="This site's copy of the base model: a folder, or a section; default: the federation's."
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA when present.")
+    devices: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="Number of devices that train together, each with a copy of the model and its part of a step's "
+        "rows; auto: all CUDA devices, as long as each gets a row.",
+    )
+    device_deadline: float = Field(
+        600.0, gt=0, description="Longest wait for another device's process, in seconds; then the round fails."
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Arithmetic of forward and backward; auto: bfloat16 on CUDA that has it, else float32.",
@@ -207,6 +215,11 @@ class SiteConfig(Section):
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         check_site(self.policy, self.privacy, self.precision)
+        if self.devices != 1 and ":" in self.device:
+            raise ValueError(
+                f"`device` {self.device} is one device, `devices` {self.devices} are several; allowed with `devices`: "
+                "`device` auto, cuda, cpu"
+            )
         return self
 
     @property

@@ -37,6 +37,11 @@ def without(names: Iterable[str]) -> list[str]:
     return [name for name in names if not is_second_moment(name)]
 
 
+def among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The second moments among a state's tensors."""
+    return {name: tensor for name, tensor in tensors.items() if is_second_moment(name)}
+
+
 def first(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The moments before round 1: float32 zeros (longer side,) for every projected weight."""
     return {name_of(name): torch.zeros(max(w.shape)) for name, w in weights.items() if not in_head(name)}

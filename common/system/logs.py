@@ -7,6 +7,7 @@ FEDSPAN_TRACEBACK=1 adds the text, for people who may see the data.
 ``client.connect.worker_process`` loads this file by its path, so this file imports nothing of FedSpan.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -82,13 +83,19 @@ def as_json() -> bool:
     return chosen == "json"
 
 
-def configure(component: str) -> None:
+def configure(component: str, part: str = "") -> None:
     """Set up this process's log on standard error, Flower's lines included, unless it is set up already.
+
+    Args:
+        component: what this process is, for a log in JSON.
+        part: which of several such processes; in every line.
 
     Raises:
         ValueError: FEDSPAN_LOG is neither "json" nor "text".
     """
-    formatter = _Json(component) if as_json() else _Lines("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    who = f"{part}, " if part else ""
+    lines = _Lines(f"%(asctime)s {who}%(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = _Json(f"{who}{component}") if as_json() else lines
     root = logging.getLogger()
     if root.handlers:
         return
@@ -105,6 +112,15 @@ def configure(component: str) -> None:
 def own() -> TextIO:
     """The stream of this process's own lines: standard error as it was at the start."""
     return _streams[0] if _streams else sys.stderr
+
+
+def descriptor() -> int:
+    """Number of the open file that this process's log goes to."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream in memory, as in tests
+                return int(handler.stream.fileno())
+    return 2
 
 
 def set_aside(file: Path) -> None:

@@ -1,0 +1,1 @@
+"""Several devices of one site: a process for each, and their part in a round (decision 037)."""
