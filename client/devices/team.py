@@ -198,6 +198,13 @@ class _Other:
             if "error" in report:
                 return 3 if report["error"] == WorkerDied.__name__ else 0, self._error(report)
 
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None  # noqa: S101 - opened above
+        self.process.stdin.close()
+
     def _error(self, report: dict[str, Any]) -> FedSpanError:
         if "error" in report:
             classes = {kind.__name__: kind for kind in AT_A_SITE}
@@ -219,11 +226,7 @@ def _read(
 
 def _stop(others: list[_Other], folder: str) -> None:
     for other in others:
-        other.process.kill()
-    for other in others:
-        other.process.wait()
-        assert other.process.stdin is not None  # noqa: S101
-        other.process.stdin.close()
+        other.stop()
     shutil.rmtree(folder, ignore_errors=True)
 
 
