@@ -22,7 +22,7 @@ from common.protocol.tensors import Tensors
 from tests.client.test_session import session
 
 ROOT = Path(__file__).parents[2]
-TWO: dict[str, Any] = {"device": "cpu", "devices": 2, "device_deadline": 120}
+TWO: dict[str, Any] = {"device": "cpu", "devices": 2, "device_deadline": 900}
 LORA = {"rank": 2, "blocks": "lower half", "modules": "mlp"}
 # Adam scales a gradient by its size, so also one that is a rounding error; SGD shows gradients as they are.
 SGD = {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 3, "batch_size": 4, "max_length": 64}
