@@ -12,8 +12,8 @@ from pathlib import Path
 from flwr.app import Context
 from torch import Tensor
 
-from client.kept_models import KeptModels
-from client.own_tensors import OwnTensors
+from client.kept.models import KeptModels
+from client.kept.own_tensors import OwnTensors
 from client.privacy.guard import Gate
 from client.reach import Reach
 from client.received import catch_up, receive

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from client.devices.part import Part
-from client.devices.team import Team
 from client.held_weights import Weights
+from client.rank import Part
 from client.reach import Reach
 from client.site_model import Bases, SiteModel
 from client.training.between_rounds import capture, restore
 from client.training.settings import describe, pick_autocast
+from client.training.team import Team
 from client.update import PreparedUpdate, Work
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig

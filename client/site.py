@@ -5,9 +5,9 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from client.kept_models import KeptModels
+from client.kept.models import KeptModels
+from client.kept.own_tensors import OwnTensors
 from client.masked import Member
-from client.own_tensors import OwnTensors
 from client.privacy.guard import Gate
 from client.progress import Progress
 from client.received import Held, receive

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-from client.devices.rank import _work as rank_work
-from client.devices.team import _Other
+from client.rank import work
 from client.session import Session
+from client.training.team import _Other
 from common.config.strategy import names
 from common.errors import DataError, DivergedError, WorkerDied
 from common.protocol.tensors import Tensors
@@ -79,7 +79,7 @@ class InThread(_Other):
         del ended
         self.name, self._deadline, self._reports = str(device), handed["deadline"], SimpleQueue()
         self._commands: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        threading.Thread(target=rank_work, args=(handed, self._commands, self), daemon=True).start()
+        threading.Thread(target=work, args=(handed, self._commands, self), daemon=True).start()
 
     def hand(self, line: dict[str, Any]) -> None:
         self._commands.put(json.loads(json.dumps(line)))
@@ -96,7 +96,7 @@ class InThread(_Other):
 
 @pytest.fixture
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.devices.team._Other", InThread)
+    monkeypatch.setattr("client.training.team._Other", InThread)
 
 
 QUICK = ("fedftg", "fedftg, shared", "fedit")

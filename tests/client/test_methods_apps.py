@@ -14,7 +14,7 @@ import yaml
 from flwr.app import Context, Message, RecordDict
 
 from client import app as site_app
-from client.own_tensors import OwnTensors
+from client.kept.own_tensors import OwnTensors
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.model.adapters import BASE_WEIGHT, LORA_A, LORA_B

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from client.devices import rank_process
 from client.training.ranks import Connected, Ranks
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
@@ -26,6 +25,13 @@ from common.errors import AT_A_SITE, DataError, FedSpanError, TrainingError, Wor
 from common.protocol.tensors import Tensors
 from common.system import logs
 
+#: Takes search path and settings from standard input, so that a rank runs the code that this process does: a bundle's.
+_PROGRAM = """import json, sys
+handed = json.loads(sys.stdin.readline())
+sys.path[:] = handed["path"]
+from client.rank import serve
+serve(handed)
+"""
 _GRACE = 10.0  # seconds until a rank that has failed has said so
 
 
@@ -147,8 +153,8 @@ class _Other:
         self.name = f"the process of {device} (rank {rank})"
         read, write = os.pipe()
         ours = logs.descriptor()
-        self.process = subprocess.Popen(  # noqa: S603 - our own file
-            [sys.executable, "-P", rank_process.__file__],
+        self.process = subprocess.Popen(  # noqa: S603 - our own program
+            [sys.executable, "-P", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stderr=ours,
             pass_fds=[write],

@@ -1,1 +1,0 @@
-"""Several devices of one site: a process for each, and their part in a round (decision 037)."""
