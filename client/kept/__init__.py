@@ -1,1 +1,1 @@
-"""What a site keeps on its disk from one run to the next."""
+"""Files that a site keeps from one run to the next."""

@@ -53,7 +53,7 @@ def all_checks() -> dict[str, Check]:
     in_model = "fetch the model folder again, or correct `model` in the site file; the operator says which model it is"
     at_link = "ask the operator for address and certificate, and your network for a way out to that port"
     return {
-        "device": Check(machine.device, "correct `device` or `precision` in the site file, or the driver"),
+        "device": Check(machine.device, "correct `device`, `devices` or `precision` in the site file, or the driver"),
         "disk": Check(machine.disk, ""),
         "shard": Check(shard.rows, in_data),
         "duplicates": Check(shard.duplicates, in_data),

@@ -1,4 +1,4 @@
-"""What the processes of a site's devices exchange in a step of training (decision 037). No Flower.
+"""Exchanges between the processes of a site's devices in a step of training (decision 037). No Flower.
 
 Every device has a process, its *rank*, and a copy of the model. A step's rows are dealt out to the ranks. Numbers
 travel over gloo, on the loopback interface; tensors on CUDA devices over NCCL.
@@ -131,7 +131,7 @@ class Connected(Ranks):
     def _answered(self, exchange: Callable[[], object]) -> None:
         try:
             exchange()
-        except RuntimeError as error:  # of gloo, NCCL or the meeting; its text names no row
+        except RuntimeError as error:  # from gloo, NCCL or the meeting; its text names no row
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             lines = str(error).splitlines() or [type(error).__name__]

@@ -102,7 +102,7 @@ class Team:
 
     @property
     def _threads(self) -> int:
-        """Of a CPU, for each rank."""
+        """Number of threads on a CPU, for each rank."""
         return max(1, torch.get_num_threads() // len(self._devices))
 
     def _start(self, rows: int) -> None:

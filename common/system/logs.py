@@ -87,7 +87,7 @@ def configure(component: str, part: str = "") -> None:
     """Set up this process's log on standard error, Flower's lines included, unless it is set up already.
 
     Args:
-        component: what this process is, for a log in JSON.
+        component: the name of this process, for a log in JSON.
         part: which of several such processes; in every line.
 
     Raises:

@@ -232,6 +232,23 @@ def test_device_that_is_not_there_fails(files: Files) -> None:
     assert "correct `device`" in finding.mend
 
 
+def test_more_devices_than_a_step_has_rows_fail(files: Files) -> None:
+    files.change("site", devices=99)
+    finding = look("device", files.subject())
+    assert finding.level == "FAIL"
+    assert "`devices` is 99, but the federation's steps have" in finding.found
+    assert "correct `device`" in finding.mend
+
+
+def test_memory_of_several_processes_on_the_cpu_is_their_sum(files: Files) -> None:
+    one = look("memory", files.subject()).found
+    files.change("site", devices=2)
+    two = look("memory", files.subject()).found
+    assert "row(s)" in one
+    assert one != two
+    assert look("device", files.subject()).found.startswith("2 x cpu, ")
+
+
 def test_precision_that_the_device_lacks_fails(files: Files) -> None:
     files.change("site", precision="float16")
     finding = look("device", files.subject())
