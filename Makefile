@@ -11,7 +11,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint faults compose-test browser-test trackers-test docs bench lock dist sbom clean
+.PHONY: help setup demo test test-long lint faults compose-test browser-test trackers-test cluster-test docs bench lock dist sbom clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -39,8 +39,8 @@ lint: $(READY) ## Format check, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-long: $(READY) ## Nightly: the tests that `make test` leaves out, but for faults, containers, trackers and browser
-	$(PYTEST) tests -m long --durations=15 $(addprefix --ignore tests/,faults compose trackers browser)
+test-long: $(READY) ## Nightly: the tests that `make test` leaves out, but for faults, containers, trackers, clusters and browser
+	$(PYTEST) tests -m long --durations=15 $(addprefix --ignore tests/,faults compose trackers clusters browser)
 
 faults: $(READY) ## Nightly: inject faults into real federations (about an hour); ends with a table
 	$(PYTEST) tests/faults tests/processes/test_across_machines.py -m "long or not long"
@@ -48,6 +48,10 @@ faults: $(READY) ## Nightly: inject faults into real federations (about an hour)
 trackers-test: $(READY) ## Nightly: feed MLflow and W&B themselves (two minutes); installs both, 140 MB, into .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[mlflow,wandb]'
 	$(PYTEST) tests/trackers -m long --durations=5
+
+cluster-test: $(READY) ## Nightly: experiments on Ray and Slurm themselves (half an hour); installs ray, submitit, 230 MB, into .venv
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(PYTEST) tests/clusters -m long --durations=5
 
 browser-test: $(READY) ## Nightly: look at the pages in a real Chromium (apt-get install chromium); pictures in build/pages
 	$(PYTEST) tests/browser -m long --durations=5

@@ -1,4 +1,4 @@
-"""Compare strategies: ``fedspan experiment EXPERIMENT.yaml [--scale NAME] [--out DIR] [--jobs N]``.
+"""Compare strategies: ``fedspan experiment EXPERIMENT.yaml [--scale NAME] [--out DIR] [--on local|ray|slurm]``.
 
 For every setting of the grid (strategy, clients, alpha, rank, local steps) the learning rate is picked on the
 validation set; with it, every seed is run and judged on the test set. All runs are federations in one process each
@@ -20,31 +20,32 @@ import math
 import os
 import signal
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NoReturn
 
 from rich.console import Console
 
-from common.errors import RunFolderError
+from common.errors import LaunchError, RunFolderError
 from common.metrics import SCORES
-from common.system.command import FAILED, Command, number
+from common.system.command import FAILED, Command
 from common.system.files import hold, write_atomically
 from common.system.processes import last_lines
 from common.text import clock
 from deploy.experiment import trial as cells
 from deploy.experiment.config import load_experiment
+from deploy.experiment.places.choose import add_places, choose
+from deploy.experiment.places.cluster import RULE
+from deploy.experiment.places.place import UNSEEN, End, Place, Trial
 from deploy.experiment.plan import Cell, Plan, Setting
 from server.run.folder import read_lines
 from server.run.records import SERVER
 
-_GRACE = 5.0  # seconds between asking a cell to end and ending it
+_LOOK = 5.0  # seconds between two looks at a cell on which an earlier call is still at work
+_SETTLE = 90.0  # seconds after which a shared file system shows everywhere what one machine has written
 
 
 class Experiment:
@@ -53,14 +54,16 @@ class Experiment:
     Args:
         plan: the settings and cells to run.
         out: the experiment's folder.
-        jobs: number of cells that run at the same time.
+        place: where the cells run.
+        tries: how often a cell whose process died is started again.
         console: the terminal on which progress is shown.
     """
 
-    def __init__(self, plan: Plan, out: Path, jobs: int, console: Console) -> None:
-        self._plan, self._out, self._jobs, self._console = plan, out, jobs, console
-        self._threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        self._running: dict[BaseProcess, tuple[Cell, float]] = {}
+    def __init__(self, plan: Plan, out: Path, place: Place, tries: int, console: Console) -> None:
+        self._plan, self._out, self._place, self._console = plan, out, place, console
+        self._tries = defaultdict[str, int](lambda: tries)  # by the folder of a cell
+        self._running: dict[Path, Cell] = {}
+        self._held: set[Path] = set()
         self._rates: dict[Setting, float | None] = {}
 
     def run(self) -> None:
@@ -68,6 +71,7 @@ class Experiment:
         plan = self._plan
         self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
         self._write()  # an interrupt leaves what earlier calls have found
+        self._place.check(plan.federation(next(plan.cells())), self._out / cells.SUMMARY)
         self._cells("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
         while further := [cell for s in plan.settings if (cell := plan.beyond(s, self._pick(s))) is not None]:
             for cell in further:
@@ -101,49 +105,73 @@ class Experiment:
     def _cells(self, what: str, wanted: list[Cell]) -> None:
         """Run cells, some at a time."""
         waiting = deque(cell for cell in wanted if not self._is_settled(cell))
-        done, spent = len(wanted) - len(waiting), list[float]()
-        self._console.print(f"{what}: {len(wanted)} cells, {done} of them done")
+        total, before, began = len(wanted), len(wanted) - len(waiting), time.monotonic()
+        self._console.print(f"{what}: {total} cells, {before} of them done")
         try:
             while waiting or self._running:
-                while waiting and len(self._running) < self._jobs:
-                    cell = waiting.popleft()
-                    federation, facts = self._plan.federation(cell), self._plan.facts(cell)
-                    process = cells.start(self._out / cell.folder, federation, facts, self._threads)
-                    self._running[process] = cell, time.monotonic()
-                wait([process.sentinel for process in self._running])
-                for process in [p for p in self._running if not p.is_alive()]:
-                    cell, began = self._running.pop(process)
-                    done += 1
-                    told = self._ended(cell, process)
-                    spent.append(time.monotonic() - began)
-                    left = len(wanted) - done
-                    rest = f"; about {clock(fmean(spent) * left / self._jobs)} left" if left else ""
-                    self._console.print(f"{done}/{len(wanted)} {cell.folder}: {told} ({clock(spent[-1])}{rest})")
+                self._start(waiting)
+                if waiting and not self._running:  # an earlier call's processes are at work
+                    time.sleep(_LOOK)
+                for trial, end in self._place.ended(_LOOK) if self._running else ():
+                    cell = self._running.pop(trial.folder)
+                    if self._is_tried_again(cell, end):
+                        waiting.append(cell)
+                        continue
+                    told, left = self._ended(cell, end), len(waiting) + len(self._running)
+                    done, spent = total - left, time.monotonic() - began
+                    times = [] if end.seconds is None else [clock(end.seconds)]
+                    times += [f"about {clock(spent / (done - before) * left)} left"] if left else []
+                    self._console.print(f"{done}/{total} {cell.folder}: {told} ({'; '.join(times)})")
         finally:
-            self._stop()
+            self._place.stop()
+            self._running.clear()
 
-    def _ended(self, cell: Cell, process: BaseProcess) -> str:
+    def _start(self, waiting: deque[Cell]) -> None:
+        """Hand over as many cells as the place takes."""
+        for cell in list(waiting):
+            if len(self._running) >= self._place.slots:
+                return
+            folder, federation = self._out / cell.folder, self._plan.federation(cell)
+            if self._is_settled(cell):  # by the process of an earlier call
+                waiting.remove(cell)
+            elif (prepared := cells.prepare(folder, federation, self._plan.facts(cell))) is not None:
+                waiting.remove(cell)
+                self._place.start(Trial(folder, *prepared, federation))
+                self._running[folder] = cell
+            elif folder not in self._held:
+                self._held.add(folder)
+                self._console.print(f"{cell.folder}: an earlier call's process is at work on it; waiting for its end")
+
+    def _is_tried_again(self, cell: Cell, end: End) -> bool:
+        """Whether a cell is to be started again, because its process died.
+
+        Raises:
+            LaunchError: its machine does not see the experiment's files.
+        """
+        if end.code == UNSEEN:
+            raise LaunchError(f"{end.said}; {RULE}")
+        if not end.died or not self._tries[cell.folder]:
+            return False
+        self._tries[cell.folder] -= 1
+        self._console.print(f"{cell.folder}: {self._death(cell, end)}; started again")
+        return True
+
+    def _death(self, cell: Cell, end: End) -> str:
+        how = end.said if end.code is None else f"its process ended with {end.code}"
+        return f"{how}: {last_lines(self._out / cell.folder / cells.LOG)}"
+
+    def _ended(self, cell: Cell, end: End) -> str:
         """How a cell ended, in words."""
-        folder = self._out / cell.folder
-        process.join()
+        folder, deadline = self._out / cell.folder, time.monotonic() + _SETTLE
+        while end.code == 0 and cells.status(folder) != "completed" and time.monotonic() < deadline:
+            time.sleep(1.0)  # another machine has written it
         status = cells.status(folder)
         if status == "completed":
             key = self._plan.config.select_by
             scored = scores_by_round(folder)
             return f"{key} {scored[max(scored)].get(key, math.nan):.4f}"
-        reason = cells.outcome(folder).get("reason") if process.exitcode == 1 else None
-        reason = reason or f"its process ended with {process.exitcode}: {last_lines(folder / cells.LOG)}"
+        reason = (cells.outcome(folder).get("reason") if end.code == 1 else None) or self._death(cell, end)
         return f"{'diverged' if status == 'diverged' else 'failed'}: {reason}"
-
-    def _stop(self) -> None:
-        for process in self._running:
-            process.terminate()
-        deadline = time.monotonic() + _GRACE
-        for process in self._running:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.join()
-        self._running.clear()
 
     def _pick(self, setting: Setting) -> float | None:
         """The learning rate with the best validation score, the smallest of equals; None: no rate has a score."""
@@ -221,35 +249,42 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _watch_signals() -> None:
+    """Let the signals that end a process interrupt it as Ctrl-C does."""
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(one) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(one, _interrupt)
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml", help="the experiment file")
     parser.add_argument("--scale", metavar="NAME", help="one of the file's `scales`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME, with a scale runs/NAME-SCALE")
-    parser.add_argument(
-        "--jobs", type=number(int, 1), default=1, metavar="N", help="cells at a time; they share the cores (default: 1)"
-    )
+    add_places(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
     from deploy.experiment.compare import write_comparison  # draws with matplotlib
 
     console = Console(highlight=False, soft_wrap=True)
-    for signal_ in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signal_) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(signal_, _interrupt)
+    _watch_signals()
     source = options.experiment.resolve()
     plan = Plan(load_experiment(source, options.scale), source)
     name = "-".join(filter(None, (plan.config.name, options.scale)))
     out = (options.out or Path("runs") / name).resolve()
     plan.refuse_changed(out)
     with _alone_in(out):
-        experiment = Experiment(plan, out, options.jobs, console)
+        place = choose(options, out)
+        _watch_signals()  # Ray has set its own way
+        experiment = Experiment(plan, out, place, options.tries, console)
         try:
             experiment.run()
         except KeyboardInterrupt:
             if experiment.has_results():
                 write_comparison(out)
             raise KeyboardInterrupt("stopped; called again, it goes on") from None
+        finally:
+            place.close()
         page = write_comparison(out)
     console.print(f"comparison: {page}")
     return 0 if experiment.complete() else FAILED

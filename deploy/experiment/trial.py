@@ -1,17 +1,19 @@
-"""One cell of an experiment: a whole federation in a process of its own.
+"""One cell of an experiment: a whole federation in a process of its own, which can be killed without harm.
 
-That process is forked from one that has imported everything, so a cell costs no import, gives all of its memory back at
-its end, and can be killed without harm.
+On this machine the process is forked from one that has imported everything, so that a cell costs no import; elsewhere
+it is a program: ``python -P trial.py FOLDER ATTEMPT new|resume THREADS PARENT``.
+
+A process may outlive the experiment that started it, on a machine that is cut off or in a cluster's queue. So it locks
+the cell's folder while it works, and ends at once when the folder was given to a later attempt.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import uuid
 from collections.abc import Mapping
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,16 @@ import yaml
 
 from common.config.federation import FederationConfig
 from common.errors import DIVERGED, RunFolderError
-from common.system.files import write_atomically
+from common.system.files import hold, write_atomically
 from common.system.processes import die_with_parent
 from server.run.folder import FEDERATION, changes, write_federation
 
 SUMMARY = "experiment.json"  # the summary of the whole experiment, in the experiment's folder
 FACTS = "cell.json"
 LOG = "log"
+LOCK = ".trial"  # locked by the process that works in the folder; holds the mark of the newest attempt
 _LEDGERS = "ledgers"
-_PROCESS = "deploy.experiment.trial_process"  # by name: only the fork server imports what it does
+_PATIENCE = 10.0  # seconds to wait for the lock of a process that is about to end
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -82,36 +85,62 @@ def _goes_on(folder: Path, facts: Mapping[str, Any]) -> bool:
     return not facts["final"] and status(folder) == "running"
 
 
-def start(folder: Path, federation: FederationConfig, facts: Mapping[str, Any], threads: int) -> BaseProcess:
-    """Start a cell, or resume a killed one where that changes no result.
+def prepare(folder: Path, federation: FederationConfig, facts: Mapping[str, Any]) -> tuple[str, bool] | None:
+    """Make a cell's folder ready for its process.
 
     Args:
         folder: the cell's folder; the cell must not be settled.
         federation: the cell's federation file, with absolute paths.
         facts: the cell's fields, among them ``final`` (whether it is evaluated on the test set), and ``digests`` of
             its data, by name.
-        threads: number of threads that PyTorch may use.
+
+    Returns:
+        The attempt's mark, and whether the process is to resume a killed one, where that changes no result; None: a
+        process of an earlier attempt is still at work in the folder.
     """
-    resume = _goes_on(folder, facts)
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_atomically(folder / FACTS, json.dumps(facts, indent=2) + "\n")
-        write_federation(folder, federation)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PROCESS])
-    process = context.Process(target=_run, args=(folder, resume, threads), daemon=True)
-    process.start()
-    return process
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = hold(folder / LOCK, patience=0.0)
+    if lock is None:
+        return None
+    try:
+        resume, attempt = _goes_on(folder, facts), uuid.uuid4().hex
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, attempt.encode(), 0)
+        os.fsync(lock)
+        if not resume:
+            for old in [old for old in folder.iterdir() if old.name != LOCK]:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            write_atomically(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+            write_federation(folder, federation)
+    finally:
+        os.close(lock)
+    return attempt, resume
 
 
-def _run(folder: Path, resume: bool, threads: int) -> None:
-    """The process of a cell."""
+def run_trial(folder: Path, attempt: str, resume: bool, threads: int) -> None:
+    """The process of a cell; see ``prepare``."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the experiment, which ends its cells
+    lock = hold(folder / LOCK, _PATIENCE)  # until this process ends
+    if lock is None:
+        sys.exit(f"{folder}: another process is at work on this cell")
+    if os.pread(lock, 64, 0).decode() != attempt:
+        sys.exit(f"{folder}: a later call of the experiment has begun this cell anew")
     with (folder / LOG).open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     from deploy.experiment.trial_process import run
 
     run(folder / FEDERATION, folder, folder / _LEDGERS, threads, resume=resume)
+
+
+def main(folder: str, attempt: str, how: str, threads: str, parent: str) -> None:
+    """The program; ``parent`` is the process that started it."""
+    die_with_parent()
+    if os.getppid() != int(parent):  # it has died before this process could ask the kernel to be told
+        sys.exit(1)
+    run_trial(Path(folder), attempt, how == "resume", int(threads))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -23,7 +23,7 @@ PRODUCT = ("client", "common", "deploy", "server", "strategies")
 HEAVY = {"torch", "flwr", "transformers", "numpy", "matplotlib", "datasets", "pandas", "grpc", "peft", "sklearn"}
 #: Programs that other processes of ours start; everything else is a verb.
 PROGRAMS = {"client/connect/supernode.py", "client/connect/worker.py", "client/connect/worker_process.py"}
-PROGRAMS |= {"client/preflight/steps.py", "deploy/compose/setup.py", "deploy/lock.py"}
+PROGRAMS |= {"client/preflight/steps.py", "deploy/compose/setup.py", "deploy/lock.py", "deploy/experiment/trial.py"}
 PROGRAMS |= {"common/system/flower_socket.py", "server/superlink/program.py"}
 
 

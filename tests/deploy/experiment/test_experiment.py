@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -23,7 +22,7 @@ from deploy.cli import main
 from deploy.experiment.config import load_experiment
 from deploy.experiment.plan import Cell, Plan
 from deploy.experiment.run import Experiment
-from deploy.experiment.trial import start
+from deploy.experiment.trial import prepare
 from deploy.sandbox.tiny import make_federation, make_shard
 from server.run.folder import read_lines
 from tests.harness.processes import ROOT, environment
@@ -183,26 +182,14 @@ def test_interrupt_leaves_the_results_that_earlier_calls_have_found(
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_killed_cell_goes_on_unless_its_bytes_are_to_be_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final: bool
-) -> None:
+def test_killed_cell_goes_on_unless_its_bytes_are_to_be_compared(tmp_path: Path, final: bool) -> None:
     found = plan(make_experiment(tmp_path))
     (setting,) = found.settings
     cell = found.final(setting, 1e-3)[0] if final else found.selection(setting)[0]
     pretend(tmp_path, found, cell, status="running")
-    started: list[tuple[object, ...]] = []
-
-    class Context:
-        def set_forkserver_preload(self, names: list[str]) -> None:
-            pass
-
-        def Process(self, *, args: tuple[object, ...], **_: object) -> Any:  # noqa: N802 - multiprocessing's
-            started.append(args)
-            return Mock()
-
-    monkeypatch.setattr("multiprocessing.get_context", lambda _: Context())
-    start(tmp_path / cell.folder, found.federation(cell), found.facts(cell), 1)
-    assert started == [(tmp_path / cell.folder, not final, 1)]
+    prepared = prepare(tmp_path / cell.folder, found.federation(cell), found.facts(cell))
+    assert prepared is not None
+    assert prepared[1] != final
     assert (tmp_path / cell.folder / "metrics.jsonl").exists() != final
 
 
