@@ -16,11 +16,8 @@ finished cells is written also when a cell failed or the experiment was interrup
 
 import argparse
 import json
-import math
 import os
 import signal
-import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,23 +26,16 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from common.errors import LaunchError, RunFolderError
+from common.errors import RunFolderError
 from common.metrics import SCORES
 from common.system.command import FAILED, Command
 from common.system.files import hold, write_atomically
-from common.system.processes import last_lines
-from common.text import clock
 from deploy.experiment import trial as cells
 from deploy.experiment.config import load_experiment
 from deploy.experiment.places.choose import add_places, choose
-from deploy.experiment.places.cluster import RULE
-from deploy.experiment.places.place import UNSEEN, End, Place, Trial
+from deploy.experiment.places.place import Place
+from deploy.experiment.places.queue import Queue
 from deploy.experiment.plan import Cell, Plan, Setting
-from server.run.folder import read_lines
-from server.run.records import SERVER
-
-_LOOK = 5.0  # seconds between two looks at a cell on which an earlier call is still at work
-_SETTLE = 90.0  # seconds after which a shared file system shows everywhere what one machine has written
 
 
 class Experiment:
@@ -60,10 +50,8 @@ class Experiment:
     """
 
     def __init__(self, plan: Plan, out: Path, place: Place, tries: int, console: Console) -> None:
-        self._plan, self._out, self._place, self._console = plan, out, place, console
-        self._tries = defaultdict[str, int](lambda: tries)  # by the folder of a cell
-        self._running: dict[Path, Cell] = {}
-        self._held: set[Path] = set()
+        self._plan, self._out, self._place = plan, out, place
+        self._queue = Queue(plan, out, place, tries, console)
         self._rates: dict[Setting, float | None] = {}
 
     def run(self) -> None:
@@ -72,14 +60,14 @@ class Experiment:
         self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
         self._write()  # an interrupt leaves what earlier calls have found
         self._place.check(plan.federation(next(plan.cells())), self._out / cells.SUMMARY)
-        self._cells("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
+        self._queue.run("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
         while further := [cell for s in plan.settings if (cell := plan.beyond(s, self._pick(s))) is not None]:
             for cell in further:
                 cells.refuse_changed(self._out / cell.folder, plan.federation(cell), plan.facts(cell))
-            self._cells("further learning rates", further)
+            self._queue.run("further learning rates", further)
         self._rates = {setting: self._pick(setting) for setting in plan.settings}
         self._write()
-        self._cells("seeds", self._final())
+        self._queue.run("seeds", self._final())
 
     def complete(self) -> bool:
         """Whether every setting has the scores of all of its learning rates, and all of its seeds."""
@@ -102,77 +90,6 @@ class Experiment:
     def _is_settled(self, cell: Cell) -> bool:
         return cells.is_settled(self._out / cell.folder, cell.facts())
 
-    def _cells(self, what: str, wanted: list[Cell]) -> None:
-        """Run cells, some at a time."""
-        waiting = deque(cell for cell in wanted if not self._is_settled(cell))
-        total, before, began = len(wanted), len(wanted) - len(waiting), time.monotonic()
-        self._console.print(f"{what}: {total} cells, {before} of them done")
-        try:
-            while waiting or self._running:
-                self._start(waiting)
-                if waiting and not self._running:  # an earlier call's processes are at work
-                    time.sleep(_LOOK)
-                for trial, end in self._place.ended(_LOOK) if self._running else ():
-                    cell = self._running.pop(trial.folder)
-                    if self._is_tried_again(cell, end):
-                        waiting.append(cell)
-                        continue
-                    told, left = self._ended(cell, end), len(waiting) + len(self._running)
-                    done, spent = total - left, time.monotonic() - began
-                    times = [] if end.seconds is None else [clock(end.seconds)]
-                    times += [f"about {clock(spent / (done - before) * left)} left"] if left else []
-                    self._console.print(f"{done}/{total} {cell.folder}: {told} ({'; '.join(times)})")
-        finally:
-            self._place.stop()
-            self._running.clear()
-
-    def _start(self, waiting: deque[Cell]) -> None:
-        """Hand over as many cells as the place takes."""
-        for cell in list(waiting):
-            if len(self._running) >= self._place.slots:
-                return
-            folder, federation = self._out / cell.folder, self._plan.federation(cell)
-            if self._is_settled(cell):  # by the process of an earlier call
-                waiting.remove(cell)
-            elif (prepared := cells.prepare(folder, federation, self._plan.facts(cell))) is not None:
-                waiting.remove(cell)
-                self._place.start(Trial(folder, *prepared, federation))
-                self._running[folder] = cell
-            elif folder not in self._held:
-                self._held.add(folder)
-                self._console.print(f"{cell.folder}: an earlier call's process is at work on it; waiting for its end")
-
-    def _is_tried_again(self, cell: Cell, end: End) -> bool:
-        """Whether a cell is to be started again, because its process died.
-
-        Raises:
-            LaunchError: its machine does not see the experiment's files.
-        """
-        if end.code == UNSEEN:
-            raise LaunchError(f"{end.said}; {RULE}")
-        if not end.died or not self._tries[cell.folder]:
-            return False
-        self._tries[cell.folder] -= 1
-        self._console.print(f"{cell.folder}: {self._death(cell, end)}; started again")
-        return True
-
-    def _death(self, cell: Cell, end: End) -> str:
-        how = end.said if end.code is None else f"its process ended with {end.code}"
-        return f"{how}: {last_lines(self._out / cell.folder / cells.LOG)}"
-
-    def _ended(self, cell: Cell, end: End) -> str:
-        """How a cell ended, in words."""
-        folder, deadline = self._out / cell.folder, time.monotonic() + _SETTLE
-        while end.code == 0 and cells.status(folder) != "completed" and time.monotonic() < deadline:
-            time.sleep(1.0)  # another machine has written it
-        status = cells.status(folder)
-        if status == "completed":
-            key = self._plan.config.select_by
-            scored = scores_by_round(folder)
-            return f"{key} {scored[max(scored)].get(key, math.nan):.4f}"
-        reason = (cells.outcome(folder).get("reason") if end.code == 1 else None) or self._death(cell, end)
-        return f"{'diverged' if status == 'diverged' else 'failed'}: {reason}"
-
     def _pick(self, setting: Setting) -> float | None:
         """The learning rate with the best validation score, the smallest of equals; None: no rate has a score."""
         if not self._plan.selection(setting):
@@ -194,7 +111,7 @@ class Experiment:
 
     def _scored(self, folder: Path) -> tuple[int | None, float | None]:
         """The round whose score counts, and its score; None both when the cell did not end with a finite score."""
-        key, by_round = self._plan.config.select_by, scores_by_round(folder)
+        key, by_round = self._plan.config.select_by, cells.scores_by_round(folder)
         scored = {number: told[key] for number, told in by_round.items() if key in told}
         last = max(by_round, default=None)
         if last not in scored:
@@ -218,14 +135,6 @@ class Experiment:
         summary |= {"claims": [claim.model_dump() for claim in config.claims]}
         summary |= {"settings": settings, "partitions": self._plan.partitions}
         write_atomically(self._out / cells.SUMMARY, json.dumps(summary, indent=2) + "\n")
-
-
-def scores_by_round(folder: Path) -> dict[int, dict[str, float]]:
-    """The server's finite scores by round; empty when the cell did not end well."""
-    if cells.status(folder) != "completed":
-        return {}
-    found = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
-    return {r["round"]: {key: value for key, value in r["evaluate"].items() if value is not None} for r in found}
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from common.config.federation import FederationConfig
 from common.errors import DIVERGED, RunFolderError
 from common.system.files import hold, write_atomically
 from common.system.processes import die_with_parent
-from server.run.folder import FEDERATION, changes, write_federation
+from server.run.folder import FEDERATION, changes, read_lines, write_federation
+from server.run.records import SERVER
 
 SUMMARY = "experiment.json"  # the summary of the whole experiment, in the experiment's folder
 FACTS = "cell.json"
@@ -45,6 +46,14 @@ def status(folder: Path) -> str:
     if told.get("status") == "failed" and DIVERGED & {*told.get("causes", {}).values()}:
         return "diverged"
     return str(told.get("status", "missing"))
+
+
+def scores_by_round(folder: Path) -> dict[int, dict[str, float]]:
+    """The server's finite scores by round; empty when the cell did not end well."""
+    if status(folder) != "completed":
+        return {}
+    found = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
+    return {r["round"]: {key: value for key, value in r["evaluate"].items() if value is not None} for r in found}
 
 
 def is_settled(folder: Path, facts: Mapping[str, Any]) -> bool:

@@ -20,8 +20,8 @@ import yaml
 from common.errors import DataError, DivergedError, DivergedUpdate, TrainingError, kind_of
 from deploy.cli import main
 from deploy.experiment.config import load_experiment
+from deploy.experiment.places.queue import Queue
 from deploy.experiment.plan import Cell, Plan
-from deploy.experiment.run import Experiment
 from deploy.experiment.trial import prepare
 from deploy.sandbox.tiny import make_federation, make_shard
 from server.run.folder import read_lines
@@ -88,7 +88,7 @@ def pretend(out: Path, found: Plan, cell: Cell, score: float | None = None, **ou
 
 
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Experiment, "_cells", lambda *_: None)
+    monkeypatch.setattr(Queue, "run", lambda *_: None)
 
 
 FAILED = {"status": "failed", "reason": "1 valid updates, 2 needed", "causes": {"site-a": kind_of(TrainingError())}}
@@ -167,7 +167,7 @@ def test_interrupt_leaves_the_results_that_earlier_calls_have_found(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Experiment, "_cells", interrupt)
+    monkeypatch.setattr(Queue, "run", interrupt)
     assert main(["experiment", str(file), "--out", str(out)]) == 130
     assert not (out / "comparison.md").exists()  # there is nothing to compare
     for cell, score in zip(found.selection(fedit), (3.0, 2.0), strict=True):

@@ -11,6 +11,7 @@ from scipy import stats
 
 from deploy.cli import main
 from deploy.experiment.compare_claims import Paired
+from deploy.experiment.places.queue import Queue
 from deploy.experiment.plan import Cell
 from deploy.experiment.run import Experiment
 from tests.deploy.experiment.test_experiment import make_experiment, pretend
@@ -41,7 +42,7 @@ def run_without_training(monkeypatch: pytest.MonkeyPatch, out: Path, best: dict[
                 )
             (out / cell.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
-    monkeypatch.setattr(Experiment, "_cells", cells)
+    monkeypatch.setattr(Queue, "run", cells)
     return ran
 
 

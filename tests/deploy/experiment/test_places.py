@@ -16,8 +16,8 @@ from common.config.federation import FederationConfig
 from common.errors import ConfigError, FedSpanError, LaunchError, RunFolderError
 from common.system.files import hold
 from deploy.cli import main
-from deploy.experiment import run as experiment_run, trial
-from deploy.experiment.places import job
+from deploy.experiment import trial
+from deploy.experiment.places import job, queue
 from deploy.experiment.places.choose import add_places, choose
 from deploy.experiment.places.cluster import job_of
 from deploy.experiment.places.place import UNSEEN, End, Trial
@@ -127,7 +127,7 @@ def test_cell_on_which_an_earlier_call_is_at_work_is_waited_for_and_not_run_agai
             os.close(lock)
             lock = None
 
-    monkeypatch.setattr(experiment_run.time, "sleep", sleep)
+    monkeypatch.setattr(queue.time, "sleep", sleep)
     stage = Stage(out, found, lambda name, nth: End(0))
     experiment = Experiment(found, out, stage, 0, Console(file=told, soft_wrap=True, highlight=False))
     experiment.run()
