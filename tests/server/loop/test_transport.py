@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ class Link:
     """A SuperLink, its sites, and the calls to it; each site works when it is looked for.
 
     Attributes:
-        fails: whether a call fails: "before" it has an effect, "after" it, or "" not at all.
+        fails: whether a call fails: "before" it has an effect, "after" it, or "" not at all; "expired" and "replaced":
+            the session of the push that the call belongs to has ended, or the same messages were pushed once more.
         called: names of the calls so far.
+        pushed: the last messages that were pushed.
     """
 
     state: State
@@ -49,6 +52,7 @@ class Link:
     task: Task
     fails: Callable[[str], str] = lambda call: ""
     called: list[str] = field(default_factory=list)
+    pushed: Any = None
 
     def __getattr__(self, name: str) -> Callable[[Any], Any]:
         if name not in CALLS:
@@ -63,6 +67,13 @@ class Link:
                 raise httpx.ReadTimeout("before")
             if name == "PullMessages":
                 self._work()
+            if name == "PushMessages":
+                self.pushed = request
+            if how == "expired":
+                for session in self.state._object_push_sessions.values():
+                    session.expires_at = datetime.fromtimestamp(0, UTC)
+            if how == "replaced":
+                runtime_handlers.push_messages(self.pushed, self.state, self.task)
             answer = handler(request, self.state, self.task)
             if how == "after":
                 raise httpx.ReadTimeout("after")
@@ -129,8 +140,9 @@ def test_calls_that_fail_change_nothing(tmp_path: Path) -> None:
 
     def fails(call: str) -> str:
         counts[call] += 1
-        always = {1: "before", 3: "after"}.get(counts[call])
-        return always or (drawn.choice(("before", "after")) if drawn.random() < 0.1 else "")
+        ends = {5: "expired", 8: "replaced"} if call == "PushObject" else {}
+        always = ({1: "before", 3: "after"} | ends).get(counts[call])
+        return always or (drawn.choice(("before", "after", *ends.values())) if drawn.random() < 0.1 else "")
 
     straight, undisturbed = trained(tmp_path / "straight", lambda call: "")
     for number in range(2):
