@@ -29,6 +29,7 @@ from benchmarks import (
 )
 from benchmarks.gpu import run as gpu
 from benchmarks.scale import run as scale
+from benchmarks.scale import peers, run as scale
 from benchmarks.table import Table, publish
 from benchmarks.training_step import run as training_step
 
@@ -50,6 +51,7 @@ BENCHMARKS = {
     "gpu": Benchmark(gpu.run, "8 minutes, of a GPU"),
     "masked-sums": Benchmark(masked_sums.run, "3 minutes"),
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
+    "peers": Benchmark(peers.run, "15 minutes, with NVFlare in another environment"),
     "quantised-base": Benchmark(quantised_base.run, "20 minutes"),
     "scale": Benchmark(scale.run, "40 minutes"),
     "server-memory": Benchmark(server_memory.run, "15 minutes"),

@@ -20,16 +20,16 @@ def run() -> Table:
     """Every model, rank, number of refreshes and of sites; own and shared bases."""
     rows: list[dict[str, Cell]] = []
     for model, shapes in MODELS.items():
-        dense = sum(count * _bytes(shape, None, Exchange()) for shape, count in shapes.items())
+        dense = sum(count * weight_bytes(shape, None, Exchange()) for shape, count in shapes.items())
         for rank in RANKS:
             for subspace, refreshes in (*(("own", j) for j in REFRESHES), ("shared", 1)):
                 shared = Exchange(basis=SharedBasis(0, 1, rank)) if subspace == "shared" else Exchange()
-                up = sum(count * _bytes(shape, rank * refreshes, shared) for shape, count in shapes.items())
+                up = sum(count * weight_bytes(shape, rank * refreshes, shared) for shape, count in shapes.items())
                 row: dict[str, Cell] = {"model": model, "rank": rank, "subspace": subspace, "refreshes": refreshes}
                 row |= {"dense MB": dense / 1e6, "up MB": up / 1e6, "times fewer up": dense / up}
                 for sites in SITES:
                     columns = rank * (refreshes * sites if subspace == "own" else 1)
-                    down = sum(count * _bytes(shape, columns, shared) for shape, count in shapes.items())
+                    down = sum(count * weight_bytes(shape, columns, shared) for shape, count in shapes.items())
                     row[f"down, {sites} sites"] = dense / down
                 rows.append(row)
     return Table(
@@ -42,7 +42,7 @@ def run() -> Table:
     )
 
 
-def _bytes(shape: tuple[int, int], columns: int | None, exchange: Exchange) -> int:
+def weight_bytes(shape: tuple[int, int], columns: int | None, exchange: Exchange) -> int:
     """Bytes on the wire of a weight that changed by so many columns; None: dense."""
     rows, cols = shape
     if columns is None or columns * (max(shape) if exchange.basis is not None else sum(shape)) >= rows * cols:

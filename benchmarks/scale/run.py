@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.scale.sites import Answers, LightSites
+from benchmarks.scale.sites import Answers, LightSites, SitesApart
 from benchmarks.table import RESULTS, Cell, Table, publish
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
@@ -74,15 +74,17 @@ def table(rows: list[dict[str, Cell]]) -> Table:
     )
 
 
-def measure(count: int, strategy: str = "fedftg", *, tls: bool = False, rounds: int = 3) -> dict[str, Cell]:
-    """One run with so many sites.
+def measure(
+    count: int, strategy: str = "fedftg", *, tls: bool = False, rounds: int = 3, apart: bool = False
+) -> dict[str, Cell]:
+    """One run with so many sites, threads of this process or (``apart``) processes.
 
     Raises:
         RuntimeError: the run did not end well.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
-        file = _federation(folder, count, STRATEGIES[strategy], rounds)
+        file = light_federation(folder, count, STRATEGIES[strategy], rounds)
         federation = resolved(load(file, FederationConfig), file)
         model = ServerModel(federation, file)
         answers = Answers(federation, model.initial_state(), model.base_digest, model.tokenizer_digest)
@@ -99,7 +101,7 @@ def measure(count: int, strategy: str = "fedftg", *, tls: bool = False, rounds: 
             watch = threading.Thread(target=_watch, args=(psutil.Process(server.process.pid), used, over))
             watch.start()
             wait_for(lambda: listens(port) or server.process.poll() is not None, LONGEST)
-            with LightSites(count, f"127.0.0.1:{port}", root, answers) as sites:
+            with (SitesApart if apart else LightSites)(count, f"127.0.0.1:{port}", root, answers) as sites:
                 server.process.wait(LONGEST)
             over.set()
             watch.join()
@@ -125,8 +127,10 @@ def _seconds(events: list[dict[str, Any]], count: int) -> dict[str, Cell]:
     return told | {"up MB": rounds[-1]["bytes_up"] / 1e6, "down MB": rounds[-1]["bytes_down"] / 1e6}
 
 
-def _federation(folder: Path, count: int, strategy: dict[str, Any], rounds: int) -> Path:
-    """A model with the demo's trained shapes, in ten blocks, and the federation's file."""
+def light_federation(
+    folder: Path, count: int, strategy: dict[str, Any], rounds: int, joining: int | None = None
+) -> Path:
+    """A model with the demo's trained shapes, and the federation's file; ``joining``: sites to wait for."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -145,7 +149,7 @@ def _federation(folder: Path, count: int, strategy: dict[str, Any], rounds: int)
         "model": {"path": "model"},
         "strategy": strategy,
         "rounds": rounds,
-        "cohort": {"min_clients": count, "join_deadline": LONGEST, "round_deadline": LONGEST},
+        "cohort": {"min_clients": joining or count, "join_deadline": LONGEST, "round_deadline": LONGEST},
         "training": {"learning_rate": 0.01, "local_steps": 3, "batch_size": 4, "max_length": 64},
         "evaluation": {"every": rounds, "generate": 0, "samples": 0},
     }

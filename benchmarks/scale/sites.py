@@ -1,12 +1,14 @@
 """Light sites: they speak Flower's gRPC as SuperNodes do and answer as FedSpan's sites do, but train nothing.
 
-One thread of this process for each, so that hundreds fit one machine.
+One thread of this process for each, so that hundreds fit one machine; or a process for each, beside other frameworks.
 """
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.synchronize import Event
 
 import torch
 from flwr.app import ArrayRecord, Message, MessageType
@@ -91,18 +93,28 @@ class LightSites:
 
     Args:
         count: number of sites.
+        first: number of the first one.
         address: the SuperLink's Fleet API, host and port.
         root: the authority's certificate, PEM; None: no TLS.
         answer: see ``Answers``.
     """
 
-    def __init__(self, count: int, address: str, root: bytes | None, answer: Callable[[int, Message], Message]) -> None:
+    def __init__(
+        self,
+        count: int,
+        address: str,
+        root: bytes | None,
+        answer: Callable[[int, Message], Message],
+        *,
+        first: int = 0,
+    ) -> None:
         self._address, self._root, self._answer = address, root, answer
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._live, args=(k,), daemon=True) for k in range(count)]
+        numbers = range(first, first + count)
+        self._threads = [threading.Thread(target=self._live, args=(k,), daemon=True) for k in numbers]
         self._invokers: list[RetryInvoker] = []
         self.errors: list[str] = []
-        self.joined = 0
+        self.joined = self.asked = 0
 
     def __enter__(self) -> "LightSites":
         for thread in self._threads:
@@ -124,6 +136,7 @@ class LightSites:
         with link as (_, receive, send, _run, _fab, pull, push, confirm):
             self.joined += 1
             while not self._over.wait(POLL_SECONDS):
+                self.asked += 1
                 try:
                     while (came := receive()) is not None:
                         message, tree = came
@@ -147,3 +160,33 @@ class LightSites:
                     return
                 except Exception as error:  # noqa: BLE001 - counted, and told in the table
                     self.errors.append(f"{type(error).__name__}: {error}")
+
+
+class SitesApart(LightSites):
+    """Sites as processes; otherwise as ``LightSites``, which it does not look into."""
+
+    def __init__(self, count: int, address: str, root: bytes | None, answer: Callable[[int, Message], Message]) -> None:
+        super().__init__(0, address, root, answer)
+        context = multiprocessing.get_context("spawn")
+        self._end = context.Event()
+        arguments = [(number, address, root, answer, self._end) for number in range(count)]
+        self._processes = [context.Process(target=_live_apart, args=one, daemon=True) for one in arguments]
+
+    def __enter__(self) -> "SitesApart":
+        for process in self._processes:
+            process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for process in self._processes:
+            process.join(2 * _LEAVE_SECONDS)
+            process.kill()
+
+
+def _live_apart(
+    number: int, address: str, root: bytes | None, answer: Callable[[int, Message], Message], over: Event
+) -> None:
+    torch.set_num_threads(1)
+    with LightSites(1, address, root, answer, first=number):
+        over.wait()

@@ -16,6 +16,9 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Load everything, train, return every trained weight."""
     import torch
+
+    if context.run_config["light"]:
+        return light(message)
     from galore_torch import GaLoreAdamW
 
     from client.training.ranks import Ranks
@@ -63,4 +66,13 @@ def train(message: Message, context: Context) -> Message:
     )
     metrics = MetricRecord({"num-examples": len(encoded), "seconds": time.monotonic() - started})
     arrays = ArrayRecord({name: Array(p.detach().numpy()) for name, p in tuned.parameters.items()})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def light(message: Message) -> Message:
+    """Return the weights that were sent, a little changed."""
+    received = message.content["arrays"]
+    assert isinstance(received, ArrayRecord)
+    arrays = ArrayRecord({name: Array(array.numpy() + 1e-5) for name, array in received.items()})
+    metrics = MetricRecord({"num-examples": 64, "seconds": 0.0})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
