@@ -15,7 +15,7 @@ from deploy.experiment.places.cluster import RULE
 from deploy.experiment.places.place import UNSEEN, End, Place, Trial
 from deploy.experiment.plan import Cell, Plan
 
-_LOOK = 5.0  # seconds between two looks at a cell on which an earlier call is still at work
+_LOOK = 5.0  # seconds between two looks at a cell on which an earlier process is at work
 _SETTLE = 90.0  # seconds after which a shared file system shows everywhere what one machine has written
 
 
@@ -44,7 +44,7 @@ class Queue:
         try:
             while waiting or self._running:
                 self._start(waiting)
-                if waiting and not self._running:  # an earlier call's processes are at work
+                if waiting and not self._running:  # earlier processes are at work on them
                     time.sleep(_LOOK)
                 for trial, end in self._place.ended(_LOOK) if self._running else ():
                     cell = self._running.pop(trial.folder)
@@ -74,7 +74,7 @@ class Queue:
                 self._running[folder] = cell
             elif folder not in self._held:
                 self._held.add(folder)
-                self._console.print(f"{cell.folder}: an earlier call's process is at work on it; waiting for its end")
+                self._console.print(f"{cell.folder}: an earlier process is at work on it; waiting for its end")
 
     def _is_tried_again(self, cell: Cell, end: End) -> bool:
         """Whether a cell is to be started again, because its process died.

@@ -25,6 +25,7 @@ _CONNECT = 60.0  # seconds to become a part of the cluster
 _PROBE = 60.0  # seconds in which a machine tells what it sees
 _LOST = 600.0  # seconds without a machine that is large enough, after which the experiment ends
 _LOOK = 10.0  # seconds between two looks at the machines
+_SAID = 200  # bytes of Ray's word on a trial that died; it is long, with advice on Ray
 _STORE = 100 * 2**20  # bytes of shared memory that Ray reserves on this machine; nothing of ours goes there
 _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - a variable's name
 #: Ray has no deadline of its own for an address where something else listens, and ends the process that waits.
@@ -53,7 +54,9 @@ class RayJobs:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         if address is None:  # Ray reads both when it is imported, and listens at all of this machine's addresses
             os.environ |= {"RAY_AUTH_MODE": "token", _TOKEN: secrets.token_hex(32)}
-            os.environ.setdefault("RAY_worker_niceness", "0")  # as trials without Ray, not behind all others
+            # As trials without Ray: not behind all others, and not ended when others fill this machine's memory.
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
         try:
             self._ray: Any = importlib.import_module("ray")
         except ImportError:
@@ -178,4 +181,4 @@ def _reach(address: str) -> None:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(str(error), SENTENCE)}"
+    return f"{type(error).__name__}: {one_line(str(error), _SAID)}"

@@ -134,7 +134,7 @@ def test_cell_on_which_an_earlier_call_is_at_work_is_waited_for_and_not_run_agai
     assert experiment.complete()
     assert waits == 1
     assert held.folder not in [name for name, _ in stage.started]
-    assert told.getvalue().count(f"{held.folder}: an earlier call's process is at work on it") == 1
+    assert told.getvalue().count(f"{held.folder}: an earlier process is at work on it") == 1
 
 
 def one_cell(folder: Path) -> tuple[Plan, Cell, Path]:
