@@ -28,7 +28,6 @@ from benchmarks import (
     wire_bytes,
 )
 from benchmarks.gpu import run as gpu
-from benchmarks.scale import run as scale
 from benchmarks.scale import peers, run as scale
 from benchmarks.table import Table, publish
 from benchmarks.training_step import run as training_step
