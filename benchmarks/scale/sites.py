@@ -159,6 +159,8 @@ class LightSites:
                 except RunNotRunningException:
                     return
                 except Exception as error:  # noqa: BLE001 - counted, and told in the table
+                    if self._over.wait(_LEAVE_SECONDS):  # the server has ended, and with it the channel
+                        return
                     self.errors.append(f"{type(error).__name__}: {error}")
 
 
