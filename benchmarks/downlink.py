@@ -21,8 +21,8 @@ from server.loop.server_model import ServerModel
 from strategies.flower.named import make_strategy
 from strategies.rule import Tensors, Update
 
-RANK, ROUNDS = 16, 4  # of the first part: the demo's rank; the rounds, of which the last is measured
-LONG, SEEDS, RATE = 15, (0, 1), 1.6e-2  # of the second part
+RANK, ROUNDS = 16, 4  # first part: the demo's rank; the last round is measured
+LONG, SEEDS, RATE = 15, (0, 1), 1.6e-2  # second part
 SITES = {20: (None, 4, 8, 16), 50: (None, 4, 8, 16)}  # r = 4 and J = 2: q is r, r J, 2 r J
 Rank = int | Literal["auto"] | None
 
@@ -41,7 +41,7 @@ def run() -> Table:
             "a site that took part in the last round; ms: CPU of one thread for the round's aggregation. titles: a",
             "decoder of 0.3 M parameters, ten chapters of ICD-10-CM, Dirichlet 0.3 (20 sites: the first of the 50),",
             f"rank 4, {LONG} rounds of 4 steps of 4 rows, a new basis every 2 steps, Adam with {RATE:g}. loss and",
-            f"accuracy: on titles of other categories, mean of {len(SEEDS)} seeds, half their distance. waiting: |E|",
+            "accuracy: on titles of other categories, mean of the seeds, and half their distance. waiting: |E|",
             "relative to the round's change. The last round sends all that waits; before: the loss of T without that.",
         ],
     )
@@ -65,7 +65,7 @@ def _measure(sites: int, rank: Rank) -> dict[str, Cell]:
         down = wire.num_bytes(wire.encode(outcome.step.tensors, bundled=True))
     row: dict[str, Cell] = {"of": "demo", "sites": sites, "downlink_rank": "all" if rank is None else str(rank)}
     row |= {"down MB": down / 1e6, "ms": milliseconds, "waiting": _waiting(diagnostics)}
-    return row | {"before": None, "loss": None, "+-": None, "accuracy": None}
+    return row | {"seeds": None, "before": None, "loss": None, "+-": None, "accuracy": None}
 
 
 def _random(site: int, state: Tensors, g: torch.Generator) -> Update:
@@ -84,15 +84,19 @@ def _waiting(diagnostics: Mapping[str, float]) -> float | None:
 
 
 def _trained(sites: int, rank: Rank) -> dict[str, Cell]:
-    runs = [_train(sites, rank, seed) for seed in SEEDS]
+    row = _mean(sites, rank, [_train(sites, rank, seed) for seed in SEEDS])
+    print(row, flush=True)
+    return row
+
+
+def _mean(sites: int, rank: Rank, runs: list[dict[str, float]]) -> dict[str, Cell]:
     losses = [run["loss"] for run in runs]
     row: dict[str, Cell] = {"of": "titles", "sites": sites, "downlink_rank": "all" if rank is None else str(rank)}
     row |= {"down MB": statistics.fmean(run["down"] for run in runs) / 1e6, "ms": None}
     row |= {"waiting": statistics.fmean(run["waiting"] for run in runs) if rank is not None else None}
-    row |= {"before": statistics.fmean(run["before"] for run in runs), "loss": statistics.fmean(losses)}
-    row |= {"+-": (max(losses) - min(losses)) / 2, "accuracy": statistics.fmean(run["accuracy"] for run in runs)}
-    print(row, flush=True)
-    return row
+    row |= {"seeds": len(runs), "before": statistics.fmean(run["before"] for run in runs)}
+    row |= {"loss": statistics.fmean(losses), "+-": (max(losses) - min(losses)) / 2}
+    return row | {"accuracy": statistics.fmean(run["accuracy"] for run in runs)}
 
 
 def _train(sites: int, rank: Rank, seed: int) -> dict[str, float]:
