@@ -51,7 +51,8 @@ def training_memory(subject: CheckContext) -> Finding:
         return memory.estimate(subject.tuned, settings, subject.largest(rows), subject.steps, autocast)
 
     wanted = peak(asked)
-    loaded = 0 if picked.type == "cpu" else wanted.weights
+    written = memory.whole_bytes(subject.tuned, settings.strategy) if site.keep is not None else 0
+    loaded = 0 if picked.type == "cpu" else max(wanted.weights, written)
     on_host = memory.host_bytes(subject.tuned, settings.strategy, subject.tokens, loaded, count)
     free_host = _free_host()
     if picked.type == "cpu":
@@ -63,7 +64,7 @@ def training_memory(subject: CheckContext) -> Finding:
         free, fullest = min((torch.cuda.mem_get_info(device)[0], str(device)) for device in devices)
         besides, where = 0, f"{fullest}'s"
     together = count if picked.type == "cpu" else 1  # devices that share this memory
-    need = together * wanted.total + besides
+    need = max(together * wanted.total, wanted.weights + written if picked.type == "cpu" else 0) + besides
     found = f"about {size(need)} at the peak, {subject.largest(asked)} in a forward pass"
     found += f"; {size(free)} of {where} memory are free"
     if need <= free:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +25,7 @@ from common.config.galore import GaLoreConfig
 from common.config.strategy import StrategyConfig
 from common.config.training import TrainingConfig
 from common.data.chat import counted_logits
+from common.model.quantization import is_quantized, whole_sizes
 from common.model.tuning import Tuned
 from common.protocol.factors import num_bytes
 
@@ -91,6 +92,13 @@ def host_bytes(tuned: Tuned, strategy: StrategyConfig, tokens: int, weights: int
     """
     kept = 4 * sum(p.numel() for p in tuned.parameters.values()) if strategy.trains == "weights" else _PEFT
     return kept + processes * (_PROCESS + _PER_TOKEN * tokens + weights)
+
+
+def whole_bytes(tuned: Tuned, strategy: StrategyConfig) -> int:
+    """Bytes of the whole model that a site with a base in codes reads to write a complete model; 0: it reads none."""
+    if not strategy.changes_base or not is_quantized(tuned.model):
+        return 0
+    return sum(number * size for number, size in whole_sizes(tuned.model))
 
 
 def estimate(
@@ -184,9 +192,14 @@ def _trace(
     """Bytes of the weights, and the bytes that a forward and backward pass adds; as on a CPU."""
     owned = {id(parameter) for parameter in trained.values()}
     names = [name for name, parameter in tuned.model.named_parameters() if id(parameter) in owned]
-    fake, alive = FakeTensorMode(), _Alive()
-    with FakeCopyMode(fake):
-        model: Any = copy.deepcopy(tuned.model)
+    model: Any = tuned.model
+    first, alive = next(model.parameters()), _Alive()
+    if isinstance(first, FakeTensor):  # a model of shapes alone, which nobody trains
+        fake = first.fake_mode
+    else:
+        fake = FakeTensorMode()
+        with FakeCopyMode(fake):
+            model = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
     for tensor in (*parameters.values(), *model.buffers()):
         tensor.requires_grad_(False)

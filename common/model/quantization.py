@@ -33,11 +33,13 @@ class Held:
         quantization: the form of weights that nobody trains.
         strategy: the federation's strategy, whose trained base weights stay whole; None: there is no strategy.
         device: computes the codes, one weight after the other; a CPU takes minutes for each 1,000 million weights.
+        as_stored: files that are quantised already are read in whatever form they have.
     """
 
     quantization: Quantization = "whole"
     strategy: StrategyConfig | None = None
     device: str = "cpu"
+    as_stored: bool = False
 
 
 WHOLE = Held()
@@ -141,6 +143,16 @@ def _nf4(weight: Tensor) -> dict[str, Tensor]:
     scales, nested = bnb.quantize_blockwise(absmax - offset, blocksize=256)
     own = {"nested": nested.absmax, "nested_code": nested.code, "offset": offset}
     return {"weight": torch.cat([codes for codes, _ in found]), "absmax": scales, **own}
+
+
+def shapes_of_codes(shape: torch.Size, quantization: Quantization) -> dict[str, Tensor]:
+    """Tensors of the form that ``quantize`` gives for a weight of this shape, without its values."""
+    if quantization == "int8":
+        return {"weight": torch.empty(shape, dtype=torch.int8), "scale": torch.empty(shape[0])}
+    blocks = -(-shape.numel() // _BLOCK)
+    codes = {"weight": torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8)}
+    codes |= {"absmax": torch.empty(blocks, dtype=torch.uint8), "nested": torch.empty(-(-blocks // 256))}
+    return {**codes, "nested_code": torch.empty(256), "offset": torch.empty(())}
 
 
 def _bnb() -> Any:  # noqa: ANN401

@@ -53,7 +53,7 @@ def check_stored(source: str, config: Any, held: Held) -> bool:  # noqa: ANN401 
             f"{where}, and `strategy` {strategy.name} {what}, which needs whole weights; take the model it was made "
             f"of, with `model.quantization: {stored}`, or a LoRA strategy without `merge`"
         )
-    if held.quantization != stored:
+    if held.quantization != stored and not held.as_stored:
         raise ModelError(
             f"{where}, and is to be held {held.quantization}; write `model.quantization: {stored}`, or take the model "
             "it was made of"

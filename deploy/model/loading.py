@@ -152,10 +152,11 @@ def _with_adapter(folder: Path, finished: Finished, task: "Task[Any]", source: P
 
     from common.model import tuning
     from common.model.adapters import LORA_A
+    from common.model.quantization import Held
     from common.protocol.digest import base_digest, tokenizer_digest
 
     card = finished.card
-    base = task.load(str(source), None, card.base.dtype, finished.use.seed)
+    base = task.load(str(source), None, card.base.dtype, finished.use.seed, Held(as_stored=True))
     found = {"base model": base_digest(base.model), "tokenizer": tokenizer_digest(base.tokenizer)}
     for what, wanted in {"base model": card.base.digest, "tokenizer": card.base.tokenizer_digest}.items():
         if found[what] != wanted:

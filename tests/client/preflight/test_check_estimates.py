@@ -33,15 +33,25 @@ def middle_sized(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("strategy", [FEDFTG, pytest.param({"name": "fedit", "rank": 4}, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("strategy", "quantization"),
+    [
+        (FEDFTG, "whole"),
+        pytest.param({"name": "fedit", "rank": 4}, "whole", marks=pytest.mark.long),
+        pytest.param(FEDFTG, "nf4", marks=pytest.mark.long),
+        pytest.param({"name": "fedit", "rank": 4}, "nf4", marks=pytest.mark.long),
+        pytest.param({"name": "fedit", "rank": 4}, "int8", marks=pytest.mark.long),
+    ],
+)
 def test_estimated_peak_is_the_measured_one(
-    files: Files, strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    files: Files, strategy: dict[str, Any], quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a larger model adds to the resident peak of a real process, whose allocator keeps nothing to itself.
 
     The same process with a tiny model is taken off, because how much Python and its libraries hold differs by machine.
     """
-    files.change("federation", strategy=strategy, training={"batch_size": 24, "packing": "off"})
+    model = {"path": "model", "quantization": quantization}
+    files.change("federation", strategy=strategy, model=model, training={"batch_size": 24, "packing": "off"})
     monkeypatch.setattr(memory, "_ALLOCATOR", 1.0)
     for limit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(limit, "65536")
@@ -112,6 +122,24 @@ def test_training_that_is_killed_for_its_memory_fails_and_not_the_check(
 def test_training_that_takes_longer_than_the_deadline_fails(files: Files) -> None:
     with pytest.raises(TrainingError, match="took longer than"):
         measured(files.site, files.federation, 1, 0.01)
+
+
+def test_codes_are_counted_and_the_whole_model_where_one_is_written(files: Files) -> None:
+    def peak() -> tuple[memory.Peak, int]:
+        subject = files.subject()
+        found = memory.estimate(subject.tuned, subject.settings, subject.largest(4), 3, None)
+        return found, memory.whole_bytes(subject.tuned, subject.settings.strategy)
+
+    whole, written = peak()
+    assert written == 0  # it is in memory
+    in_files = sum(p.nbytes for p in files.subject().base.model.parameters())
+    files.change("federation", model={"path": "model", "quantization": "nf4"})
+    codes, written = peak()
+    assert codes.weights < 0.7 * whole.weights  # embeddings and trained weights are whole
+    assert (codes.state, codes.gradients) == (whole.state, whole.gradients)
+    assert written == in_files
+    files.change("federation", strategy={"name": "fedit", "rank": 4})
+    assert peak()[1] == 0  # an adapter
 
 
 def test_gradients_kept_for_a_basis_are_counted(files: Files) -> None:

@@ -170,6 +170,8 @@ def test_stored_codes_are_used_as_they_are_or_refused_with_the_mend(folder: Path
     other = "int8" if method == "nf4" else "nf4"
     with pytest.raises(ModelError, match=rf"is to be held {other}; write `model.quantization: {method}`"):
         load(stored, other, lora)
+    asked = make_task(CausalLMTask()).load(str(stored), None, "float32", 0, Held(as_stored=True))  # as for an adapter
+    assert base_digest(asked.model) == base_digest(load(stored, method, lora).model)
     with pytest.raises(ModelError, match=r"`strategy` fedftg changes base weights, which needs whole weights"):
         load(stored, method, FedFTGConfig())
     with pytest.raises(ModelError, match=r"with `merge` writes a complete model, which needs whole weights"):
