@@ -29,7 +29,7 @@ from benchmarks import (
     wire_bytes,
 )
 from benchmarks.gpu import run as gpu
-from benchmarks.scale import peers, run as scale
+from benchmarks.scale import model, peers, run as scale
 from benchmarks.table import Table, publish
 from benchmarks.training_step import run as training_step
 
@@ -55,6 +55,7 @@ BENCHMARKS = {
     "peers": Benchmark(peers.run, "15 minutes, with NVFlare in another environment"),
     "quantised-base": Benchmark(quantised_base.run, "20 minutes"),
     "scale": Benchmark(scale.run, "40 minutes"),
+    "scale-model": Benchmark(model.run, "5 seconds, from the results of scale and averaging"),
     "server-memory": Benchmark(server_memory.run, "15 minutes"),
     "shared-noise": Benchmark(shared_noise.run, "2 minutes"),
     "slow-site": Benchmark(slow_site.run, "1 minute"),

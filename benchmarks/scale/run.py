@@ -127,10 +127,8 @@ def _seconds(events: list[dict[str, Any]], count: int) -> dict[str, Cell]:
     return told | {"up MB": rounds[-1]["bytes_up"] / 1e6, "down MB": rounds[-1]["bytes_down"] / 1e6}
 
 
-def light_federation(
-    folder: Path, count: int, strategy: dict[str, Any], rounds: int, joining: int | None = None
-) -> Path:
-    """A model with the demo's trained shapes, and the federation's file; ``joining``: sites to wait for."""
+def light_federation(folder: Path, count: int, strategy: dict[str, Any], rounds: int) -> Path:
+    """A model with the demo's trained shapes, in ten blocks, and the federation's file."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -149,7 +147,7 @@ def light_federation(
         "model": {"path": "model"},
         "strategy": strategy,
         "rounds": rounds,
-        "cohort": {"min_clients": joining or count, "join_deadline": LONGEST, "round_deadline": LONGEST},
+        "cohort": {"min_clients": count, "join_deadline": LONGEST, "round_deadline": LONGEST},
         "training": {"learning_rate": 0.01, "local_steps": 3, "batch_size": 4, "max_length": 64},
         "evaluation": {"every": rounds, "generate": 0, "samples": 0},
     }

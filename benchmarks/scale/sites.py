@@ -114,7 +114,7 @@ class LightSites:
         self._threads = [threading.Thread(target=self._live, args=(k,), daemon=True) for k in numbers]
         self._invokers: list[RetryInvoker] = []
         self.errors: list[str] = []
-        self.joined = self.asked = 0
+        self.joined = 0
 
     def __enter__(self) -> "LightSites":
         for thread in self._threads:
@@ -136,7 +136,6 @@ class LightSites:
         with link as (_, receive, send, _run, _fab, pull, push, confirm):
             self.joined += 1
             while not self._over.wait(POLL_SECONDS):
-                self.asked += 1
                 try:
                     while (came := receive()) is not None:
                         message, tree = came

@@ -1,0 +1,186 @@
+"""A round of 1,000 sites of an 8B model, computed from what was measured with up to 256 light sites.
+
+    python -m benchmarks scale-model            # the tables of docs/scale.md; tests hold the page against them
+
+Nothing here is measured. Every cost is taken to grow with messages, bytes or multiplications as it did between the
+measured points; the constants are read from benchmarks/results.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.table import RESULTS, Cell, Table
+from benchmarks.wire_bytes import weight_bytes
+from common.linalg.subspace import SharedBasis
+from common.protocol.factors import Exchange
+
+SITES, LINK, CORES, MEMORY = 1000, 10e9 / 8, 16, 128e9  # bytes a second each way; of the server's machine
+#: An 8B model (Llama-3-8B): (rows, columns) of a block's weights and how many of them; 32 blocks.
+MLP = {(14336, 4096): 2, (4096, 14336): 1}
+ATTENTION = {(4096, 4096): 2, (1024, 4096): 2}
+BLOCKS, THIRD = 32, 10
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Costs of the server on the machine that was measured.
+
+    Attributes:
+        link: CPU seconds of the SuperLink for a site and round.
+        app: CPU seconds of the ServerApp for a site and round.
+        moved: bytes that a site of the measured runs sent and received in a round.
+        memory: bytes of the SuperLink's memory for a byte of a round's replies.
+        rate: multiplications and additions of the server's averaging in a second, one thread.
+    """
+
+    link: float
+    app: float
+    moved: float
+    memory: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train the model.
+
+    Attributes:
+        up: bytes that a site sends in a round.
+        down: bytes that a site receives; with ``same`` the same ones for all.
+        products: multiplications and additions of the server in a round, beside what grows with bytes.
+    """
+
+    up: float
+    down: float
+    products: float
+
+
+def constants() -> Constants:
+    """The constants: differences between two runs of three rounds, which differ in the number of sites alone."""
+    rows = {(r["strategy"], r["sites"]): r for r in _rows("scale") if r["TLS"] == "no"}
+    few, many = rows["fedftg", 16], rows["fedftg", 256]
+    each = 3 * (many["sites"] - few["sites"])
+    link, app = ((many[f"{part} CPU s"] - few[f"{part} CPU s"]) / each for part in ("SuperLink", "ServerApp"))
+    moved = 1e6 * (many["up MB"] + many["down MB"]) / many["sites"]
+    memory = (many["SuperLink MB"] - few["SuperLink MB"]) / (many["up MB"] - few["up MB"])
+    measured = [r for r in _rows("averaging") if (r["model"], r["subspace"], r["sites"]) == ("Llama-2-7B", "own", 50)]
+    rate = 2 * 50 * 16 * 11008 * 4096 / (1e-3 * measured[-1]["ms"])
+    return Constants(link, app, moved, memory, rate)
+
+
+def ways(sites: int) -> dict[str, Way]:
+    """The strategies at an 8B model, each with what is usually trained with it; so many sites take part in a round."""
+    third = {shape: THIRD * count for shape, count in MLP.items()}
+    linear = {shape: BLOCKS * count for shape, count in (MLP | ATTENTION).items()}
+    size = sum(rows * cols * count for (rows, cols), count in third.items())
+
+    def factors(rank: int, exchange: Exchange | None = None) -> float:
+        return sum(count * weight_bytes(shape, rank, exchange or Exchange()) for shape, count in third.items())
+
+    def lora(rank: int) -> float:
+        return 4.0 * rank * sum(count * sum(shape) for shape, count in linear.items())
+
+    dense = sum(count * weight_bytes(shape, None, Exchange()) for shape, count in third.items())
+    own, shared = 2.0 * sites * 16 * size, Exchange(basis=SharedBasis(0, 1, 16))
+    whole = 2.0 * 16 * sum(count * rows * cols for (rows, cols), count in linear.items())
+    return {
+        "FedFTG dense, as published": Way(dense, dense, sites * size),
+        "FedFTG, own bases": Way(factors(16), factors(16 * sites), own),
+        "FedFTG, own bases, `downlink_rank: 64`": Way(factors(16), factors(64), own),
+        "FedFTG, shared basis": Way(factors(16, shared), factors(16, shared), 0.0),
+        "FedIT (LoRA), rank 8": Way(lora(8), lora(8), 0.0),
+        "FedIT (LoRA), rank 16": Way(lora(16), lora(16), 0.0),
+        "FlexLoRA, rank 16": Way(lora(16), lora(16), sites * whole),
+    }
+
+
+def cost(way: Way, sites: int, known: Constants) -> dict[str, tuple[float, float]]:
+    """Seconds of a round beside training and bytes of memory, each from the least to the most.
+
+    The least: a site costs what it cost when measured, however large its messages. The most: it costs in proportion to
+    its bytes.
+    """
+    larger = max(1.0, (way.up + way.down) / known.moved)
+    link, products = sites * max(way.up, way.down) / LINK, way.products / (known.rate * CORES)
+    memory = known.memory * sites * way.up + way.down
+    return {
+        "link": (link, link),
+        "SuperLink": (sites * known.link, sites * known.link * larger),
+        "ServerApp": (sites * known.app + products, sites * known.app * larger + products),
+        "memory": (memory, memory),
+    }
+
+
+def wall(costs: Mapping[str, tuple[float, float]]) -> str:
+    """The first limit that a round meets, at the most."""
+    if costs["memory"][1] > MEMORY:
+        return "memory"
+    return max(("link", "SuperLink", "ServerApp"), key=lambda name: costs[name][1])
+
+
+def run() -> Table:
+    """A round of all sites, by strategy."""
+    known = constants()
+    rows: list[dict[str, Cell]] = []
+    for name, way in ways(SITES).items():
+        costs = cost(way, SITES, known)
+        row: dict[str, Cell] = {"strategy": name, "MB up": way.up / 1e6, "MB down": way.down / 1e6}
+        row |= {f"{part}, s": _range(costs[part]) for part in ("link", "SuperLink", "ServerApp")}
+        rows.append(row | {"SuperLink, GB": costs["memory"][1] / 1e9, "first wall": wall(costs)})
+    title = f"{SITES:,} sites of an 8B model: a round beside training, computed"
+    return Table(title, rows, [f"{name}: {value}" for name, value in facts().items()])
+
+
+def levers() -> Table:
+    """Ways to move the wall: fewer sites in a round, or sites that reach the server in groups."""
+    known = constants()
+    rows: list[dict[str, Cell]] = []
+    for name in ("FedFTG, own bases", "FedFTG, shared basis", "FedIT (LoRA), rank 16"):
+        for what, sites in ((f"all {SITES:,}", SITES), ("a tenth, or buffered by 100", SITES // 10), ("32 groups", 32)):
+            costs = cost(ways(sites)[name], sites, known)
+            row: dict[str, Cell] = {"strategy": name, "messages a round": what}
+            least, most = (max(costs[part][end] for part in ("link", "SuperLink", "ServerApp")) for end in (0, 1))
+            row |= {"largest, s": _range((least, most)), "SuperLink, GB": costs["memory"][1] / 1e9}
+            rows.append(row | {"first wall": wall(costs)})
+    return Table("The same with fewer messages a round", rows, [])
+
+
+def text(table: Table) -> str:
+    """A table as Markdown."""
+    heads = list(table.rows[0])
+    lines = [
+        "| " + " | ".join(heads) + " |",
+        "|" + "|".join("---" if n == 0 else "---:" for n in range(len(heads))) + "|",
+    ]
+    lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def facts() -> dict[str, str]:
+    """The constants in words, by what docs/scale.md calls them."""
+    known = constants()
+    return {
+        "CPU of the SuperLink, a site and round": f"{1e3 * known.link:.0f} ms",
+        "CPU of the ServerApp, a site and round": f"{1e3 * known.app:.0f} ms",
+        "bytes of that, both ways together": f"{known.moved / 1e6:.1f} MB",
+        "memory of the SuperLink, a MB of open replies": f"{known.memory:.2f} MB",
+        "averaging of factors, a thread": f"{known.rate / 1e9:.0f} GFLOP/s",
+    }
+
+
+def _range(ends: tuple[float, float]) -> str:
+    least, most = map(_cell, ends)
+    return least if least == most else f"{least} to {most}"
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return str(value)
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return rows
