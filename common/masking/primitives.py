@@ -4,6 +4,7 @@ Every secret is a seed of 16 bytes: X25519 has the strength of 128 bits, and a S
 A key is used for one purpose in one round, because its derivation names both.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 
@@ -29,7 +30,8 @@ IDENTITY_BYTES = 49  # a compressed P-384 point
 SIGNATURE_BYTES = 96  # r and s
 ID_BYTES = 32
 _NONCE_BYTES, _TAG_BYTES = 12, 16
-SEALED_BYTES = _NONCE_BYTES + 2 * SEED_BYTES + _TAG_BYTES  # two shares
+DIGEST_BYTES = 32
+SEALED_BYTES = _NONCE_BYTES + 2 * SEED_BYTES + _TAG_BYTES + 2 * DIGEST_BYTES  # two shares, and what commits to each
 _WIDTH = SIGNATURE_BYTES // 2
 _CHUNK = 2**18  # words that are masked at a time
 _ZEROS = memoryview(bytes(WORD_BYTES * _CHUNK))
@@ -76,18 +78,34 @@ def add_mask(vector: Words, key: bytes, *, negative: bool = False) -> None:
         (np.subtract if negative else np.add)(part, words, out=part)
 
 
-def seal(key: bytes, plain: bytes) -> bytes:
-    """Encrypt for whoever has the key: AES-256-GCM, the nonce first."""
+def seal(key: bytes, shares: tuple[bytes, bytes]) -> bytes:
+    """Encrypt two shares for whoever has the key: AES-256-GCM, the nonce first; then each share's digest, in the open.
+
+    The digests commit to the shares. They tell nothing of them, because a share is 128 uniform bits.
+    """
     nonce = os.urandom(_NONCE_BYTES)
-    return nonce + AESGCM(key).encrypt(nonce, plain, None)
+    return nonce + AESGCM(key).encrypt(nonce, b"".join(shares), None) + b"".join(map(digest, shares))
 
 
-def unseal(key: bytes, sealed: bytes) -> bytes | None:
-    """The plain text; None: it was sealed with another key, or changed."""
+def unseal(key: bytes, sealed: bytes) -> tuple[bytes, bytes] | None:
+    """The two shares; None: they were sealed with another key, or changed, or are not those that the digests are of."""
+    hidden, digests = sealed[: -2 * DIGEST_BYTES], committed(sealed)
     try:
-        return AESGCM(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], None)
+        plain = AESGCM(key).decrypt(hidden[:_NONCE_BYTES], hidden[_NONCE_BYTES:], None)
     except InvalidTag:
         return None
+    shares = plain[:SEED_BYTES], plain[SEED_BYTES:]
+    return shares if (digest(shares[0]), digest(shares[1])) == digests else None
+
+
+def committed(sealed: bytes) -> tuple[bytes, bytes]:
+    """The digests of two sealed shares."""
+    return sealed[-2 * DIGEST_BYTES : -DIGEST_BYTES], sealed[-DIGEST_BYTES:]
+
+
+def digest(share: bytes) -> bytes:
+    """SHA-256."""
+    return hashlib.sha256(share).digest()
 
 
 def split(secret: bytes, threshold: int, count: int) -> list[bytes]:

@@ -60,24 +60,25 @@ class ServerSum:
         return Listing(self._adverts.values())
 
     def add_shares(self, member: bytes, raw: bytes) -> None:
-        """Take the shares that a member has sealed for the others.
+        """Take the shares that a member has sealed for all, itself among them.
 
         Raises:
-            RefusedUpdate: they are not for exactly the others.
+            RefusedUpdate: they are not for exactly the members.
         """
         try:
             sealed = parts.read_sealed(raw)
         except WireError as error:
             raise RefusedUpdate(f"{self.names[member]}: {error}") from None
-        if sealed.keys() != self._adverts.keys() - {member}:
-            raise RefusedUpdate(f"{self.names[member]}: its shares are not for all the others, and them alone")
+        if sealed.keys() != self._adverts.keys():
+            raise RefusedUpdate(f"{self.names[member]}: its shares are not for all members, and them alone")
         self.sharers.append(member)
         for receiver, one in sealed.items():
             self._sealed.setdefault(receiver, {})[member] = one
 
     def shares_for(self, member: bytes) -> bytes:
-        """The shares that were sealed for a member."""
-        return parts.write_sealed(self._sealed.get(member, {}))
+        """The shares that the others have sealed for a member."""
+        sealed = self._sealed.get(member, {})
+        return parts.write_sealed({sender: one for sender, one in sealed.items() if sender != member})
 
     def expect(self, words: int) -> None:
         """Say of how many words a vector is; before the first one comes."""
@@ -119,7 +120,7 @@ class ServerSum:
         """Take a survivor's shares of the survivors' self masks and of the drop-outs' mask keys.
 
         Raises:
-            RefusedUpdate: they are not of exactly those that have shared.
+            RefusedUpdate: they are not of exactly those that have shared, or not those that the member was given.
         """
         try:
             shares = parts.read_shares(raw)
@@ -127,6 +128,10 @@ class ServerSum:
             raise RefusedUpdate(f"{self.names[member]}: {error}") from None
         if shares.keys() != set(self.sharers):
             raise RefusedUpdate(f"{self.names[member]}: its shares are not of all that have shared, and of them alone")
+        for owner, share in shares.items():
+            of_self_mask, of_mask_key = primitives.committed(self._sealed[member][owner])
+            if primitives.digest(share) != (of_self_mask if owner in self.alive else of_mask_key):
+                raise RefusedUpdate(f"{self.names[member]}: its share of {self.names[owner]}'s secret is false")
         for owner, share in shares.items():
             self._shares.setdefault(owner, {})[member] = share
 
@@ -157,9 +162,21 @@ class ServerSum:
         if count < self._sum.threshold:
             raise AggregationError(f"{count} sites {what}, {self._sum.threshold} needed to unmask the sum")
 
-    def _secret(self, listing: Listing, member: bytes) -> bytes:
-        """The seed of a member, from as many shares as needed."""
-        held = sorted(self._shares[member].items())[: self._sum.threshold]
+    def inconsistent(self) -> list[str]:
+        """Names of the members that have sealed shares of no one secret, as far as more shares came than are needed.
+
+        A share that came is the one that was sealed, so this is the fault of who has sealed it.
+        """
+        listing, found = self.listing, []
+        for member, shares in self._shares.items():
+            more = range(len(shares) - self._sum.threshold + 1)
+            if len({self._secret(listing, member, first) for first in more}) > 1:
+                found.append(self.names[member])
+        return found
+
+    def _secret(self, listing: Listing, member: bytes, first: int = 0) -> bytes:
+        """The seed of a member, from as many shares as needed, in the holders' order."""
+        held = sorted(self._shares[member].items())[first : first + self._sum.threshold]
         return primitives.combined({listing.numbers[holder]: share for holder, share in held})
 
     def _remove(self, listing: Listing, dropped: bytes, about: bytes) -> None:

@@ -10,7 +10,6 @@ from common.errors import PolicyError
 from common.masking import parts, primitives
 from common.masking.fixed_point import Words
 from common.masking.parts import ALIVE, DROPPED, Advert, Listing, SumId, shown
-from common.masking.primitives import SEED_BYTES
 
 
 class Stage(IntEnum):
@@ -67,7 +66,9 @@ class SiteSum:
         self.advert, self.stage, self.unmasked = self._own.raw, Stage.KEYS, only
 
     def share(self, listing: bytes) -> bytes:
-        """Check the members' keys; seal shares of this site's secrets for each of the others.
+        """Check the members' keys; seal shares of this site's secrets for each of them.
+
+        The server passes on those for the others; the site's own record is there for what commits to its own shares.
 
         Args:
             listing: the keys of all members.
@@ -98,10 +99,9 @@ class SiteSum:
         )
         sealed = {}
         for one, pair in zip(found.members.values(), pairs, strict=True):
+            sealed[one.id] = primitives.seal(self._sealing(self._own.id, one.id), pair)
             if one.id == self._own.id:
                 self._held[one.id] = pair
-            else:
-                sealed[one.id] = primitives.seal(self._sealing(self._own.id, one.id), b"".join(pair))
         return parts.write_sealed(sealed)
 
     def receive(self, sealed: bytes) -> None:
@@ -118,10 +118,10 @@ class SiteSum:
         for sender, one in parts.read_sealed(sealed).items():
             if sender not in self._listing.members or sender == self._own.id:
                 raise PolicyError(f"{self._sum}: {shown(sender)} has shares, but no keys")
-            plain = primitives.unseal(self._sealing(sender, self._own.id), one)
-            if plain is None:
+            shares = primitives.unseal(self._sealing(sender, self._own.id), one)
+            if shares is None:
                 raise PolicyError(f"{self._sum}: the shares of {self._name(sender)} were not sealed for this site")
-            self._held[sender] = plain[:SEED_BYTES], plain[SEED_BYTES:]
+            self._held[sender] = shares
         if len(self._held) < self._sum.threshold:
             raise PolicyError(f"{self._sum}: {len(self._held)} members have shared, {self._sum.threshold} are needed")
         self._enough(len(self._held) - 1, "have shared")

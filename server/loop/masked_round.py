@@ -19,7 +19,6 @@ from flwr.common.constant import ErrorCode
 
 from common.config.section import settings_digest
 from common.errors import AggregationError, FederationError, RefusedUpdate, WireError
-from common.masking.fixed_point import encoded_weight
 from common.masking.parts import SumId
 from common.protocol import wire
 from common.protocol.digest import tensors_digest
@@ -183,14 +182,18 @@ class MaskedRound(Round):
 
     def _counted(self) -> Iterator[Update]:
         """The mean of all updates, as one update, when the sum is unmasked and admitted."""
-        for update, _ in self._updates():
-            self._parts.quarantine.note(update.client, refused=False)
+        for _ in self._updates():
+            pass  # all are in the sum
         this, alive = self._this, self._this.alive()
         self._enough(len(alive), "sent their numbers")
         self._exchange(SURVIVORS, dict.fromkeys(alive, this.sum.survivors), this.add_signature, late=True)
         this.sum.require(len(this.signers()), "signed the list of survivors")
         self._exchange(UNMASK, dict.fromkeys(this.signers(), this.sum.signatures), this.add_unmasking, late=True)
-        yield self._mean()
+        mean = self._mean()
+        for site in alive:
+            if site not in self.recorder.problems:
+                self._parts.quarantine.note(site, refused=False)
+        yield mean
 
     def _mean(self) -> Update:
         """The mean update.
@@ -199,13 +202,14 @@ class MaskedRound(Round):
             AggregationError: the sum cannot be unmasked, or its mean is more than training can do.
         """
         this, config, rule = self._this, self._parts.config, self._parts.strategy.rule
-        words, clients = this.sum.total(this.about), len(this.members)
         weights = [weight_of(this.rows[site], this.heaviest) for site in this.alive()]
-        if int(words[-1]) != sum(encoded_weight(weight, clients) for weight in weights) % 2**32:
-            raise AggregationError(
-                "the sum is not unmasked: a site gave false shares, or masked another weight or state"
-            )
-        tensors, factors = this.vector.mean(words[:-1], sum(weights), clients)
+        try:
+            words = this.total(weights)
+        except AggregationError:
+            for site in this.sum.inconsistent():
+                self._refuse(site, f"{site}: it has sealed shares of no one secret", RefusedUpdate.__name__)
+            raise
+        tensors, factors = this.vector.mean(words, sum(weights), len(this.members))
         mean = Update(f"the mean of {len(weights)} updates", this.most_rows, tensors, rule.lora_alpha, factors)
         noise = self._noise(weights)
         norms = change_norms(mean, self._state)
@@ -250,12 +254,8 @@ class MaskedRound(Round):
         """
         in_flight, group, since = self._parts.in_flight, f"{stage}/{self._number}/{self._attempt}", time.monotonic()
         in_flight.push(self._messages(stage, payloads), group)
-        closes, answers = since + self._secure.exchange_deadline, 0
-
-        def closes_at() -> float:
-            return closes
-
-        for sent, reply in in_flight.replies(group, closes_at):
+        closes, answers = [since + self._secure.exchange_deadline], 0
+        for sent, reply in in_flight.replies(group, lambda: closes[0]):
             site = self._name(sent.node_id)
             try:
                 if (failure := failure_in(reply)) is None:
@@ -270,10 +270,10 @@ class MaskedRound(Round):
             if failure is not None:
                 self._fail(site, replace(failure, reason=f"{stage}: {failure.reason}"), took_part=late)
             if late and answers == self._secure.threshold:
-                closes = min(closes, time.monotonic() + _GRACE)
+                closes[0] = min(closes[0], time.monotonic() + _GRACE)
         for node_id in in_flight.forget(group):
             if not late or answers < self._secure.threshold:
-                reason = f"{stage}: no answer within {closes - since:.4g} seconds"
+                reason = f"{stage}: no answer within {closes[0] - since:.4g} seconds"
                 failure = Failure(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason)
                 self._fail(self._name(node_id), failure, took_part=late)
         self.recorder.elsewhere += time.monotonic() - since

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from common.errors import AggregationError
+from common.masking.fixed_point import Words, encoded_weight
 from common.masking.parts import SumId
 from common.masking.server import ServerSum
 from strategies.combine.masked import Vector
@@ -67,6 +69,19 @@ class OpenSum:
     def add_unmasking(self, site: str, shares: bytes) -> None:
         """Take a site's shares that unmask the sum."""
         self.sum.add_unmasking(self.members[site], shares)
+
+    def total(self, weights: list[float]) -> Words:
+        """The unmasked sum of the updates, of sites with these weights.
+
+        Raises:
+            AggregationError: it cannot be unmasked.
+        """
+        words, clients = self.sum.total(self.about), len(self.members)
+        if int(words[-1]) != sum(encoded_weight(weight, clients) for weight in weights) % 2**32:
+            raise AggregationError(
+                "the sum is not unmasked: a site sealed false shares, or masked another weight or state"
+            )
+        return words[:-1]
 
     def alive(self) -> list[str]:
         """The sites whose numbers are in the sum."""

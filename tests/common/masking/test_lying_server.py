@@ -271,14 +271,53 @@ def test_members_that_lie() -> None:
         together.server.add_unmasking(together.ids[1], b"")
 
 
-def test_false_share_of_a_drop_out_is_noticed() -> None:
+@pytest.mark.parametrize("owner", [0, 1, 3])  # of itself, of another survivor, of a drop-out
+def test_false_share_is_refused_by_name_and_the_others_unmask(owner: int) -> None:
+    together, vectors = Together(4, 3, 6), uniform(0, 4, 6)
+    together.share()
+    together.mask(vectors, lost={3})
+    together.sign()
+    for k in range(3):
+        shares = parts.read_shares(together.sites[k].unmask(together.server.signatures))
+        false = {**shares, together.ids[owner]: bytes(16)}
+        if k == 0:
+            with pytest.raises(RefusedUpdate, match=f"site-0: its share of site-{owner}'s secret is false"):
+                together.server.add_unmasking(together.ids[k], parts.write_shares(false))
+        together.server.add_unmasking(together.ids[k], parts.write_shares(shares))
+    assert np.array_equal(together.server.total(ABOUT), np.sum(vectors[:3], axis=0, dtype=np.uint32))
+
+
+def sealed_falsely(together: Together, liar: int) -> None:
+    """Everybody shares; one site's share for the first other is of another secret, and its digest says so."""
+    for number, site in enumerate(together.sites):
+        sealed = parts.read_sealed(site.share(together.server.listing.raw))
+        if number == liar:
+            victim = together.ids[liar - 1]
+            shares = primitives.new_seed(), primitives.new_seed()
+            sealed[victim] = primitives.seal(site._sealing(together.ids[liar], victim), shares)
+        together.server.add_shares(together.ids[number], parts.write_sealed(sealed))
+
+
+@pytest.mark.parametrize("lost", [set[int](), {3}])
+def test_who_seals_shares_of_no_one_secret_is_named(lost: set[int]) -> None:
+    together = Together(5, 3, 6)
+    sealed_falsely(together, 3)
+    together.mask(uniform(0, 5, 6), lost=lost)
+    together.sign(lost)
+    try:
+        together.unmask()
+    except AggregationError as error:
+        assert str(error) == "the shares of site-3, which has dropped out, do not give its key"  # noqa: PT017
+    assert together.server.inconsistent() == ["site-3"]
+
+
+def test_share_that_is_not_what_its_digest_says_is_not_taken() -> None:
     together = Together(3, 2, 6)
     together.share()
-    together.mask(uniform(0, 3, 6), lost={2})
-    together.sign()
-    for k in (0, 1):
-        shares = parts.read_shares(together.sites[k].unmask(together.server.signatures))
-        shares[together.ids[2]] = bytes(16)
-        together.server.add_unmasking(together.ids[k], parts.write_shares(shares))
-    with pytest.raises(AggregationError, match="the shares of site-2, which has dropped out, do not give its key"):
-        together.server.total(ABOUT)
+    sealed = parts.read_sealed(together.server.shares_for(together.ids[0]))
+    record = sealed[together.ids[2]]
+    changed = {**sealed, together.ids[2]: record[:-1] + bytes([record[-1] ^ 1])}
+    refused(
+        f"the shares of {named(together, 2)} were not sealed for this site",
+        lambda: together.sites[0].receive(parts.write_sealed(changed)),
+    )
