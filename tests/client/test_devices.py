@@ -151,8 +151,8 @@ def test_process_that_is_killed_ends_the_round_by_name_and_leaves_nothing(tmp_pa
 
 @pytest.mark.long
 def test_next_request_starts_the_process_again(tmp_path: Path) -> None:
-    alone = trained(begun(tmp_path / "alone", {"device": "cpu"}))[0]
-    own = begun(tmp_path / "two", TWO)
+    alone = trained(begun(tmp_path / "alone", {"device": "cpu"}, training=SGD))[0]
+    own = begun(tmp_path / "two", TWO, training=SGD)
     start = own._tuned.get()
     killing(own, signal.SIGKILL)
     with pytest.raises(WorkerDied):
