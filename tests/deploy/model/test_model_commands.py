@@ -301,7 +301,7 @@ def test_base_model_is_found_or_named_and_must_be_the_same(
     (other / "config.json").write_text(
         json.dumps({**json.loads((other / "config.json").read_text()), "quantization_config": {"quant_method": "x"}})
     )
-    assert "is quantised" in refused(capsys, "merge", adapter.model, "--base", other, "--out", tmp_path / "out")
+    assert "is stored quantised" in refused(capsys, "merge", adapter.model, "--base", other, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
