@@ -105,7 +105,8 @@ def test_other_settings_of_the_image_processor_are_noticed(tmp_path: Path) -> No
     assert three.hello().base_digest == two.hello().base_digest
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_head_is_the_same_on_every_processor(tmp_path: Path, dtype: str) -> None:
     """So server and sites, which compare the digest of the base model with it, may have different ones."""
     code = (

@@ -65,6 +65,7 @@ def test_lists_that_do_not_fit_are_refused() -> None:
         scores("answers", ["a"], ["a", "b"])
 
 
+@pytest.mark.long
 def test_processes_that_start_together_do_not_meet_in_a_cache() -> None:
     code = "from common.metrics import scores; print(scores('answers', ['a b c d'], ['a b c d'])['bleu_4'])"
     env = environment() | {"HF_HUB_OFFLINE": "1", "HOME": "/nonexistent", "HF_HOME": "/nonexistent/hf"}

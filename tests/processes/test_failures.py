@@ -16,6 +16,7 @@ SIZES = {"site-a": 9, "site-b": 17}
 pytestmark = pytest.mark.timeout(1200)
 
 
+@pytest.mark.long
 def test_killed_launcher_leaves_no_process_behind_and_a_run_that_goes_on(tmp_path: Path) -> None:
     """RoLoRA's phase follows from the round."""
     changes = {"strategy": {"name": "rolora", "blocks": "lower half", "rank": 2}, "rounds": 4}

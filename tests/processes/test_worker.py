@@ -66,6 +66,7 @@ def test_one_process_answers_many_messages_and_its_death_is_an_answer_too(flower
     assert not psutil.pid_exists(last["pid"])
 
 
+@pytest.mark.long
 def test_worker_outlives_the_supernode_and_changes_the_process_with_the_bundle(flower: Flower, tmp_path: Path) -> None:
     node, worker = flower.start_warm_node("site", "x=1", tmp_path / "worker.json")
     out = tmp_path / "answers.json"
