@@ -36,4 +36,7 @@ def main(grid: Grid, context: Context) -> None:
             answers.append({"error": reply.error.reason, "code": reply.error.code})
         else:
             answers.append(dict(reply.content.config_records["config"]))
-        Path(str(context.run_config["out"])).write_text(json.dumps(answers))
+        out = Path(str(context.run_config["out"]))
+        new = out.with_suffix(".new")
+        new.write_text(json.dumps(answers))
+        new.replace(out)  # the test reads it meanwhile
