@@ -5,12 +5,14 @@ sees the same one: a file's size or, of a small file, its content; a folder's na
 """
 
 import hashlib
+import json
 import os
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _SMALL = 1 << 20  # bytes
 _ABSENT = "absent"
@@ -66,3 +68,15 @@ def work(
             [*command, parent], env={**os.environ, **env}, stdout=out, stderr=out, stdin=subprocess.DEVNULL, check=False
         )
     return done.returncode, socket.gethostname(), time.monotonic() - began
+
+
+def work_and_tell(told: str, *arguments: Any) -> None:  # noqa: ANN401
+    """Run a trial's program as ``work`` does, and write what that returns into the file ``told``, as a JSON list."""
+    try:
+        result: tuple[int | None, str, float | None] = work(*arguments)
+    except OSError as error:
+        result = None, f"{socket.gethostname()}: {error.strerror}", None
+    file = Path(told)
+    written = file.with_suffix(".new")
+    written.write_text(json.dumps(result))
+    written.replace(file)

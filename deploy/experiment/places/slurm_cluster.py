@@ -2,8 +2,8 @@
 
 import contextlib
 import importlib
+import json
 import os
-import pickle
 import shutil
 import subprocess
 import time
@@ -40,6 +40,7 @@ class SlurmJobs:
 
     def __init__(self, folder: Path, slots: int | None, cpus: int, gpus: float, options: Mapping[str, str]) -> None:
         self.slots, self._cpus = slots or NO_LIMIT, cpus
+        self._folder = folder.resolve()
         self._running: dict[str, tuple[Trial, Any]] = {}
         self._missed: dict[str, int] = {}
         self._looked = 0.0
@@ -65,7 +66,7 @@ class SlurmJobs:
     def start(self, trial: Trial) -> None:
         """See ``Place``."""
         try:
-            handed = self._executor.submit(job.work, *job_of(trial, self._cpus))
+            handed = self._executor.submit(job.work_and_tell, str(self._told(trial)), *job_of(trial, self._cpus))
         except (self._failed, subprocess.SubprocessError, OSError) as error:
             said = str(error).strip().splitlines()
             raise LaunchError(f"sbatch took no trial: {one_line(' '.join(said[-3:]), SENTENCE)}") from None
@@ -79,9 +80,9 @@ class SlurmJobs:
             for name in self._gone():
                 why = last_lines(self._running[name][1].paths.stderr)
                 over[name] = End(None, f"Slurm ended its job {name}{why and f' ({why})'}")
-            for name, (_, handed) in self._running.items():
-                if handed.paths.result_pickle.exists():
-                    over[name] = _result(handed.paths.result_pickle)
+            for name, (trial, _) in self._running.items():
+                if (told := self._told(trial)).exists():
+                    over[name] = End(*json.loads(told.read_text()))
             for name, end in over.items():
                 trial, _ = self._running.pop(name)
                 self._missed.pop(name, None)
@@ -115,8 +116,6 @@ class SlurmJobs:
         self._missed = {name: 0 if name in queued else self._missed.get(name, 0) + 1 for name in self._running}
         return [name for name, missed in self._missed.items() if missed >= _MISSED]
 
-
-def _result(file: Path) -> End:
-    """The result that submitit has written on the machine of a job."""
-    outcome, told = pickle.loads(file.read_bytes())  # noqa: S301 - of our own job, in our own folder
-    return End(*told) if outcome == "success" else End(None, one_line(str(told), SENTENCE))
+    def _told(self, trial: Trial) -> Path:
+        """The file in which the machine of a job tells how it ended; submitit's own results are pickled."""
+        return self._folder / f"{trial.attempt}.json"

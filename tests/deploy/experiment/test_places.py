@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,3 +249,14 @@ def test_second_experiment_in_a_folder_is_refused_before_it_asks_a_cluster(
     finally:
         os.close(lock)
     assert "another experiment is at work in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "log"), [(3, "log"), (None, "none/log")])
+def test_job_tells_its_end_in_a_file_that_is_read_without_unpickling(
+    tmp_path: Path, code: int | None, log: str
+) -> None:
+    told, command = tmp_path / "told.json", [sys.executable, "-c", "raise SystemExit(3)"]
+    job.work_and_tell(str(told), command, {}, {}, str(tmp_path / log), UNSEEN)
+    found = End(*json.loads(told.read_text()))
+    assert (found.code, found.died) == (code, True)
+    assert socket.gethostname() in found.said
