@@ -5,7 +5,7 @@ No weight is made: models are built of tensors with shapes alone. ``python -m be
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from common.config.federation import FederationConfig
 from common.config.section import Quantization
 from common.model.quantization import Held, replace, shapes_of_codes, untrained
 from common.model.tuning import Tuned, tune
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 #: hidden, intermediate, blocks, heads, heads of keys and values, vocabulary, embeddings tied to the output.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
@@ -87,12 +90,12 @@ def peaks(
     return found
 
 
-def _tuned(shape: str, federation: FederationConfig) -> Tuned:
-    """A model without values, as a site would hold it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def config_of(shape: str) -> "LlamaConfig":
+    """The configuration of a row's model."""
+    from transformers import LlamaConfig
 
     hidden, intermediate, blocks, heads, kv, vocabulary, tied = SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=blocks,
@@ -103,8 +106,14 @@ def _tuned(shape: str, federation: FederationConfig) -> Tuned:
         use_cache=False,
         dtype="bfloat16",
     )
+
+
+def _tuned(shape: str, federation: FederationConfig) -> Tuned:
+    """A model without values, as a site would hold it."""
+    from transformers import LlamaForCausalLM
+
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config_of(shape), dtype=torch.bfloat16)
         quantization = federation.model.quantization
         if quantization != "whole":
             for name in untrained(model, Held(quantization, federation.strategy)):

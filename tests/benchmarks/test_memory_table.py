@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks import memory_table
 from client.preflight.memory import Batch, estimate
@@ -28,18 +28,7 @@ def test_model_of_shapes_alone_needs_what_the_real_one_does(
     strategy, quantization = memory_table.WAYS[way]
     strategy = {**strategy, "rank": 8}
     found = memory_table.peaks("small", strategy, quantization, length=32)
-    hidden, intermediate, blocks, heads, kv, vocabulary, tied = SMALL
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        use_cache=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    LlamaForCausalLM(memory_table.config_of("small")).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     settings: dict[str, Any] = {
         "name": "real",
