@@ -5,6 +5,7 @@
     comparison.csv          the final numbers, one per line
     comparison-rounds.csv   every number of every seed and round
     comparison-claims.csv   every claim in every setting, where there are claims
+    comparison-claims.svg   the same as a picture, where two seeds or more have run
 
 The comparison depends on the folder alone, so it can be repeated at any time; unfinished trials are left out. The same
 folder gives the same bytes.
@@ -65,6 +66,8 @@ def write_comparison(out: Path) -> Path:
         told = ("gain", "deviation", "seeds", "p", "verdict", "seeds_needed", "plateau")
         head = ("strategy", *_SETTING, "than", "measure", *told)
         files["comparison-claims.csv"] = _csv(head, _claims(found))
+        if drawn := _claims_figure(found):
+            files["comparison-claims.svg"] = plots.alone(drawn)
     for name, text in files.items():
         try:
             write_atomically(out / name, text)
@@ -107,6 +110,7 @@ def render(found: Comparison) -> str:
         notes=notes(found),
         contents=contents,
         claims=list(claims(found)),
+        claims_figure=Markup(_claims_figure(found)),  # noqa: S704 - drawn here
         groups=groups,
         scores=[s for s in SCORES.values() if any(s in group.scores() for group in found.groups)],
         any_diagnostics=bool(diagnostics),
@@ -185,6 +189,20 @@ def _tables(group: Group, *, timed: bool = False) -> Iterator[tuple[str, list[st
 def _diagnostics(group: Group) -> list[str]:
     """The diagnostics that at least one strategy of a setting reports."""
     return [name for name in _DRAWN if any(line.diagnostic(name) for line in group.lines)]
+
+
+def _claims_figure(found: Comparison) -> str:
+    """The claims as a picture; empty where none has been tested with two seeds."""
+    told: dict[str, list[tuple[str, str, float, float]]] = {}
+    for one in tested(found):
+        if one.paired is not None and one.paired.margin is not None:
+            row = (one.group.title, title_of(one.than), one.paired.difference, one.paired.margin)
+            told.setdefault(f"{title_of(one.better)} is better", []).append(row)
+    if not told:
+        return ""
+    label = ". ".join(f"{t}: {'; '.join(f'{s}, {o} {g:+.3f} ± {m:.3f}' for s, o, g, m in told[t])}" for t in told)
+    axis = f"gain in {SCORES[found.select_by].in_text}: mean and 95 % interval over the seeds"
+    return plots.gains(told, name="claims", axis=axis, label=label)
 
 
 def _partition_title(held: Partition) -> str:

@@ -56,6 +56,15 @@ class Paired:
             return "not decided"
         return "better" if self.difference > 0 else "worse"
 
+    @property
+    def margin(self) -> float | None:
+        """Half the width of the 95 % confidence interval of the mean difference; None with fewer than two pairs."""
+        from scipy import stats
+
+        if self.deviation is None:
+            return None
+        return float(stats.t.isf(_LEVEL / 2, self.seeds - 1) * self.deviation / math.sqrt(self.seeds))
+
     def needed(self) -> int | None:
         """Number of seeds that would decide a difference of this size; None: decided, unknown, or too many to tell."""
         from scipy import stats

@@ -1,7 +1,11 @@
 """The comparison's figures, in the report's manner: lines differ in dash and marker, so none needs colour."""
 
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Literal
 
 import matplotlib as mpl
 from matplotlib.artist import Artist
@@ -83,6 +87,48 @@ def over_rounds(panels: Mapping[str, Sequence[tuple[str, Mapping[int, Estimate]]
         return inline(figure, name, label)
 
 
+def gains(claims: Mapping[str, Sequence[tuple[str, str, float, float]]], *, name: str, axis: str, label: str) -> str:
+    """How much better each claim's strategy is: means and intervals, a row for every setting and other strategy.
+
+    Args:
+        claims: by title, its rows (setting, other strategy, mean gain, half the width of its interval).
+        name: the figure's name, unique on the page.
+        axis: label of the x axis.
+        label: the figure in words.
+    """
+    with mpl.rc_context(STYLE):
+        heights = [len(rows) + len({setting for setting, *_ in rows}) for rows in claims.values()]
+        figure = Figure(figsize=(7.4, 0.7 + 0.21 * sum(heights) + 0.35 * len(heights)), layout="constrained")
+        panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, rows) in zip(panels, claims.items(), strict=True):
+            texts, heads = list[str](), list[int]()
+            for setting, members in itertools.groupby(rows, key=lambda row: row[0]):
+                heads.append(len(texts))
+                texts.append(setting)
+                for _, other, gain, margin in members:
+                    decided = abs(gain) > margin
+                    axes.errorbar(
+                        gain,
+                        len(texts),
+                        xerr=margin,
+                        fmt="o",
+                        color=_colour(0 if gain > 0 else 1) if decided else INK,
+                        markerfacecolor=None if decided else "none",
+                        markersize=5,
+                        linewidth=1.2,
+                    )
+                    texts.append(f"than {other}")
+            ticks = axes.set_yticks(range(len(texts)), texts)
+            for head in heads:
+                ticks[head].label1.set_fontstyle("italic")
+            axes.set_ylim(len(texts) - 0.4, -0.6)
+            axes.axvline(0, color=INK, linewidth=0.8)
+            axes.set_title(title, fontsize=9, loc="left", weight="bold")
+            _plain(axes, grid="x")
+        panels[-1].set_xlabel(axis)
+        return inline(figure, name, label)
+
+
 def partition(held: Partition, *, name: str, label: str) -> str:
     """Sites against labels; a dot's area is a site's number of rows with the label."""
     with mpl.rc_context(STYLE):
@@ -113,7 +159,17 @@ def _colour(number: int) -> str:
     return colour(_COLOURS[number % len(_COLOURS)])
 
 
-def _plain(axes: Axes) -> None:
-    axes.grid(axis="y", linewidth=0.6)
+def alone(svg: str) -> str:
+    """A figure of the page as a file of its own, in the page's light colours on white."""
+    head, rest = svg.split(">", 1)
+    head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    light = resources.files("common.web").joinpath("style.css").read_text(encoding="utf-8").split("}", 1)[0]
+    colours = re.findall(r"--(?:plot-\w+|paper): #\w+;", light)
+    style = f"svg {{ {' '.join(colours)} font-family: sans-serif; background: var(--paper); }}"
+    return f"{head}><style>{style}</style>{rest}\n"
+
+
+def _plain(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    axes.grid(axis=grid, linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0, labelsize=8)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -76,6 +77,9 @@ def test_rates_go_on_beyond_the_file_until_the_best_is_within(tmp_path: Path, mo
         claims = {row["than"]: row for row in csv.DictReader(stream)}
     assert float(claims["fedit"]["gain"]) == pytest.approx(2.0365 - 6.966, abs=1e-3)  # 1 + |log2(rate / best)| ...
     assert (claims["ffa-lora"]["verdict"], claims["ffa-lora"]["plateau"]) == ("worse", "True")
+    drawn = ElementTree.parse(out / "comparison-claims.svg")  # noqa: S314 - written here
+    words = ["".join(text.itertext()).strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"FlexLoRA is better", "than FedIT", "than FFA-LoRA", "2 clients, rank 2"} <= set(words)
     before = len(ran)
     assert main(["experiment", str(file), "--out", str(out)]) == 0  # called again it comes to the same
     assert {s["strategy"]: s for s in json.loads((out / "experiment.json").read_text())["settings"]} == told
