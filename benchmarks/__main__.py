@@ -65,7 +65,7 @@ BENCHMARKS = {
     "strategy-bytes": Benchmark(strategy_bytes.run, "15 minutes"),
     "subspaces": Benchmark(subspaces.run, "30 minutes"),
     "toy": Benchmark(toy.run, "20 minutes"),
-    "training-step": Benchmark(training_step.run, "20 minutes"),
+    "training-step": Benchmark(training_step.run, "15 minutes, with TRL in another environment"),
     "wire-bytes": Benchmark(wire_bytes.run, "1 minute"),
 }
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers as hf
@@ -30,35 +30,41 @@ class Case:
 
     Attributes:
         model: "SmolLM2-135M", or "Gemma vocabulary", four random blocks under 256,000 tokens.
-        method: "LoRA r 8" or "FedFTG r 16".
+        method: "LoRA" or "FedFTG".
+        rank: its rank.
         rows: rows per step.
         long: whether a row is of ``JOINED`` of the demo's.
     """
 
     model: str
-    method: str
+    method: Literal["LoRA", "FedFTG"]
+    rank: int
     rows: int = 8
     long: bool = False
 
     @property
     def strategy(self) -> FedITConfig | FedFTGConfig:
         """The federation's strategy section."""
-        if self.method == "LoRA r 8":
-            return FedITConfig(rank=8)
-        return FedFTGConfig(rank=16, modules="mlp", blocks="lower third")
+        if self.method == "LoRA":
+            return FedITConfig(rank=self.rank)
+        return FedFTGConfig(rank=self.rank, modules="mlp", blocks="lower third")
 
     def training(self, steps: int) -> TrainingConfig:
         """The federation's training section."""
-        rate = 1e-3 if self.method == "LoRA r 8" else 8e-3
-        return TrainingConfig(learning_rate=rate, batch_size=self.rows, local_steps=steps, max_length=512)
+        # Under FedFTG nothing is clipped: galore-torch would go by whole gradients, FedSpan by projected ones.
+        rate, clipped = (1e-3, 1.0) if self.method == "LoRA" else (8e-3, None)
+        return TrainingConfig(
+            learning_rate=rate, max_grad_norm=clipped, batch_size=self.rows, local_steps=steps, max_length=512
+        )
 
 
 CASES = {
-    "lora": Case("SmolLM2-135M", "LoRA r 8"),
-    "fedftg": Case("SmolLM2-135M", "FedFTG r 16"),
-    "wide-lora": Case("Gemma vocabulary", "LoRA r 8"),
-    "wide-fedftg": Case("Gemma vocabulary", "FedFTG r 16"),
-    "long-lora": Case("SmolLM2-135M", "LoRA r 8", rows=2, long=True),
+    "lora": Case("SmolLM2-135M", "LoRA", 8),
+    "fedftg": Case("SmolLM2-135M", "FedFTG", 16),
+    "wide-lora": Case("Gemma vocabulary", "LoRA", 8),
+    "wide-fedftg": Case("Gemma vocabulary", "FedFTG", 16),
+    "long-lora": Case("SmolLM2-135M", "LoRA", 8, rows=2, long=True),
+    "long-fedftg": Case("SmolLM2-135M", "FedFTG", 16, rows=2, long=True),
 }
 
 

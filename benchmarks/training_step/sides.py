@@ -114,7 +114,7 @@ def peer(case: Case, work: Work, steps: int, pace: Pace, side: str) -> None:
         "max_steps": steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "constant",
-        "max_grad_norm": training.max_grad_norm,
+        "max_grad_norm": training.max_grad_norm or 0.0,  # 0: none
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": False,
         "bf16": False,
