@@ -95,7 +95,6 @@ class SecureAggregationConfig(Section):
     noise: float = Field(
         0.0,
         ge=0,
-        allow_inf_nan=False,
         description="Standard deviation of the noise that every site adds to each number of its part of the sum; sites "
         "whose `privacy.noise` is shared ask for it. 0: none.",
     )

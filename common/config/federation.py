@@ -22,7 +22,7 @@ from common.config.cohort import (
 from common.config.outcome import BestConfig, CheckpointConfig, DeliveryConfig, measured
 from common.config.section import DataConfig, Digest, ModelSource, Name, Quantization, Section, resolve
 from common.config.strategy import StrategyConfig
-from common.config.task import CausalLMTask, ClassificationTask, TaskConfig
+from common.config.task import CausalLMTask, ClassificationTask, TaskConfig, task_fits
 from common.config.tracking import TrackingConfig
 from common.config.training import TrainingConfig
 from common.errors import ConfigError
@@ -229,8 +229,8 @@ def _contradictions(federation: FederationConfig) -> Iterator[str]:
     """The contradictions in a federation file, one sentence each; a sentence names the keys and the allowed values."""
     yield from _aggregation(federation)
     yield from _server_model(federation)
-    yield from _averaged_moments(federation)
-    yield from _head(federation)
+    yield from _moments(federation)
+    yield from task_fits(federation.task, federation.strategy, federation.training)
     yield from _secure(federation)
     yield from waiting_needed(federation.cohort, federation.strategy, federation.secure_aggregation)
 
@@ -267,30 +267,23 @@ def _aggregation(federation: FederationConfig) -> Iterator[str]:
 
 def _server_model(federation: FederationConfig) -> Iterator[str]:
     strategy = federation.strategy
-    if strategy.stays_at_site is not None and federation.evaluation.server is not None:
-        yield f"`strategy` {strategy.name} keeps every {strategy.stays_at_site} at its site, {_NOTHING_TO_EVALUATE}"
-
-
-def _averaged_moments(federation: FederationConfig) -> Iterator[str]:
-    if federation.strategy.optimizer_state != "averaged":
+    if federation.evaluation.server is None:
         return
-    if federation.training.optimizer != "adamw":
+    if strategy.stays_at_site is not None:
+        yield f"`strategy` {strategy.name} keeps every {strategy.stays_at_site} at its site, {_NOTHING_TO_EVALUATE}"
+    if strategy.head == "local":
+        yield f"`strategy.head` local keeps every trained head at its site, {_NOTHING_TO_EVALUATE}"
+
+
+def _moments(federation: FederationConfig) -> Iterator[str]:
+    strategy, training = federation.strategy, federation.training
+    for key, about in strategy.moments_wanted().items() if training.optimizer != "adamw" else ():
         yield (
-            "`strategy.optimizer_state` is averaged, but `training.optimizer` "
-            f"{federation.training.optimizer} has no second moments; allowed with it: adamw"
+            f"`strategy.{key}` is {about}, but `training.optimizer` {training.optimizer} has no moments; allowed with "
+            "it: adamw"
         )
-    if federation.server_optimizer is not None:
+    if strategy.optimizer_state == "averaged" and federation.server_optimizer is not None:
         yield (
             "`strategy.optimizer_state` is averaged, and second moments are no weights that "
             f"`server_optimizer` {federation.server_optimizer.method} could move; allowed with it: none"
         )
-
-
-def _head(federation: FederationConfig) -> Iterator[str]:
-    classifies, head = isinstance(federation.task, ClassificationTask), federation.strategy.head
-    if classifies and head is None:
-        yield "missing key `strategy.head`: how the classifier's head is treated; allowed: train, freeze or local"
-    if head is not None and not classifies:
-        yield f"`strategy.head` is {head!r}, but `task` {federation.task.type} has no classification head"
-    if head == "local" and federation.evaluation.server is not None:
-        yield f"`strategy.head` local keeps every trained head at its site, {_NOTHING_TO_EVALUATE}"

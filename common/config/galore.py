@@ -131,6 +131,12 @@ class GaLoreConfig(StrategySection):
             )
         return self.needs_current
 
+    def moments_wanted(self) -> dict[str, str]:
+        """See ``StrategySection.moments_wanted``; a kept basis has its use without moments, too."""
+        kept = self.optimizer_state == "averaged" or (self.optimizer_state, self.projection) == ("keep", "none")
+        wanted: dict[str, str] = {"optimizer_state": self.optimizer_state} if kept else {}
+        return wanted if self.moments == "float32" else wanted | {"moments": self.moments}
+
     def bases(self, steps: int) -> int:
         """Most bases that a site uses in a round of ``steps`` optimizer steps."""
         if self.shares_basis:

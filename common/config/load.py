@@ -1,6 +1,9 @@
 """Read a YAML file into a typed section; every mistake in the file becomes one clear error."""
 
+import contextlib
 import difflib
+import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from types import UnionType
@@ -15,6 +18,8 @@ from common.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 _TOLD = 20  # mistakes
+#: What pydantic puts at the end of a location for one of several types of a key; it is no key of the file.
+_TYPE = re.compile(r"str|int|float|(constrained-|literal\[|list\[|dict\[).*")
 
 
 def load(path: Path, section: type[S]) -> S:
@@ -47,7 +52,7 @@ def parse(data: object, section: type[S], source: str) -> S:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        wrong = error.errors(include_url=False)
+        wrong = _one_per_place(error.errors(include_url=False))
         lines = [_explain(detail, section) for detail in wrong[:_TOLD]]
         more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
         raise ConfigError(f"{source}: " + "; ".join([*dict.fromkeys(lines), *more])) from None
@@ -60,6 +65,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _one_per_place(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The mistakes, those of the types of one key as one; its types are left out where a part of its value is wrong."""
+    found: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for detail in details:
+        typed = [isinstance(part, str) and _TYPE.fullmatch(part) is not None for part in detail["loc"]]
+        place = tuple(part for part, is_type in zip(detail["loc"], typed, strict=True) if not is_type)
+        if place in found and typed[-1]:
+            also = detail["msg"].removeprefix("Input should be ")
+            detail = found[place] | {"msg": f"{found[place]['msg']} or {also}"}
+        found[place] = detail | {"loc": place}
+    return [one for at, one in found.items() if not any(at == other[: len(at)] != other for other in found)]
 
 
 def _explain(detail: ErrorDetails, section: type[Section]) -> str:
@@ -78,20 +96,34 @@ def _explain(detail: ErrorDetails, section: type[Section]) -> str:
         about = f" ({field.description})" if field is not None and field.description else ""
         return f"missing key `{key}`{about}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        allowed = (detail.get("ctx") or {}).get("expected_tags", "")
         by = (detail.get("ctx") or {}).get("discriminator", "'name'").strip("'")
-        tag = (value.get(by) if isinstance(value, dict) else value) or "missing"
+        tags = [repr(tag) for one in _within(owner, keys[-1]) if (tag := _tag(one)) is not None]
+        allowed = (detail.get("ctx") or {}).get("expected_tags", ", ".join(tags))
+        tag = value.get(by) if isinstance(value, dict) else value
+        if kind == "union_tag_not_found":
+            return f"missing key `{key}.{by}`; allowed: {allowed}"
         near = difflib.get_close_matches(str(tag), [t.strip(" '") for t in allowed.split(",")], n=1)
         return f"`{key}.{by}` is {tag!r}; allowed: {allowed}" + (f" (did you mean {near[0]!r}?)" if near else "")
     if kind == "value_error":
         return f"{'`' + key + '`: ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
+    if kind in ("model_type", "model_attributes_type"):
+        known = _within(owner, keys[-1]) if keys else [section]
+        what = f"`{key}` is {value!r}: " if keys else ""
+        return f"{what}must be a section" + (f" with the keys {_listed(known[0])}" if len(known) == 1 else "")
     hint = ""
-    if kind.startswith(("float_", "int_")) and isinstance(value, str):
+    if kind.startswith(("float_", "int_")) and isinstance(value, str) and _looks_like_a_number(value):
         hint = " (YAML reads this as text; write 1.0e-2, not 1e-2, and use no quotes)"
     if kind == "string_type" and isinstance(value, bool | int | float | date):
         hint = " (YAML reads yes, no, on, off, numbers and dates as no text; put it in quotes)"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"`{key}` is {value!r}: {message}{hint}"
+
+
+def _looks_like_a_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
 
 
 def _owner(section: type[Section], location: list[str]) -> tuple[type[BaseModel], list[str]]:
@@ -126,6 +158,12 @@ def _sections(annotation: object) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, UnionType, Annotated):
         return [s for part in get_args(annotation) for s in _sections(part)]
     return []
+
+
+def _within(owner: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    """All sections that a key of a section may have as its value."""
+    field = owner.model_fields.get(key)
+    return [] if field is None else _sections(field.annotation)
 
 
 def _listed(section: type[BaseModel]) -> str:

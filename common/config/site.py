@@ -7,7 +7,7 @@ server the noise to expect, and the reason when the site refuses a request (deci
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from common.config.outcome import KeepConfig
 from common.config.section import SERVER, Digest, ModelSource, Name, Quantization, Section, SiteDataConfig, resolve
@@ -27,8 +27,6 @@ _Model = Annotated[
 
 class PolicyConfig(Section):
     """Limits on the site's federations, and on what may leave it. An absent key without a default limits nothing."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     federations: _Names | None = Field(None, description="Names of the federations that the site takes part in.")
     strategies: _Names | None = Field(None, description="Strategies under which the site trains.")
@@ -85,8 +83,6 @@ class PolicyConfig(Section):
 
 class PrivacyConfig(Section):
     """Differential privacy of the whole shard: every update is clipped and noised before it leaves."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     clip: float = Field(
         gt=0, description="Clipping norm: L2 norm over all tensors of an update; larger updates are scaled down to it."
@@ -169,7 +165,10 @@ class SiteConfig(Section):
         "rows; auto: all CUDA devices, as long as each gets a row.",
     )
     device_deadline: float = Field(
-        600.0, gt=0, description="Longest wait for another device's process, in seconds; then the round fails."
+        600.0,
+        gt=0,
+        le=604800,
+        description="Longest wait for another device's process, in seconds, up to a week; then the round fails.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

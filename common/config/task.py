@@ -1,10 +1,13 @@
-"""The section of a federation file that chooses the learning task."""
+"""The section of a federation file that chooses the learning task, and which keys of other sections fit a task."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from common.config.section import Section
+from common.config.strategy import StrategyConfig
+from common.config.training import TrainingConfig
 
 
 class CausalLMTask(Section):
@@ -39,3 +42,21 @@ class ImageClassificationTask(ClassificationTask):
 
 
 TaskConfig = Annotated[CausalLMTask | SequenceClassificationTask | ImageClassificationTask, Field(discriminator="type")]
+
+
+def task_fits(task: TaskConfig, strategy: StrategyConfig, training: TrainingConfig) -> Iterator[str]:
+    """The contradictions between the task and the other sections, one sentence each."""
+    classifies, head, rate = isinstance(task, ClassificationTask), strategy.head, training.head_learning_rate
+    if classifies and head is None:
+        yield "missing key `strategy.head`: how the classifier's head is treated; allowed: train, freeze or local"
+    if head is not None and not classifies:
+        yield f"`strategy.head` is {head!r}, but `task` {task.type} has no classification head"
+    if rate is not None and not classifies:
+        yield f"`training.head_learning_rate` is {rate:g}, but `task` {task.type} has no classification head"
+    if rate is not None and head == "freeze":
+        yield (
+            f"`training.head_learning_rate` is {rate:g}, but `strategy.head` freeze trains no head; allowed with it: "
+            "train, local"
+        )
+    if training.packing == "on" and classifies:
+        yield f"`training.packing` is on, but `task` {task.type} packs no rows; allowed with it: auto, off"

@@ -21,7 +21,10 @@ class TrainingConfig(Section):
     )
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
     head_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of a trained classification head; null: `learning_rate`."
+        None,
+        gt=0,
+        description="Peak learning rate of a classification head that is trained (`strategy.head` train or local); "
+        "null: `learning_rate`.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Schedule of the learning rate over all rounds of the run."
@@ -39,10 +42,10 @@ class TrainingConfig(Section):
     packing: PackingMode = Field(
         "auto",
         description="Lay short rows of a forward pass into fewer, longer ones, apart from each other: less work, the "
-        "same loss. auto: where the model can.",
+        "same loss. auto: where the model can. on: a model that cannot is refused; with the task `causal-lm` alone.",
     )
     gradient_checkpointing: bool = Field(False, description="Saves memory and takes more time.")
-    seed: int = Field(0, ge=0, description="Seed of batch order, LoRA initialisation and sampling.")
+    seed: int = Field(0, ge=0, le=10**18, description="Seed of batch order, LoRA initialisation and sampling.")
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:

@@ -89,6 +89,10 @@ class StrategySection(Selection):
         """The reason why these settings need updates of the current state, for the end of a sentence; None: none."""
         return self.needs_current
 
+    def moments_wanted(self) -> dict[str, str]:
+        """The keys that say something about Adam's moments alone, with their values."""
+        return {}
+
     def exchange(self, seed: int, server_round: int) -> "Exchange":
         """The form in which a round's factors are sent, the same at the server and at every site.
 
@@ -116,6 +120,10 @@ class LoraConfig(StrategySection):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="Optimizer moments between rounds.")
     merge: bool = Field(False, description="Also export the base model with the adapter merged in, as `merged/`.")
     name: str
+
+    def moments_wanted(self) -> dict[str, str]:
+        """See ``StrategySection.moments_wanted``."""
+        return {} if self.optimizer_state == "reset" else {"optimizer_state": self.optimizer_state}
 
 
 class MergingLoraConfig(LoraConfig):

@@ -45,10 +45,14 @@ def check_sites(files: Iterable[Path], federation: FederationConfig, source: Pat
                 raise ConfigError(f"{path}: `keep.model` is also that of {models[folder]}; each site needs its own")
             models[folder] = path
         sites[site.name] = ledgers[ledger] = path
-    if federation.cohort.min_clients > len(sites):
-        needed = federation.cohort.min_clients
-        raise ConfigError(f"{source}: `cohort.min_clients` is {needed}, but `local.sites` lists {len(sites)}")
+    _check_enough(federation, len(sites), source)
     return sites
+
+
+def _check_enough(federation: FederationConfig, sites: int, source: Path) -> None:
+    for key in ("min_clients", "size"):
+        if (needed := getattr(federation.cohort, key) or 0) > sites:
+            raise ConfigError(f"{source}: `cohort.{key}` is {needed}, but `local.sites` lists {sites}")
 
 
 def _check_model(path: str | None, file: Path) -> None:

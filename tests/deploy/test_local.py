@@ -61,6 +61,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "federation.yaml", cohort={"min_clients": 3}),
         "`cohort.min_clients` is 3, but `local.sites` lists 1",
     ),
+    "larger rounds than sites": (
+        lambda f: edit(f / "federation.yaml", cohort={"mode": "buffered", "size": 4, "max_age": 1, "min_clients": 1}),
+        "`cohort.size` is 4, but `local.sites` lists 1",
+    ),
 }
 
 

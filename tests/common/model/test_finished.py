@@ -116,7 +116,7 @@ def test_hub_model_that_is_not_here_has_no_folder_and_no_known_licence() -> None
         (lambda facts: facts | {"more": 1}, "unknown key `more`"),
         (lambda facts: facts | {"files": {"../x": "0" * 64}}, "`files"),
         (lambda facts: facts | {"use": facts["use"] | {"max_length": 0}}, "`use.max_length` is 0"),
-        (lambda facts: [facts], "valid dictionary"),
+        (lambda facts: [facts], "must be a section with the keys"),
     ],
 )
 def test_facts_are_read_strictly(tmp_path: Path, change: Any, told: str) -> None:
