@@ -30,7 +30,7 @@ from benchmarks import (
     wire_bytes,
 )
 from benchmarks.gpu import run as gpu
-from benchmarks.scale import model, peers, run as scale
+from benchmarks.scale import model, peers, rounds, run as scale
 from benchmarks.table import Table, publish
 from benchmarks.training_step import run as training_step
 
@@ -56,6 +56,7 @@ BENCHMARKS = {
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
     "peers": Benchmark(peers.run, "15 minutes, with NVFlare in another environment"),
     "quantised-base": Benchmark(quantised_base.run, "20 minutes"),
+    "rounds": Benchmark(rounds.run, "20 minutes"),
     "scale": Benchmark(scale.run, "40 minutes"),
     "scale-model": Benchmark(model.run, "5 seconds, from the results of scale and averaging"),
     "server-memory": Benchmark(server_memory.run, "15 minutes"),

@@ -12,17 +12,16 @@ import json
 import resource
 import sys
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.scale.sites import Answers, LightSites, SitesApart
+from benchmarks.scale.watch import Watch, database_bytes
 from benchmarks.table import RESULTS, Cell, Table, publish
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
@@ -33,7 +32,7 @@ from deploy.sandbox.tiny import make_tokenizer
 from server.loop.server_model import ServerModel
 from server.run.folder import read_lines, read_run
 
-SITES, LONGEST, SAMPLE_SECONDS = (4, 16, 64, 256), 1800.0, 0.25
+SITES, LONGEST = (4, 16, 64, 256), 3600.0
 FTG: dict[str, Any] = {"name": "fedftg", "modules": "mlp", "blocks": "all", "rank": 16, "scale": 0.25}
 LORA: dict[str, Any] = {"rank": 16, "lora_alpha": 16.0}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -42,16 +41,25 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     **{name: {"name": name, **LORA} for name in ("fedit", "fedex-lora", "flora", "flexlora", "rolora")},
     **{name: {"name": name, **LORA} for name in ("ffa-lora", "fedsa-lora")},
 }
-#: Patterns of command lines by process of the server.
-PARTS = {"SuperLink": "superlink/program.py", "ServerApp": "flwr-serverapp"}
 
 
-@dataclass
-class Used:
-    """Resources that one process has used so far: CPU seconds, and its peak memory in bytes."""
+@dataclass(frozen=True)
+class Done:
+    """A run that has ended well.
 
-    cpu: float = 0.0
-    peak: int = 0
+    Attributes:
+        events: the run's.
+        watch: the use of the server's processes.
+        sites_cpu: CPU seconds of this process, which holds the sites.
+        database: bytes of the SuperLink's database at the end.
+        errors: failures of the sites' calls, after which they tried again.
+    """
+
+    events: list[dict[str, Any]]
+    watch: Watch
+    sites_cpu: float
+    database: int
+    errors: list[str]
 
 
 def run() -> Table:
@@ -82,6 +90,16 @@ def measure(
     Raises:
         RuntimeError: the run did not end well.
     """
+    done = federate(count, strategy, tls=tls, rounds=rounds, apart=apart)
+    row: dict[str, Cell] = {"strategy": strategy, "sites": count, "TLS": "yes" if tls else "no"}
+    row |= _seconds(done.events, count)
+    row |= {f"{name} CPU s": one.cpu for name, one in done.watch.used.items()} | {"sites' CPU s": done.sites_cpu}
+    row |= {f"{name} MB": one.peak / 1e6 for name, one in done.watch.used.items()}
+    return row | {"database MB": done.database / 1e6, "errors": len(done.errors)}
+
+
+def federate(count: int, strategy: str = "fedftg", *, tls: bool = False, rounds: int = 3, apart: bool = False) -> Done:
+    """See ``measure``."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         file = light_federation(folder, count, STRATEGIES[strategy], rounds)
@@ -94,27 +112,18 @@ def measure(
         command = [sys.executable, "-m", "deploy", "serve", str(file), "--runs", str(folder / "runs"), "--name", "run"]
         command += ["--fleet-api-address", f"127.0.0.1:{port}", *link]
         env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        used: dict[str, Used] = {name: Used() for name in PARTS}
-        before, over = _own_cpu(), threading.Event()
+        before, done = _own_cpu(), folder / "runs" / "run"
         with ProcessGroup(folder / "logs") as group:
             server = group.start("server", command, env)
-            watch = threading.Thread(target=_watch, args=(psutil.Process(server.process.pid), used, over))
-            watch.start()
-            wait_for(lambda: listens(port) or server.process.poll() is not None, LONGEST)
-            with (SitesApart if apart else LightSites)(count, f"127.0.0.1:{port}", root, answers) as sites:
-                server.process.wait(LONGEST)
-            over.set()
-            watch.join()
-        done = folder / "runs" / "run"
+            with Watch(server.process.pid, done / "flwr") as watch:
+                wait_for(lambda: listens(port) or server.process.poll() is not None, LONGEST)
+                with (SitesApart if apart else LightSites)(count, f"127.0.0.1:{port}", root, answers) as sites:
+                    server.process.wait(LONGEST)
         if read_run(done).get("status") != "completed":
             log = (folder / "logs" / "server.log").read_text()[-3000:]
             raise RuntimeError(f"{count} sites: {read_run(done).get('reason')}; {log}; {sites.errors[:3]}")
-        row: dict[str, Cell] = {"strategy": strategy, "sites": count, "TLS": "yes" if tls else "no"}
-        row |= _seconds(read_lines(done / "events.jsonl"), count)
-        row |= {f"{name} CPU s": one.cpu for name, one in used.items()} | {"sites' CPU s": _own_cpu() - before}
-        row |= {f"{name} MB": one.peak / 1e6 for name, one in used.items()}
-        base = sum(one.stat().st_size for one in (done / "flwr").glob("superlink.sqlite*"))
-        return row | {"database MB": base / 1e6, "errors": len(sites.errors)}
+        events, cpu = read_lines(done / "events.jsonl"), _own_cpu() - before
+        return Done(events, watch, cpu, database_bytes(done / "flwr"), sites.errors)
 
 
 def _seconds(events: list[dict[str, Any]], count: int) -> dict[str, Cell]:
@@ -165,26 +174,6 @@ def _link(folder: Path, *, tls: bool) -> tuple[list[str], bytes | None]:
     files = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
     options = [word for key, name in files.items() for word in (f"--ssl-{key}", str(folder / "pki" / name))]
     return options, (folder / "pki" / "ca.crt").read_bytes()
-
-
-def _watch(server: psutil.Process, used: dict[str, Used], over: threading.Event) -> None:
-    """Note what SuperLink and ServerApp use until it is over."""
-    while not over.wait(SAMPLE_SECONDS):
-        try:
-            children = server.children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-        for child in children:
-            try:
-                line, times = " ".join(child.cmdline()), child.cpu_times()
-                status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
-            except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError):
-                continue
-            name = next((name for name, pattern in PARTS.items() if pattern in line), None)
-            peak = next((int(one.split()[1]) for one in status.splitlines() if one.startswith("VmHWM")), 0)
-            if name is not None:
-                used[name].cpu = max(used[name].cpu, times.user + times.system)
-                used[name].peak = max(used[name].peak, 1024 * peak)
 
 
 def _own_cpu() -> float:
