@@ -58,7 +58,9 @@ class OwnTensors:
             write_atomically(self._file(server_round), content, 0o600)
         except OSError as error:
             raise TrainingError(f"the site's own tensors cannot be kept: {error}") from None
-        wanted = {self._file(best)} if best is not None else set()
+        # A site that did not train in the best round has its tensors from a round before.
+        until = [file for file in self._files() if best is not None and self._round(file) <= best]
+        wanted = {*until[-1:]}
         earlier = [file for file in self._files() if file not in wanted and self._round(file) <= server_round]
         wanted |= {*earlier[-_BEFORE:]}
         for file in self._folder.glob("*.safetensors"):

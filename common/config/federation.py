@@ -19,7 +19,7 @@ from common.config.cohort import (
     single_updates_needed,
     waiting_needed,
 )
-from common.config.outcome import BestConfig, CheckpointConfig, DeliveryConfig, measured
+from common.config.outcome import BestConfig, CheckpointConfig, DeliveryConfig, checkpoints_needed, measured
 from common.config.section import DataConfig, Digest, ModelSource, Name, Quantization, Section, resolve
 from common.config.strategy import StrategyConfig
 from common.config.task import CausalLMTask, ClassificationTask, TaskConfig, task_fits
@@ -231,6 +231,7 @@ def _contradictions(federation: FederationConfig) -> Iterator[str]:
     yield from _server_model(federation)
     yield from _moments(federation)
     yield from task_fits(federation.task, federation.strategy, federation.training)
+    yield from checkpoints_needed(federation.checkpoint, federation.strategy)
     yield from _secure(federation)
     yield from waiting_needed(federation.cohort, federation.strategy, federation.secure_aggregation)
 

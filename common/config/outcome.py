@@ -1,10 +1,12 @@
 """The use of a run's states: checkpoints, the best round, early stopping, the delivery to the sites."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from common.config.section import Section
+from common.config.strategy import StrategyConfig
 from common.metrics import ANSWERS, LABELS, SCORES
 
 
@@ -60,6 +62,23 @@ class KeepConfig(Section):
         description="`end`: the model of the last round, in `model`. `best`: that of the best round, in `best`. "
         "`every`: that of each round, in `round-NNN`.",
     )
+
+
+def checkpoints_needed(checkpoint: CheckpointConfig, strategy: StrategyConfig) -> Iterator[str]:
+    """The contradictions between rare checkpoints and what sites keep for themselves, one sentence each.
+
+    A resumed run repeats the rounds since its checkpoint, and a site keeps its own tensors of the last two rounds
+    (decision 009).
+    """
+    if checkpoint.every == 1:
+        return
+    told = f"`checkpoint.every` is {checkpoint.every}, and sites can go back by one round with what they keep:"
+    if strategy.optimizer_state == "keep":
+        yield f"{told} `strategy.optimizer_state` keep needs 1"
+    if strategy.stays_at_site is not None:
+        yield f"{told} `strategy` {strategy.name}, which keeps every {strategy.stays_at_site} there, needs 1"
+    if strategy.head == "local":
+        yield f"{told} `strategy.head` local needs 1"
 
 
 def measured(best: BestConfig, *, classifies: bool, generates: bool) -> list[str]:

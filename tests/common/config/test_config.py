@@ -1,6 +1,7 @@
 """A mistake in either file becomes one clear error that names file, key, value and what is allowed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -248,3 +249,21 @@ def test_sites_receive_all_but_the_servers_own_settings(tmp_path: Path) -> None:
     assert "norm_ratio" not in sent
     assert (received.admission.max_rows, received.admission.max_noise) == (900, 0.5)
     assert received.training == config.training
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        ({"name": "fedftg", "optimizer_state": "keep"}, "`strategy.optimizer_state` keep needs 1"),
+        ({"name": "fedsa-lora"}, "`strategy` fedsa-lora, which keeps every B there, needs 1"),
+        ({"name": "fedit"}, None),
+    ],
+)
+def test_rare_checkpoints_do_not_go_with_what_sites_keep(strategy: dict[str, Any], reason: str | None) -> None:
+    settings = {"name": "x", "model": {"path": "m"}, "rounds": 9, "training": {"learning_rate": 0.1, "local_steps": 1}}
+    settings |= {"strategy": strategy, "checkpoint": {"every": 5}}
+    if reason is None:
+        assert parse(settings, FederationConfig, "f").checkpoint.every == 5
+        return
+    with pytest.raises(ConfigError, match=f"`checkpoint.every` is 5, and sites can go back by one round.*{reason}"):
+        parse(settings, FederationConfig, "f")
