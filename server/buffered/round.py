@@ -89,6 +89,10 @@ class BufferedRound(Round):
         self.recorder.elsewhere += time.monotonic() - since
         for name, failure in self._lost.items():
             self._fail(name, failure)
+        self._lost.clear()
+
+    def _takes_others(self) -> bool:
+        return not self._full()
 
     def _full(self) -> bool:
         return len(self.recorder.admitted) >= self._size

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import FederationError
 from common.linalg.subspace import projects_right
 from common.protocol.tensors import Tensors, flatten, unflatten
+from strategies.admission.bounds import UpdateSize, cohort_bound
 from strategies.rule import Update
 
 _WHOLE, _LEFT, _RIGHT = "whole", "left", "right"  # groups of tensors; groups of factors end with the term's number
@@ -33,6 +34,7 @@ class PendingUpdates:
         self._kept: dict[
             str, tuple[Path, Update]
         ] = {}  # by client: file of the tensors, and the update without tensors
+        self._sizes: dict[str, UpdateSize] = {}  # by client, those of refused updates too
 
     def __enter__(self) -> "PendingUpdates":
         shutil.rmtree(self._folder, ignore_errors=True)  # left by a server that was killed
@@ -41,13 +43,13 @@ class PendingUpdates:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def put(self, update: Update) -> None:
-        """Write an update to disk.
+    def put(self, update: Update, size: UpdateSize) -> None:
+        """Write an update of this size to disk.
 
         Raises:
             FederationError: the update cannot be written, e.g. on a full disk.
         """
-        file = self._folder / f"{len(self._kept)}.safetensors"
+        file = self._folder / f"{len(self._sizes)}.safetensors"
         groups: dict[str, Tensors] = {_WHOLE: dict(update.tensors)}
         for name, factors in update.factors.items():
             for number, (left, right) in enumerate(factors.terms):
@@ -64,6 +66,20 @@ class PendingUpdates:
             raise FederationError(f"{update.client}: its update cannot be kept in {self._folder}: {error}") from None
         factors_alone = {name: replace(factors, terms=[]) for name, factors in update.factors.items()}
         self._kept[update.client] = file, replace(update, tensors={}, factors=factors_alone)
+        self._sizes[update.client] = size
+
+    def refuse_beyond(self, ratio: float) -> dict[str, str]:
+        """Remove the updates that are longer than ``ratio`` times the median of all; the reasons, by client."""
+        bound, refused = cohort_bound({client: size.signal for client, size in self._sizes.items()}, ratio), {}
+        for client in sorted(self._kept):
+            size = self._sizes[client]
+            if size.norm <= bound + size.noise:
+                continue
+            limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
+            limit += f", and {size.noise:.3g} for the declared noise" if size.noise else ""
+            refused[client] = f"{client}: its update moved by {size.norm:.3g}; {limit}"
+            self._kept.pop(client)[0].unlink(missing_ok=True)
+        return refused
 
     def updates(self) -> Iterator[Update]:
         """All updates, sorted by the clients' names; tensors are memory-mapped and read as they are used."""

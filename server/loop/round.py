@@ -23,7 +23,7 @@ from server.loop.pending_updates import PendingUpdates
 from server.loop.recorder import RoundRecorder, record_evaluation
 from server.run.folder import RunFolder
 from server.run.quarantine import Quarantine
-from strategies.admission.bounds import UpdateSize, change_norms, check_possible, cohort_bound, heaviest, update_size
+from strategies.admission.bounds import UpdateSize, change_norms, check_possible, heaviest, update_size
 from strategies.flower.messages import RuleMessages
 from strategies.rule import RoundResult, Tensors, Update
 
@@ -149,24 +149,24 @@ class Round:
                 yield self._weighed(update)
                 del update
             return
-        moves: dict[str, UpdateSize] = {}
         with PendingUpdates(self._parts.folder.path / "incoming") as pending:
-            for update, how_far in self._updates():
-                moves[update.client] = how_far
-                pending.put(update)
-                del update
-            bound = cohort_bound({client: how_far.signal for client, how_far in moves.items()}, ratio)
+            going_on = True
+            while going_on:
+                for update, how_far in self._updates():
+                    pending.put(update, how_far)
+                    del update
+                refused = pending.refuse_beyond(ratio)
+                for client, reason in refused.items():
+                    self._refuse(client, reason, RefusedUpdate.__name__)
+                going_on = bool(refused) and self._takes_others()
             for update in pending.updates():
-                norm, noise = moves[update.client].norm, moves[update.client].noise
-                if norm <= bound + noise:
-                    quarantine.note(update.client, refused=False)
-                    yield self._weighed(update)
-                else:
-                    limit = f"allowed: {bound:.3g}, {ratio:g} times the round's median"
-                    limit += f", and {noise:.3g} for the declared noise" if noise else ""
-                    reason = f"{update.client}: its update moved by {norm:.3g}; {limit}"
-                    self._refuse(update.client, reason, RefusedUpdate.__name__)
+                quarantine.note(update.client, refused=False)
+                yield self._weighed(update)
                 del update
+
+    def _takes_others(self) -> bool:
+        """Whether other updates may come in the place of those that were refused when all had come."""
+        return False
 
     def _weighed(self, update: Update) -> Update:
         """The update with its weight in the average; that it is less than was declared is told once a run."""

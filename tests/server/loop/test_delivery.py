@@ -16,6 +16,7 @@ from common.model.finished import About, Use
 from common.protocol import wire
 from common.protocol.digest import tensors_digest
 from common.protocol.messages import DeliverReply, DeliverRequest, Failure
+from server.buffered.loop import BufferedLoop
 from server.loop import delivery
 from server.loop.rounds import RoundLoop
 from server.run.folder import RunFolder, read_lines, read_run
@@ -75,18 +76,36 @@ class ServerModel(fake_sites.ServerModel):
         (folder / "digest").write_text(card.trained_digest)
 
 
-def deliver(tmp_path: Path, sites: list[Site], *, away: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A run, and its delivery; ``away``: sites that are gone after the last evaluation, for so many seconds."""
+def deliver(
+    tmp_path: Path,
+    sites: list[Site],
+    *,
+    away: dict[int, float],
+    monkeypatch: pytest.MonkeyPatch,
+    grid: Any = None,
+    **changes: Any,
+) -> RunFolder:
+    """A run, and its delivery.
+
+    Args:
+        tmp_path: where.
+        sites: the sites.
+        away: sites that are gone after the last evaluation, for so many seconds.
+        monkeypatch: puts a clock in the place of time.
+        grid: how messages come and go; None: at once.
+        changes: of ``SETTINGS``.
+    """
     clock = Clock(monkeypatch)
     monkeypatch.setattr(delivery, "time", clock)
     monkeypatch.setattr(delivery, "files_digest", lambda folder: (folder / "digest").read_text())
-    config = parse({**SETTINGS, "cohort": {"min_clients": len(sites)}}, FederationConfig, "x")
+    config = parse({**SETTINGS, "cohort": {"min_clients": len(sites)}, **changes}, FederationConfig, "x")
     folder = RunFolder.create(tmp_path / "run", config)
-    grid: Any = Grid(dict(enumerate(sites, start=1)))
+    grid = grid or Grid(dict(enumerate(sites, start=1)))
     strategy = make_strategy(config.strategy, seed=0, aggregation=config.aggregation, server_optimizer=None)
     server_model: Any = ServerModel()
     try:
-        loop = RoundLoop(grid, config, settings_of(config), strategy, server_model, folder)
+        make_loop = BufferedLoop if config.cohort.buffered else RoundLoop
+        loop = make_loop(grid, config, settings_of(config), strategy, server_model, folder)
         state = loop.run(base())
         begun = clock.now
 

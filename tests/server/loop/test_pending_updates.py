@@ -8,9 +8,11 @@ import torch
 from common.errors import FederationError
 from common.protocol.factors import Factors
 from server.loop.pending_updates import PendingUpdates
+from strategies.admission.bounds import UpdateSize
 from strategies.rule import Update
 from tests.harness.full_disk import no_space
 
+SIZE = UpdateSize(1.0, 1.0, 0.0)
 BASIS = torch.arange(4.0).reshape(1, 4)  # all sites share it in a round
 
 
@@ -42,7 +44,7 @@ def test_updates_come_back_by_name_as_they_were(tmp_path: Path) -> None:
     updates = {name: make(name, seed) for seed, name in enumerate(["site-b", "site-c", "site-a"], start=1)}
     with PendingUpdates(tmp_path / "incoming") as pending:
         for update in updates.values():
-            pending.put(update)
+            pending.put(update, SIZE)
         back = list(pending.updates())
         assert [update.client for update in back] == ["site-a", "site-b", "site-c"]
         assert all(same(update, updates[update.client]) for update in back)
@@ -55,7 +57,7 @@ def test_what_a_killed_server_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "incoming" / "0.safetensors").write_bytes(b"half of it")
     with PendingUpdates(tmp_path / "incoming") as pending:
         assert list(pending.updates()) == []
-        pending.put(make("site-a", 1))
+        pending.put(make("site-a", 1), SIZE)
         assert len(list(pending.updates())) == 1
 
 
@@ -65,4 +67,19 @@ def test_full_disk_is_an_error_that_names_client_and_folder(tmp_path: Path) -> N
         no_space(64),
         pytest.raises(FederationError, match=r"site-a: its update cannot be kept in .*incoming: .*too large"),
     ):
-        pending.put(make("site-a", 1))
+        pending.put(make("site-a", 1), SIZE)
+
+
+def test_updates_longer_than_the_median_allows_are_removed_and_told(tmp_path: Path) -> None:
+    with PendingUpdates(tmp_path / "incoming") as pending:
+        for number, (signal, noise) in enumerate([(1.0, 0.0), (2.0, 0.0), (25.0, 0.0), (25.0, 9.0)]):
+            pending.put(make(f"site-{number}", number), UpdateSize(signal, signal, noise))
+        assert pending.refuse_beyond(10.0) == {}  # the upper median is 25
+        for number in (4, 5, 6):
+            pending.put(make(f"site-{number}", number), UpdateSize(2.0, 2.0, 0.0))
+        refused = pending.refuse_beyond(10.0)
+        assert refused == {"site-2": "site-2: its update moved by 25; allowed: 20, 10 times the round's median"}
+        pending.put(make("site-7", 7), SIZE)  # its file is none of the others'
+        names = [f"site-{number}" for number in (0, 1, 3, 4, 5, 6, 7)]
+        for update, name in zip(pending.updates(), names, strict=True):
+            assert same(update, make(name, int(name[-1])))
