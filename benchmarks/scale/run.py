@@ -20,6 +20,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import strategies as rules
 from benchmarks.scale.sites import Answers, LightSites, SitesApart
 from benchmarks.scale.watch import Watch, database_bytes
 from benchmarks.table import RESULTS, Cell, Table, publish
@@ -38,8 +39,8 @@ LORA: dict[str, Any] = {"rank": 16, "lora_alpha": 16.0}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedftg": {**FTG, "subspace": "shared"},
     "fedftg-own": {**FTG, "subspace": "own"},
-    **{name: {"name": name, **LORA} for name in ("fedit", "fedex-lora", "flora", "flexlora", "rolora")},
-    **{name: {"name": name, **LORA} for name in ("ffa-lora", "fedsa-lora")},
+    "fedftg-down": {**FTG, "subspace": "own", "downlink_rank": "auto"},
+    **{name: {"name": name, **LORA} for name in rules.STRATEGIES if name != "fedftg"},
 }
 
 

@@ -7,6 +7,7 @@ an interrupted round is asked for again in a new run (decision 011).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from threading import BoundedSemaphore, Event, Lock
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from flwr.superlink.federation import FederationManager
 
 Answer = TypeVar("Answer")
 WAIT_SECONDS, MOST_WAITING = 5.0, 500  # a node's longest wait for a message; half of the Fleet API's threads
+PUSH_SECONDS = 1800.0  # in which an object of a message must come; Flower's 180 seconds end 35 MB over 1 Mbit/s
 _EARLIER = RunStatus(Status.FINISHED, SubStatus.FAILED, "the SuperLink does not know it any more")
 
 
@@ -120,10 +122,12 @@ class State(InMemoryLinkState):
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """See ``LinkState.get_message_ins``. Flower's looks at the messages of all nodes, for each that asks.
 
-        A node asks when it has confirmed the last message. One that was handed out and is not confirmed was lost on
-        the way, e.g. with the connection on which the node waited, and is handed out again.
+        A node asks when it has confirmed the last message, and sent its answer. One that was handed out and is not
+        confirmed was lost on the way, e.g. with the connection on which the node waited, and is handed out again. An
+        answer that is not complete was given up, and whoever waits for it is told so.
         """
         with self.lock:
+            self._give_up_answers(node_id)
             self._bell(node_id).clear()
             waiting = {
                 message_id
@@ -168,9 +172,18 @@ class State(InMemoryLinkState):
         with self.lock:
             session = self._object_push_sessions.get(session_id)
             stored = super().store_object(run_id, session_id, object_id, object_content)
-            if session is not None and not session.pending_object_ids:
-                self._announce(session.root_object_ids)
-            return stored
+            if session is not None:
+                session.expires_at = now() + timedelta(seconds=PUSH_SECONDS)
+                if not session.pending_object_ids:
+                    self._announce(session.root_object_ids)
+            # An object that came before, and whose sender did not hear of it, is there: an id is its content's digest.
+            return stored or bool(self._objects.get(object_id))
+
+    def _give_up_answers(self, node_id: int) -> None:
+        for session in self._object_push_sessions.values():
+            answers = [self.message_res_store.get(root) for root in session.root_object_ids]
+            if any(one is not None and one.metadata.src_node_id == node_id for one in answers):
+                session.expires_at = now()
 
     def _announce(self, message_ids: set[str]) -> None:
         for message_id in message_ids & self.message_ins_store.keys():
@@ -212,8 +225,15 @@ class State(InMemoryLinkState):
             )
             over = [(key, one) for key, one in self._object_push_sessions.items() if one.expires_at <= current]
             for key, one in over:
-                self._cleanup_push_session(key, cleanup_messages=bool(one.pending_object_ids))
-        return super().start_session(run_id)
+                if not self._awaited(one.root_object_ids):
+                    self._cleanup_push_session(key, cleanup_messages=bool(one.pending_object_ids))
+            session_id = super().start_session(run_id)
+            self._object_push_sessions[session_id].expires_at = current + timedelta(seconds=PUSH_SECONDS)
+            return session_id
+
+    def _awaited(self, message_ids: set[str]) -> bool:
+        """Whether one of these messages is an answer of which the ServerApp was not told yet that it is lost."""
+        return not self.message_res_store.keys().isdisjoint(message_ids)
 
 
 def _ended(run_id: int) -> Run:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NOD
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.utils import check_abort
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.corestate import in_memory_corestate
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
@@ -250,6 +252,74 @@ def test_reply_is_given_when_it_is_complete(state: State) -> None:
         found = state.get_message_res({name}, run)
         assert len(found) == (number == len(get_all_nested_objects(reply)))
     state.delete_messages({name})
+
+
+def taken(state: State, node: int) -> Message:
+    """A node takes the message that is there for it, completely."""
+    (message,) = state.get_message_ins(node, 1)
+    state.object_store.delete(message.metadata.message_id)
+    return message
+
+
+def test_object_that_is_pushed_again_is_accepted(state: State) -> None:
+    """The connection broke after the object had come, and the site's gRPC made the call again."""
+    node = joined(state, "a")
+    run = begun(state)
+    push(state, to(node, 1.0))
+    asked = taken(state, node)
+    reply = Message(content(2.0), reply_to=asked)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    session = state.start_session(run)
+    stored, missing = state.store_message_and_object_tree(reply, get_object_tree(reply), session)
+    assert stored
+    for key, one in get_all_nested_objects(reply).items():
+        if key in missing:
+            assert [state.store_object(run, session, key, one.deflate()) for _ in range(2)] == [True, True]
+    assert not state.store_object(run, session, "0" * 64, b"an object that nobody has announced")
+    assert len(state.get_message_res({asked.metadata.message_id}, run)) == 1
+    state.delete_messages({asked.metadata.message_id})
+
+
+def test_slow_upload_is_not_over_after_ten_minutes(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, real = joined(state, "a"), module.now
+    run = begun(state)
+    push(state, Message(content(1.0), node, MessageType.TRAIN, ttl=7200.0))
+    asked = taken(state, node)
+    answer = Message(content(2.0), reply_to=asked)
+    parts = len(get_all_nested_objects(answer))
+    for number, _ in enumerate(in_parts(state, answer)):
+        if number == parts:
+            break
+        assert state.get_message_res({asked.metadata.message_id}, run) == []
+        late = timedelta(minutes=10) * (number + 1)
+        for place in (module, in_memory_corestate):
+            monkeypatch.setattr(place, "now", lambda late=late: real() + late)
+        state.acknowledge_node_heartbeat(node, 7200.0)
+        state.start_session(run)  # another site begins to push
+    (reply,) = state.get_message_res({asked.metadata.message_id}, run)
+    assert not reply.has_error()
+    state.delete_messages({asked.metadata.message_id})
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])  # its head, and of its five objects none, one or two
+def test_answer_that_its_node_has_given_up_is_told_as_lost(state: State, parts: int) -> None:
+    """At whatever object the push failed: the node asks for its next message."""
+    node = joined(state, "a")
+    run = begun(state)
+    push(state, to(node, 1.0))
+    asked = taken(state, node)
+    name, pushing = asked.metadata.message_id, in_parts(state, Message(content(2.0), reply_to=asked))
+    for _ in range(parts):
+        next(pushing)
+    assert state.get_message_res({name}, run) == []
+    assert state.get_message_ins(node, 1) == []
+    state.start_session(run)  # another message does not forget it
+    (reply,) = state.get_message_res({name}, run)
+    state.delete_messages({name})
+    contents = [state.get_object(run, one.object_id) for one in iterate_object_tree(get_object_tree(reply))]
+    assert None in contents  # for Flower's grid: the message is unavailable
+    state.start_session(run)
+    assert len(state.object_store) == 0  # type: ignore[arg-type]
 
 
 def test_nobody_waits_for_a_superlink_that_ends(state: State) -> None:
