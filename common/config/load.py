@@ -18,7 +18,7 @@ from common.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 _TOLD = 20  # mistakes
-#: What pydantic puts at the end of a location for one of several types of a key; it is no key of the file.
+#: The end that pydantic gives a location for one of several types of a key; it is no key of the file.
 _TYPE = re.compile(r"str|int|float|(constrained-|literal\[|list\[|dict\[).*")
 
 
