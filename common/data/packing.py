@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.config.training import PackingMode
@@ -21,7 +22,7 @@ from common.model.families import kind_of
 
 log = logging.getLogger(__name__)
 _WIDTHS = (128, 256, 512)  # packed rows may be this wide where the longest row is shorter; attention costs their square
-_SQUARE = 4096  # width at which attention costs as much as everything else, roughly
+_SQUARE = 4  # times the hidden size: width at which attention costs as much as everything else, roughly
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # in configurations: how far a token sees
 _EXACT, _ROUNDED = 1e-3, 0.05  # most that the logits of packed rows differ, in float32 and in other arithmetic
 
@@ -45,53 +46,26 @@ class Packing:
         additive: whether its masks are added to attention's scores; else they say what is seen.
         share: whether equal beginnings stand once; not with dropout, which must fall on each row by itself.
         window: tokens that its attention sees back, at least; a packed row is no longer.
+        square: width at which attention costs as much as everything else.
     """
 
     additive: bool
     share: bool
     window: int | None
+    square: int = 1024
 
-
-class _Tree:
-    """The tokens of one packed row."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []  # -1: first token of a row
-        self.depths: list[int] = []
-        self._children: dict[tuple[int, int], int] = {}  # by parent and token
-
-    def known(self, ids: Sequence[int]) -> list[int]:
-        """Nodes of the longest beginning of ``ids`` that is here already."""
-        nodes: list[int] = []
-        for token in ids:
-            child = self._children.get((nodes[-1] if nodes else -1, token))
-            if child is None:
-                break
-            nodes.append(child)
-        return nodes
-
-    def add(self, ids: Sequence[int], *, share: bool) -> list[int]:
-        """Add a row; returns the nodes of its tokens."""
-        nodes = self.known(ids) if share else []
-        for token in ids[len(nodes) :]:
-            parent = nodes[-1] if nodes else -1
-            nodes.append(len(self.tokens))
-            self._children[parent, token] = nodes[-1]
-            self.tokens.append(token)
-            self.parents.append(parent)
-            self.depths.append(len(nodes) - 1)
-        return nodes
+    def cost(self, rows: int, width: int) -> float:
+        """What a forward pass costs, compared with others."""
+        return rows * width * (1 + width / self.square)
 
 
 @dataclass(frozen=True)
-class _Layout:
-    trees: list[_Tree]
-    nodes: list[tuple[int, list[int]]]  # each row's tree, and the nodes of its tokens
+class _Place:
+    """A row's place: its tree, the nodes of its tokens (tokens,), and how many of them stood there before."""
 
-    @property
-    def width(self) -> int:
-        return max(len(tree.tokens) for tree in self.trees)
+    tree: int
+    nodes: NDArray[np.int64]
+    known: int
 
 
 def pack(examples: Sequence[Encoded], padding: int, packing: Packing) -> dict[str, Tensor] | None:
@@ -101,58 +75,74 @@ def pack(examples: Sequence[Encoded], padding: int, packing: Packing) -> dict[st
         input_ids and position_ids (packed rows, width); attention_mask (packed rows, 1, width, width); sources and
         labels as in ``common.data.chat.collate``; tokens (), the number of tokens of all rows.
     """
-    longest = max(len(example.input_ids) for example in examples)
+    rows = [np.array(example.input_ids) for example in examples]
+    longest = max(map(len, rows))
     if packing.window is not None and longest > packing.window:
         return None
     rooms = [longest, *(width for width in _WIDTHS if longest < width <= (packing.window or width))]
-    layouts = [_lay(examples, room, share=packing.share) for room in rooms]
-    layout = min(layouts, key=lambda one: _cost(len(one.trees), one.width))
-    if _cost(len(layout.trees), layout.width) >= _cost(len(examples), longest):
+    alike = _alike(rows, longest) if packing.share else [[0] * len(rows)] * len(rows)
+    layouts: list[tuple[list[_Place], tuple[int, int]]] = []
+    for room in rooms:
+        if not layouts or layouts[-1][1][0] > 1:  # else a wider room changes nothing
+            layouts.append(_lay([len(row) for row in rows], alike, room))
+    places, shape = min(layouts, key=lambda one: packing.cost(*one[1]))
+    if packing.cost(*shape) >= packing.cost(len(rows), longest):
         return None
-    shape = len(layout.trees), layout.width
     ids, positions = np.full(shape, padding), np.zeros(shape, np.int64)
-    seen = np.broadcast_to(np.eye(layout.width, dtype=bool), (*shape, layout.width)).copy()  # padding sees itself
-    for line, tree in enumerate(layout.trees):
-        ids[line, : len(tree.tokens)], positions[line, : len(tree.tokens)] = tree.tokens, tree.depths
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                seen[line, node] |= seen[line, parent]
+    seen = np.broadcast_to(np.eye(shape[1], dtype=bool), (*shape, shape[1])).copy()  # padding sees itself
+    causal = np.tri(longest, dtype=bool)
+    for row, at in zip(rows, places, strict=True):
+        if at.known == len(row):
+            continue
+        new = at.tree, slice(at.nodes[at.known], at.nodes[-1] + 1)
+        ids[new], positions[new] = row[at.known :], np.arange(at.known, len(row))
+        seen[new][:, at.nodes] = causal[at.known : len(row), : len(row)]
     mask = torch.from_numpy(seen)[:, None]
     if packing.additive:
         mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    sources, labels = list[int](), list[int]()
-    for example, (line, nodes) in zip(examples, layout.nodes, strict=True):
-        for start, end in example.counted():
-            sources += [line * layout.width + node for node in nodes[start - 1 : end - 1]]
-            labels += example.input_ids[start:end]
+    spans = [(row, at, span) for row, at, one in zip(rows, places, examples, strict=True) for span in one.counted()]
+    sources = [at.tree * shape[1] + at.nodes[start - 1 : end - 1] for _, at, (start, end) in spans]
+    labels = [row[start:end] for row, _, (start, end) in spans]
+    none = np.zeros(0, np.int64)
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
         "attention_mask": mask,
-        "sources": torch.tensor(sources, dtype=torch.long),
-        "labels": torch.tensor(labels, dtype=torch.long),
-        "tokens": torch.tensor(sum(len(example.input_ids) for example in examples)),
+        "sources": torch.from_numpy(np.concatenate([none, *sources])),
+        "labels": torch.from_numpy(np.concatenate([none, *labels])),
+        "tokens": torch.tensor(sum(map(len, rows))),
     }
 
 
-def _lay(examples: Sequence[Encoded], room: int, *, share: bool) -> _Layout:
-    """Rows into trees of at most ``room`` tokens: the longest first, each where it adds least."""
-    trees: list[_Tree] = []
-    places: dict[int, tuple[int, list[int]]] = {}
-    for row in sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i)):
-        ids, best, least = examples[row].input_ids, len(trees), room + 1
-        for number, tree in enumerate(trees):
-            new = len(ids) - (len(tree.known(ids)) if share else 0)
-            if new < least and len(tree.tokens) + new <= room:
-                best, least = number, new
-        if best == len(trees):
-            trees.append(_Tree())
-        places[row] = best, trees[best].add(ids, share=share)
-    return _Layout(trees, [places[row] for row in range(len(examples))])
+def _alike(rows: Sequence[NDArray[np.int64]], longest: int) -> list[list[int]]:
+    """The number of tokens with which two rows begin alike, for every two."""
+    tokens = np.repeat(-1 - np.arange(len(rows))[:, None], longest + 1, axis=1)  # (rows, longest + 1); ends are unlike
+    for line, row in enumerate(rows):
+        tokens[line, : len(row)] = row
+    return [(tokens == line).argmin(axis=1).tolist() for line in tokens]
 
 
-def _cost(rows: int, width: int) -> float:
-    return rows * width * (1 + width / _SQUARE)
+def _lay(lengths: Sequence[int], alike: list[list[int]], room: int) -> tuple[list[_Place], tuple[int, int]]:
+    """Rows into trees of at most ``room`` tokens: the longest first, each where it adds least; shape of all trees."""
+    sizes, members = list[int](), list[list[int]]()
+    places: dict[int, _Place] = {}
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        best, least, twin = len(sizes), room + 1, -1
+        for tree, (size, others) in enumerate(zip(sizes, members, strict=True)):
+            like = max(others, key=alike[row].__getitem__)
+            new = lengths[row] - alike[row][like]
+            if new < least and size + new <= room:
+                best, least, twin = tree, new, like
+        if best == len(sizes):
+            sizes.append(0)
+            members.append([])
+        known = 0 if twin < 0 else alike[row][twin]
+        begin, end = sizes[best], sizes[best] + lengths[row] - known
+        before = places[twin].nodes[:known] if known else ()
+        places[row] = _Place(best, np.concatenate([before, np.arange(begin, end)]).astype(np.int64), known)
+        sizes[best] = end
+        members[best].append(row)
+    return [places[row] for row in range(len(lengths))], (len(sizes), max(sizes))
 
 
 @dataclass(frozen=True)
@@ -214,7 +204,8 @@ def packing_of(model: Any, autocast: torch.dtype | None) -> Packing:  # noqa: AN
     )
     dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     windows = [config[key] for key in _WINDOWS if isinstance(config.get(key), int) and config[key] > 0]
-    packing = Packing(attention == "eager", not dropout, min(windows, default=None))
+    square = _SQUARE * model.get_input_embeddings().embedding_dim
+    packing = Packing(attention == "eager", not dropout, min(windows, default=None), square)
     was_training = model.training
     model.eval()
     try:
