@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from benchmarks.table import Cell, Table
 from common.linalg.subspace import SharedBasis, projects_right
 from common.protocol.factors import Factors
+from strategies.admission.bounds import change_norms
 from strategies.combine.weighted_mean import WeightedMean
 from strategies.fedftg import FedFTGRule
 from strategies.rule import Update
@@ -37,8 +39,9 @@ def run() -> Table:
         [
             "error: |average - float64 average|_F / |float64 average|_F, and relative to the round's change, which",
             "is some thousandth of the weight and loses its last bits in any float32 weight. Decay: 1 - c of a round.",
-            f"ms: CPU time of one thread from decoded updates to the next state, the better of {REPEATS} (of 1 where",
+            f"ms: CPU time of one thread from admitted updates to the next state, the better of {REPEATS} (of 1 where",
             "all weights are 4 GB and more), in turns; alone: without the diagnostics, which FedAvg does not compute.",
+            "Admission has computed the updates' norms, for its bounds.",
             "FedAvg has at most 1 GiB of different dense weights here: with more sites it reads some of them again.",
         ],
     )
@@ -63,7 +66,8 @@ def _measure(
             else:
                 terms.append((p, across.T))
         factors = Factors(1 - decay, terms, common=basis is not None)
-        updates.append(Update(f"site-{site}", site, {}, None, {NAME: factors}))
+        update = Update(f"site-{site}", site, {}, None, {NAME: factors})
+        updates.append(replace(update, norms=change_norms(update, {NAME: start})))
         exact += site / total * (factors.decay - 1) * start.double()
         for left, right in terms:
             exact.addmm_(left.double(), right.double(), alpha=site / total)

@@ -35,6 +35,7 @@ class Update:
         lora_alpha: the client's LoRA alpha; None when the rule has no LoRA or the client reported none.
         factors: changes of trained tensors that came as low-rank factors, by name.
         age: number of versions that were made since the one that the client started from; see ``Rule.carried_over``.
+        norms: L2 norm of every tensor's change, by name, as admission has computed it; empty: it is not known.
     """
 
     client: str
@@ -43,6 +44,7 @@ class Update:
     lora_alpha: float | None = None
     factors: dict[str, Factors] = field(default_factory=dict)
     age: int = 0
+    norms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class Averaging(Rule):
                         f"{update.client}; factors can be averaged only when all clients have the same"
                     )
                 tensors = {name: update.factors.get(name) or update.tensors[name] for name in averaged}
-                drift.fold(tensors)
+                drift.fold(tensors, update.norms)
                 yield Contribution(update.client, update.num_examples, tensors)
                 del update, tensors
 

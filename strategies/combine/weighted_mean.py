@@ -6,6 +6,7 @@ Each update is added and then freed, so memory does not grow with the number of 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from common.protocol.tensors import Tensors
 Changed = Mapping[str, Tensor | Factors]
 Means = dict[str, Tensor | Factors]
 _PENDING = 4  # beside a dense sum, factors may take this part of the sum's memory
+_LEAST_DECAY = 1e-9  # by which a difference of squares may be divided
 _TOGETHER = 8  # updates whose inner products with the base are computed together
 NO_UPDATE = "no update to average: every client failed or was refused"
 
@@ -77,6 +79,11 @@ class _Sum:
         self._factors = Factors(1.0, [])
         self._inner: float | None = 0.0  # ``Factors.inner`` of all factors so far; None: of some it was not told
 
+    @property
+    def dense(self) -> bool:
+        """Whether the sum is no longer in factors."""
+        return self._whole is not None
+
     def add(self, value: Tensor | Factors, weight: float, inner: float | None = None) -> None:
         """Add one client's change; ``inner``: ``Factors.inner`` of it, which a later ``square`` needs not compute."""
         self._inner = None if inner is None or self._inner is None else self._inner + weight * inner
@@ -106,9 +113,14 @@ class _Sum:
         return [*terms, more]
 
     def mean(self, weight: float) -> Tensor | Factors:
+        """The mean; the sum ends with it, because its memory is used for the result."""
         if self._whole is None:
             return self._factors.scaled(self._base.shape, 1.0 / weight)
-        return (self._base.to(torch.float32) + self._total() / weight).to(self._base.dtype)
+        whole, shrunk = self._densify(), self._factors.decay - 1.0
+        self._whole = None
+        if shrunk:
+            whole.add_(self._base, alpha=shrunk)
+        return whole.div_(weight).add_(self._base).to(self._base.dtype)
 
     def square(self) -> float:
         """Squared Frobenius norm of the sum."""
@@ -123,17 +135,13 @@ class _Sum:
 
     def _densify(self) -> Tensor:
         """The sum without decay as a dense tensor; the factors in it are let go."""
-        if self._whole is None:
-            self._whole = torch.zeros(self._base.shape)
         if self._factors.terms:
-            self._whole.addmm_(*self._factors.stacked(tuple(self._base.shape)))
+            left, right = self._factors.stacked(tuple(self._base.shape))
+            self._whole = left @ right if self._whole is None else self._whole.addmm_(left, right)
             self._factors = Factors(self._factors.decay, [])
+        elif self._whole is None:
+            self._whole = torch.zeros(self._base.shape)
         return self._whole
-
-    def _total(self) -> Tensor:
-        """The sum as a dense tensor."""
-        whole, shrunk = self._densify(), self._factors.decay - 1.0
-        return whole.add(self._base, alpha=shrunk) if shrunk else whole
 
 
 class Drift:
@@ -148,8 +156,17 @@ class Drift:
         self._norms: dict[str, list[float]] = {}
         self._pending: list[Changed] = []
 
-    def fold(self, tensors: Changed) -> None:
-        """Add one client's tensors, or factors of the changes; second moments are left out."""
+    def fold(self, tensors: Changed, norms: Mapping[str, float] | None = None) -> None:
+        """Add one client's tensors, or factors of the changes; second moments are left out.
+
+        Args:
+            tensors: the tensors, or factors, by name.
+            norms: the norms of their changes, where they are known: with own bases and weight decay a norm costs as
+                much as the mean.
+        """
+        if norms:
+            self._add(tensors, {}, norms)
+            return
         self._pending.append(tensors)
         if not any(_meets_base(value) for value in tensors.values()) or len(self._pending) == _TOGETHER:
             self._flush()
@@ -166,22 +183,28 @@ class Drift:
             for (k, _), product in zip(meeting, products, strict=True):
                 inner[k][name] = product
         for tensors, known in zip(pending, inner, strict=True):
-            self._add(tensors, known)
+            known |= {
+                n: v.inner(self._base[n])
+                for n, v in tensors.items()
+                if isinstance(v, Factors) and v.common and v.decay != 1.0
+            }
+            norms = {n: math.sqrt(change_square(tensors[n], self._base[n], known.get(n))) for n in without(tensors)}
+            self._add(tensors, known, norms)
 
-    def _add(self, tensors: Changed, inner: dict[str, float]) -> None:
+    def _add(self, tensors: Changed, inner: Mapping[str, float], norms: Mapping[str, float]) -> None:
         groups: dict[str, list[str]] = {}
         for name in without(tensors):
             groups.setdefault(layer_group(name), []).append(name)
         for group, names in groups.items():
-            values = [(name, tensors[name], self._base[name]) for name in names]
-            inner |= {
-                n: v.inner(base) for n, v, base in values if isinstance(v, Factors) and v.common and v.decay != 1.0
-            }
-            norm = math.sqrt(sum(change_square(v, base, inner.get(name)) for name, v, base in values))
+            norm = math.sqrt(sum(norms[name] ** 2 for name in names))
             self._norms.setdefault(group, []).append(norm)
             units = self._units.setdefault(group, {})
-            for name, value, base in values if norm > 0 else []:
-                units.setdefault(name, _Sum(base)).add(value, 1.0 / norm, inner.get(name))
+            for name in names if norm > 0 else []:
+                total, value = units.setdefault(name, _Sum(self._base[name])), tensors[name]
+                found = inner.get(name)
+                if found is None and not total.dense:
+                    found = _inner_in(value, norms[name], self._base[name])
+                total.add(value, 1.0 / norm, found)
 
     def diagnostics(self) -> dict[str, float]:
         """``client-norm/<group>``: mean L2 norm; ``client-cosine/<group>`` when at least two clients moved."""
@@ -194,6 +217,17 @@ class Drift:
                 square = sum(units.square() for units in self._units[group].values())
                 result[f"client-cosine/{group}"] = (square - k) / (k * (k - 1))
         return result
+
+
+def _inner_in(value: Tensor | Factors, norm: float, base: Tensor) -> float | None:
+    """``Factors.inner`` of a change whose norm is known: the norm's square is linear in it. None: it is not to be had.
+
+    A sum's square takes it times the decay that it is divided by here, so nothing is lost by the difference.
+    """
+    if not isinstance(value, Factors) or abs(shrunk := value.decay - 1.0) < _LEAST_DECAY:
+        return None
+    rest = replace(value, decay=1.0).square(base) + shrunk * shrunk * square_norm(base)
+    return (norm * norm - rest) / (2 * shrunk)
 
 
 def _meets_base(value: Tensor | Factors) -> bool:

@@ -153,7 +153,7 @@ class RuleMessages:
         age = server_round - start.server_round
         if age == 0:
             return update
-        return self.rule.carried_over(replace(update, age=age), start.state, state, staleness(age))
+        return self.rule.carried_over(replace(update, age=age, norms={}), start.state, state, staleness(age))
 
     def evaluate_states(self, version: int, state: Tensors, node_ids: Iterable[int]) -> list[tuple[int, State]]:
         """The state to send to each node to evaluate the state after round ``version``: (node id, state) pairs."""

@@ -164,10 +164,14 @@ def test_drift_is_that_of_the_clients_changes() -> None:
         assert found[f"client-cosine/{group}"] == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("clients", [1, 3, 40])
-def test_factors_average_exactly_also_where_their_sum_becomes_dense(clients: int, common: bool) -> None:
-    """Forty clients of rank 2 have more directions than the weight; each decays by another factor, one came dense."""
+def test_factors_average_exactly_also_where_their_sum_becomes_dense(clients: int, common: bool, known: bool) -> None:
+    """Forty clients of rank 2 have more directions than the weight; each decays by another factor, one came dense.
+
+    With ``known`` admission has told the updates' norms.
+    """
     g, name, shape = torch.Generator().manual_seed(clients), "model.layers.0.up_proj.weight", (24, 16)
     state, basis = {name: torch.randn(shape, generator=g)}, torch.linalg.qr(torch.randn(16, 2, generator=g)).Q.T
     updates, changes = [], []
@@ -177,7 +181,8 @@ def test_factors_average_exactly_also_where_their_sum_becomes_dense(clients: int
         change = (factors.decay - 1) * state[name].double() + pair[0].double() @ pair[1].double()
         dense = k == 2 and not common
         whole = {name: (state[name].double() + change).float()} if dense else {}
-        updates.append(Update(f"{k}", k, whole, None, {} if dense else {name: factors}))
+        norms = {name: float(change.norm())} if known else {}
+        updates.append(Update(f"{k}", k, whole, None, {} if dense else {name: factors}, norms=norms))
         changes.append(change.numpy())
     got = aggregate(FedFTGRule(shared=(0, 2) if common else None, whole=True), 1, state, updates)
     exact = weighted_mean(changes, range(1, clients + 1))

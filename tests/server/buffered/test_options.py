@@ -204,6 +204,17 @@ def test_no_site_weighs_more_than_the_median_of_all_allows(tmp_path: Path) -> No
     assert [e["client"] for e in events(tmp_path, "weight_capped")] == ["site-3"]
 
 
+def test_drift_is_that_of_changes_as_they_count(tmp_path: Path) -> None:
+    """Not of the norms that admission saw."""
+    buffered(tmp_path, three(), flat(ORDER), len(ORDER), **ANY_ROWS)
+    told = [r["diagnostics"]["client-norm/model.layers.0"] for r in records(tmp_path / "run", "aggregate")]
+    oracle, since = FedBuff(), {1: 1, 2: 1, 3: 1}
+    for number, came in enumerate(ORDER, start=1):
+        norms = [np.linalg.norm(oracle.change(s, since[s])) * (1 + number - since[s]) ** -0.5 for s in came]
+        assert told[number - 1] == pytest.approx(np.mean(norms), rel=1e-5)
+        since |= dict.fromkeys(came, number + 1)
+
+
 @pytest.mark.parametrize(("norm_ratio", "refused"), [(8.0, True), (15.0, False)])
 def test_bound_on_norms_is_that_of_changes_as_they_came(tmp_path: Path, norm_ratio: float, refused: bool) -> None:
     """Site 4's change is twelve times as long as usual, and counts half, so six times as much.
