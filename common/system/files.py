@@ -74,10 +74,24 @@ def write_new(path: Path, content: str | bytes, mode: int = 0o644, *, durable: b
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file that a process of ours keeps; empty when there is none, or it cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return as_object(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def as_object(text: bytes) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 @contextlib.contextmanager

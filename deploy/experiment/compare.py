@@ -29,8 +29,9 @@ from common.web.format import precise, score, seconds
 from common.web.template import fill
 from deploy.experiment import compare_plots as plots
 from deploy.experiment.compare_claims import claims, tested
-from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, Partition, read_comparison
+from deploy.experiment.compare_data import BYTES, SECONDS, Comparison, Estimate, Group, Line, read_comparison
 from deploy.experiment.compare_text import headline, notes, unscored
+from deploy.experiment.summary import ToldPartition
 from server.report.diagnostics import MEANINGS
 
 _PAGE = Path(__file__).with_name("compare.html")
@@ -68,6 +69,9 @@ def write_comparison(out: Path) -> Path:
         files["comparison-claims.csv"] = _csv(head, _claims(found))
         if drawn := _claims_figure(found):
             files["comparison-claims.svg"] = plots.alone(drawn)
+    for name in ("comparison-claims.csv", "comparison-claims.svg"):  # of an earlier call, before a claim was taken back
+        if name not in files:
+            (out / name).unlink(missing_ok=True)
     for name, text in files.items():
         try:
             write_atomically(out / name, text)
@@ -205,11 +209,11 @@ def _claims_figure(found: Comparison) -> str:
     return plots.gains(told, name="claims", axis=axis, label=label)
 
 
-def _partition_title(held: Partition) -> str:
+def _partition_title(held: ToldPartition) -> str:
     return Group(held.clients, held.alpha, None, None, []).title
 
 
-def _partition_figure(held: Partition, number: int) -> Markup:
+def _partition_figure(held: ToldPartition, number: int) -> Markup:
     rows = [sum(counts.values()) for counts in held.sites.values()]
     label = f"{len(rows)} sites with {min(rows):,} to {max(rows):,} rows, {len(held.labels)} labels."
     return Markup(plots.partition(held, name=f"partition-{number}", label=label))  # noqa: S704 - drawn here

@@ -94,9 +94,9 @@ def tested(found: Comparison) -> Iterator[Tested]:
     """Every claim with every strategy that it names, in every setting that has both."""
     how = SCORES[found.select_by]
     for claim in found.claims:
-        for group, other in itertools.product(found.groups, claim["than"]):
+        for group, other in itertools.product(found.groups, claim.than):
             lines = {line.strategy: line for line in group.lines}
-            first, second = lines.get(claim["better"]), lines.get(other)
+            first, second = lines.get(claim.better), lines.get(other)
             if first is not None and second is not None:
                 scores = first.by_seed(how.name), second.by_seed(how.name)
                 paired = Paired.of(*scores, lower_is_better=how.lower_is_better)

@@ -3,15 +3,16 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunFolderError
 from common.metrics import SCORES, Score
-from deploy.experiment.trial import FACTS, SUMMARY, outcome
-from server.run.folder import read_lines
+from deploy.experiment.config import ClaimConfig
+from deploy.experiment.summary import ToldPartition, ToldSetting, read_summary
+from deploy.experiment.trial import FACTS, check_last, reading
+from server.run.folder import read_lines, read_run
 from server.run.records import SERVER, Record, diagnostics, evaluations
 
 Values = dict[int, float]  # by rounds of training behind the model
@@ -161,32 +162,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Partition:
-    """Number of rows per site and label."""
-
-    clients: int
-    alpha: float | None
-    sites: dict[str, dict[str, int]]
-
-    @property
-    def labels(self) -> list[str]:
-        """All labels, those with most rows first."""
-        totals: dict[str, int] = {}
-        for counts in self.sites.values():
-            for label, count in counts.items():
-                totals[label] = totals.get(label, 0) + count
-        return sorted(totals, key=lambda label: (-totals[label], label))
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All results in an experiment's folder."""
 
     name: str
     select_by: str
-    claims: list[dict[str, Any]]
+    claims: list[ClaimConfig]
     groups: list[Group]
-    partitions: list[Partition]
+    partitions: list[ToldPartition]
 
 
 def read_comparison(out: Path) -> Comparison:
@@ -195,49 +178,49 @@ def read_comparison(out: Path) -> Comparison:
     Raises:
         RunFolderError: the folder holds no experiment, or a file of it cannot be read.
     """
-    try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(f"{out} holds no experiment: there is no {SUMMARY}") from None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{out / SUMMARY} cannot be read: {error}") from None
-    most = max((len(setting["cells"]) for setting in summary["settings"]), default=0)
-    seeds = len(summary.get("seeds", ())) or most or 1  # an earlier version's summary does not name them
+    summary = read_summary(out)
+    most = max((len(setting.cells) for setting in summary.settings), default=0)
+    seeds = len(summary.seeds) or most or 1
     groups: dict[tuple[Any, ...], Group] = {}
-    for setting in summary["settings"]:
-        about = {key: setting[key] for key in ("clients", "alpha", "rank", "local_steps")}
+    for setting in summary.settings:
+        about = setting.model_dump(include={"clients", "alpha", "rank", "local_steps"})
         group = groups.setdefault(tuple(about.values()), Group(**about, lines=[]))
         group.lines.append(_line(out, setting, seeds))
-    partitions = [Partition(p["clients"], p["alpha"], p["sites"]) for p in summary["partitions"]]
-    claims = summary.get("claims", [])
-    return Comparison(summary["name"], summary["select_by"], claims, list(groups.values()), partitions)
+    return Comparison(summary.name, summary.select_by, summary.claims, list(groups.values()), summary.partitions)
 
 
-def _line(out: Path, setting: dict[str, Any], wanted: int) -> Line:
+def _line(out: Path, setting: ToldSetting, wanted: int) -> Line:
     """The line of a setting of the summary; ``wanted`` is the number of seeds."""
-    seeds = [_seed(out / cell) for cell in setting["cells"] if outcome(out / cell).get("status") == "completed"]
-    rates = [tried["learning_rate"] for tried in setting["tried"]]
-    edge = len(rates) > 1 and setting["learning_rate"] in (min(rates), max(rates))
-    unscored = {t["learning_rate"]: t.get("status", "no result") for t in setting["tried"] if t["score"] is None}
-    until, missing = setting.get("round"), wanted - len(seeds)
-    return Line(setting["strategy"], setting["learning_rate"], len(rates), edge, until, unscored, seeds, missing)
+    runs = [(out / cell, read_run(out / cell)) for cell in setting.cells]
+    seeds = [_seed(folder, run) for folder, run in runs if run.get("status") == "completed"]
+    rates = [tried.learning_rate for tried in setting.tried]
+    edge = len(rates) > 1 and setting.learning_rate in (min(rates), max(rates))
+    unscored = {t.learning_rate: t.status for t in setting.tried if t.score is None}
+    missing = wanted - len(seeds)
+    return Line(setting.strategy, setting.learning_rate, len(rates), edge, setting.round, unscored, seeds, missing)
 
 
-def _seed(folder: Path) -> Seed:
-    records = read_lines(folder / "metrics.jsonl")
-    samples, cell = folder / "samples.json", json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    versions = evaluations(records).get(SERVER, {})
-    scores = {
-        name: {v: float(told[name]) for v, told in versions.items() if told.get(name) is not None} for name in SCORES
-    }
-    means: dict[str, Values] = {}
-    for table in diagnostics(records):
-        by_round = {n: [g[n] for g in table.groups.values() if g.get(n) is not None] for n in table.rounds}
-        means[table.name] = {n: statistics.fmean(v for v in vs if v is not None) for n, vs in by_round.items() if vs}
-    shown = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else []
-    counts = [next((int(t[key]) for t in versions.values() if t.get(key)), None) for key in ("examples", "generated")]
-    scores = {key: values for key, values in scores.items() if values}
-    return Seed(cell["seed"], [*versions], scores, *_costs(records), means, shown, *counts)
+def _seed(folder: Path, run: Mapping[str, Any]) -> Seed:
+    with reading(folder):
+        records = read_lines(folder / "metrics.jsonl")
+        samples, cell = folder / "samples.json", json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        versions = evaluations(records).get(SERVER, {})
+        scores = {n: {v: float(told[n]) for v, told in versions.items() if told.get(n) is not None} for n in SCORES}
+        means: dict[str, Values] = {}
+        for table in diagnostics(records):
+            by_round = {n: [g[n] for g in table.groups.values() if g.get(n) is not None] for n in table.rounds}
+            means[table.name] = {
+                n: statistics.fmean(v for v in vs if v is not None) for n, vs in by_round.items() if vs
+            }
+        shown = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else []
+        shown = [{key: str(one[key]) for key in ("prompt", "expected", "before", "after")} for one in shown]
+        counts = [
+            next((int(t[key]) for t in versions.values() if t.get(key)), None) for key in ("examples", "generated")
+        ]
+        moved, spent = _costs(records)
+        check_last(versions.keys() & moved.keys(), {"last_round": max(versions, default=0), **run})
+        scores = {key: values for key, values in scores.items() if values}
+        return Seed(int(cell["seed"]), [*versions], scores, moved, spent, means, shown, *counts)
 
 
 def _costs(records: list[Record]) -> tuple[Values, Values]:

@@ -15,7 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from common import text as units
 from deploy.data.partition_picture import draw
-from deploy.experiment.compare_data import BYTES, SECONDS, Estimate, Line, Partition
+from deploy.experiment.compare_data import BYTES, SECONDS, Estimate, Line
+from deploy.experiment.summary import ToldPartition
 from server.report.plots import DASHES, INK, MARKERS, STYLE, colour, inline, short
 
 _COLOURS = (2, 3, 4, 7, 6, 0)  # those of the report's colours that are dark enough for a thin line
@@ -129,7 +130,7 @@ def gains(claims: Mapping[str, Sequence[tuple[str, str, float, float]]], *, name
         return inline(figure, name, label)
 
 
-def partition(held: Partition, *, name: str, label: str) -> str:
+def partition(held: ToldPartition, *, name: str, label: str) -> str:
     """Sites against labels; a dot's area is a site's number of rows with the label."""
     with mpl.rc_context(STYLE):
         return inline(draw(held.sites, ink=INK, name=short), name, label)

@@ -22,6 +22,7 @@ _DECIDED = {
     "evaluation.server": "`data.validation` and `data.test`",
     "training.learning_rate": "`grid.learning_rates`",
     "training.seed": "`grid.seeds`",
+    "best": "`score_at` best; a final run must not stop by the test set",
 }
 
 
@@ -77,6 +78,14 @@ class GridConfig(Section):
         for choice in strategies:
             _refuse_twice(choice.learning_rates or [], f" in `learning_rates` of {choice.called}")
         return strategies
+
+    @model_validator(mode="after")
+    def _ratio(self) -> Self:
+        if self.extend and all(len(s.learning_rates or self.learning_rates) == 1 for s in self.strategies):
+            raise ValueError(
+                f"`extend` is {self.extend}, and every strategy has one learning rate; give two, whose ratio it takes"
+            )
+        return self
 
 
 class ExperimentData(Section):

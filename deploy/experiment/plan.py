@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from common.config.load import load, parse
 from common.config.section import DataConfig, TableConfig, resolve
 from common.config.site import SiteConfig
 from common.data.rows import Row, load_rows
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, RunFolderError
 from common.metrics import SCORES
 from deploy.experiment.config import ExperimentConfig, StrategyChoice
+from deploy.experiment.summary import SUMMARY, read_summary
 from deploy.experiment.trial import refuse_changed
 from server.operate.site_files import check_sites
+from server.run.folder import refuse_existing
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,11 @@ class Plan:
         rates, added = sorted(self.rates(setting)), self._further.setdefault(setting, [])
         if len(rates) == 1 or len(added) == self.config.grid.extend or best not in (None, rates[0], rates[-1]):
             return None
-        rate = rates[-1] ** 2 / rates[-2] if best == rates[-1] else rates[0] ** 2 / rates[1]
-        added.append(float(f"{rate:.4g}"))
+        end, beside = rates[-1:-3:-1] if best == rates[-1] else rates[:2]
+        rate = float(f"{end * (end / beside):.4g}")
+        if rate in rates or not 0 < rate < math.inf:  # rates that are nearly the same, or as far as a number goes
+            return None
+        added.append(rate)
         return Cell(setting, added[-1], self.config.grid.seeds[0], final=False)
 
     def selection(self, setting: Setting) -> list[Cell]:
@@ -186,7 +192,10 @@ class Plan:
         return {**cell.facts(), "digests": {what: self._digests[what] for what in used}}
 
     def refuse_changed(self, out: Path) -> None:
-        """Raise a RunFolderError when a cell in the folder ``out`` was begun with other settings or data."""
+        """Raise a RunFolderError when the folder ``out`` holds something else, or a cell of other settings or data."""
+        refuse_existing(out)
+        if (out / SUMMARY).exists() and (other := read_summary(out).name) != self.config.name:
+            raise RunFolderError(f"{out} holds another experiment, {other!r}; choose another --out")
         for cell in self.cells():
             refuse_changed(out / cell.folder, self.federation(cell), self.facts(cell))
 

@@ -36,6 +36,7 @@ from deploy.experiment.places.choose import add_places, choose
 from deploy.experiment.places.place import Place
 from deploy.experiment.places.queue import Queue
 from deploy.experiment.plan import Cell, Plan, Setting
+from deploy.experiment.summary import SUMMARY
 
 
 class Experiment:
@@ -59,7 +60,7 @@ class Experiment:
         plan = self._plan
         self._rates = {s: self._pick(s) if self._is_selected(s) else None for s in plan.settings}
         self._write()  # an interrupt leaves what earlier calls have found
-        self._place.check(plan.federation(next(plan.cells())), self._out / cells.SUMMARY)
+        self._place.check(plan.federation(next(plan.cells())), self._out / SUMMARY)
         self._queue.run("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
         while further := [cell for s in plan.settings if (cell := plan.beyond(s, self._pick(s))) is not None]:
             for cell in further:
@@ -134,7 +135,7 @@ class Experiment:
         summary = {"name": config.name, "select_by": config.select_by, "seeds": config.grid.seeds}
         summary |= {"claims": [claim.model_dump() for claim in config.claims]}
         summary |= {"settings": settings, "partitions": self._plan.partitions}
-        write_atomically(self._out / cells.SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self._out / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 @contextmanager
@@ -142,10 +143,13 @@ def _alone_in(out: Path) -> Iterator[None]:
     """Keep a second experiment out of a folder.
 
     Raises:
-        RunFolderError: there is one already.
+        RunFolderError: there is one already, or the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = hold(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = hold(out / ".lock")
+    except OSError as error:
+        raise RunFolderError(f"{out} cannot be written: {error.strerror or error}") from None
     if lock is None:
         raise RunFolderError(f"{out}: another experiment is at work in this folder")
     try:

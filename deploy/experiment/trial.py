@@ -13,20 +13,21 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.config.federation import FederationConfig
-from common.errors import DIVERGED, RunFolderError
+from common.errors import DIVERGED, RunFolderError, kind_of
 from common.system.files import hold, write_atomically
 from common.system.processes import die_with_parent
-from server.run.folder import FEDERATION, changes, read_lines, write_federation
-from server.run.records import SERVER
+from common.text import SENTENCE, one_line
+from server.run.folder import FEDERATION, changes, read_lines, read_run, write_federation
+from server.run.records import SERVER, evaluations
 
-SUMMARY = "experiment.json"  # the summary of the whole experiment, in the experiment's folder
 FACTS = "cell.json"
 LOG = "log"
 LOCK = ".trial"  # locked by the process that works in the folder; holds the mark of the newest attempt
@@ -34,17 +35,32 @@ _LEDGERS = "ledgers"
 _PATIENCE = 10.0  # seconds to wait for the lock of a process that is about to end
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """The content of a cell's ``run.json``; empty when the cell was not started."""
-    file = folder / "run.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raise a RunFolderError when a file of a cell that is read in the block is not as a run has written it."""
+    try:
+        yield
+    except (
+        FileNotFoundError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        why = f"{kind_of(error)}: {one_line(str(error), SENTENCE)}"
+        raise RunFolderError(
+            f"{folder}: a file of this run is damaged ({why}); remove the folder, it is run again"
+        ) from None
 
 
 def status(folder: Path) -> str:
     """A cell's status: missing, running (or killed), completed, failed, or diverged (failed by its learning rate)."""
-    told = outcome(folder)
-    if told.get("status") == "failed" and DIVERGED & {*told.get("causes", {}).values()}:
-        return "diverged"
+    told = read_run(folder)
+    with reading(folder):
+        if told.get("status") == "failed" and DIVERGED & {*told.get("causes", {}).values()}:
+            return "diverged"
     return str(told.get("status", "missing"))
 
 
@@ -52,8 +68,22 @@ def scores_by_round(folder: Path) -> dict[int, dict[str, float]]:
     """The server's finite scores by round; empty when the cell did not end well."""
     if status(folder) != "completed":
         return {}
-    found = [r for r in read_lines(folder / "metrics.jsonl") if r["phase"] == "evaluate" and r["client"] == SERVER]
-    return {r["round"]: {key: value for key, value in r["evaluate"].items() if value is not None} for r in found}
+    with reading(folder):
+        found = evaluations(read_lines(folder / "metrics.jsonl")).get(SERVER, {})
+        check_last(found, read_run(folder))
+        return {number: {k: v for k, v in told.items() if v is not None} for number, told in found.items()}
+
+
+def check_last(evaluated: Collection[int], run: Mapping[str, Any]) -> None:
+    """Raise a ValueError when a run that ended well has lost numbers; for ``reading``.
+
+    Args:
+        evaluated: rounds after which the server has evaluated.
+        run: the content of its run.json; an earlier version did not note the last round.
+    """
+    last = run.get("last_round", max(evaluated, default=0))
+    if last not in evaluated:
+        raise ValueError(f"metrics.jsonl does not hold all of {last} rounds")
 
 
 def is_settled(folder: Path, facts: Mapping[str, Any]) -> bool:
@@ -72,15 +102,16 @@ def refuse_changed(folder: Path, federation: FederationConfig, facts: Mapping[st
     file = folder / FEDERATION
     if not file.exists() or not (is_settled(folder, facts) or _goes_on(folder, facts)):
         return
-    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), federation.model_dump(mode="json")
-    how = changes(before, now)
-    if not how:
-        other = sorted({*before["local"]["sites"]} ^ {*now["local"]["sites"]})
-        how = f"`data.sites` has other files: {', '.join(other[:3])}" if other else ""
-    if not how:
-        digests = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("digests", {})
-        changed = [what for what, digest in digests.items() if facts["digests"].get(what) != digest]
-        how = f"{', '.join(changed[:3])}: other content" if changed else ""
+    with reading(folder):
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), federation.model_dump(mode="json")
+        how = changes(before, now)
+        if not how:
+            other = sorted({*before["local"]["sites"]} ^ {*now["local"]["sites"]})
+            how = f"`data.sites` has other files: {', '.join(other[:3])}" if other else ""
+        if not how:
+            digests = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("digests", {})
+            changed = [what for what, digest in digests.items() if facts["digests"].get(what) != digest]
+            how = f"{', '.join(changed[:3])}: other content" if changed else ""
     if how:
         raise RunFolderError(f"{folder}: the experiment has changed since this cell began: {how}; choose another --out")
 

@@ -34,7 +34,7 @@ import yaml
 
 from common.config.federation import FederationConfig
 from common.errors import RunFolderError
-from common.system.files import hold, is_held, write_atomically
+from common.system.files import as_object, hold, is_held, write_atomically
 from common.system.machine import machine, versions
 from common.text import one_line
 from server.run.events import log_event, new_event
@@ -266,7 +266,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     try:
         file = path / "run.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+        return as_object(file.read_bytes()) if file.exists() else {}
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from None
 
@@ -283,9 +283,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     # Read bytes, not text: the last line may be incomplete and end within a character.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            records.append(json.loads(line))
+            records.append(as_object(line))
         except ValueError:
-            raise RunFolderError(f"{path}, line {number}: not valid JSON") from None
+            raise RunFolderError(f"{path}, line {number}: not valid JSON, or no object") from None
     return records
 
 

@@ -14,6 +14,7 @@ from deploy.experiment import trial as cells
 from deploy.experiment.places.cluster import RULE
 from deploy.experiment.places.place import UNSEEN, End, Place, Trial
 from deploy.experiment.plan import Cell, Plan
+from server.run.folder import read_run
 
 _LOOK = 5.0  # seconds between two looks at a cell on which an earlier process is at work
 _SETTLE = 90.0  # seconds after which a shared file system shows everywhere what one machine has written
@@ -104,7 +105,7 @@ class Queue:
             key = self._plan.config.select_by
             scored = cells.scores_by_round(folder)
             return f"{key} {scored[max(scored)].get(key, math.nan):.4f}"
-        reason = (cells.outcome(folder).get("reason") if end.code == 1 else None) or self._death(cell, end)
+        reason = (read_run(folder).get("reason") if end.code == 1 else None) or self._death(cell, end)
         return f"{'diverged' if status == 'diverged' else 'failed'}: {reason}"
 
     def _is_settled(self, cell: Cell) -> bool:
