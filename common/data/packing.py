@@ -22,7 +22,7 @@ from common.model.families import kind_of
 
 log = logging.getLogger(__name__)
 _WIDTHS = (128, 256, 512)  # packed rows may be this wide where the longest row is shorter; attention costs their square
-_SQUARE = 4  # times the hidden size: width at which attention costs as much as everything else, roughly
+_SQUARE, _LEAST_SQUARE = 8, 512  # width at which attention costs as much as the rest: times the hidden size, at least
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # in configurations: how far a token sees
 _EXACT, _ROUNDED = 1e-3, 0.05  # most that the logits of packed rows differ, in float32 and in other arithmetic
 
@@ -204,7 +204,7 @@ def packing_of(model: Any, autocast: torch.dtype | None) -> Packing:  # noqa: AN
     )
     dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     windows = [config[key] for key in _WINDOWS if isinstance(config.get(key), int) and config[key] > 0]
-    square = _SQUARE * model.get_input_embeddings().embedding_dim
+    square = max(_SQUARE * model.get_input_embeddings().embedding_dim, _LEAST_SQUARE)
     packing = Packing(attention == "eager", not dropout, min(windows, default=None), square)
     was_training = model.training
     model.eval()
