@@ -209,7 +209,8 @@ class _Other:
         self.process.kill()
         self.process.wait()
         assert self.process.stdin is not None  # noqa: S101 - opened above
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a line that it has not read
+            self.process.stdin.close()
 
     def _error(self, report: dict[str, Any]) -> FedSpanError:
         if "error" in report:

@@ -15,6 +15,7 @@ import torch
 
 from client.rank import work
 from client.session import Session
+from client.training import team
 from client.training.team import _Other
 from common.config.strategy import names
 from common.errors import DataError, DivergedError, WorkerDied
@@ -147,6 +148,19 @@ def test_process_that_is_killed_ends_the_round_by_name_and_leaves_nothing(tmp_pa
         trained(own)
     assert others(own) == []
     assert psutil.Process().children() == []
+
+
+def test_process_that_died_between_two_rounds_is_told_by_its_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that it has not read must not fail when its pipe is closed, else the others would be left running."""
+    monkeypatch.setattr(team, "_PROGRAM", "raise SystemExit(3)")
+    other = _Other(1, torch.device("cpu"), {"deadline": 60.0}, lambda: None)
+    other.process.wait()
+    other.hand({"round": 2})
+    with pytest.raises(WorkerDied, match=r"of cpu \(rank 1\) ended with exit code 3"):
+        other.told("done")
+    other.stop()
+    assert other.process.stdin is not None
+    assert other.process.stdin.closed
 
 
 @pytest.mark.long
