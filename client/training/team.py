@@ -209,7 +209,7 @@ class _Other:
         self.process.kill()
         self.process.wait()
         assert self.process.stdin is not None  # noqa: S101 - opened above
-        with contextlib.suppress(BrokenPipeError):  # of a line that it has not read
+        with contextlib.suppress(BrokenPipeError):  # a line that it has not read is still to be written
             self.process.stdin.close()
 
     def _error(self, report: dict[str, Any]) -> FedSpanError:

@@ -55,7 +55,7 @@ class Packing:
     square: int = 1024
 
     def cost(self, rows: int, width: int) -> float:
-        """What a forward pass costs, compared with others."""
+        """Cost of a forward pass, compared with others."""
         return rows * width * (1 + width / self.square)
 
 

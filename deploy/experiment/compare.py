@@ -69,7 +69,7 @@ def write_comparison(out: Path) -> Path:
         files["comparison-claims.csv"] = _csv(head, _claims(found))
         if drawn := _claims_figure(found):
             files["comparison-claims.svg"] = plots.alone(drawn)
-    for name in ("comparison-claims.csv", "comparison-claims.svg"):  # of an earlier call, before a claim was taken back
+    for name in ("comparison-claims.csv", "comparison-claims.svg"):  # an earlier call may have written them
         if name not in files:
             (out / name).unlink(missing_ok=True)
     for name, text in files.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.errors import LaunchError
+from common.errors import LaunchError, RunFolderError
 from common.system.processes import last_lines
 from common.text import clock
 from deploy.experiment import trial as cells
@@ -98,7 +98,7 @@ class Queue:
     def _ended(self, cell: Cell, end: End) -> str:
         """How a cell ended, in words."""
         folder, deadline = self._out / cell.folder, time.monotonic() + _SETTLE
-        while end.code == 0 and cells.status(folder) != "completed" and time.monotonic() < deadline:
+        while end.code == 0 and not _is_whole(folder) and time.monotonic() < deadline:
             time.sleep(1.0)  # another machine has written it
         status = cells.status(folder)
         if status == "completed":
@@ -110,3 +110,11 @@ class Queue:
 
     def _is_settled(self, cell: Cell) -> bool:
         return cells.is_settled(self._out / cell.folder, cell.facts())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all that a run has written is seen here: files of a shared file system do not all appear at once."""
+    try:
+        return bool(cells.scores_by_round(folder))
+    except RunFolderError:
+        return False
