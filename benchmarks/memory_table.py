@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.table import Cell, Table
-from client.preflight.memory import Batch, estimate
+from client.preflight.memory import Batch, estimates
+from client.site_model import places_of
 from common.config.federation import FederationConfig
 from common.config.section import Quantization
 from common.model.quantization import Held, replace, shapes_of_codes, untrained
@@ -50,6 +51,7 @@ def run() -> Table:
             found = peaks(shape, strategy, quantization)
             row: dict[str, Cell] = {"model": shape, "way": way}
             row |= {f"GB, batch {batch}": round(need, 1) for batch, need in found.items()}
+            row["GB on each of two, batch 1"] = round(peaks(shape, strategy, quantization, batches=(1,), cards=2)[1], 1)
             row["card, GB"] = next((card for card in CARDS if found[1] + _SPARE <= card), None)
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
@@ -57,25 +59,34 @@ def run() -> Table:
         f"bfloat16 weights and autocast, rows of {LENGTH} tokens, gradient checkpointing. LoRA: rank 16, all linear "
         "layers. FedFTG: MLPs of the lower third, rank 128, `subspace` shared, `moments` 8bit. nf4 and int8: "
         "`model.quantization`.",
+        "two: the fullest of two cards that the model is split over (`split`).",
         f"card: the smallest of {', '.join(map(str, CARDS))} GB that holds batch 1 with {_SPARE:g} GB for CUDA itself.",
     ]
     return Table("GPU memory of training, by the preflight's estimate", rows, notes)
 
 
 def peaks(
-    shape: str, strategy: dict[str, Any], quantization: Quantization, *, length: int = LENGTH
+    shape: str,
+    strategy: dict[str, Any],
+    quantization: Quantization,
+    *,
+    length: int = LENGTH,
+    batches: tuple[int, ...] = (1, 4),
+    cards: int = 1,
 ) -> dict[int, float]:
-    """GB at the peak, by rows in a forward pass.
+    """GB at the peak, by rows in a forward pass; on the fullest of several cards that share the model.
 
     Args:
         shape: a key of ``SHAPES``.
         strategy: the strategy section of the federation file.
         quantization: form of the untrained weights.
         length: tokens of a row.
+        batches: rows in a forward pass.
+        cards: number of cards that the model is split over.
     """
     training = {"learning_rate": 1e-4, "local_steps": 10, "max_length": length, "gradient_checkpointing": True}
     found = {}
-    for batch in (1, 4):
+    for batch in batches:
         federation = FederationConfig.model_validate(
             {
                 "name": "table",
@@ -86,7 +97,10 @@ def peaks(
             }
         )
         tuned = _tuned(shape, federation)
-        found[batch] = estimate(tuned, federation, Batch(batch, length), 10, torch.bfloat16).total / 1e9
+        devices = [torch.device("cuda", index) for index in range(cards)]
+        where = places_of(tuned, federation, devices, [0] * cards) if cards > 1 else {}
+        each = estimates(tuned, federation, Batch(batch, length), 10, torch.bfloat16, where)
+        found[batch] = max(peak.total for peak in each.values()) / 1e9
     return found
 
 

@@ -92,7 +92,7 @@ class Session:
             site=self.site.name,
             train_rows=len(train_rows),
             held_out_rows=len(held_out),
-            device=describe(self.model.devices, self.model.held.quantization),
+            device=describe(self.model.devices, self.model.held.quantization, split=self.site.split),
             rank=self.model.rank,
             base_digest=model,
             tokenizer_digest=tokenizer,
@@ -275,7 +275,7 @@ class Session:
 
     @cached_property
     def _team(self) -> Team:
-        return Team(self.site, self._site_file, self.federation, self.model.devices)
+        return Team(self.site, self._site_file, self.federation, self.model.ranks)
 
     @property
     def _tuned(self) -> Tuned:

@@ -5,7 +5,7 @@ Sites that share a process read a base model from disk once, and share the memor
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from client.held_weights import Weights
 from client.reach import Known
-from client.training.settings import held, lora_rank, model_source, pick_autocast, pick_devices
+from client.training.settings import held, lora_rank, model_source, pick_autocast, pick_devices, state_bytes
+from client.training.split import Places, free_bytes, places, split
 from common.config.federation import FederationConfig
 from common.config.site import SiteConfig
 from common.config.strategy import StrategyConfig
@@ -81,6 +82,20 @@ def written_bytes(tuned: tuning.Tuned, strategy: StrategyConfig, rank: int) -> i
     return sum(p.nbytes for p in (tuned.parameters | tuned.local).values()) * strategy.rank // rank
 
 
+def places_of(
+    tuned: tuning.Tuned, federation: FederationConfig, devices: Sequence[torch.device], room: Sequence[int]
+) -> Places:
+    """Where the parts of a split model are to be; ``room``: bytes that each device has.
+
+    Raises:
+        ModelError: the model has fewer blocks than there are devices.
+    """
+    strategy, training = federation.strategy, federation.training
+    trained = (tuned.parameters | tuned.local).items()
+    beside = {id(tensor): state_bytes(name, tensor, strategy, training) for name, tensor in trained}
+    return places(tuned.model, devices, room, beside)
+
+
 class SiteModel:
     """A site's model; each part is made once, at its first use.
 
@@ -115,8 +130,13 @@ class SiteModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
+        """The device of this process; the first, where the model is split."""
         return self.devices[0]
+
+    @property
+    def ranks(self) -> list[torch.device]:
+        """The device of every copy of the model."""
+        return self.devices[:1] if self._site.split else self.devices
 
     @property
     def held(self) -> Held:
@@ -152,9 +172,12 @@ class SiteModel:
 
     @cached_property
     def tuned(self) -> tuning.Tuned:
-        """The model on the device, with its trained tensors."""
+        """The model on the device, or split over several, with its trained tensors."""
         tuned = self._tune(self.base)
-        tuned.model.to(self.device)
+        if len(self.ranks) < len(self.devices):
+            split(tuned.model, places_of(tuned, self._federation, self.devices, free_bytes(self.devices)))
+        else:
+            tuned.model.to(self.device)
         self._local = {name: parameter.detach().cpu().clone() for name, parameter in tuned.local.items()}
         if self._bases is not None:
             unshare((tuned.parameters | tuned.local).values())

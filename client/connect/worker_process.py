@@ -176,7 +176,9 @@ def _resident() -> int:
 
 def _on_device() -> int:
     torch = sys.modules.get("torch")
-    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(int(torch.cuda.memory_reserved(device)) for device in range(torch.cuda.device_count()))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -14,11 +15,14 @@ from client.preflight import memory
 from client.preflight.context import CheckContext
 from client.preflight.finding import Finding
 from client.privacy.guard import ledger_of
+from client.site_model import places_of
 from client.training.settings import describe, pick_autocast, pick_devices
+from client.training.split import Places, free_bytes
 from common.text import size
 
 _SPARE = 2_000_000_000  # bytes that should be free wherever the site writes
 _LEAST = 200_000_000
+_Bytes = dict[torch.device | None, int]  # by device; None: all devices alike, or the host
 
 
 def device(subject: CheckContext) -> Finding:
@@ -30,7 +34,8 @@ def device(subject: CheckContext) -> Finding:
     autocast = pick_autocast(subject.site.precision, picked)
     arithmetic = "the weights' own arithmetic" if autocast is None else str(autocast).removeprefix("torch.")
     if picked.type == "cuda":
-        return Finding("ok", f"{describe(devices)} ({', '.join(map(str, devices))}), {arithmetic}")
+        named = describe(devices, split=subject.site.split)
+        return Finding("ok", f"{named} ({', '.join(map(str, devices))}), {arithmetic}")
     found = f"{describe(devices)}, {os.cpu_count()} cores, {arithmetic}"
     if asked == "auto":
         mend = "write `device: cpu` if that is meant; else check the driver, and that the container is given its GPU"
@@ -42,50 +47,62 @@ def training_memory(subject: CheckContext) -> Finding:
     """Peak memory of training against the free memory; and the number of rows per forward pass that would fit."""
     settings, site = subject.settings, subject.site
     devices = pick_devices(site, settings.training.rows_per_step)
-    picked, count = devices[0], len(devices)
+    where: Places = {}
+    if site.split and len(devices) > 1:
+        where = places_of(subject.tuned, settings, devices, free_bytes(devices))
+    picked, count = devices[0], 1 if where else len(devices)
     autocast = pick_autocast(site.precision, picked)
     asked = min(settings.training.batch_size, site.max_batch_size or settings.training.batch_size)
     asked = min(asked, math.ceil(settings.training.rows_per_step / count))  # a device's part of a step
 
-    def peak(rows: int) -> memory.Peak:
-        return memory.estimate(subject.tuned, settings, subject.largest(rows), subject.steps, autocast)
+    @cache
+    def peaks(rows: int) -> dict[torch.device | None, memory.Peak]:
+        return memory.estimates(subject.tuned, settings, subject.largest(rows), subject.steps, autocast, where)
 
-    wanted = peak(asked)
+    weights = sum(peak.weights for peak in peaks(asked).values())
     written = memory.whole_bytes(subject.tuned, settings.strategy) if site.keep is not None else 0
-    loaded = 0 if picked.type == "cpu" else max(wanted.weights, written)
+    loaded = 0 if picked.type == "cpu" else max(weights, written)
     on_host = memory.host_bytes(subject.tuned, settings.strategy, subject.tokens, loaded, count)
     free_host = _free_host()
+    free: _Bytes
     if picked.type == "cpu":
-        free, besides, where = free_host, on_host, "the host's"
+        free, besides, owner = {None: free_host}, on_host, "the host"
     elif on_host > free_host:
         mend = "free memory on the host, or give the container more"
         return Finding("FAIL", f"the host needs about {size(on_host)}, {size(free_host)} are free", mend)
     else:
-        free, fullest = min((torch.cuda.mem_get_info(device)[0], str(device)) for device in devices)
-        besides, where = 0, f"{fullest}'s"
+        each: _Bytes = dict(zip([*devices], free_bytes(devices), strict=True))
+        owner = str(min(devices, key=lambda device: each[device]))
+        free, besides = each if where else {None: min(each.values())}, 0
     together = count if picked.type == "cpu" else 1  # devices that share this memory
-    need = max(together * wanted.total, wanted.weights + written if picked.type == "cpu" else 0) + besides
-    found = f"about {size(need)} at the peak, {subject.largest(asked)} in a forward pass"
-    found += f"; {size(free)} of {where} memory are free"
-    if need <= free:
+    least = weights + written if picked.type == "cpu" else 0
+    need = {device: max(together * peak.total, least) + besides for device, peak in peaks(asked).items()}
+    tight = min(need, key=lambda device: free[device] - need[device])
+    found = " and ".join(size(most) + (f" on {device}" if where else "") for device, most in need.items())
+    found = f"about {found} at the peak, {subject.largest(asked)} in a forward pass"
+    found += f"; {size(free[tight])} of {tight or owner}'s memory are free"
+    if need[tight] <= free[tight]:
         return Finding("ok", found)
-    fit = _fitting(asked, (free - besides) // together, peak)
+    fit = _fitting(asked, {device: (free[device] - besides) // together for device in need}, peaks)
     if fit == 0:
-        mend = "not even one row fits: free memory, take a larger device, or ask the operator for a lower "
+        mend = "not even one row fits: free memory, take a larger device or several (`split`), or ask for a lower "
         return Finding("FAIL", found, f"{mend}`training.max_length` or `training.gradient_checkpointing: true`")
     # On CUDA the trainer halves its batch by itself; on a CPU the kernel kills the process.
     return Finding("warning" if picked.type == "cuda" else "FAIL", found, f"write `max_batch_size: {fit}`")
 
 
-def _fitting(asked: int, free: int, peak: Callable[[int], memory.Peak]) -> int:
-    """Most rows per forward pass, below ``asked``, whose peak fits; a pass's memory is linear in its rows."""
-    one = peak(1)
-    if asked == 1 or one.total > free:
-        return int(one.total <= free)
-    two = peak(2)
-    each = max(two.passes - one.passes, 1)
-    fit = min(asked - 1, 1 + math.floor((free - one.total) / each))
-    while fit > 1 and peak(fit).total > free:
+def _fitting(asked: int, room: _Bytes, peaks: Callable[[int], dict[torch.device | None, memory.Peak]]) -> int:
+    """Most rows per forward pass, below ``asked``, whose peaks fit; a pass's memory is linear in its rows."""
+
+    def fits(rows: int) -> bool:
+        return all(peak.total <= room[device] for device, peak in peaks(rows).items())
+
+    if asked == 1 or not fits(1):
+        return int(fits(1))
+    two, fit = peaks(2), asked - 1
+    for device, one in peaks(1).items():
+        fit = min(fit, 1 + (room[device] - one.total) // max(two[device].passes - one.passes, 1))
+    while fit > 1 and not fits(fit):
         fit -= 1
     return fit
 

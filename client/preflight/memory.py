@@ -9,6 +9,7 @@ every family, without memory or arithmetic.
 import copy
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from client.training.settings import state_bytes
+from client.training.split import Places
 from common.config.federation import FederationConfig
-from common.config.galore import GaLoreConfig
 from common.config.strategy import StrategyConfig
 from common.config.training import TrainingConfig
 from common.data.chat import counted_logits
 from common.model.quantization import is_quantized, whole_sizes
 from common.model.tuning import Tuned
-from common.protocol.factors import num_bytes
 
 # Measured: decision 015.
 _PROCESS = 500_000_000  # a worker with Python, PyTorch, transformers and Flower, before it holds a model
@@ -104,7 +105,20 @@ def whole_bytes(tuned: Tuned, strategy: StrategyConfig) -> int:
 def estimate(
     tuned: Tuned, federation: FederationConfig, batch: Batch, steps: int, autocast: torch.dtype | None
 ) -> Peak:
-    """The peak of a round of training.
+    """The peak of a round of training on one device; see ``estimates``."""
+    (peak,) = estimates(tuned, federation, batch, steps, autocast, {}).values()
+    return peak
+
+
+def estimates(
+    tuned: Tuned,
+    federation: FederationConfig,
+    batch: Batch,
+    steps: int,
+    autocast: torch.dtype | None,
+    where: Places,
+) -> dict[torch.device | None, Peak]:
+    """The peak of a round of training on each device of a model that is split.
 
     Args:
         tuned: the model, on any device; not changed.
@@ -112,43 +126,56 @@ def estimate(
         batch: the largest batch; with fewer rows than ``training.batch_size`` a step has several passes.
         steps: optimizer steps per round.
         autocast: dtype of forward and backward.
+        where: the device of each part of the model; empty: all is on one device, which the result calls None.
     """
     training, strategy = federation.training, federation.strategy
     trained = {**tuned.parameters, **tuned.local}
     several = batch.rows < training.batch_size * training.gradient_accumulation
     freed = strategy.trains == "weights" and autocast != torch.float16
-    gradients = 0
+    kept, bases = several, 1  # gradients of a step's passes
     if strategy.trains == "weights":
         bases = strategy.bases(steps)
-        state = sum(_galore(n, p, strategy, training, bases) for n, p in trained.items())
-        if freed and (several or strategy.refresh_batches > 1):  # a refresh needs the complete gradient
-            gradients = num_bytes(trained.values())
-    else:
-        state = (2 if training.optimizer == "adamw" else 0) * num_bytes(trained.values())
-        gradients = num_bytes(trained.values()) if several else 0
-    weights, passes = _trace(tuned, trained, training, batch, autocast, freed=freed)
-    return Peak(weights, state, gradients, int(_ALLOCATOR * passes))
-
-
-def _galore(name: str, weight: Tensor, strategy: GaLoreConfig, training: TrainingConfig, terms: int) -> int:
-    """Bytes of GaLore's state for one weight: bases and updates of every term, both moments, the projected gradient."""
-    if not strategy.projects(name):  # the same sums, without basis, over the complete tensor
-        long, short, rank, terms = weight.numel(), 0, 1, 1
-    else:
-        long, short, rank = max(weight.shape), min(weight.shape), strategy.rank
-    moment = {"float32": 4, "8bit": 1}[strategy.moments] if training.optimizer == "adamw" else 0
-    state = rank * (4 * terms * (long + short) + 2 * moment * long + 4 * long)
-    start = 0 if weight.dtype == torch.float32 else weight.numel() * weight.element_size()
-    return state + start
+        kept = freed and (several or strategy.refresh_batches > 1)  # a refresh needs the complete gradient
+    device_of = {id(p): device for path, device in where.items() for p in tuned.model.get_submodule(path).parameters()}
+    state, gradients = Counter[torch.device | None](), Counter[torch.device | None]()
+    for name, parameter in trained.items():
+        state[device_of.get(id(parameter))] += state_bytes(name, parameter, strategy, training, bases)
+        gradients[device_of.get(id(parameter))] += parameter.nbytes if kept else 0
+    traced = _trace(tuned, trained, training, batch, autocast, where, freed=freed)
+    return {
+        device: Peak(weights, state[device], gradients[device], int(_ALLOCATOR * passes))
+        for device, (weights, passes) in traced.items()
+    }
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and that are still alive."""
+    """Counts the bytes of all storages that operations make and that are still alive, by device.
 
-    def __init__(self) -> None:
+    Attributes:
+        at: the device that the model's present part is on.
+        peak: most bytes at a time on each device.
+    """
+
+    def __init__(self, first: torch.device | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.peak = 0
-        self._known: set[int] = set()
+        self.at, self.peak = first, Counter[torch.device | None]({first: 0})
+        self._bytes, self._known = Counter[torch.device | None](), set[int]()
+
+    def follow(self, part: nn.Module, device: torch.device) -> None:
+        """Count what a part of the model makes, forward and backward, as on a device."""
+
+        def here(*_: object) -> None:
+            self.at = device
+
+        def out(module: nn.Module, args: object, output: object) -> None:
+            del module, args
+            here()  # after parts within it
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(here)
+
+        part.register_forward_pre_hook(here)
+        part.register_forward_hook(out)
 
     def __torch_dispatch__(
         self,
@@ -171,13 +198,13 @@ class _Alive(TorchDispatchMode):
         if key in self._known:
             return
         self._known.add(key)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._forget, key, size)
+        self._bytes[self.at] += size
+        self.peak[self.at] = max(self.peak[self.at], self._bytes[self.at])
+        weakref.finalize(storage, self._forget, key, self.at, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _forget(self, key: int, at: torch.device | None, size: int) -> None:
         self._known.discard(key)
-        self.bytes -= size
+        self._bytes[at] -= size
 
 
 def _trace(
@@ -186,14 +213,15 @@ def _trace(
     training: TrainingConfig,
     batch: Batch,
     autocast: torch.dtype | None,
+    where: Places,
     *,
     freed: bool,
-) -> tuple[int, int]:
-    """Bytes of the weights, and the bytes that a forward and backward pass adds; as on a CPU."""
+) -> dict[torch.device | None, tuple[int, int]]:
+    """Bytes of the weights on each device, and bytes that a forward and backward pass adds there; as on a CPU."""
     owned = {id(parameter) for parameter in trained.values()}
     names = [name for name, parameter in tuned.model.named_parameters() if id(parameter) in owned]
     model: Any = tuned.model
-    first, alive = next(model.parameters()), _Alive()
+    first, alive = next(model.parameters()), _Alive(next(iter(where.values()), None))
     if isinstance(first, FakeTensor):  # a model of shapes alone, which nobody trains
         fake = first.fake_mode
     else:
@@ -201,6 +229,12 @@ def _trace(
         with FakeCopyMode(fake):
             model = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
+    for path, device in where.items():
+        alive.at, part = device, model.get_submodule(path)
+        alive.follow(part, device)
+        for tensor in (*part.parameters(), *part.buffers()):
+            alive.add(tensor)
+    alive.at = next(iter(where.values()), None)
     for tensor in (*parameters.values(), *model.buffers()):
         tensor.requires_grad_(False)
         alive.add(tensor)
@@ -211,7 +245,7 @@ def _trace(
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    weights = alive.peak
+    weights = alive.peak.copy()
     with fake, alive:
         ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -220,7 +254,7 @@ def _trace(
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             loss = _loss(model, inputs, batch)
         loss.backward()
-    return weights, alive.peak - weights
+    return {device: (weights[device], peak - weights[device]) for device, peak in alive.peak.items()}
 
 
 def _loss(model: Any, inputs: Mapping[str, Tensor], batch: Batch) -> Tensor:  # noqa: ANN401

@@ -74,8 +74,9 @@ class Passes(Generic[E]):
         self._projected = isinstance(optimizer, GaLore) and not scaler.is_enabled()
         if isinstance(optimizer, GaLore):  # gradients that are scaled are summed before they are projected
             optimizer.ranks = ranks if self._projected else Ranks([self._device])
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        self._on = {p.device for p in model.parameters() if p.device.type == "cuda"}  # several, where it is split
+        for device in self._on:
+            torch.cuda.reset_peak_memory_stats(device)
 
     def backward(self, batches: list[list[E]], place: str) -> float:
         """Compute the gradient of the sum of each batch's mean loss; return the sum. No gradients may exist before.
@@ -130,7 +131,7 @@ class Passes(Generic[E]):
         """
         squares = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) ** 2 for p in self._parameters]
         norm = sum(map(float, squares)) ** 0.5
-        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        peak = max(map(torch.cuda.max_memory_allocated, self._on), default=0)
         found = 0 if self._watch is None else self._watch.found
         told = self._ranks.gather([self.tokens, peak, self.micro, found, norm])
         tokens, peaks, micros, not_finite, norms = zip(*told, strict=True)

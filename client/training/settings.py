@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
@@ -159,28 +160,29 @@ def pick_devices(site: SiteConfig, rows_per_step: int | None) -> list[torch.devi
         rows_per_step: rows of an optimizer step, which the devices share; None: not known yet.
 
     Raises:
-        TrainingError: this machine does not have as many, or a step has fewer rows than there are devices.
+        TrainingError: this machine does not have as many, or a step has fewer rows than there are devices with a copy
+            of the model each.
     """
     first = pick_device(site.device)
     if site.devices == 1:
         return [first]
-    there = torch.cuda.device_count()
+    there, rows = torch.cuda.device_count(), None if site.split else rows_per_step
     if site.devices == "auto":
-        count = min(there, rows_per_step or there) if first.type == "cuda" else 1
+        count = min(there, rows or there) if first.type == "cuda" else 1
         return [torch.device("cuda", i) for i in range(count)] if count > 1 else [first]
     if first.type == "cpu" and site.device != "cpu":
         raise TrainingError(
-            f"`devices` is {site.devices}, but this machine has no CUDA device; allowed: `devices` 1 or auto, or with "
-            "`device` cpu so many processes on the CPU"
+            f"`devices` is {site.devices}, but this machine has no CUDA device; allowed: `devices` 1 or auto"
+            + ("" if site.split else ", or with `device` cpu so many processes on the CPU")
         )
     if first.type == "cuda" and site.devices > there:
         raise TrainingError(
             f"`devices` is {site.devices}; this machine has {there} CUDA device(s); allowed: 1 to {there}, auto"
         )
-    if rows_per_step is not None and rows_per_step < site.devices:
+    if rows is not None and rows < site.devices:
         raise TrainingError(
-            f"`devices` is {site.devices}, but the federation's steps have {rows_per_step} row(s), so that a device "
-            f"would have none; allowed: `devices` 1 to {rows_per_step}, auto"
+            f"`devices` is {site.devices}, but the federation's steps have {rows} row(s), so that a device "
+            f"would have none; allowed: `devices` 1 to {rows}, auto"
         )
     return [torch.device("cpu") if first.type == "cpu" else torch.device("cuda", i) for i in range(site.devices)]
 
@@ -198,8 +200,33 @@ def pick_autocast(precision: Precision, device: torch.device) -> torch.dtype | N
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def describe(devices: Sequence[torch.device], quantization: Quantization = "whole") -> str:
+def state_bytes(name: str, weight: Tensor, strategy: StrategyConfig, training: TrainingConfig, bases: int = 1) -> int:
+    """Bytes of the optimizer's state for one trained tensor.
+
+    Args:
+        name: the tensor's name.
+        weight: the tensor.
+        strategy: the federation's strategy section.
+        training: the federation's training section.
+        bases: number of bases that GaLore uses in a round.
+    """
+    moments = 2 if training.optimizer == "adamw" else 0
+    if strategy.trains != "weights":
+        return moments * weight.nbytes
+    if strategy.projects(name):
+        long, short, rank = max(weight.shape), min(weight.shape), strategy.rank
+    else:  # the same sums, without basis, over the complete tensor
+        long, short, rank, bases = weight.numel(), 0, 1, 1
+    moment = {"float32": 4, "8bit": 1}[strategy.moments]
+    # bases and updates of every term, moments, the projected gradient
+    state = rank * (4 * bases * (long + short) + moments * moment * long + 4 * long)
+    return state + (0 if weight.dtype == torch.float32 else weight.nbytes)
+
+
+def describe(devices: Sequence[torch.device], quantization: Quantization = "whole", *, split: bool = False) -> str:
     """The devices' names, for people, and how the base model is held there."""
     names = Counter(torch.cuda.get_device_name(one) if one.type == "cuda" else "cpu" for one in devices)
     told = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    if split and len(devices) > 1:
+        told = f"one model over {told}"
     return told if quantization == "whole" else f"{told}, base model in {quantization}"

@@ -164,6 +164,11 @@ class SiteConfig(Section):
         description="Number of devices that train together, each with a copy of the model and its part of a step's "
         "rows; auto: all CUDA devices, as long as each gets a row.",
     )
+    split: bool = Field(
+        False,
+        description="`devices` hold one model together, each some of its blocks, in place of a copy each: for a model "
+        "that fits no single one.",
+    )
     device_deadline: float = Field(
         600.0,
         gt=0,
@@ -218,6 +223,11 @@ class SiteConfig(Section):
             raise ValueError(
                 f"`device` {self.device} is one device, `devices` {self.devices} are several; allowed with `devices`: "
                 "`device` auto, cuda, cpu"
+            )
+        if self.split and (self.devices == 1 or self.device == "cpu"):
+            raise ValueError(
+                f"`split` lays a model over several CUDA devices, but `device` is {self.device} and `devices` "
+                f"{self.devices}; allowed with `split`: `device` auto or cuda, `devices` auto or a number from 2"
             )
         return self
 

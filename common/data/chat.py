@@ -160,7 +160,12 @@ def collate(examples: Sequence[Example], padding: int, packing: Packing | None =
 def causal_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Summed cross-entropy of a batch's counted tokens, in float32, and the number of these tokens."""
     logits = counted_logits(model, batch)
-    return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(batch["labels"])
+    return summed_loss(logits, batch["labels"]), len(logits)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy, in float32, where the logits (n, classes) are; labels: (n,), on any device."""
+    return functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
 
 def counted_logits(model: Any, batch: Batch) -> Tensor:  # noqa: ANN401

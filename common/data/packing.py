@@ -233,7 +233,8 @@ def _probe(model: Any, packing: Packing, autocast: torch.dtype | None) -> float:
     assert batch is not None  # noqa: S101 - three rows that begin alike or are short
     inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "attention_mask")}
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        packed = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"].to(device)].float()
+        packed = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        packed = packed[batch["sources"].to(packed.device)].float()
         alone = torch.cat(
             [model(input_ids=torch.tensor([row.input_ids], device=device)).logits[0, :-1] for row in rows]
         )

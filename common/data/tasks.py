@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.config.federation import Dtype, EvaluationConfig
 from common.config.section import DataConfig, resolve
@@ -164,7 +163,7 @@ class Classification(Task[E]):
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See ``Task.loss_sum``."""
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(logits)
+        return chat.summed_loss(logits, batch["labels"]), len(logits)
 
     @torch.no_grad()
     def evaluate(
@@ -186,7 +185,7 @@ class Classification(Task[E]):
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
                 logits = model(**inputs).logits.float()
-            loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            loss = float(chat.summed_loss(logits, batch["labels"]))
             return loss, logits.argmax(-1).tolist(), batch["labels"].tolist()
 
         for loss, found, right in halving(examples, settings.config.batch_size, measure):

@@ -48,6 +48,9 @@ def cuda_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ({"devices": "auto", "device": "cpu"}, 4, 8, ["cpu"]),
         ({"devices": 2}, 4, 8, ["cuda:0", "cuda:1"]),
         ({"devices": 3, "device": "cpu"}, 0, 8, ["cpu", "cpu", "cpu"]),
+        ({"devices": "auto", "split": True}, 2, 1, ["cuda:0", "cuda:1"]),
+        ({"devices": 2, "split": True}, 4, 1, ["cuda:0", "cuda:1"]),
+        ({"devices": "auto", "split": True}, 0, 1, ["cpu"]),
     ],
 )
 def test_devices_of_a_site(
@@ -62,6 +65,7 @@ def test_devices_of_a_site(
     [
         ({"devices": 3}, 2, 8, r"`devices` is 3; this machine has 2 CUDA device\(s\); allowed: 1 to 2, auto"),
         ({"devices": 2}, 0, 8, "`devices` is 2, but this machine has no CUDA device; allowed: `devices` 1 or auto"),
+        ({"devices": 2, "split": True}, 0, 8, "this machine has no CUDA device; allowed: `devices` 1 or auto$"),
         ({"devices": 4}, 4, 3, r"steps have 3 row\(s\), so that a device would have none; allowed: `devices` 1 to 3"),
         ({"devices": 4, "device": "cpu"}, 0, 3, r"steps have 3 row\(s\)"),
     ],
@@ -81,6 +85,15 @@ def test_one_device_and_several_is_a_mistake_in_the_file() -> None:
         site(devices=0)
 
 
+@pytest.mark.parametrize(
+    "keys", [{}, {"devices": 1}, {"devices": 2, "device": "cpu"}, {"devices": "auto", "device": "cpu"}]
+)
+def test_split_over_one_device_or_a_cpu_is_a_mistake_in_the_file(keys: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"`split` lays a model over several CUDA devices, but `device` is .*allowed"):
+        site(split=True, **keys)
+
+
 def test_devices_are_named_with_their_number() -> None:
     assert describe([torch.device("cpu")]) == "cpu"
     assert describe([torch.device("cpu")] * 2) == "2 x cpu"
+    assert describe([torch.device("cpu")] * 2, "nf4", split=True) == "one model over 2 x cpu, base model in nf4"
