@@ -54,7 +54,7 @@ BENCHMARKS = {
     "masked-sums": Benchmark(masked_sums.run, "3 minutes"),
     "memory-table": Benchmark(memory_table.run, "8 minutes"),
     "optimizer-step": Benchmark(optimizer_step.run, "3 minutes"),
-    "peers": Benchmark(peers.run, "15 minutes, with NVFlare in another environment"),
+    "peers": Benchmark(peers.run, "15 minutes; `python -m benchmarks.scale.peers --help` says how it finds NVFlare"),
     "quantised-base": Benchmark(quantised_base.run, "20 minutes"),
     "rounds": Benchmark(rounds.run, "20 minutes"),
     "scale": Benchmark(scale.run, "40 minutes"),

@@ -108,4 +108,4 @@ class FLoRARule(Averaging):
         for name_a, name_b, weight in found:
             a, b = tensors.pop(name_a).float(), tensors.pop(name_b).float()
             products[weight] = Factors(1.0, [(b * scaling(alpha, len(a), rslora=self._rslora), a)])
-        return replace(update, tensors=tensors, factors=products, lora_alpha=None)
+        return replace(update, tensors=tensors, factors=products, lora_alpha=None, norms={})

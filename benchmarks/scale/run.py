@@ -38,6 +38,7 @@ FTG: dict[str, Any] = {"name": "fedftg", "modules": "mlp", "blocks": "all", "ran
 LORA: dict[str, Any] = {"rank": 16, "lora_alpha": 16.0}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedftg": {**FTG, "subspace": "shared"},
+    "fedftg-64": {**FTG, "subspace": "shared", "rank": 64},  # the same messages, four times as large
     "fedftg-own": {**FTG, "subspace": "own"},
     "fedftg-down": {**FTG, "subspace": "own", "downlink_rank": "auto"},
     **{name: {"name": name, **LORA} for name in rules.STRATEGIES if name != "fedftg"},

@@ -48,6 +48,7 @@ class Answers:
     def __init__(self, federation: FederationConfig, state: Tensors, base_digest: str, tokenizer_digest: str) -> None:
         self._rule = make_rule(federation.strategy, seed=federation.training.seed)
         self._state, self._rank = state, federation.strategy.rank
+        self._held: dict[int, Tensors] = {}  # LoRA's factors as each site was sent them last
         self._digests = base_digest, tokenizer_digest
 
     def __call__(self, number: int, message: Message) -> Message:
@@ -74,10 +75,14 @@ class Answers:
 
     def _update(self, number: int, asked: TrainRequest) -> ArrayRecord:
         size, tensors = _MOVED * (1 + number / 1000), {}
-        exchange = self._rule.exchange(asked.server_round)
+        exchange, held = self._rule.exchange(asked.server_round), self._held.setdefault(number, {})
+        if self._rule.section.trains == "lora":
+            held |= wire.decode(asked.arrays)
+            for step in asked.steps.values():  # where base weights change, A and B come dense beside their factors
+                held |= {name: one for name, one in wire.decode(step).items() if name in asked.active}
         drawn = torch.Generator().manual_seed(1000 * asked.server_round + number)
         for name in asked.active:
-            start = self._state[name]
+            start = held.get(name, self._state[name])
             if self._rule.section.trains == "lora" or start.ndim != 2:
                 tensors[name] = start + size * torch.rand(start.shape, generator=drawn).to(start.dtype)
                 continue
