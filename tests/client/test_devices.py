@@ -64,7 +64,8 @@ def compare(tmp_path: Path, rounds: int = 1, atol: float = 1e-6, **changes: Any)
         if changes["strategy"]["name"] == "fedsa-lora":  # whose model no server can judge
             changes["evaluation"] = {"server": None}
         own = begun(tmp_path / str(len(site)), site, **changes)
-        assert own.hello().device == ("cpu" if len(site) == 1 else "2 x cpu")
+        devices, _, held = own.hello().device.partition(", base model in ")
+        assert (devices, held or "whole") == ("cpu" if len(site) == 1 else "2 x cpu", own.model.held.quantization)
         first = {name: p.detach().clone() for name, p in (own._tuned.parameters | own._tuned.local).items()}
         found.append([trained(own, number) for number in range(1, rounds + 1)])
         own._team.stop()
@@ -119,6 +120,20 @@ def test_optimizer_state_that_is_carried_over_is_every_devices(tmp_path: Path, c
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_train_as_one(tmp_path: Path, strategy: str) -> None:
     compare(tmp_path, strategy=STRATEGIES[strategy], training=SGD)
+
+
+NF4 = {"path": "model", "quantization": "nf4"}
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("fedftg", marks=pytest.mark.long), "fedit"])
+def test_two_devices_train_as_one_on_a_base_in_codes(tmp_path: Path, strategy: str, in_threads: None) -> None:
+    compare(tmp_path, strategy=STRATEGIES[strategy], training=SGD, model=NF4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fedftg", "fedftg, shared", "fedit"])
+def test_two_processes_train_as_one_on_a_base_in_codes(tmp_path: Path, strategy: str) -> None:
+    compare(tmp_path, strategy=STRATEGIES[strategy], training=SGD, model=NF4)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
