@@ -159,7 +159,7 @@ class SiteConfig(Section):
         None, description="This site's copy of the base model: a folder, or a section; default: the federation's."
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA when present.")
-    devices: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
         1,
         description="Number of devices that train together, each with a copy of the model and its part of a step's "
         "rows; auto: all CUDA devices, as long as each gets a row.",

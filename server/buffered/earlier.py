@@ -22,7 +22,7 @@ class EarlierStates:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        shutil.rmtree(folder, ignore_errors=True)
+        self.clear()
 
     def store(self, number: int, state: Tensors) -> Tensors:
         """Write the state that round ``number`` started from; the result is memory-mapped and read as it is used.
@@ -44,6 +44,10 @@ class EarlierStates:
         for file in self._folder.glob("*.safetensors"):
             if file not in wanted:
                 file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all states, and the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"round-{number:06}.safetensors"

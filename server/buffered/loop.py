@@ -17,9 +17,11 @@ class BufferedLoop(RoundLoop):
         """See ``RoundLoop.run``. Work that is open after the last round is given up: its sites get the model."""
         self._sent: dict[int, int] = {}
         self._earlier = EarlierStates(self._folder.path / _EARLIER)
-        final = super().run(state, resumed)
-        self._in_flight.forget(GROUP)
-        self._earlier.keep(())
+        try:
+            final = super().run(state, resumed)
+            self._in_flight.forget(GROUP)
+        finally:  # each is as large as a checkpoint, and a resumed run needs none
+            self._earlier.clear()
         return final
 
     def _round(self, number: int, state: Tensors, *, evaluate: bool, deadline: float) -> Round:

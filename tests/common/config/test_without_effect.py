@@ -114,6 +114,8 @@ def test_numbers_beyond_what_takes_them_are_refused() -> None:
         federation({"seed": 2**64})
     with pytest.raises(ConfigError, match=r"`device_deadline` is .*: input should be less than or equal to 604800"):
         site(device_deadline=1e9)
+    with pytest.raises(ConfigError, match=r"`devices` is 1000: input should be 'auto' or less than or equal to 256"):
+        site(devices=1000)
 
 
 @pytest.mark.parametrize("value", [0, True, 2.0, "all", None, [2]])
