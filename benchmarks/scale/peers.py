@@ -33,7 +33,7 @@ def run(repeats: int = REPEATS, rounds: int = ROUNDS) -> Table:
 
     Args:
         repeats: how often each is run.
-        rounds: of a run, from 2.
+        rounds: rounds of each run, from 2.
 
     Raises:
         RuntimeError: there is no NVFlare, or a run failed.

@@ -1,7 +1,7 @@
 """Whether a server grows with its rounds: light sites, many rounds, and what its processes hold in each part of them.
 
     python -m benchmarks rounds                                    # 400 rounds of 8 sites
-    python -m benchmarks.scale.rounds --sites 4 --rounds 120       # fewer, printed and not written
+    python -m benchmarks.scale.rounds --sites 8 --rounds 400 --small    # a smaller model: 0.4 MB a message, not 2.95
 
 A part's figure is the median of its rounds' peaks, because a round's work and its end differ by whole states.
 """
@@ -11,11 +11,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from benchmarks.scale.run import Done, federate
+from benchmarks.scale.run import DEMO, SMALL, Done, Sizes, federate
 from benchmarks.scale.watch import Sample
 from benchmarks.table import Cell, Table, publish
 
-SITES, ROUNDS, SIZE = 8, 400, 40  # SIZE: rounds of a part
+SITES, ROUNDS = 8, 400
 MEASURED: dict[str, Callable[[Sample], float]] = {
     "MB": lambda one: one.memory / 1e6,
     "descriptors": lambda one: one.descriptors,
@@ -25,13 +25,15 @@ MEASURED: dict[str, Callable[[Sample], float]] = {
 
 def run() -> Table:
     """400 rounds of 8 sites."""
-    return table(SITES, federate(SITES, rounds=ROUNDS))
+    return measured(SITES, ROUNDS, DEMO)
 
 
-def table(count: int, done: Done, size: int = SIZE) -> Table:
-    """The parts of a run, one after the other."""
+def measured(count: int, rounds: int, sizes: Sizes) -> Table:
+    """So many rounds of so many light sites, in ten parts."""
+    done, size = federate(count, rounds=rounds, sizes=sizes), max(1, rounds // 10)
+    up = next(one["bytes_up"] for one in done.events if one["event"] == "round_finished") / count
     return Table(
-        f"What a server holds over its rounds: {count} light sites, the demo's weights, shared basis",
+        f"What a server holds over its rounds: {count} light sites, a shared basis, {up / 1e6:.2f} MB a message",
         over_rounds(done, size),
         [
             f"Of {size} rounds the median of their peaks, sampled; s: the mean of a round, checkpoint included.",
@@ -80,9 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.rounds", description=__doc__)
     parser.add_argument("--sites", type=int, default=SITES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    found = table(options.sites, federate(options.sites, rounds=options.rounds), max(1, options.rounds // 10))
-    publish("rounds", found)
+    publish("rounds", measured(options.sites, options.rounds, SMALL if options.small else DEMO))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from deploy.sandbox.tiny import make_tokenizer
 from server.loop.server_model import ServerModel
 from server.run.folder import read_lines, read_run
 
-SITES, LONGEST = (4, 16, 64, 256), 3600.0
+SITES, LONGEST = (4, 16, 64, 256), 4 * 3600.0
 FTG: dict[str, Any] = {"name": "fedftg", "modules": "mlp", "blocks": "all", "rank": 16, "scale": 0.25}
 LORA: dict[str, Any] = {"rank": 16, "lora_alpha": 16.0}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -43,6 +43,18 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fedftg-down": {**FTG, "subspace": "own", "downlink_rank": "auto"},
     **{name: {"name": name, **LORA} for name in rules.STRATEGIES if name != "fedftg"},
 }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model; its heads have 64 numbers."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+
+
+DEMO, SMALL = Sizes(576, 1536, 10), Sizes(192, 512, 4)
 
 
 @dataclass(frozen=True)
@@ -100,11 +112,19 @@ def measure(
     return row | {"database MB": done.database / 1e6, "errors": len(done.errors)}
 
 
-def federate(count: int, strategy: str = "fedftg", *, tls: bool = False, rounds: int = 3, apart: bool = False) -> Done:
+def federate(
+    count: int,
+    strategy: str = "fedftg",
+    *,
+    tls: bool = False,
+    rounds: int = 3,
+    apart: bool = False,
+    sizes: Sizes = DEMO,
+) -> Done:
     """See ``measure``."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
-        file = light_federation(folder, count, STRATEGIES[strategy], rounds)
+        file = light_federation(folder, count, STRATEGIES[strategy], rounds, sizes)
         federation = resolved(load(file, FederationConfig), file)
         model = ServerModel(federation, file)
         answers = Answers(federation, model.initial_state(), model.base_digest, model.tokenizer_digest)
@@ -138,16 +158,16 @@ def _seconds(events: list[dict[str, Any]], count: int) -> dict[str, Cell]:
     return told | {"up MB": rounds[-1]["bytes_up"] / 1e6, "down MB": rounds[-1]["bytes_down"] / 1e6}
 
 
-def light_federation(folder: Path, count: int, strategy: dict[str, Any], rounds: int) -> Path:
-    """A model with the demo's trained shapes, in ten blocks, and the federation's file."""
+def light_federation(folder: Path, count: int, strategy: dict[str, Any], rounds: int, sizes: Sizes = DEMO) -> Path:
+    """A model, by default with the demo's trained shapes in ten blocks, and the federation's file."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=10,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.blocks,
+        num_attention_heads=sizes.hidden // 64,
+        num_key_value_heads=sizes.hidden // 192,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)

@@ -6,19 +6,19 @@ from statistics import median
 import pytest
 
 from benchmarks.scale.rounds import MEASURED, over_rounds
-from benchmarks.scale.run import Done, federate
+from benchmarks.scale.run import SMALL, Done, federate
 from benchmarks.scale.watch import Sample, Watch
 
 ROUNDS = int(os.environ.get("FEDSPAN_ROUNDS", "120"))  # 400 takes twenty minutes
-#: What may be added between the second quarter of the rounds and the last one. Each round moves 6 MB of messages.
+#: What may be added between the second quarter of the rounds and the last one. Each round moves 3 MB of messages.
 MORE = {"MB": 40.0, "descriptors": 2.0, "threads": 4.0}
 
 
 @pytest.mark.long
-@pytest.mark.timeout(20 * ROUNDS)
+@pytest.mark.timeout(30 * ROUNDS)
 def test_memory_descriptors_threads_and_database_are_flat() -> None:
     quarter = ROUNDS // 4
-    _, before, _, last, *_ = over_rounds(federate(4, rounds=ROUNDS), quarter)
+    _, before, _, last, *_ = over_rounds(federate(4, rounds=ROUNDS, sizes=SMALL), quarter)
     for part in ("supervisor", "SuperLink", "ServerApp"):
         for name, most in MORE.items():
             was, is_ = (float(str(row[f"{part} {name}"])) for row in (before, last))
