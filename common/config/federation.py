@@ -7,7 +7,7 @@ value and the allowed values.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -99,7 +99,9 @@ class EvaluationConfig(Section):
 class LocalConfig(Section):
     """Only for ``fedspan run``: the sites to start on this machine."""
 
-    sites: list[str] = Field(min_length=1, description="Site files, relative to this file.")
+    sites: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="Site files, relative to this file."
+    )
     warm: bool = Field(
         True,
         description="Each site keeps a worker process between messages; false: a new process for every message.",

@@ -55,7 +55,8 @@ class KeepConfig(Section):
     """The federation's model at the site."""
 
     model: str = Field(
-        description="Folder for the models, relative to this file; each federation gets a folder of its name in it."
+        min_length=1,
+        description="Folder for the models, relative to this file; each federation gets a folder of its name in it.",
     )
     when: Literal["end", "best", "every"] = Field(
         "end",

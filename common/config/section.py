@@ -24,9 +24,11 @@ class Section(BaseModel):
 class ModelSource(Section):
     """Source of a base model. Give ``path`` or ``hub``."""
 
-    path: str | None = Field(None, description="Folder with a Hugging Face model, relative to this file.")
-    hub: str | None = Field(None, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct.")
-    revision: str | None = Field(None, description="Commit of the hub model; required with `hub`.")
+    path: str | None = Field(None, min_length=1, description="Folder with a Hugging Face model, relative to this file.")
+    hub: str | None = Field(
+        None, min_length=1, description="Hugging Face hub id, e.g. HuggingFaceTB/SmolLM2-135M-Instruct."
+    )
+    revision: str | None = Field(None, min_length=1, description="Commit of the hub model; required with `hub`.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -44,8 +46,9 @@ class TableConfig(Section):
     """Where rows are, and how they are read."""
 
     path: str = Field(
+        min_length=1,
         description="JSONL, CSV, Excel (.xlsx) or Parquet file, a folder of such, a folder saved by `datasets`, or one "
-        "of images with a sub-folder per label; relative to this file."
+        "of images with a sub-folder per label; relative to this file.",
     )
     format: Literal["auto", "jsonl", "csv", "xlsx", "parquet", "dataset", "image-folder"] = Field(
         "auto", description="auto: by the ending, or by what a folder holds."

@@ -200,11 +200,13 @@ class SiteConfig(Section):
     )
     agreements: str | None = Field(
         None,
+        min_length=1,
         description="File with the site's agreements (`fedspan site agree`), relative to this file; default: "
         "<name>-agreements.json beside this file.",
     )
     ledger: str | None = Field(
         None,
+        min_length=1,
         description="File with the record of all that leaves the site, relative to this file; default: "
         "<name>-ledger.jsonl beside this file.",
     )

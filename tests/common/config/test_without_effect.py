@@ -141,3 +141,21 @@ def test_section_that_is_none_is_told_its_keys() -> None:
         federation(cohort="buffered")
     with pytest.raises(ConfigError, match=r"missing key `aggregation.method`; allowed: 'mean', 'trimmed-mean', "):
         federation(aggregation={"weights": "uniform"})
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("ledger", {"ledger": ""}),
+        ("agreements", {"agreements": ""}),
+        ("keep.model", {"keep": {"model": ""}}),
+        ("model.path", {"model": ""}),
+        ("data.path", {"data": {"path": "", "prompt": "q", "answer": "a"}}),
+    ],
+)
+def test_no_path_is_empty(key: str, section: dict[str, Any]) -> None:
+    """An empty one would be the folder of the file itself."""
+    with pytest.raises(ConfigError, match=rf"^s.yaml: `{key}` is '': string should have at least 1 character$"):
+        site(**section)
+    with pytest.raises(ConfigError, match=r"`local.sites.0` is '': string should have at least 1 character$"):
+        federation(local={"sites": [""]})
