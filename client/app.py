@@ -126,7 +126,7 @@ def hello(site: "Site", request: HelloRequest) -> Hello:
     """Answer a hello request: the site's name, digests of its base model, its noise."""
     del request
     found = site.session.hello()
-    site.progress.say(f"ready: {found.train_rows} training rows, {found.held_out_rows} held out, {found.device}")
+    site.progress.ready(found.train_rows, found.held_out_rows, found.device)
     return found
 
 

@@ -83,6 +83,11 @@ class Progress:
         number = None if message == "deliver" else number  # the model's may be an earlier one
         self._write(doing=_DOING[message], round=number, since=time.time(), step=None, steps=None)
 
+    def ready(self, rows: int, held_out: int, devices: str) -> None:
+        """Note that rows and model are read, and on which devices this site works."""
+        self._now["devices"] = devices
+        self.say(f"ready: {rows} training rows, {held_out} held out, {devices}")
+
     def step(self, done: int, steps: int) -> None:
         """Note that so many of a round's optimizer steps are done."""
         self._now |= {"step": done, "steps": steps}

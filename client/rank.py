@@ -2,8 +2,9 @@
 
 Every device of a site has a process that runs the same training on its share of the rows. That of rank 0 has the
 session. Any other loads the model on its device and takes part in the rounds that rank 0 announces. It reports to rank
-0, a line of JSON each: ``ready`` with the number of training rows, ``done`` after a round, ``error`` with ``text``
-before it ends. It ends when its standard input does, so it never outlives rank 0's process.
+0, a line of JSON each: ``ready`` with the number of training rows, ``done`` after a round with the bytes of CUDA memory
+that it holds, ``error`` with ``text`` before it ends. It ends when its standard input does, so it never outlives rank
+0's process.
 """
 
 import json
@@ -139,7 +140,7 @@ def work(handed: dict[str, Any], commands: "SimpleQueue[dict[str, Any]]", tell: 
         command = commands.get()
         ranks = ranks or Connected(Path(handed["meeting"]), devices, rank, handed["deadline"])
         _round(part, ranks, command)
-        _tell(tell, done=True)
+        _tell(tell, done=sum(map(torch.cuda.memory_reserved, {device for device in devices if device.type == "cuda"})))
 
 
 def _part(handed: dict[str, Any]) -> Part:

@@ -40,6 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 LONG_LIVED = "FEDSPAN_WORKER"  # tells the app, through its environment, that its process answers many messages
 BUNDLE = "FEDSPAN_BUNDLE"  # likewise: SHA-256 of the bundle that it was loaded from
 VETTED = "FEDSPAN_VETTED"  # likewise: the site trusts this bundle
+DEVICE_BYTES = "FEDSPAN_DEVICE_BYTES"  # CUDA memory of the processes of the site's other devices
 HOLDS = "FEDSPAN_HOLDS"  # the app tells through it that this process has keys of a round that goes on
 PROGRESS = "FEDSPAN_PROGRESS"  # likewise: file for what the site does
 _PATIENCE = 60.0  # seconds that the process tries to reach a SuperNode that does not answer
@@ -171,14 +172,19 @@ def _tell(pipe: IO[str], **told: object) -> None:
 def _resident() -> int:
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    mine, found = psutil.Process(), 0
+    for process in (mine, *mine.children()):  # those of the site's other devices
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += int(process.memory_info().rss)
+    return found
 
 
 def _on_device() -> int:
     torch = sys.modules.get("torch")
+    others = int(os.environ.get(DEVICE_BYTES, "0"))
     if torch is None or not torch.cuda.is_initialized():
-        return 0
-    return sum(int(torch.cuda.memory_reserved(device)) for device in range(torch.cuda.device_count()))
+        return others
+    return others + sum(int(torch.cuda.memory_reserved(device)) for device in range(torch.cuda.device_count()))
 
 
 def main() -> None:

@@ -57,8 +57,8 @@ class Status:
         crashes: number of times that a worker process died at work.
         bundle: hash of the app bundle that the worker process is bound to.
         bench: id of the worker process; None: there is none, so nothing is held on the device.
-        memory_bytes: resident memory of the worker process after its last message.
-        device_bytes: CUDA memory of the worker process after its last message.
+        memory_bytes: resident memory of the worker process and those of its other devices after its last message.
+        device_bytes: CUDA memory of the same on all devices.
         last_message: Unix time of the last answer.
     """
 

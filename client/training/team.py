@@ -25,6 +25,7 @@ from common.errors import AT_A_SITE, DataError, FedSpanError, TrainingError, Wor
 from common.protocol.tensors import Tensors
 from common.system import logs
 
+DEVICE_BYTES = "FEDSPAN_DEVICE_BYTES"  # environment variable for the worker's supervisor: CUDA memory of other ranks
 #: Takes search path and settings from standard input, so that a rank runs the code that this process does: a bundle's.
 _PROGRAM = """import json, sys
 handed = json.loads(sys.stdin.readline())
@@ -88,8 +89,7 @@ class Team:
             if self._devices[0].type == "cpu":
                 torch.set_num_threads(self._threads)
             yield self._ranks
-            for other in self._others:
-                other.told("done")
+            os.environ[DEVICE_BYTES] = str(sum(int(str(other.told("done"))) for other in self._others))
         except WorkerDied as error:
             reason = self._reason(error)
             self.stop()
@@ -143,6 +143,7 @@ class Team:
             self._ranks = None
         self._end()
         self._others = []
+        os.environ.pop(DEVICE_BYTES, None)
 
 
 class _Other:

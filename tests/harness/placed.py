@@ -48,6 +48,10 @@ class Placed(Tensor):
         """Where the values are, for who writes them to a file."""
         return self.inner.untyped_storage()
 
+    def tolist(self) -> Any:
+        """The values, as a device gives them."""
+        return self.inner.tolist()
+
     def data_ptr(self) -> int:
         """As above."""
         return self.inner.data_ptr()

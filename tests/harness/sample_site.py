@@ -60,6 +60,7 @@ def status(file: Path, *, rounds: int = 0, step: int | None = None, name: str = 
     work |= {"trained": [{"round": n, "loss": 3.4 - 0.1 * n, "seconds": 75.0 + n} for n in range(1, rounds + 1)]}
     work |= {"scored": [{"after": n, "scores": {"loss": 3.6 - 0.08 * n, "examples": 9}} for n in range(rounds + 1)]}
     work |= {"doing": None, "round": None, "since": now - 40, "step": None, "steps": None, "refused": None, "time": now}
+    work["devices"] = "2 x NVIDIA L4"
     if step is not None:
         work |= {"doing": "training", "round": rounds + 1, "step": step, "steps": 20}
     worker = {"state": "idle" if step is None else "working", "messages": 2 * rounds, "crashes": 0}

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from client import app, received
 from client.connect import verify, worker_process
 from client.connect.worker_process import RuntimeApi
 from client.connect.worker_supervisor import Options, WorkerSupervisor
 from client.privacy import guard
+from client.training import team
 from common.protocol.messages import SIGNATURES
 from deploy.cli import main
 
@@ -36,8 +41,20 @@ def test_supervisor_outlives_a_status_file_that_cannot_be_written(
 def test_names_by_which_programs_know_each_other_are_the_same() -> None:
     """The worker's process imports no FedSpan, and server and client not each other: each has its own copy."""
     assert (worker_process.VETTED, worker_process.LONG_LIVED) == (app.VETTED, received.LONG_LIVED)
-    assert worker_process.BUNDLE == guard.BUNDLE
+    assert (worker_process.BUNDLE, worker_process.DEVICE_BYTES) == (guard.BUNDLE, team.DEVICE_BYTES)
     assert verify.RECORD_KEY == SIGNATURES
+
+
+def test_memory_of_a_sites_other_devices_is_in_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(worker_process.DEVICE_BYTES, "4096")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: [100, 20][device])
+    assert worker_process._on_device() == 4216
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        alone = psutil.Process().memory_info().rss
+        assert worker_process._resident() > alone
+        other.communicate(b"")
 
 
 @pytest.mark.parametrize(

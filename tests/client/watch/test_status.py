@@ -46,8 +46,9 @@ def test_log_says_in_a_line_what_was_done_in_a_round(
     caplog.set_level(logging.INFO, "site")
     progress = Progress(tmp_path / "work.json")
     progress.begin(1, federation, "hello", None)
-    progress.say("ready: 30 training rows")
+    progress.ready(30, 3, "2 x NVIDIA L4")
     progress.end(0)
+    assert json.loads((tmp_path / "work.json").read_text())["devices"] == "2 x NVIDIA L4"
     progress.begin(1, federation, "train", 1)
     progress.scored(0, {"loss": 3.25, "rouge_l": 0.125, "bleu_4": 0.5, "examples": 9})
     progress.trained(ROUND_ONE)
@@ -60,7 +61,7 @@ def test_log_says_in_a_line_what_was_done_in_a_round(
     progress.end(0)
     assert [record.getMessage() for record in caplog.records] == [
         "coding asks this site to take part: fedftg, 14 rounds",
-        "ready: 30 training rows",
+        "ready: 30 training rows, 3 held out, 2 x NVIDIA L4",
         "round 1 of 14: the model after round 0 has here: loss 3.250, ROUGE-L 0.125; 20 steps in 4 s, "
         "training loss 2.500; 1.5 MB leave",
         "round 2 of 14: refused: this site's policy: `max_rounds` is 1",
