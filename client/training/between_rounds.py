@@ -41,10 +41,7 @@ def restore(
         if isinstance(optimizer, GaLore):
             optimizer.state[parameter] = _projected(parameter, found)
         elif all(t.ndim == 0 or t.shape == parameter.shape for t in found.values()):
-            optimizer.state[parameter] = {
-                key: tensor.clone() if tensor.ndim == 0 else tensor.to(parameter.device, copy=True)
-                for key, tensor in found.items()
-            }
+            optimizer.state[parameter] = {key: tensor.to(parameter.device, copy=True) for key, tensor in found.items()}
 
 
 def _projected(parameter: nn.Parameter, found: Mapping[str, Tensor]) -> dict[str, Any]:

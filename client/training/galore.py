@@ -14,6 +14,7 @@ Tensors without a useful low rank, such as a classifier's new head, are trained 
 the gradient as it is, and the step is not scaled.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, overload
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from client.training import changes
 from client.training.common_basis import common_basis
+from client.training.direct import directly, take
 from client.training.inner import Inner, SecondMoments
 from client.training.moments import Moments
 from client.training.ranks import Ranks
@@ -59,6 +61,7 @@ class GaLore(torch.optim.Optimizer):
         last_backward: the caller sets it to False while gradients are incomplete: more backward passes of the step
             follow, or other ranks have a part.
         ranks: the processes whose gradients are summed: projected in every step, complete for a new basis.
+        layers: layers whose weights have no gradient made but for a new basis (``client.training.direct``).
 
     Raises:
         TrainingError: no weight would be projected, a weight is not 2-D, or the rank is above a weight's smaller side.
@@ -111,6 +114,7 @@ class GaLore(torch.optim.Optimizer):
         self._inner = Inner(moments, second_moments)
         self.refresh_batches = refresh_batches if basis is None else 1
         self.last_backward, self.ranks = True, Ranks([torch.device("cpu")])
+        self.layers: list[nn.Linear] = []
         defaults: dict[str, Any] = {"lr": lr, "rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
         defaults |= {"inner": inner, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(params.values()), defaults)
@@ -134,11 +138,11 @@ class GaLore(torch.optim.Optimizer):
         lows = [low for parameter in self._names if (low := self.state[parameter].get("low")) is not None]
         self.ranks.sum(lows)
         if lows:
-            norm = nn.utils.get_total_norm(lows)
-            if not torch.isfinite(norm):
+            norm = float(nn.utils.get_total_norm(lows))  # a GPU is waited for once
+            if not math.isfinite(norm):
                 raise DivergedError(f"{self._not_finite()}: its gradient is not finite; lower training.learning_rate")
-            if self._max_norm is not None:
-                torch._foreach_mul_(lows, float((self._max_norm / (norm + 1e-6)).clamp(max=1.0)))
+            if self._max_norm is not None and (factor := self._max_norm / (norm + 1e-6)) < 1:
+                torch._foreach_mul_(lows, factor)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if "low" in self.state[parameter]:
@@ -153,7 +157,9 @@ class GaLore(torch.optim.Optimizer):
         """
         handles = [p.register_post_accumulate_grad_hook(self._absorb) for p in self._names]
         try:
-            yield
+            mine = [layer for layer in self.layers if layer.weight in self._projected and not self._due(layer.weight)]
+            with directly(mine, self.state):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,7 +195,7 @@ class GaLore(torch.optim.Optimizer):
         if parameter in self._projected:
             basis = state["bases"][-1]
             low = gradient @ basis.T if projects_right(gradient.shape) else basis.T @ gradient  # (m, r) or (r, n)
-        state["low"] = state["low"].add_(low) if "low" in state else low
+        take(state, low)
         parameter.grad = None
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
@@ -202,7 +208,7 @@ class GaLore(torch.optim.Optimizer):
             state.update(new)  # last, because the lines before may run out of memory: no half-filled state
         return state
 
-    def _due(self, parameter: nn.Parameter) -> bool:
+    def _due(self, parameter: Tensor) -> bool:
         if parameter not in self._projected:
             return False
         state = self.state[parameter]

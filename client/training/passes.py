@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Sees that a step has every gradient, and none that is not finite; ``found``: losses and gradients that were."""
+    """Sees that a step has every gradient, and none that is not finite."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-        self.found, self._optimizer, self._parameters = 0, optimizer, parameters
+        self._found: dict[torch.device, Tensor] = {}
+        self._optimizer, self._parameters = optimizer, parameters
 
     def __enter__(self) -> None:
         self._hooks = [p.register_post_accumulate_grad_hook(self.look) for p in self._parameters]
@@ -34,9 +35,19 @@ class Watch:
 
     def look(self, parameter: Tensor) -> None:
         """Count a gradient that is not finite as zero, before GaLore projects it."""
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            parameter.grad.zero_()
-            self.found += 1
+        if parameter.grad is not None:
+            wrong = ~torch.isfinite(parameter.grad).all()  # (), not asked for its value: a GPU would be waited for
+            parameter.grad.masked_fill_(wrong, 0.0)
+            self.add(wrong)
+
+    def add(self, number: Tensor) -> None:
+        """Count so many more, (): on a device of its own each, and not asked for yet."""
+        before = self._found.get(number.device)
+        self._found[number.device] = number.long() if before is None else before + number.long()
+
+    def found(self) -> int:
+        """The number of losses and gradients that were not finite."""
+        return sum(map(int, self._found.values()))
 
     def fill(self) -> None:
         """Give a zero to parameters that got no gradient, because a loss was left out or no row reached them."""
@@ -132,7 +143,7 @@ class Passes(Generic[E]):
         squares = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) ** 2 for p in self._parameters]
         norm = sum(map(float, squares)) ** 0.5
         peak = max(map(torch.cuda.max_memory_allocated, self._on), default=0)
-        found = 0 if self._watch is None else self._watch.found
+        found = 0 if self._watch is None else self._watch.found()
         told = self._ranks.gather([self.tokens, peak, self.micro, found, norm])
         tokens, peaks, micros, not_finite, norms = zip(*told, strict=True)
         if max(norms) - min(norms) > _SAME * max(norms):
@@ -173,7 +184,7 @@ class Passes(Generic[E]):
                     loss = so_far
                     self.scaler.scale(summed / count).backward()
                 elif self._watch is not None:
-                    self._watch.found += 1
+                    self._watch.add(torch.ones(()))
                 else:
                     return so_far, tokens
                 whole = part.get("tokens", part.get("attention_mask"))  # packed rows, padded ones; images have none

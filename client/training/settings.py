@@ -132,7 +132,11 @@ def _optimizer(
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
     return torch.optim.AdamW(
-        parameters.values(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
+        parameters.values(),
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        fused=True,
     )
 
 

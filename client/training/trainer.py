@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from client.training.direct import layers_of
 from client.training.galore import GaLore
 from client.training.passes import Batch, Passes, Watch
 from client.training.ranks import Ranks
@@ -109,6 +110,8 @@ def train(
             "float16: `precision` float32 or bfloat16; with `precision` float16: `model.dtype` float32"
         )
     watch = Watch(optimizer, parameters) if go_on else None
+    if galore is not None and watch is None and autocast is None:  # a watch looks at whole gradients
+        galore.layers = layers_of(model, set(parameters))
     passes = Passes(model, collate, loss_sum, scaler, ranks, autocast, micro, config.max_length, optimizer, watch)
     for_bases = _shuffled(len(examples), config.rows_per_step, f"{seed}/bases", carry_over=True)
     model.train()
