@@ -17,7 +17,7 @@ from common.linalg.subspace import projects_right
 
 
 def layers_of(model: nn.Module, weights: AbstractSet[Tensor]) -> list[nn.Linear]:
-    """The layers that do nothing but multiply with one of the weights, in float32, and whose forward is torch's own."""
+    """The layers that do nothing but multiply with one of the weights, in float32, by torch's own forward."""
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
     return [layer for layer in layers if layer.weight in weights and layer.weight.dtype == torch.float32]
 

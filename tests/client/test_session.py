@@ -36,7 +36,7 @@ def session(tmp_path: Path, site: dict[str, Any] | None = None, **changes: Any) 
     return Session(load(site_file, SiteConfig), site_file, resolved(load(file, FederationConfig), file))
 
 
-def classifier(tmp_path: Path, packing: str = "auto", **strategy: Any) -> Session:
+def classifier(tmp_path: Path, **strategy: Any) -> Session:
     """A session of a tiny BERT that tells pain from swelling."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
@@ -56,7 +56,7 @@ def classifier(tmp_path: Path, packing: str = "auto", **strategy: Any) -> Sessio
         model={"path": "bert"},
         task={"type": "sequence-classification", "labels": ["pain", "swelling"]},
         strategy={**LORA, "blocks": "all", **strategy},
-        training={"local_steps": 20, "learning_rate": 0.05, "packing": packing},
+        training={"local_steps": 20, "learning_rate": 0.05},
         evaluation=server,
     )
 
@@ -325,9 +325,3 @@ def test_packed_rows_give_the_update_of_padded_ones(tmp_path: Path, strategy: di
     assert same == [pytest.approx(loss, rel=1e-6), tokens]
     assert float((packed - padded).norm() / padded.norm()) < 1e-4  # Adam divides small gradients by themselves
     assert not torch.equal(packed, padded)
-
-
-def test_packing_is_refused_at_hello_for_a_task_without_it(tmp_path: Path) -> None:
-    own = classifier(tmp_path, packing="on", head="train")
-    with pytest.raises(ModelError, match=r"`training.packing` is on, but only the task causal-lm packs rows"):
-        own.hello()
