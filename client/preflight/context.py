@@ -117,9 +117,9 @@ class CheckContext:
     @property
     def source(self) -> tuple[str, str | None]:
         """Folder, or hub id and revision, of the base model."""
-        if self.federation is None and self.site.model is None:
+        model = self.site.model if self.federation is None else self.federation.model
+        if model is None:
             raise Skip("the site file names no `model`; needs --federation")
-        model = ModelConfig(path="") if self.federation is None else self.federation.model
         return model_source(self.site, self.site_file, model)
 
     @_Once

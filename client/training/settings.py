@@ -10,8 +10,8 @@ from torch import Tensor
 
 from client.training.galore import GaLore
 from client.training.inner import SecondMoments
-from common.config.federation import FederationConfig, ModelConfig
-from common.config.section import Quantization, resolve
+from common.config.federation import FederationConfig
+from common.config.section import ModelSource, Quantization, resolve
 from common.config.site import SiteConfig
 from common.config.strategy import StrategyConfig, names
 from common.config.training import TrainingConfig
@@ -22,7 +22,7 @@ from common.model.quantization import Held
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def model_source(site: SiteConfig, site_file: Path, model: ModelConfig) -> tuple[str, str | None]:
+def model_source(site: SiteConfig, site_file: Path, model: ModelSource) -> tuple[str, str | None]:
     """Folder, or hub id and revision, of the base model: from the site file, else from the federation file.
 
     Raises:
