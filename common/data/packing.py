@@ -204,7 +204,7 @@ def packing_of(model: Any, autocast: torch.dtype | None) -> Packing:  # noqa: AN
     )
     dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     windows = [config[key] for key in _WINDOWS if isinstance(config.get(key), int) and config[key] > 0]
-    square = max(_SQUARE * model.get_input_embeddings().embedding_dim, _LEAST_SQUARE)
+    square = max(_SQUARE * model.get_input_embeddings().weight.shape[1], _LEAST_SQUARE)
     packing = Packing(attention == "eager", not dropout, min(windows, default=None), square)
     was_training = model.training
     model.eval()

@@ -242,11 +242,11 @@ class Round:
         Raises:
             RefusedUpdate: the update is rejected; the text has the reason.
         """
-        strategy, config, update = self._parts.strategy, self._parts.config, self._parts.strategy.admit(told, node_id)
+        config, update = self._parts.config, self._parts.strategy.admit(told, node_id)
         privacy, rows = self._parts.clients.hellos[node_id].privacy, self._rows(node_id)
         if update.num_examples != rows:
             raise RefusedUpdate(f"{update.client}: num-examples is {update.num_examples}, it declared {rows} rows")
-        base = strategy.base_of(node_id)
+        base = self._parts.strategy.base_of(node_id)
         norms = change_norms(update, base)
         check_possible(update, norms, base, config.training, config.strategy, privacy)
         update = replace(update, norms=norms)

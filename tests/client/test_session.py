@@ -36,7 +36,7 @@ def session(tmp_path: Path, site: dict[str, Any] | None = None, **changes: Any) 
     return Session(load(site_file, SiteConfig), site_file, resolved(load(file, FederationConfig), file))
 
 
-def classifier(tmp_path: Path, **strategy: Any) -> Session:
+def classifier(tmp_path: Path, training: dict[str, Any] | None = None, **strategy: Any) -> Session:
     """A session of a tiny BERT that tells pain from swelling."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
@@ -56,7 +56,7 @@ def classifier(tmp_path: Path, **strategy: Any) -> Session:
         model={"path": "bert"},
         task={"type": "sequence-classification", "labels": ["pain", "swelling"]},
         strategy={**LORA, "blocks": "all", **strategy},
-        training={"local_steps": 20, "learning_rate": 0.05},
+        training=training or {"local_steps": 20, "learning_rate": 0.05},
         evaluation=server,
     )
 
