@@ -54,8 +54,9 @@ def write_comparison(out: Path) -> Path:
         RunFolderError: the folder holds no experiment, or a file cannot be read or written.
     """
     found = read_comparison(out)
+    drawn = _claims_figure(found)
     files = {
-        "comparison.html": render(found),
+        "comparison.html": render(found, drawn),
         "comparison.md": markdown(found),
         "comparison.csv": _csv(
             ("strategy", *_SETTING, "learning_rate", "measure", "mean", "deviation", "seeds", "rates_without_score"),
@@ -67,8 +68,8 @@ def write_comparison(out: Path) -> Path:
         told = ("gain", "deviation", "seeds", "p", "verdict", "seeds_needed", "plateau")
         head = ("strategy", *_SETTING, "than", "measure", *told)
         files["comparison-claims.csv"] = _csv(head, _claims(found))
-        if drawn := _claims_figure(found):
-            files["comparison-claims.svg"] = plots.alone(drawn)
+    if drawn:
+        files["comparison-claims.svg"] = plots.alone(drawn)
     for name in ("comparison-claims.csv", "comparison-claims.svg"):  # an earlier call may have written them
         if name not in files:
             (out / name).unlink(missing_ok=True)
@@ -89,8 +90,8 @@ def markdown(found: Comparison) -> str:
     return "\n".join(parts) + "\n"
 
 
-def render(found: Comparison) -> str:
-    """The page."""
+def render(found: Comparison, drawn: str) -> str:
+    """The page; ``drawn``: the claims as a picture."""
     groups = [_shown(group, number) for number, group in enumerate(found.groups)]
     partitions = [
         (_partition_title(held), _partition_figure(held, number), held) for number, held in enumerate(found.partitions)
@@ -114,7 +115,7 @@ def render(found: Comparison) -> str:
         notes=notes(found),
         contents=contents,
         claims=list(claims(found)),
-        claims_figure=Markup(_claims_figure(found)),  # noqa: S704 - drawn here
+        claims_figure=Markup(drawn),  # noqa: S704 - drawn here
         groups=groups,
         scores=[s for s in SCORES.values() if any(s in group.scores() for group in found.groups)],
         any_diagnostics=bool(diagnostics),
@@ -200,7 +201,8 @@ def _claims_figure(found: Comparison) -> str:
     told: dict[str, list[tuple[str, str, float, float]]] = {}
     for one in tested(found):
         if one.paired is not None and one.paired.margin is not None:
-            row = (one.group.title, title_of(one.than), one.paired.difference, one.paired.margin)
+            than = title_of(one.than) + ("‡" if one.unfinished else "")
+            row = (one.group.title, than, one.paired.difference, one.paired.margin)
             told.setdefault(f"{title_of(one.better)} is better", []).append(row)
     if not told:
         return ""

@@ -47,6 +47,11 @@ def run_without_training(monkeypatch: pytest.MonkeyPatch, out: Path, best: dict[
     return ran
 
 
+def words_of_figure(out: Path) -> set[str]:
+    drawn = ElementTree.parse(out / "comparison-claims.svg")  # noqa: S314 - written here
+    return {"".join(text.itertext()).strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+
+
 def test_rates_go_on_beyond_the_file_until_the_best_is_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upwards, downwards past a rate that diverges, and no further than ``extend``."""
     strategies = [{"name": name, "modules": "linear"} for name in ("fedit", "ffa-lora", "flexlora")]
@@ -77,14 +82,15 @@ def test_rates_go_on_beyond_the_file_until_the_best_is_within(tmp_path: Path, mo
         claims = {row["than"]: row for row in csv.DictReader(stream)}
     assert float(claims["fedit"]["gain"]) == pytest.approx(2.0365 - 6.966, abs=1e-3)  # 1 + |log2(rate / best)| ...
     assert (claims["ffa-lora"]["verdict"], claims["ffa-lora"]["plateau"]) == ("worse", "True")
-    drawn = ElementTree.parse(out / "comparison-claims.svg")  # noqa: S314 - written here
-    words = ["".join(text.itertext()).strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"FlexLoRA is better", "than FedIT", "than FFA-LoRA", "2 clients, rank 2"} <= set(words)
+    assert {"FlexLoRA is better", "than FedIT", "than FFA-LoRA", "2 clients, rank 2"} <= words_of_figure(out)
     before = len(ran)
     assert main(["experiment", str(file), "--out", str(out)]) == 0  # called again it comes to the same
     assert {s["strategy"]: s for s in json.loads((out / "experiment.json").read_text())["settings"]} == told
     assert len(ran) == 2 * before  # nothing is skipped here, where nothing runs; the cells are the same ones
     assert ran[:before] == ran[before:]
+    (out / "experiment.json").write_text((out / "experiment.json").read_text().replace('"round": 4', '"round": 6'))
+    assert main(["compare", str(out)]) == 0
+    assert {"than FedIT‡", "than FFA-LoRA‡"} <= words_of_figure(out)
 
 
 def test_claim_of_a_strategy_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
