@@ -4,7 +4,7 @@ Before Flower starts, the files and the connection to the SuperLink are tried (`
 SuperLink does not answer, or does not admit this site, the link tries again until the deadline. An error that will not
 go away ends the program with one line; Flower 1.39 prints a traceback, tries for ever, or exits with code 0.
 
-Four more differences to Flower 1.39:
+Five more differences to Flower 1.39:
 
 - The Runtime API is a Unix socket, so that no other account of this machine can answer in the site's name
   (``common.system.flower_socket``).
@@ -13,6 +13,7 @@ Four more differences to Flower 1.39:
   pause. The worker, too, is answered when a message has come, and an answer is sent when it is complete (decision 035).
 - When a run is stopped while a message of it is still being pulled, the message's task ends. Flower keeps the task, and
   the worker that takes it waits for the content for ever.
+- A message whose worker died before it had pulled it is answered with an error, as any other. Flower waits for ever.
 - The next message is pulled when the last one is answered. Flower pulls it after any answer: an answer to a stopped run
   then delays the next answer until one more message has come.
 """
@@ -39,13 +40,13 @@ from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.servicer.runtime import runtime_handlers
 
 from client.connect.dial import socket_path
 from client.connect.probe import probe
+from client.connect.trust import check_isolation
 from client.watch.link_state import LinkState
-from common.config.load import load
-from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
 from common.system import flower_socket, logs
 from common.system.files import keep_private
@@ -57,6 +58,7 @@ _HELD = 0.5  # seconds after which a poll's empty answer was held back by the Su
 _WORKER_WAITS = 1.0  # seconds that a worker's question for work is held back; Flower's stop waits for it
 _receive, _send = start_client_internal._pull_and_store_message, start_client_internal._push_messages
 _acquire, _complete = runtime_handlers.acquire_task, runtime_handlers.push_task_output
+_answer_for_dead = InMemoryNodeState._on_task_tokens_expired
 _make_retry_invoker = start_client_internal._make_fleet_connection_retry_invoker
 
 
@@ -66,6 +68,16 @@ def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa:
         return pull_objects(*arguments, **options)
     except RunNotRunningException:
         raise ConnectionAbortedError("the run was stopped") from None
+
+
+def _on_tasks_expired(state: InMemoryNodeState, tasks: list[Any]) -> None:
+    """Flower's ``_on_task_tokens_expired``, which answers for a dead worker only what that had pulled."""
+    runs = {task.run_id for task in tasks}
+    with state.lock_msg_store:
+        for entry in state.msg_store.values():
+            if entry.message.metadata.run_id in runs and not entry.message.metadata.reply_to_message_id:
+                entry.is_retrieved = True
+    _answer_for_dead(state, tasks)
 
 
 def _parse_address(address: str) -> tuple[str, int | str, bool | None] | None:
@@ -173,17 +185,14 @@ class Link:
         told = FlowerError.from_json(details)
         if told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
             who = f"the key {self._key}" if self._key else "this site"
-            why = (
-                "not in its register, revoked or expired there, or in use by another SuperNode that is still connected"
-            )
+            why = "not in its register, revoked or expired there, or in use by a SuperNode that is still connected"
             mend = "give the operator the .pub file"
             self._try_on(f"{self._address} does not let {who} in: {why}; {mend}", refused=True)
             return False
         if told is not None and told.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
             _end(LinkError(f"{self._address} wants a registered key: give --auth-supernode-private-key"))
-        if (
-            code == grpc.StatusCode.CANCELLED and "Channel closed" not in details
-        ):  # cancelled by the SuperLink, which was stopped
+        # cancelled by the SuperLink, which was stopped
+        if code == grpc.StatusCode.CANCELLED and "Channel closed" not in details:
             return False
         if code == grpc.StatusCode.UNAVAILABLE and "handshake" in details.lower():
             try:
@@ -247,24 +256,14 @@ def _key(file: Path | None) -> str | None:
     return fingerprint(key.public_key())
 
 
-def _check_isolation(node_config: str | None, isolation: str) -> None:
-    """Refuse isolation "subprocess" at a site with ``trust``: Flower would run bundles without checking them."""
-    config = parse_config_args([node_config]) if node_config else {}
-    file = Path(str(config.get("site", "")))
-    if isolation == "subprocess" and file.is_file() and load(file, SiteConfig).trust is not None:
-        raise ConfigError(
-            f"{file}: `trust` is kept by the worker alone; start this with --isolation process, and beside it "
-            f"fedspan site worker --site {file}"
-        )
-
-
 def run(options: argparse.Namespace) -> NoReturn:
     """Try the link, then be ``flower-supernode`` until the process is ended.
 
     Raises:
         FedSpanError: a file is wrong, or the SuperLink does not let this site in.
     """
-    _check_isolation(options.node_config, options.isolation)
+    config = parse_config_args([options.node_config]) if options.node_config else {}
+    check_isolation(Path(str(config.get("site", ""))), options.isolation)
     key = _key(options.auth_supernode_private_key)
     if key is not None and options.insecure:
         raise ConfigError("--auth-supernode-private-key needs TLS: give --root-certificates in place of --insecure")
@@ -282,6 +281,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     start_client_internal._make_fleet_connection_retry_invoker = link.retry_invoker
     start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
     start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
+    InMemoryNodeState._on_task_tokens_expired = _on_tasks_expired  # type: ignore[assignment, method-assign]
     runtime_handlers.acquire_task, runtime_handlers.push_task_output = turns.acquire, turns.complete
     try:
         flower_supernode()

@@ -157,12 +157,13 @@ def killing(own: Session, number: signal.Signals, at: int = 1) -> None:
 
 
 def test_process_that_is_killed_ends_the_round_by_name_and_leaves_nothing(tmp_path: Path) -> None:
+    beside = psutil.Process().children()  # the fork server of an earlier test
     own = begun(tmp_path, TWO)
     killing(own, signal.SIGKILL)
     with pytest.raises(WorkerDied, match=r"the process of cpu \(rank 1\) was ended by SIGKILL; the site's log says"):
         trained(own)
     assert others(own) == []
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(beside)
 
 
 def test_process_that_died_between_two_rounds_is_told_by_its_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
