@@ -10,7 +10,7 @@ batches of 8 and 12 epochs: 480 steps.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -27,7 +27,7 @@ from deploy.data.recipes.mnist import digits
 from strategies.fedit import FedITRule
 from strategies.ffa_lora import FFALoRARule
 from strategies.rolora import RoLoRARule
-from strategies.rule import Averaging, Tensors, Update
+from strategies.rule import Averaging, Rule, Tensors, Update
 
 A, B = "toy.lora_A.weight", "toy.lora_B.weight"
 RANK, PIXELS = 16, 784
@@ -80,40 +80,53 @@ def start(seed: int) -> tuple[Tensors, Tensor]:
     return {A: drawn(RANK, PIXELS, PIXELS), B: drawn(PIXELS, RANK, RANK)}, drawn(PIXELS, 10, PIXELS)
 
 
+def batches(size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """A round's batches, each the places of some of a client's ``size`` images: so many epochs."""
+    for _ in range(EPOCHS):
+        yield from torch.randperm(size, generator=order).split(BATCH)
+
+
 def federate(
-    rule: Averaging, rate: float, images: Images, state: Tensors, out: Tensor, rounds: int, seed: int
+    rule: Rule,
+    rate: float,
+    images: Images,
+    state: Tensors,
+    out: Tensor,
+    rounds: int,
+    seed: int,
+    batches: Callable[[int, torch.Generator], Iterable[Tensor]] = batches,
 ) -> Iterator[Tensors]:
     """The global state after every round."""
     order = torch.Generator().manual_seed(seed)
     clients, size = images.digits.shape
     for number in range(1, rounds + 1):
         active = rule.active(number, state)
-        sent = train({n: t.expand(clients, *t.shape) for n, t in state.items()}, active, rate, images, out, order)
+        stacked = {name: tensor.expand(clients, *tensor.shape) for name, tensor in state.items()}
+        sent = train(stacked, active, rate, images, out, batches(size, order))
         updates = (Update(f"client-{k}", size, {n: t[k] for n, t in sent.items()}) for k in range(clients))
         state = rule.aggregate(number, state, updates).state
         yield state
 
 
 def train(
-    state: Tensors, active: list[str], rate: float, images: Images, out: Tensor, order: torch.Generator
+    state: Tensors, active: list[str], rate: float, images: Images, out: Tensor, steps: Iterable[Tensor]
 ) -> Tensors:
     """One round of plain SGD at all clients at once; the active tensors, each (clients, ...).
 
     The gradient of the mean cross-entropy is written out: three times as fast as autograd for so small a model.
     """
     a, b = state[A].clone(), state[B].clone()
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(images.digits.shape[1], generator=order).split(BATCH):
-            pixels, labels = images.pixels[:, rows], images.digits[:, rows]
-            low = pixels @ a.mT
-            hidden = torch.relu(low @ b.mT)
-            error = (hidden @ out).softmax(-1).sub_(functional.one_hot(labels, 10)).div_(len(rows))
-            back = (error @ out.T).mul_(hidden > 0)
-            back_low = back @ b
-            if B in active:
-                b.baddbmm_(back.mT, low, alpha=-rate)
-            if A in active:
-                a.baddbmm_(back_low.mT, pixels, alpha=-rate)
+    for rows in steps:
+        pixels, labels = images.pixels[:, rows], images.digits[:, rows]
+        low = pixels @ a.mT
+        hidden = torch.relu(low @ b.mT)
+        error = (hidden @ out).softmax(-1).sub_(functional.one_hot(labels, 10)).div_(len(rows))
+        back = (error @ out.T).mul_(hidden > 0)
+        back_low = back @ b
+        if B in active:
+            b.baddbmm_(back.mT, low, alpha=-rate)
+        if A in active:
+            a.baddbmm_(back_low.mT, pixels, alpha=-rate)
     return {name: {A: a, B: b}[name] for name in active}
 
 

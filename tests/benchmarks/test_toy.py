@@ -11,7 +11,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.toy import BATCH, EPOCHS, METHODS, A, B, Images, accuracy, federate, forward, split, start, train
+from benchmarks.toy import (
+    BATCH,
+    EPOCHS,
+    METHODS,
+    A,
+    B,
+    Images,
+    accuracy,
+    batches,
+    federate,
+    forward,
+    split,
+    start,
+    train,
+)
 
 RECORDED = Path(__file__).parent / "recorded" / "toy.json"
 ROUNDS, RATE = 5, 0.02
@@ -56,7 +70,7 @@ def test_clients_train_as_if_each_were_alone(active: list[str]) -> None:
     state, out = start(1)
     state, out = {name: tensor.double() for name, tensor in state.items()}, out.double()
     stacked = {name: tensor.expand(10, *tensor.shape) for name, tensor in state.items()}
-    together = train(stacked, active, 0.05, data, out, torch.Generator().manual_seed(3))
+    together = train(stacked, active, 0.05, data, out, batches(70, torch.Generator().manual_seed(3)))
     for client in (0, 7):
         down, up = (nn.Linear(*shape, bias=False, dtype=torch.float64) for shape in ((784, 16), (16, 784)))
         layers = {A: down, B: up}
