@@ -29,7 +29,7 @@ from strategies.flexlora import FlexLoRARule
 from strategies.rolora import RoLoRARule
 
 SITES, ALPHAS, RANK, SEEDS = (3, 50), (100.0, 0.3), 16, 5
-IMAGES, EVALUATED = 3200, 2000  # of all sites together; for the choice of rate and round, and as many for the test
+IMAGES, EVALUATED = 3200, 2000  # all sites together; for the choice of rate and round, and as many for the test
 STEPS, ROUNDS, EVERY = 20, 500, 10  # local steps a round; rounds; rounds between two looks at the validation images
 #: Rule, and the learning rates that are tried first.
 METHODS = {

@@ -97,8 +97,8 @@ class BestRound:
         """Why the run is to stop early; None: it goes on."""
         if self._config.patience is None or self._worse < self._config.patience:
             return None
-        title = SCORES[self.metric].in_text
-        return f"{title} is not better than after round {self.round} ({self.score:.4g}) for {self._worse} evaluations"
+        title, times = SCORES[self.metric].in_text, "1 evaluation" if self._worse == 1 else f"{self._worse} evaluations"
+        return f"{title} is not better than after round {self.round} ({self.score:.4g}) for {times}"
 
     def _take(self, number: int) -> bool:
         """Judge a round; returns whether it is the best one so far. The base model, round 0, is none."""

@@ -66,6 +66,9 @@ def choose(options: argparse.Namespace, out: Path) -> Place:
     for name, owners in (("address", (RAY,)), ("slurm", (SLURM,)), ("gpus_per_trial", (RAY, SLURM))):
         if getattr(options, name) is not None and options.on not in owners:
             raise ConfigError(f"--{name.replace('_', '-')} needs --on {' or '.join(owners)}")
+    given = [key for key, _ in options.slurm or ()]
+    if twice := [key for key in given if given.count(key) > 1]:
+        raise ConfigError(f"--slurm {twice[0]} is given {len(twice)} times; allowed: once")
     cpus, gpus = options.cpus_per_trial or 1, options.gpus_per_trial or 0.0
     if options.on == RAY:
         return RayJobs(options.address, options.jobs, cpus, gpus)

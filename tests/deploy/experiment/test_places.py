@@ -215,6 +215,7 @@ def options(*words: str) -> argparse.Namespace:
         (["--on", "ray"], ConfigError, r"run: pip install 'fedspan\[ray\]'"),
         (["--on", "slurm"], ConfigError, r"run: pip install 'fedspan\[slurm\]'"),
         (["--on", "slurm", "--gpus-per-trial", "0.5"], ConfigError, "Slurm gives whole GPUs"),
+        (["--on", "slurm", "--slurm", "time=1", "--slurm=--time=2"], ConfigError, "--slurm time is given 2 times"),
     ],
 )
 def test_places_that_cannot_be_are_refused_by_name(

@@ -1,5 +1,6 @@
 """The best round: who judges it, what is kept of it, and when a run stops early."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_run_stops_when_nothing_gets_better(
     )
     (stopped,) = happened(tmp_path, "stopped_early")
     assert stopped["round"] == last
-    assert "loss is not better than after round" in stopped["reason"]
+    times = "1 evaluation" if patience == 1 else f"{patience} evaluations"
+    assert re.fullmatch(rf".*loss is not better than after round \d+ \(.*\) for {times}", stopped["reason"])
     assert [e["round"] for e in happened(tmp_path, "round_finished")] == list(range(1, stopped["round"] + 1))
     assert happened(tmp_path, "evaluated")[-1]["round"] == stopped["round"]
     assert read_run(tmp_path / "run")["last_round"] == stopped["round"]
