@@ -137,9 +137,9 @@ def run() -> Table:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         rows = [row for sites in SITES for row in setting(sites, images, pool)]
     notes = [
-        f"{IMAGES} training images in all, {STEPS} local steps of SGD a round, batch {BATCH}, {ROUNDS} rounds; shares of",
-        f"the digits at each site from Dirichlet {ALPHA:g}. Rate and round are those with the best accuracy on {EVALUATED}",
-        f"validation images, the rate by another seed; accuracy is that on {EVALUATED} others.",
+        f"{IMAGES} training images in all, {STEPS} local steps of SGD a round, batch {BATCH}, {ROUNDS} rounds; shares",
+        f"of the digits at each site from Dirichlet {ALPHA:g}. Rate and round are those with the best accuracy on",
+        f"{EVALUATED} validation images, the rate by another seed; accuracy is that on {EVALUATED} others.",
         "p: two-sided, of the paired t-test over the seeds.",
     ]
     return Table(f"RoLoRA's toy at {SITES[0]} and {SITES[1]} sites, {SEEDS} seeds", rows, notes)
