@@ -32,12 +32,14 @@ ROOMS = {
     "client/privacy": set(),
     "client/training": set(),
     "client/watch": {"client/privacy"},
-    "client/connect": {"client/privacy", "client/watch"},
-    "client/preflight": {"client", "client/connect", "client/privacy", "client/training"},
+    "client/superlink": {"client/watch"},
+    "client/connect": {"client/privacy", "client/superlink", "client/watch"},
+    "client/preflight": {"client", "client/connect", "client/superlink", "client/privacy", "client/training"},
 }
 #: Rooms of which nothing is ever shipped: what checks, watches or starts the shipped code.
 AT_HOME = (
     "client/connect/",
+    "client/superlink/",
     "client/preflight/",
     "client/watch/",
     "common/web/",
@@ -56,7 +58,8 @@ FLOWER = {
     "client/connect/worker_handle.py",
     "client/connect/worker_process.py",
     "client/preflight/superlink.py",
-    "client/connect/link.py",
+    "client/superlink/link.py",
+    "client/superlink/turns.py",
     "client/connect/worker_supervisor.py",
     "common/protocol/fields.py",
     "common/protocol/messages.py",

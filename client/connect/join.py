@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 
 import psutil
 
-from client.connect.dial import proxy_for
-from client.connect.probe import split
 from client.connect.programs import supernode, worker
 from client.connect.supernode import link_arguments
 from client.privacy.agreement import agreements_of, read_agreements
 from client.privacy.ledger import owner
+from client.superlink.dial import proxy_for
+from client.superlink.probe import split
 from client.watch.link_state import LOST, REFUSED, UP, WAITING
 from client.watch.status import LINK, WHOLE, WORK, WORKER, home_of
 from common.config.load import load

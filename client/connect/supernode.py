@@ -1,4 +1,4 @@
-"""``fedspan site supernode``: ``flower-supernode`` that tries its link first (``client.connect.link``).
+"""``fedspan site supernode``: ``flower-supernode`` that tries its link first (``client.superlink.link``).
 
 ``fedspan site join`` and ``fedspan run`` start this file by its path.
 """
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> NoReturn:
         )
     if options.log is not None:
         set_aside(options.log)
-    from client.connect import link  # imports Flower
+    from client.superlink import link  # imports Flower
 
     link.run(options)
 

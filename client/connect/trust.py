@@ -29,20 +29,3 @@ def read_trust(site_file: Path) -> Trust | None:
             raise ConfigError(f"{site_file}: `trust.keys`: {name} is no Ed25519 key, as `fedspan code key` makes them")
         keys[name] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     return Trust(site.name, keys, site.trust.bundles)
-
-
-def check_isolation(site_file: Path, isolation: str) -> None:
-    """Refuse isolation "subprocess" at a site with ``trust``: Flower would run bundles without checking them.
-
-    Args:
-        site_file: an existing site file, or a path at which there is none, about which the worker says so.
-        isolation: Flower's option of this name.
-
-    Raises:
-        ConfigError: the site file is wrong, or asks for the worker.
-    """
-    if isolation == "subprocess" and site_file.is_file() and load(site_file, SiteConfig).trust is not None:
-        raise ConfigError(
-            f"{site_file}: `trust` is kept by the worker alone; start this with --isolation process, and beside it "
-            f"fedspan site worker --site {site_file}"
-        )

@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from client.connect.probe import LinkReport, probe
 from client.preflight.finding import Skip
 from client.preflight.memory import Batch
 from client.preflight.superlink import anonymous_client
 from client.site_model import Digests, digests
+from client.superlink.probe import LinkReport, probe
 from client.training.settings import held, lora_rank, model_source
 from common.config.federation import FederationConfig, ModelConfig
 from common.config.section import resolve
@@ -187,7 +187,7 @@ class CheckContext:
 
     @_Once
     def link(self) -> LinkReport:
-        """The report about the server's address; only this method calls ``client.connect.probe``.
+        """The report about the server's address; only this method calls ``client.superlink.probe``.
 
         Raises:
             Skip: no server was given.

@@ -16,9 +16,9 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 
-from client.connect.dial import dial_socket
 from client.connect.programs import supernode
 from client.connect.worker_process import RuntimeApi
+from client.superlink.dial import dial_socket
 from common.system import flower
 from common.system.processes import ProcessGroup
 from deploy.sandbox.flower import wait_for

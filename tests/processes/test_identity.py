@@ -15,7 +15,7 @@ import pytest
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.proto.control_pb2 import ListNodesRequest
 
-from client.connect import link
+from client.superlink import link
 from common.system import flower
 from common.system.keys import fingerprint, read_public
 from common.system.processes import ProcessGroup, Started, free_ports

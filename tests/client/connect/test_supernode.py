@@ -1,88 +1,18 @@
 """The SuperNode with a pause of one's own choice."""
 
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from flwr.app import Context, RecordDict
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
 
-from client.connect import link
-from client.connect.link import _Turns
 from client.privacy.agreement import make_agreement
-from client.watch.link_state import LinkState
 from common.config.federation import FederationConfig, resolved
 from common.config.load import load
 from common.config.site import SiteConfig
 from common.errors import ConfigError
 from deploy.cli import main
 from deploy.sandbox.tiny import make_federation
-
-
-def test_flower_still_pauses_and_answers_workers_through_its_modules() -> None:
-    from flwr.supernode import main, start_client_internal
-    from flwr.supernode.servicer.runtime import runtime_handlers
-
-    assert start_client_internal.time is time  # type: ignore[attr-defined]
-    assert main._RUNTIME_HANDLERS is runtime_handlers
-    assert turns(0.1).monotonic is time.monotonic
-
-
-def turns(longest: float) -> _Turns:
-    return _Turns(LinkState("127.0.0.1:1"), longest)
-
-
-@pytest.mark.parametrize(("seconds", "longest"), [(3.0, 0.5), (0.2, 0.5)])
-def test_pause_is_cut_to_the_longest(seconds: float, longest: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(threading.Event, "wait", lambda _, timeout: waited.append(timeout))
-    turns(longest).sleep(seconds)
-    assert waited == [min(seconds, longest)]
-
-
-def test_an_answer_of_the_worker_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "_complete", lambda *_: "done")
-    this = turns(600.0)
-    threading.Timer(0.05, this.complete, args=("request", "state", "task")).start()
-    this.sleep(600.0)
-
-
-def polled(this: _Turns, seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses after a poll whose empty answer took so long."""
-    now, waited = [100.0], list[float]()
-
-    def answer() -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(link, "_receive", lambda receive: receive())
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(threading.Event, "wait", lambda _, timeout: waited.append(timeout))
-    this.receive(receive=answer)
-    this.sleep(3.0)
-    this.sleep(3.0)
-    return waited
-
-
-def test_no_pause_follows_a_poll_that_the_superlink_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert polled(turns(1.0), 5.0, monkeypatch) == [1.0]
-    assert polled(turns(1.0), 0.1, monkeypatch) == [1.0, 1.0]
-
-
-def test_worker_is_answered_when_a_message_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    this, order = turns(1.0), list[str]()
-
-    def came(receive: object) -> int:
-        order.append("came")
-        return 7
-
-    monkeypatch.setattr(link, "_receive", came)
-    monkeypatch.setattr(link, "_acquire", lambda *_: order.append("acquired"))
-    monkeypatch.setattr(link, "_WORKER_WAITS", 600.0)
-    threading.Timer(0.05, this.receive, kwargs={"receive": lambda: None}).start()
-    this.acquire(AcquireTaskRequest(), None)
-    assert order == ["came", "acquired"]
 
 
 @pytest.mark.parametrize("poll", ["0", "-1", "nan", "61"])

@@ -16,9 +16,9 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import pytest
 
-from client.connect.probe import probe
 from client.preflight import check, superlink
 from client.preflight.context import CheckContext
+from client.superlink.probe import probe
 from common.errors import LinkError
 from common.system.keys import make_site
 from common.system.processes import free_ports

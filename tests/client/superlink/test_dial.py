@@ -14,8 +14,8 @@ from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
 
-from client.connect.dial import proxy_for
-from client.connect.probe import probe
+from client.superlink.dial import proxy_for
+from client.superlink.probe import probe
 from common.errors import UnreachableError
 from common.system.flower import direct
 from common.system.processes import free_ports

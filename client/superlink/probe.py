@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from client.connect.dial import Proxy, dial, dial_socket, proxy_for, said, socket_path
+from client.superlink.dial import Proxy, dial, dial_socket, proxy_for, said, socket_path
 from common.errors import ConfigError, LinkError, UnreachableError
 from common.system.keys import host_names, read_certificates
 

@@ -1,52 +1,34 @@
 """The link of a site to its SuperLink: Flower's SuperNode, with workarounds for Flower 1.39 (decisions 011, 025).
 
-Before Flower starts, the files and the connection to the SuperLink are tried (``client.connect.probe``). While the
+Before Flower starts, the files and the connection to the SuperLink are tried (``client.superlink.probe``). While the
 SuperLink does not answer, or does not admit this site, the link tries again until the deadline. An error that will not
 go away ends the program with one line; Flower 1.39 prints a traceback, tries for ever, or exits with code 0.
 
-Five more differences to Flower 1.39:
-
-- The Runtime API is a Unix socket, so that no other account of this machine can answer in the site's name
-  (``common.system.flower_socket``).
-- ``--poll`` sets the longest pause between two polls for messages. Flower waits three seconds, which on a fast link is
-  most of a short round. FedSpan's SuperLink answers a poll when there is a message, or after seconds; then there is no
-  pause. The worker, too, is answered when a message has come, and an answer is sent when it is complete (decision 035).
-- When a run is stopped while a message of it is still being pulled, the message's task ends. Flower keeps the task, and
-  the worker that takes it waits for the content for ever.
-- A message whose worker died before it had pulled it is answered with an error, as any other. Flower waits for ever.
-- The next message is pulled when the last one is answered. Flower pulls it after any answer: an answer to a stopped run
-  then delays the next answer until one more message has come.
+``client.superlink.turns`` has the other differences to Flower 1.39, but for one: the Runtime API is a Unix socket, so
+that no other account of this machine can answer in the site's name (``common.system.flower_socket``).
 """
 
 import argparse
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc  # type: ignore[import-untyped]
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message
 from flwr.common.config import parse_config_args
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
-from flwr.supercore.address import parse_address
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.retry import RetryInvoker
-from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
-from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
-from flwr.supernode.servicer.runtime import runtime_handlers
 
-from client.connect.dial import socket_path
-from client.connect.probe import probe
-from client.connect.trust import check_isolation
+from client.superlink.probe import probe
+from client.superlink.turns import Turns
 from client.watch.link_state import LinkState
+from common.config.load import load
+from common.config.site import SiteConfig
 from common.errors import ConfigError, FedSpanError, LinkError, UnreachableError
 from common.system import flower_socket, logs
 from common.system.files import keep_private
@@ -54,96 +36,7 @@ from common.system.keys import fingerprint, read_private
 
 _PROBE_SECONDS = 10.0
 _AGAIN_SECONDS = 2.0
-_HELD = 0.5  # seconds after which a poll's empty answer was held back by the SuperLink
-_WORKER_WAITS = 1.0  # seconds that a worker's question for work is held back; Flower's stop waits for it
-_receive, _send = start_client_internal._pull_and_store_message, start_client_internal._push_messages
-_acquire, _complete = runtime_handlers.acquire_task, runtime_handlers.push_task_output
-_answer_for_dead = InMemoryNodeState._on_task_tokens_expired
 _make_retry_invoker = start_client_internal._make_fleet_connection_retry_invoker
-
-
-def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa: ANN401 - as Flower's own
-    """Flower's ``pull_objects``; its caller cleans up after any error except that of a stopped run (decision 011)."""
-    try:
-        return pull_objects(*arguments, **options)
-    except RunNotRunningException:
-        raise ConnectionAbortedError("the run was stopped") from None
-
-
-def _on_tasks_expired(state: InMemoryNodeState, tasks: list[Any]) -> None:
-    """Flower's ``_on_task_tokens_expired``, which answers for a dead worker only what that had pulled."""
-    runs = {task.run_id for task in tasks}
-    with state.lock_msg_store:
-        for entry in state.msg_store.values():
-            if entry.message.metadata.run_id in runs and not entry.message.metadata.reply_to_message_id:
-                entry.is_retrieved = True
-    _answer_for_dead(state, tasks)
-
-
-def _parse_address(address: str) -> tuple[str, int | str, bool | None] | None:
-    """Flower's ``parse_address`` (host, port, whether the host is IPv6), extended by Unix sockets."""
-    path = socket_path(address)
-    return parse_address(address) if path is None else ("unix", str(path), None)
-
-
-class _Turns:
-    """Receives a message, sends the answer to it, and only then receives the next message.
-
-    Args:
-        state: is told that the link is up.
-        longest: seconds of the longest pause.
-    """
-
-    def __init__(self, state: LinkState, longest: float) -> None:
-        self._received, self._state, self._longest = "", state, longest
-        self._ready, self._answered = threading.Event(), threading.Event()
-        self._held = False  # the last poll's answer was held back
-
-    def receive(self, *, receive: Callable[[], tuple[Message, Any] | None], **rest: Any) -> int | None:  # noqa: ANN401
-        """Flower's ``_pull_and_store_message``."""
-
-        def noted() -> tuple[Message, Any] | None:
-            asked = time.monotonic()
-            found = receive()
-            self._state.up()
-            self._held = found is None and time.monotonic() - asked > _HELD
-            if found is not None:
-                self._received = found[0].metadata.message_id
-            return found
-
-        run_id = _receive(receive=noted, **rest)
-        if run_id is not None:
-            self._ready.set()
-        return run_id
-
-    def answer(self, *, state: Any, **rest: Any) -> None:  # noqa: ANN401
-        """Call Flower's ``_push_messages`` (wait for an answer, send all) until the received message is answered."""
-        _send(state=state, **rest)
-        while self._received in state.msg_store:
-            _send(state=state, **rest)
-
-    def acquire(self, request: AcquireTaskRequest, state: Any) -> AcquireTaskResponse:  # noqa: ANN401
-        """Flower's ``acquire_task``, for the worker: answered when a message has come, or after a second."""
-        self._ready.wait(_WORKER_WAITS)
-        self._ready.clear()
-        return _acquire(request, state)
-
-    def complete(self, request: Any, state: Any, task: Any) -> Any:  # noqa: ANN401
-        """Flower's ``push_task_output``, the worker's last word on a message."""
-        done = _complete(request, state, task)
-        self._answered.set()
-        return done
-
-    def sleep(self, seconds: float) -> None:
-        """Wait for an answer of the worker, but not longer than the longest pause."""
-        if not self._held:
-            self._answered.wait(min(seconds, self._longest))
-            self._answered.clear()
-        self._held = False
-
-    def __getattr__(self, name: str) -> object:
-        """As the time module, for Flower's loop."""
-        return getattr(time, name)
 
 
 class Link:
@@ -256,14 +149,24 @@ def _key(file: Path | None) -> str | None:
     return fingerprint(key.public_key())
 
 
+def _check_isolation(node_config: str | None, isolation: str) -> None:
+    """Refuse isolation "subprocess" at a site with ``trust``: Flower would run bundles without checking them."""
+    config = parse_config_args([node_config]) if node_config else {}
+    file = Path(str(config.get("site", "")))
+    if isolation == "subprocess" and file.is_file() and load(file, SiteConfig).trust is not None:
+        raise ConfigError(
+            f"{file}: `trust` is kept by the worker alone; start this with --isolation process, and beside it "
+            f"fedspan site worker --site {file}"
+        )
+
+
 def run(options: argparse.Namespace) -> NoReturn:
     """Try the link, then be ``flower-supernode`` until the process is ended.
 
     Raises:
         FedSpanError: a file is wrong, or the SuperLink does not let this site in.
     """
-    config = parse_config_args([options.node_config]) if options.node_config else {}
-    check_isolation(Path(str(config.get("site", ""))), options.isolation)
+    _check_isolation(options.node_config, options.isolation)
     key = _key(options.auth_supernode_private_key)
     if key is not None and options.insecure:
         raise ConfigError("--auth-supernode-private-key needs TLS: give --root-certificates in place of --insecure")
@@ -274,15 +177,8 @@ def run(options: argparse.Namespace) -> NoReturn:
     sys.argv = ["flower-supernode", *_flowers(options)]
     keep_private()
     flower_socket.serve("flower-supernode", options.socket)
-    start_client_internal.parse_address = _parse_address  # type: ignore[attr-defined, assignment]
-    turns = _Turns(state, options.poll)
-    start_client_internal.time = turns  # type: ignore[attr-defined, assignment]
-    start_client_internal.pull_objects = _pull_objects  # type: ignore[attr-defined]
     start_client_internal._make_fleet_connection_retry_invoker = link.retry_invoker
-    start_client_internal._pull_and_store_message = turns.receive  # type: ignore[assignment]
-    start_client_internal._push_messages = turns.answer  # type: ignore[assignment]
-    InMemoryNodeState._on_task_tokens_expired = _on_tasks_expired  # type: ignore[assignment, method-assign]
-    runtime_handlers.acquire_task, runtime_handlers.push_task_output = turns.acquire, turns.complete
+    Turns(state, options.poll).install()
     try:
         flower_supernode()
     except SystemExit as end:  # os._exit: a thread that still tries to reach the SuperLink would keep the process alive
