@@ -13,6 +13,7 @@ from common.model.tuning import tune
 from deploy.sandbox.flower import Flower, kill, wait_for
 from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import Note
+from tests.harness.agreements import agree_all
 from tests.harness.processes import ROOT
 from tests.harness.results import lines
 
@@ -22,7 +23,7 @@ QUIET = {"max_examples": 1, "generate": 0, "samples": 0, "every": 100}
 
 
 def start(tmp_path: Path, strategy: str, rounds: int, needed: int = 2) -> Path:
-    return make_federation(
+    file = make_federation(
         tmp_path,
         SIZES,
         strategy=strategy,
@@ -31,6 +32,7 @@ def start(tmp_path: Path, strategy: str, rounds: int, needed: int = 2) -> Path:
         evaluation=QUIET,
         training={"local_steps": 1},
     )
+    return agree_all(file)
 
 
 def happened(tmp_path: Path, **fields: object) -> bool:

@@ -15,6 +15,7 @@ from deploy.sandbox.flower import Flower, wait_for
 from deploy.sandbox.tiny import make_federation
 from tests.faults.conftest import QUIET, SIZES, Note
 from tests.faults.test_kills import FEDFTG, ROLORA
+from tests.harness.agreements import agree_all
 from tests.harness.processes import ROOT, Federation
 from tests.harness.results import lines, same_result, trainings
 
@@ -103,9 +104,8 @@ class Proxy:
 def test_site_whose_link_was_away_takes_part_again_and_nothing_is_lost(
     tmp_path: Path, injected: Note, straight: Callable[..., Path], away: float
 ) -> None:
-    file = make_federation(
-        tmp_path, SIZES, strategy=FEDFTG, rounds=4, evaluation=QUIET, cohort={"min_clients": 2, "round_deadline": 300.0}
-    )
+    cohort = {"min_clients": 2, "round_deadline": 300.0}
+    file = agree_all(make_federation(tmp_path, SIZES, strategy=FEDFTG, rounds=4, evaluation=QUIET, cohort=cohort))
     run = tmp_path / "run"
 
     def happened(**fields: object) -> bool:
