@@ -1,14 +1,17 @@
 """A round of 1,000 sites of an 8B model, computed from what was measured with up to 256 light sites.
 
     python -m benchmarks scale-model            # the tables of docs/scale.md; tests hold the page against them
+    python -m benchmarks.scale.model            # writes them into the page, after new measurements
 
 Nothing here is measured. Every cost is taken to grow with messages, bytes or multiplications as it did between the
-measured points; the constants are read from benchmarks/results.
+measured points: 16 and 256 sites, and messages of one size and of four times that. The constants are read from
+benchmarks/results.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.table import RESULTS, Cell, Table
@@ -21,6 +24,8 @@ SITES, LINK, CORES, MEMORY = 1000, 10e9 / 8, 16, 128e9  # bytes a second each wa
 MLP = {(14336, 4096): 2, (4096, 14336): 1}
 ATTENTION = {(4096, 4096): 2, (1024, 4096): 2}
 BLOCKS, THIRD = 32, 10
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+SECONDS = ("link", "SuperLink", "ServerApp")
 
 
 @dataclass(frozen=True)
@@ -28,16 +33,18 @@ class Constants:
     """Costs of the server on the machine that was measured.
 
     Attributes:
-        link: CPU seconds of the SuperLink for a site and round.
-        app: CPU seconds of the ServerApp for a site and round.
-        moved: bytes that a site of the measured runs sent and received in a round.
+        link: CPU seconds of the SuperLink for a site and round whose messages are empty.
+        link_byte: CPU seconds of the SuperLink for a byte that a site sends or receives.
+        app: as ``link``, of the ServerApp.
+        app_byte: CPU seconds of the ServerApp for a byte that a site sends.
         memory: bytes of the SuperLink's memory for a byte of a round's replies.
         rate: multiplications and additions of the server's averaging in a second, one thread.
     """
 
     link: float
+    link_byte: float
     app: float
-    moved: float
+    app_byte: float
     memory: float
     rate: float
 
@@ -58,16 +65,23 @@ class Way:
 
 
 def constants() -> Constants:
-    """The constants: differences between two runs of three rounds, which differ in the number of sites alone."""
+    """The constants: differences between two runs of three rounds.
+
+    The costs of a byte are from 16 sites with messages of rank 16 and of rank 64, the others from 16 and 256 sites.
+    """
     rows = {(r["strategy"], r["sites"]): r for r in _rows("scale") if r["TLS"] == "no"}
-    few, many = rows["fedftg", 16], rows["fedftg", 256]
-    each = 3 * (many["sites"] - few["sites"])
-    link, app = ((many[f"{part} CPU s"] - few[f"{part} CPU s"]) / each for part in ("SuperLink", "ServerApp"))
-    moved = 1e6 * (many["up MB"] + many["down MB"]) / many["sites"]
+    few, many, large = rows["fedftg", 16], rows["fedftg", 256], rows["fedftg-64", 16]
+    costs: list[float] = []
+    for part, counted in (("SuperLink", ("up MB", "down MB")), ("ServerApp", ("up MB",))):
+        size = [1e6 * sum(row[key] for key in counted) for row in (few, many, large)]  # all sites' messages
+        byte = (large[f"{part} CPU s"] - few[f"{part} CPU s"]) / (3 * (size[2] - size[0]))
+        rest = (many[f"{part} CPU s"] - few[f"{part} CPU s"]) / 3 - byte * (size[1] - size[0])
+        costs += [rest / (many["sites"] - few["sites"]), byte]
     memory = (many["SuperLink MB"] - few["SuperLink MB"]) / (many["up MB"] - few["up MB"])
     measured = [r for r in _rows("averaging") if (r["model"], r["subspace"], r["sites"]) == ("Llama-2-7B", "own", 50)]
     rate = 2 * 50 * 16 * 11008 * 4096 / (1e-3 * measured[-1]["ms"])
-    return Constants(link, app, moved, memory, rate)
+    link, link_byte, app, app_byte = costs
+    return Constants(link, link_byte, app, app_byte, memory, rate)
 
 
 def ways(sites: int) -> dict[str, Way]:
@@ -96,28 +110,20 @@ def ways(sites: int) -> dict[str, Way]:
     }
 
 
-def cost(way: Way, sites: int, known: Constants) -> dict[str, tuple[float, float]]:
-    """Seconds of a round beside training and bytes of memory, each from the least to the most.
-
-    The least: a site costs what it cost when measured, however large its messages. The most: it costs in proportion to
-    its bytes.
-    """
-    larger = max(1.0, (way.up + way.down) / known.moved)
-    link, products = sites * max(way.up, way.down) / LINK, way.products / (known.rate * CORES)
-    memory = known.memory * sites * way.up + way.down
+def cost(way: Way, sites: int, known: Constants) -> dict[str, float]:
+    """Seconds of a round beside training, and bytes of memory; what goes down is the same for all, and encoded once."""
+    products = way.products / (known.rate * CORES)
     return {
-        "link": (link, link),
-        "SuperLink": (sites * known.link, sites * known.link * larger),
-        "ServerApp": (sites * known.app + products, sites * known.app * larger + products),
-        "memory": (memory, memory),
+        "link": sites * max(way.up, way.down) / LINK,
+        "SuperLink": sites * (known.link + known.link_byte * (way.up + way.down)),
+        "ServerApp": sites * (known.app + known.app_byte * way.up) + known.app_byte * way.down + products,
+        "memory": known.memory * sites * way.up + way.down,
     }
 
 
-def wall(costs: Mapping[str, tuple[float, float]]) -> str:
-    """The first limit that a round meets, at the most."""
-    if costs["memory"][1] > MEMORY:
-        return "memory"
-    return max(("link", "SuperLink", "ServerApp"), key=lambda name: costs[name][1])
+def wall(costs: Mapping[str, float]) -> str:
+    """The first limit that a round meets."""
+    return "memory" if costs["memory"] > MEMORY else max(SECONDS, key=lambda name: costs[name])
 
 
 def run() -> Table:
@@ -127,8 +133,8 @@ def run() -> Table:
     for name, way in ways(SITES).items():
         costs = cost(way, SITES, known)
         row: dict[str, Cell] = {"strategy": name, "MB up": way.up / 1e6, "MB down": way.down / 1e6}
-        row |= {f"{part}, s": _range(costs[part]) for part in ("link", "SuperLink", "ServerApp")}
-        rows.append(row | {"SuperLink, GB": costs["memory"][1] / 1e9, "first wall": wall(costs)})
+        row |= {f"{part}, s": costs[part] for part in SECONDS}
+        rows.append(row | {"SuperLink, GB": costs["memory"] / 1e9, "first wall": wall(costs)})
     title = f"{SITES:,} sites of an 8B model: a round beside training, computed"
     return Table(title, rows, [f"{name}: {value}" for name, value in facts().items()])
 
@@ -141,8 +147,7 @@ def levers() -> Table:
         for what, sites in ((f"all {SITES:,}", SITES), ("a tenth, or buffered by 100", SITES // 10), ("32 groups", 32)):
             costs = cost(ways(sites)[name], sites, known)
             row: dict[str, Cell] = {"strategy": name, "messages a round": what}
-            least, most = (max(costs[part][end] for part in ("link", "SuperLink", "ServerApp")) for end in (0, 1))
-            row |= {"largest, s": _range((least, most)), "SuperLink, GB": costs["memory"][1] / 1e9}
+            row |= {"largest, s": max(costs[part] for part in SECONDS), "SuperLink, GB": costs["memory"] / 1e9}
             rows.append(row | {"first wall": wall(costs)})
     return Table("The same with fewer messages a round", rows, [])
 
@@ -163,16 +168,12 @@ def facts() -> dict[str, str]:
     known = constants()
     return {
         "CPU of the SuperLink, a site and round": f"{1e3 * known.link:.0f} ms",
+        "CPU of the SuperLink, a MB that a site sends or receives": f"{1e9 * known.link_byte:.1f} ms",
         "CPU of the ServerApp, a site and round": f"{1e3 * known.app:.0f} ms",
-        "bytes of that, both ways together": f"{known.moved / 1e6:.1f} MB",
+        "CPU of the ServerApp, a MB that a site sends": f"{1e9 * known.app_byte:.1f} ms",
         "memory of the SuperLink, a MB of open replies": f"{known.memory:.2f} MB",
         "averaging of factors, a thread": f"{known.rate / 1e9:.0f} GFLOP/s",
     }
-
-
-def _range(ends: tuple[float, float]) -> str:
-    least, most = map(_cell, ends)
-    return least if least == most else f"{least} to {most}"
 
 
 def _cell(value: Cell) -> str:
@@ -184,3 +185,23 @@ def _cell(value: Cell) -> str:
 def _rows(name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def tables() -> list[str]:
+    """The page's tables as Markdown."""
+    lines = ["| constant | value |", "|---|---:|", *(f"| {name} | {value} |" for name, value in facts().items())]
+    return ["\n".join(lines), text(run()), text(levers())]
+
+
+def main() -> None:
+    """Write the tables into the page, each in the place of the one with the same first column heads."""
+    blocks = PAGE.read_text(encoding="utf-8").split("\n\n")
+    for table in tables():
+        heads = table.split("|")[1:3]
+        (place,) = (number for number, block in enumerate(blocks) if block.split("|")[1:3] == heads)
+        blocks[place] = table
+    PAGE.write_text("\n\n".join(blocks), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
