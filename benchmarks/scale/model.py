@@ -3,9 +3,8 @@
     python -m benchmarks scale-model            # the tables of docs/scale.md; tests hold the page against them
     python -m benchmarks.scale.model            # writes them into the page, after new measurements
 
-Nothing here is measured. Every cost is taken to grow with messages, bytes or multiplications as it did between the
-measured points: 16 and 256 sites, and messages of one size and of four times that. The constants are read from
-benchmarks/results.
+Nothing here is measured. Every cost is taken to grow with messages, bytes or multiplications as in the measured runs:
+4 to 256 sites, and messages of one size and of four times that. The runs are read from benchmarks/results.
 """
 
 import json
@@ -13,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
 
 from benchmarks.table import RESULTS, Cell, Table
 from benchmarks.wire_bytes import weight_bytes
@@ -25,6 +27,7 @@ MLP = {(14336, 4096): 2, (4096, 14336): 1}
 ATTENTION = {(4096, 4096): 2, (1024, 4096): 2}
 BLOCKS, THIRD = 32, 10
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+ROUNDS = 3  # of every measured run
 SECONDS = ("link", "SuperLink", "ServerApp")
 
 
@@ -64,24 +67,30 @@ class Way:
     products: float
 
 
-def constants() -> Constants:
-    """The constants: differences between two runs of three rounds.
+def measured() -> list[dict[str, Any]]:
+    """The runs that the costs are fitted to: FedFTG with a shared basis, without TLS."""
+    return [r for r in _rows("scale") if r["TLS"] == "no" and r["strategy"] in ("fedftg", "fedftg-64")]
 
-    The costs of a byte are from 16 sites with messages of rank 16 and of rank 64, the others from 16 and 256 sites.
+
+def fitted(part: str, *counted: str) -> tuple[float, float]:
+    """CPU seconds of a part of the server for a site and round, and for a byte of all sites' messages.
+
+    No cost is negative (non-negative least squares); a run's start is a third unknown.
     """
-    rows = {(r["strategy"], r["sites"]): r for r in _rows("scale") if r["TLS"] == "no"}
-    few, many, large = rows["fedftg", 16], rows["fedftg", 256], rows["fedftg-64", 16]
-    costs: list[float] = []
-    for part, counted in (("SuperLink", ("up MB", "down MB")), ("ServerApp", ("up MB",))):
-        size = [1e6 * sum(row[key] for key in counted) for row in (few, many, large)]  # all sites' messages
-        byte = (large[f"{part} CPU s"] - few[f"{part} CPU s"]) / (3 * (size[2] - size[0]))
-        rest = (many[f"{part} CPU s"] - few[f"{part} CPU s"]) / 3 - byte * (size[1] - size[0])
-        costs += [rest / (many["sites"] - few["sites"]), byte]
+    runs = measured()
+    costs = [[1.0, ROUNDS * row["sites"], ROUNDS * 1e6 * sum(row[key] for key in counted)] for row in runs]
+    (_, site, byte), _ = nnls(np.array(costs), np.array([row[f"{part} CPU s"] for row in runs]))
+    return float(site), float(byte)
+
+
+def constants() -> Constants:
+    """The constants, from the recorded measurements."""
+    rows = {row["sites"]: row for row in measured() if row["strategy"] == "fedftg"}
+    few, many = rows[16], rows[256]
     memory = (many["SuperLink MB"] - few["SuperLink MB"]) / (many["up MB"] - few["up MB"])
-    measured = [r for r in _rows("averaging") if (r["model"], r["subspace"], r["sites"]) == ("Llama-2-7B", "own", 50)]
-    rate = 2 * 50 * 16 * 11008 * 4096 / (1e-3 * measured[-1]["ms"])
-    link, link_byte, app, app_byte = costs
-    return Constants(link, link_byte, app, app_byte, memory, rate)
+    llama = [r for r in _rows("averaging") if (r["model"], r["subspace"], r["sites"]) == ("Llama-2-7B", "own", 50)]
+    rate = 2 * 50 * 16 * 11008 * 4096 / (1e-3 * llama[-1]["ms"])
+    return Constants(*fitted("SuperLink", "up MB", "down MB"), *fitted("ServerApp", "up MB"), memory, rate)
 
 
 def ways(sites: int) -> dict[str, Way]:
