@@ -27,7 +27,7 @@ MLP = {(14336, 4096): 2, (4096, 14336): 1}
 ATTENTION = {(4096, 4096): 2, (1024, 4096): 2}
 BLOCKS, THIRD = 32, 10
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
-ROUNDS = 3  # of every measured run
+ROUNDS = 3  # every measured run has so many
 SECONDS = ("link", "SuperLink", "ServerApp")
 
 
