@@ -5,8 +5,8 @@
   pause. The worker, too, is answered when a message has come, and an answer is sent when it is complete (decision 035).
 - When a run is stopped while a message of it is still being pulled, the message's task ends. Flower keeps the task, and
   the worker that takes it waits for the content for ever.
-- A message whose worker died before it had pulled it, or before its answer was complete, is answered with an error, as
-  any other. Flower waits for ever.
+- A message whose worker died before it had pulled it, or ended before its answer was complete, is answered with an
+  error, as any other. Flower waits for ever.
 - The next message is pulled when the last one is answered. Flower pulls it after any answer: an answer to a stopped run
   then delays the next answer until one more message has come.
 """
@@ -44,6 +44,13 @@ def _pull_objects(*arguments: Any, **options: Any) -> dict[str, bytes]:  # noqa:
         return pull_objects(*arguments, **options)
     except RunNotRunningException:
         raise ConnectionAbortedError("the run was stopped") from None
+
+
+def _answers(state: InMemoryNodeState) -> list[Message]:
+    """Answers that are still to be sent, complete or not."""
+    with state.lock_msg_store:
+        left = [entry.message for entry in state.msg_store.values() if not entry.is_retrieved]
+    return [message for message in left if message.metadata.reply_to_message_id]
 
 
 def _is_complete(state: InMemoryNodeState, answer: Message) -> bool:
@@ -120,9 +127,7 @@ class Turns:
     @staticmethod
     def _is_ready(state: InMemoryNodeState) -> bool:
         """Whether there is an answer, and all that there are are complete."""
-        with state.lock_msg_store:
-            left = [entry.message for entry in state.msg_store.values() if not entry.is_retrieved]
-        answers = [message for message in left if message.metadata.reply_to_message_id]
+        answers = _answers(state)
         return bool(answers) and all(_is_complete(state, answer) for answer in answers)
 
     def acquire(self, request: AcquireTaskRequest, state: Any) -> AcquireTaskResponse:  # noqa: ANN401
@@ -132,8 +137,10 @@ class Turns:
         return _acquire(request, state)
 
     def complete(self, request: Any, state: Any, task: Any) -> Any:  # noqa: ANN401
-        """Flower's ``push_task_output``, the worker's last word on a message."""
+        """Flower's ``push_task_output``, the worker's last word on a message: nothing more comes of its answer."""
         done = _complete(request, state, task)
+        if not all(_is_complete(state, answer) for answer in _answers(state)):
+            _on_tasks_expired(state, [task])
         self._answered.set()
         return done
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PushTaskOutputRequest
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -42,8 +42,8 @@ def test_pause_is_cut_to_the_longest(seconds: float, longest: float, monkeypatch
 
 def test_an_answer_of_the_worker_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_complete", lambda *_: "done")
-    this = turns(600.0)
-    threading.Timer(0.05, this.complete, args=("request", "state", "task")).start()
+    this, state = turns(600.0), InMemoryNodeState(ObjectStoreFactory().store())
+    threading.Timer(0.05, this.complete, args=("request", state, "task")).start()
     this.sleep(600.0)
 
 
@@ -149,6 +149,16 @@ def test_answer_that_a_worker_has_completed_before_it_died_is_sent(monkeypatch: 
     assert not left
     pass_away(monkeypatch)
     assert [found.object_id for found in state.get_messages(is_reply=True)] == [answer.object_id]
+
+
+@pytest.mark.parametrize("parts", [1, 99])
+def test_answer_that_a_worker_gives_up_gives_way_to_an_error(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, message = begun(monkeypatch, pulled=True)
+    _, left = store(state, message, parts=parts)
+    (task,) = state.get_tasks()
+    turns(1.0).complete(PushTaskOutputRequest(sub_status="failed", details="the answer was not taken"), state, task)
+    (answer,) = state.get_messages(is_reply=True)
+    assert answer.has_error() == bool(left)
 
 
 @pytest.mark.parametrize("dies", [True, False])
