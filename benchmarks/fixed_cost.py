@@ -116,7 +116,7 @@ def _watch(seen: dict[tuple[int, float], tuple[str, float]], over: threading.Eve
         for process in psutil.Process().children(recursive=True):
             try:
                 times, line = process.cpu_times(), " ".join(process.cmdline())
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            except psutil.NoSuchProcess:
                 continue
             name = next((name for name, pattern in PARTS.items() if re.search(pattern, line)), None)
             if name is not None:

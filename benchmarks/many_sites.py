@@ -40,9 +40,12 @@ METHODS = {
 FURTHER = 8  # more rates that a method may try, in steps of 2, while the best one is the first or the last
 
 
-def split(images: list[Tensor], sites: int, alpha: float, seed: int = 0) -> tuple[Images, Images, Images]:
-    """Images to train on, (sites, equally many, 784), to choose by, and to test on, (1, EVALUATED, 784)."""
-    random = np.random.default_rng(seed)
+def split(images: list[Tensor], sites: int, alpha: float) -> tuple[Images, Images, Images]:
+    """Images to train on, (sites, equally many, 784), to choose by, and to test on, (1, EVALUATED, 784).
+
+    All sites have equally many: they are trained side by side, in one tensor.
+    """
+    random = np.random.default_rng(0)
     pools = [list(random.permutation(len(of))) for of in images]
 
     def drawn(count: int, shares: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,6 @@ def _watch(launcher: psutil.Process, samples: list[tuple[float, dict[str, float]
                 if role := roles[child.pid]:
                     times = child.cpu_times()
                     used[role] += times.user + times.system
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            except psutil.NoSuchProcess:
                 continue
         samples.append((time.time(), used))

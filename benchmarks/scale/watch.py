@@ -80,7 +80,7 @@ class Watch:
             for process in processes:
                 try:
                     self._note(process)
-                except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError):
+                except (psutil.NoSuchProcess, OSError):
                     continue
 
     def _note(self, process: psutil.Process) -> None:

@@ -82,7 +82,7 @@ def probe(address: str, root_certificates: Path | None, timeout: float) -> LinkR
             server = _certificate(host, port, timeout)
             reason = _distrust(error.verify_code, f"{host}:{port}", host, server, root_certificates, authorities)
             raise LinkError(reason or f"{host}:{port}: {error.verify_message}") from None
-        except (ssl.SSLError, OSError) as error:
+        except OSError as error:
             if _is_plain(host, port, timeout):
                 raise LinkError(
                     f"{host}:{port} speaks no TLS, so nobody can tell who it is; the operator's SuperLink must be "

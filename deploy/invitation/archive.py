@@ -89,7 +89,7 @@ def unpack(path: Path) -> tuple[Manifest, dict[str, bytes]]:
             members = archive.infolist()
             _check_members(path, members)
             files = {info.filename: archive.read(info) for info in members}
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
         raise ConfigError(f"{path}: no invitation, or damaged on its way ({error})") from None
     manifest = _manifest(path, files.pop(MANIFEST, b""))
     if missing := (ALWAYS | manifest.files.keys()) - files.keys():

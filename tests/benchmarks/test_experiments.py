@@ -15,6 +15,7 @@ from deploy.experiment.config import load_experiment
 FILES = sorted((Path(benchmarks.__file__).parent / "experiments").rglob("*.yaml"))
 OF_SOME = {  # not which strategy is best, but with how many sites one still learns, or which options
     "private": {"ffa-lora"},
+    "titles-fifty": {"fedit", "ffa-lora", "flexlora", "rolora"},
     "coding-dense": {"dense", "own", "keep", "shared"},
     "fedftg_text-weighted": {"fedftg", "flexlora", "ffa-lora", "rolora"},
     "fedftg_text": {"as-released", "fedftg", "ffa-lora", "rolora"},  # uniform weights, with which FlexLoRA does not go

@@ -28,9 +28,8 @@ def test_costs_are_those_of_the_runs_that_they_are_fitted_to(part: str) -> None:
 def test_costs_of_the_superlink_foretell_runs_that_had_no_part_in_the_fit() -> None:
     known = model.constants()
     others = {r["strategy"]: r for r in model._rows("scale") if r["TLS"] == "no" and r not in model.measured()}
-    others.pop(
-        "fedftg-down"
-    )  # whose last evaluation sends what waits at the server, which the bytes of a round leave out
+    # The last evaluation of this one sends what waits at the server, which the bytes of a round leave out.
+    others.pop("fedftg-down")
     assert len(others) == 9
     for row in others.values():
         told = model.ROUNDS * of_measured(row, known)["SuperLink"]
