@@ -47,10 +47,14 @@ PUBLISHED = {"LoRA (FedIT)": 62.0, "FFA-LoRA": 62.5, "RoLoRA": 84.0, "centralise
 
 @dataclass(frozen=True)
 class Images:
-    """Images by client, (clients, images, 784), and their digits, (clients, images)."""
+    """Images by client, (clients, images, 784), and their digits, (clients, images).
+
+    ``known`` is what weights that nobody trains make of them, and A B is added to, (clients, images, 784).
+    """
 
     pixels: Tensor
     digits: Tensor
+    known: Tensor | None = None
 
     def pooled(self) -> "Images":
         """The same at a single client."""
@@ -119,7 +123,10 @@ def train(
     for rows in steps:
         pixels, labels = images.pixels[:, rows], images.digits[:, rows]
         low = pixels @ a.mT
-        hidden = torch.relu(low @ b.mT)
+        hidden = low @ b.mT
+        if images.known is not None:
+            hidden += images.known[:, rows]
+        hidden.relu_()
         error = (hidden @ out).softmax(-1).sub_(functional.one_hot(labels, 10)).div_(len(rows))
         back = (error @ out.T).mul_(hidden > 0)
         back_low = back @ b
@@ -130,15 +137,17 @@ def train(
     return {name: {A: a, B: b}[name] for name in active}
 
 
-def forward(pixels: Tensor, state: Tensors, out: Tensor) -> Tensor:
-    """Logits (clients, images, 10) of pixels (clients, images, 784)."""
-    hidden = torch.relu(pixels @ state[A].mT @ state[B].mT)
-    return (hidden.reshape(-1, PIXELS) @ out).reshape(*pixels.shape[:2], 10)
+def forward(images: Images, state: Tensors, out: Tensor) -> Tensor:
+    """Logits (clients, images, 10)."""
+    hidden = images.pixels @ state[A].mT @ state[B].mT
+    if images.known is not None:
+        hidden += images.known
+    return (hidden.relu_().reshape(-1, PIXELS) @ out).reshape(*images.digits.shape, 10)
 
 
 def accuracy(state: Tensors, out: Tensor, images: Images) -> float:
     """Share of images whose digit is told, in per cent; 0 for a state that is not finite."""
-    logits = forward(images.pixels, state, out)
+    logits = forward(images, state, out)
     return 100 * float((logits.argmax(-1) == images.digits).float().mean()) if logits.isfinite().all() else 0.0
 
 

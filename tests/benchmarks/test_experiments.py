@@ -17,6 +17,7 @@ OF_SOME = {  # not which strategy is best, but with how many sites one still lea
     "private": {"ffa-lora"},
     "titles-fifty": {"fedit", "ffa-lora", "flexlora", "rolora"},
     "coding-dense": {"dense", "own", "keep", "shared"},
+    "coding-dense-ranks": {"own", "shared"},
     "fedftg_text-weighted": {"fedftg", "flexlora", "ffa-lora", "rolora"},
     "fedftg_text": {"as-released", "fedftg", "ffa-lora", "rolora"},  # uniform weights, with which FlexLoRA does not go
 }

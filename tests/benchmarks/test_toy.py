@@ -4,6 +4,7 @@
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def curve(method: str) -> list[float]:
     state, out = start(0)
     losses = []
     for reached in federate(rule, RATE, own, state, out, ROUNDS, seed=0):
-        logits = forward(data.pixels, reached, out).reshape(-1, 10)
+        logits = forward(data, reached, out).reshape(-1, 10)
         losses.append(float(functional.cross_entropy(logits, data.digits.reshape(-1))))
     return losses
 
@@ -63,10 +64,15 @@ def test_methods_differ_and_learn() -> None:
     assert recorded["FFA-LoRA"][0] == recorded["RoLoRA"][0]  # both train B alone in the first round
 
 
+@pytest.mark.parametrize("learnt", [0.0, 1.0])
 @pytest.mark.parametrize("active", [[A], [B], [A, B]])
-def test_clients_train_as_if_each_were_alone(active: list[str]) -> None:
+def test_clients_train_as_if_each_were_alone(active: list[str], learnt: float) -> None:
     """In float64: in float32 a ReLU within rounding of zero is on or off as the processor's order of sums has it."""
+    torch.manual_seed(0)
+    frozen = learnt * nn.Linear(784, 784, dtype=torch.float64).weight.detach()
     data = Images(images().pixels.double(), images().digits)
+    if learnt:
+        data = replace(data, known=data.pixels @ frozen.T)
     state, out = start(1)
     state, out = {name: tensor.double() for name, tensor in state.items()}, out.double()
     stacked = {name: tensor.expand(10, *tensor.shape) for name, tensor in state.items()}
@@ -81,7 +87,8 @@ def test_clients_train_as_if_each_were_alone(active: list[str]) -> None:
         for _ in range(EPOCHS):
             for rows in torch.randperm(70, generator=order).split(BATCH):
                 sgd.zero_grad()
-                logits = torch.relu(up(down(data.pixels[client, rows]))) @ out
+                pixels = data.pixels[client, rows]
+                logits = torch.relu(pixels @ frozen.T + up(down(pixels))) @ out
                 functional.cross_entropy(logits, data.digits[client, rows]).backward()
                 sgd.step()
         assert together.keys() == set(active)
