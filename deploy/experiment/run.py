@@ -62,7 +62,7 @@ class Experiment:
         self._write()  # an interrupt leaves what earlier calls have found
         self._place.check(plan.federation(next(plan.cells())), self._out / SUMMARY)
         self._queue.run("learning rates", [cell for setting in plan.settings for cell in plan.selection(setting)])
-        while further := [cell for s in plan.settings if (cell := plan.beyond(s, self._pick(s))) is not None]:
+        while further := [cell for s in plan.settings if (cell := self._beyond(s)) is not None]:
             for cell in further:
                 cells.refuse_changed(self._out / cell.folder, plan.federation(cell), plan.facts(cell))
             self._queue.run("further learning rates", further)
@@ -78,6 +78,11 @@ class Experiment:
     def has_results(self) -> bool:
         """Whether there is something to compare."""
         return any(map(self._is_settled, self._final()))
+
+    def _beyond(self, setting: Setting) -> Cell | None:
+        """The next learning rate to try; none when no run had a score and one failed, other than by its rate."""
+        best = self._pick(setting)
+        return self._plan.beyond(setting, best) if best is not None or self._is_selected(setting) else None
 
     def _final(self) -> list[Cell]:
         """The cells that judge settings whose learning rate is known."""

@@ -19,18 +19,21 @@ from tests.deploy.experiment.test_experiment import make_experiment, pretend
 
 
 def run_without_training(monkeypatch: pytest.MonkeyPatch, out: Path, best: dict[str, float]) -> list[str]:
-    """Pretend the cells: the loss is smallest at a strategy's best rate, after round 4. The folders of all cells."""
+    """Pretend the cells: the loss is smallest at a strategy's best rate, after round 4. The folders of all cells.
+
+    Far from its best rate a strategy diverges; one without a best rate fails at every rate.
+    """
     ran = []
 
     def cells(self: Experiment, what: str, wanted: list[Cell]) -> None:
         del what
         for cell in wanted:
             ran.append(cell.folder)
-            found, distance = self._plan, math.log2(cell.learning_rate / best[cell.setting.strategy])
+            found, own = self._plan, best.get(cell.setting.strategy, 0.0)
+            distance = math.log2(cell.learning_rate / own) if own else math.inf
             if distance > 2:
-                pretend(
-                    out, found, cell, **{"status": "failed", "reason": "loss is nan", "causes": {"a": "DivergedError"}}
-                )
+                cause = "DivergedError" if distance < math.inf else "ConfigError"
+                pretend(out, found, cell, **{"status": "failed", "reason": "by a site", "causes": {"a": cause}})
                 continue
             pretend(out, found, cell)
             lines = [(out / cell.folder / "metrics.jsonl").read_text().splitlines()[0]]
@@ -91,6 +94,21 @@ def test_rates_go_on_beyond_the_file_until_the_best_is_within(tmp_path: Path, mo
     (out / "experiment.json").write_text((out / "experiment.json").read_text().replace('"round": 4', '"round": 6'))
     assert main(["compare", str(out)]) == 0
     assert {"than FedIT‡", "than FFA-LoRA‡"} <= words_of_figure(out)
+
+
+def test_strategy_that_fails_at_every_rate_is_tried_at_no_further_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model cannot be loaded, say; the others are compared."""
+    strategies = [{"name": name, "modules": "linear"} for name in ("fedit", "flexlora")]
+    file = make_experiment(
+        tmp_path, grid__strategies=strategies, grid__learning_rates=[0.01, 0.02], grid__extend=3, score_at="best"
+    )
+    out = tmp_path / "out"
+    ran = run_without_training(monkeypatch, out, {"fedit": 0.019})
+    assert main(["experiment", str(file), "--out", str(out)]) == 1
+    assert len([cell for cell in ran if "flexlora" in cell]) == 2
+    assert "| FedIT | 0.02 |" in (out / "comparison.md").read_text()
 
 
 def test_claim_of_a_strategy_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
