@@ -53,7 +53,7 @@ BENCHMARKS = {
     "galore-refresh": Benchmark(galore_refresh.run, "5 minutes"),
     "gpu": Benchmark(gpu.run, "8 minutes, of a GPU"),
     "many-sites": Benchmark(many_sites.run, "15 minutes"),
-    "many-sites-tuned": Benchmark(many_sites.run_tuned, "15 minutes"),
+    "many-sites-tuned": Benchmark(many_sites.run_tuned, "10 minutes"),
     "masked-rounds": Benchmark(masked_rounds.run, "10 minutes"),
     "masked-sums": Benchmark(masked_sums.run, "3 minutes"),
     "memory-peaks": Benchmark(memory_peaks.run, "5 minutes"),
